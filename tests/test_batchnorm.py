@@ -17,9 +17,9 @@ from torch import nn
 from rcic_fastai.batchnorm import (
     BatchNormMode,
     BatchNormModeCallback,
-    ChannelStats,
+    LayerStats,
     batchnorm_layers,
-    channel_stats,
+    layer_stats,
     pool_stats,
     reestimate_batchnorm,
 )
@@ -120,7 +120,7 @@ def test_independent_of_batch_size_and_order(cut):
 
 def test_averaging_variances_would_be_noticed():
     "The tests above can fail: batches differ enough for the wrong pooling to be far off"
-    s = [channel_stats(b) for b in shifted().split(5)]
+    s = [layer_stats(b) for b in shifted().split(5)]
     assert ((sum(b.var for b in s)/3)/pool_stats(s).var < .8).all()
 
 NETWORKS = {'resnet18': lambda: torchvision.models.resnet18(num_classes=4),
@@ -169,9 +169,16 @@ def test_kinds_of_layer(kind, dtype):
 def test_large_mean_does_not_cancel(dtype):
     x = (1e3 + .1*torch.randn(64, 2, 8, 8)).to(dtype)
     if dtype != torch.float32: x = (x.float() + torch.randint(0, 8, x.shape)).to(dtype) # half precision has steps of .5 and 4 here
-    s,exact = pool_stats([channel_stats(b) for b in x.split(7)]),x.double()
+    s,exact = pool_stats([layer_stats(b) for b in x.split(7)]),x.double()
     assert s.mean.dtype == s.var.dtype == torch.float64 and s.n == 64*64
     torch.testing.assert_close(s.mean, exact.mean((0,2,3)), rtol=1e-9, atol=0)
+    torch.testing.assert_close(s.var, exact.var((0,2,3), correction=0), rtol=1e-6, atol=0)
+
+def test_rounded_first_estimate_is_corrected():
+    "At 1e5 float32 rounds the first estimate of the mean by up to .004, a visible share of the variance of .01"
+    x = 1e5 + .1*torch.randn(64, 8, 8, 8)
+    s,exact = channel_stats(x),x.double()
+    torch.testing.assert_close(s.mean, exact.mean((0,2,3)), rtol=1e-12, atol=0)
     torch.testing.assert_close(s.var, exact.var((0,2,3), correction=0), rtol=1e-6, atol=0)
 
 def test_large_mean_through_a_layer():
@@ -182,7 +189,7 @@ def test_large_mean_through_a_layer():
 
 def test_pool_stats_of_unequal_sizes():
     parts = [torch.randn(n, 2, dtype=torch.float64)*n for n in (1, 2, 50)]
-    s = pool_stats([ChannelStats(len(p), p.mean(0), p.var(0, correction=0)) for p in parts])
+    s = pool_stats([LayerStats(len(p), p.mean(0), p.var(0, correction=0)) for p in parts])
     torch.testing.assert_close(s.var, torch.cat(parts).var(0, correction=0))
 
 # --- ways of calling

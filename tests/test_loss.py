@@ -91,6 +91,12 @@ def test_gradient(loss, cos, y, soft):
     zeroed = soft.clone(); zeroed[3] = 0
     for targ in (y, masked, soft, zeroed): assert torch.autograd.gradcheck(loss, (x, targ))
 
+def test_float64_keeps_its_digits():
+    x = torch.tensor([[0., 21.], [0., 30.], [0., 39.], [0., 41.]], dtype=torch.float64)
+    x,y = torch.cat([x, x]),torch.tensor([0]*4 + [1]*4)
+    rows = SoftmaxCrossEntropyLoss(reduction='none')(x, y).numpy()
+    d = np.array([21., 30, 39, 41]); np.testing.assert_allclose(rows, np.concatenate([d+np.log1p(np.exp(-d)), np.log1p(np.exp(-d))]), rtol=1e-14)
+
 def test_gradient_where_one_class_dominates():
     z = torch.tensor([[50., 0, -1, 2], [0, 700, 3, 3], [1, 1, 1, 1], [5, 5, 0, 0]], dtype=torch.float64)
     rest = logsumexp_others(z)
