@@ -1,5 +1,6 @@
-__version__ = "0.0.1"
 "Classify multi-channel microscopy screens that suffer from batch effects, with fastai."
-from importlib.metadata import version
 
-__version__ = version("rcic_fastai")
+from importlib.metadata import PackageNotFoundError, version
+
+try: __version__ = version("rcic_fastai")
+except PackageNotFoundError: __version__ = "0+unknown"  # a source tree on the path, never installed

@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['assign_classes', 'plate_group_values', 'PlateGroups', 'allowed_classes', 'infer_plate_groups', 'Assignment',
            'argmax_classes', 'class_margins', 'assign_experiment', 'assign_screen', 'write_submission',
-           'score_submission', 'score_table']
+           'score_submission', 'score_table', 'assign_predictions', 'accuracy_ladder']
 
-# %% ../nbs/11_assign.ipynb #987cbb8e
+# %% ../nbs/11_assign.ipynb #bc5e0a35
 import os
 from dataclasses import dataclass
 from itertools import permutations
@@ -17,6 +17,8 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
+
+from .predict import Predictions
 
 # %% ../nbs/11_assign.ipynb #c0efc442
 def _as_scores(scores):
@@ -353,3 +355,37 @@ def score_table(
     table = hits.groupby(by)['right'].agg(wells='size', right='sum')
     table.loc['all'] = table.sum()
     return table.assign(accuracy=table['right']/table['wells'])
+
+# %% ../nbs/11_assign.ipynb #3df70bf7
+def _experiment_and_plate(id_codes):
+    parts = pd.Series(id_codes).str.rsplit('_', n=2)
+    return parts.str[0].to_numpy(), parts.str[1].astype(int).to_numpy()
+
+def assign_predictions(
+    p:Predictions, # of sites or wells
+    groups:pd.Series|None=None, # siRNA -> group, from `plate_groups`; None: plates are not used
+    one_to_one:bool=True, # False: the best class of each well on its own
+) -> pd.DataFrame: # one row per well: id_code, experiment, plate, sirna, margin, group, mapping_margin
+    "One label per well: the mean over its sites, then plate groups and one-to-one assignment as asked."
+    p = p.wells()
+    experiments, plates = _experiment_and_plate(p.ids)
+    keep = np.ones(len(p.classes), bool) if groups is None else np.isin(p.classes, groups.index)
+    if not keep.any(): raise ValueError('none of the predicted classes has a plate group: were these predictions made for another target or screen?')
+    classes, scores = p.classes[keep], p.logits[:, keep]
+    if groups is None and not one_to_one: table = pd.DataFrame(dict(experiment=experiments, plate=plates, label=argmax_classes(scores)))
+    else: table = assign_screen(scores, experiments, plates, None if groups is None else groups[classes].to_numpy(), one_to_one=one_to_one)
+    table.insert(0, 'id_code', p.ids)
+    table.insert(3, 'sirna', classes[table.pop('label')])
+    return table
+
+def accuracy_ladder(
+    predictions:dict, # name -> `Predictions`; the steps are taken from the last of them
+    truth:str|Path|pd.DataFrame, # id_code, sirna
+    groups:pd.Series, # from `plate_groups`
+) -> pd.DataFrame: # index step; wells, right, accuracy
+    "What each step brings: every set of predictions by argmax, then one-to-one assignment, then plate groups."
+    steps = {k: assign_predictions(p, one_to_one=False) for k,p in predictions.items()}
+    last = list(predictions.values())[-1]
+    steps['+ one-to-one assignment'] = assign_predictions(last)
+    steps['+ plate groups'] = assign_predictions(last, groups)
+    return pd.DataFrame({k: score_table(t[['id_code', 'sirna']], truth).loc['all'] for k,t in steps.items()}).T.astype({'wells': int, 'right': int})

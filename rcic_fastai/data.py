@@ -103,15 +103,16 @@ def SixChannelImageBlock():
     "A `TransformBlock` for the six stains of an RCIC site."
     return MultiChannelImageBlock(CHANNELS)
 
-# %% ../nbs/04_data.ipynb #1227b091
+# %% ../nbs/04_data.ipynb #f29c8b5e
 MASKED = -1
 
 class MaskedCategorize(DisplayedTransform):
     "Class to `TensorCategory` and back; None becomes `MASKED`."
     def __init__(self,
-        vocab:Sequence # classes, in the order of their numbers
+        vocab:Sequence, # classes, in the order of their numbers
+        target_name:str='class' # what they are classes of, for titles
     ):
-        self.vocab = CategoryMap(list(vocab), sort=False)
+        self.vocab, self.target_name = CategoryMap(list(vocab), sort=False), target_name
         self.c = len(self.vocab)
     def encodes(self, o):
         if o is None: return TensorCategory(MASKED)
@@ -120,12 +121,13 @@ class MaskedCategorize(DisplayedTransform):
     def decodes(self, o:TensorCategory): return Category('unknown' if o==MASKED else self.vocab[o])
 
 def TargetBlock(
-    vocab:Sequence # classes, in the order of their numbers
+    vocab:Sequence, # classes, in the order of their numbers
+    target_name:str='class' # what they are classes of, for titles
 ):
     "A `TransformBlock` for a class that may be unknown."
-    return TransformBlock(type_tfms=MaskedCategorize(vocab))
+    return TransformBlock(type_tfms=MaskedCategorize(vocab, target_name))
 
-# %% ../nbs/04_data.ipynb #f21221da
+# %% ../nbs/04_data.ipynb #02f59cbf
 DOMAINS = None, 'cell_type', 'experiment', 'plate'
 
 def domain_keys(
@@ -144,23 +146,26 @@ def shuffled_domains(
     seed:int=0, # of the order
     epoch:int=0, # number of the epoch; each has its own order
     repeats:int=1 # how often a site is seen per epoch
-) -> list[np.ndarray]: # batches of row numbers; all of `bs`, but for domains that have fewer sites
+) -> list[np.ndarray]: # batches of row numbers, all of `bs` but for a domain that is seen fewer times in all
     "Cut each domain into shuffled full batches, and shuffle the batches."
     rng, batches = np.random.default_rng([seed, epoch]), []
     for d in np.unique(domains):
         rows = np.flatnonzero(domains==d)
         order = np.concatenate([rng.permutation(rows) for _ in range(repeats)])
         short = -len(order) % bs
-        if short and len(order) > bs: # fill the last batch with sites it does not hold yet, as far as there are any
+        if short and len(order) > bs: # fill the last batch, with sites it does not hold yet as far as there are any
             rest = order[len(order)-len(order)%bs:]
             others = np.setdiff1d(rows, rest)
-            order = np.concatenate([order, rng.permutation(others if len(others) >= short else rows)[:short]])
+            order = np.concatenate([order, np.resize(rng.permutation(others if len(others) >= short else rows), short)])
         batches += [order[i:i+bs] for i in range(0, len(order), bs)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
-# %% ../nbs/04_data.ipynb #62dd332b
+# %% ../nbs/04_data.ipynb #479b5425
 class DomainDL(TfmdDL):
-    "A `TfmdDL` whose batches come from one domain each, shuffled by seed and epoch."
+    """A `TfmdDL` whose batches come from one domain each, shuffled by seed and epoch.
+
+    Its `epoch` counts the passes; who sets it repeats or resumes the order of that epoch.
+    """
     @delegates(TfmdDL.__init__)
     def __init__(self,
         dataset, # fastai `Datasets` over a table of sites
@@ -171,37 +176,40 @@ class DomainDL(TfmdDL):
     ):
         super().__init__(dataset, **kwargs)
         self.domain, self.seed, self.repeats, self.epoch = domain, seed, repeats, 0
-        self.keys = domain_keys(self._sites, domain)
-
-    @property
-    def _sites(self): return self.dataset.items if hasattr(self.dataset, 'items') else self.dataset
+        sites = getattr(dataset, 'items', dataset)
+        self.keys = domain_keys(sites, domain) if len(sites) else np.zeros(0, np.int64)
+        self.vocab, self.target_name = getattr(dataset, 'vocab', None), getattr(dataset, 'target_name', 'class')
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **merge(dict(domain=self.domain, seed=self.seed, repeats=self.repeats), kwargs))
+        res = super().new(dataset, cls, **merge(dict(domain=self.domain, seed=self.seed, repeats=self.repeats), kwargs))
+        if res.vocab is None: res.vocab, res.target_name = self.vocab, self.target_name # a data set without targets
+        return res
 
     def __len__(self):
-        if not self.shuffle and self.domain is None: return super().__len__()
-        return int(np.ceil(np.bincount(self.keys)*(self.repeats if self.shuffle else 1)/self.bs).sum())
+        sizes = np.bincount(self.keys[:self.n])*(self.repeats if self.shuffle else 1)
+        if self.shuffle: sizes = np.where(sizes > self.bs, -(-sizes//self.bs)*self.bs, sizes) # filled, see `shuffled_domains`
+        return int((sizes//self.bs if self.drop_last else -(-sizes//self.bs)).sum())
 
     def get_idxs(self):
-        if not self.shuffle: return list(range(len(self.keys))) if self.n is None else list(range(self.n))
-        batches = shuffled_domains(self.keys, self.bs, self.seed, self.epoch, self.repeats)
+        keys = self.keys[:self.n]
+        if not self.shuffle: return np.argsort(pd.factorize(keys)[0], kind='stable').tolist() # domains in order of appearance
+        batches = shuffled_domains(keys, self.bs, self.seed, self.epoch, self.repeats)
         self.epoch += 1
-        return np.concatenate(batches).tolist()
+        return np.concatenate(batches).tolist() if batches else []
 
     def _cut(self, idxs):
         "Batches of consecutive rows of one domain; a run that is no multiple of the batch size is cut into even parts"
-        idxs = np.asarray(idxs)
-        if not len(idxs): return []
-        if self.domain is None: return [idxs[i:i+self.bs] for i in range(0, len(idxs), self.bs)]
-        runs = np.split(idxs, np.flatnonzero(np.diff(self.keys[idxs]))+1)
-        return [part for run in runs for part in np.array_split(run, -(-len(run)//self.bs))]
+        idxs, bs = np.asarray(idxs, dtype=np.int64), self.bs
+        runs = np.split(idxs, np.flatnonzero(np.diff(self.keys[idxs]))+1) if len(idxs) else []
+        if self.drop_last: return [run[i:i+bs] for run in runs for i in range(0, len(run)-bs+1, bs)]
+        if self.domain is None: return [run[i:i+bs] for run in runs for i in range(0, len(run), bs)]
+        return [part for run in runs for part in np.array_split(run, -(-len(run)//bs))]
 
     def sample(self): # called in each worker, which takes every n-th batch
         return (b for i,b in enumerate(self._cut(self._DataLoader__idxs)) if i%self.num_workers==self.offs)
 
     def create_batches(self, batches):
-        for rows in batches: yield self.do_batch([self.do_item(int(i)) for i in rows])
+        for rows in batches: yield self.do_batch([o for i in rows if (o := self.do_item(int(i))) is not None])
 
     def titles(self,
         b, # decoded batch: image, context and perhaps target
@@ -209,12 +217,12 @@ class DomainDL(TfmdDL):
     ) -> list[str]:
         "What a person wants to know of each image: target, cell type, experiment, plate."
         encoder = next(t for t in self.dataset.tls[1].tfms if isinstance(t, ContextEncoder))
-        if targets is None: targets = [f'{self.target} {self._name(t)}' for t in b[2]] if len(b) > 2 else ['']*len(b[0])
+        if targets is None: targets = [f'{self._target} {self._name(t)}' for t in b[2]] if len(b) > 2 else ['']*len(b[0])
         return [f'{t}\n{encoder.describe(c)}'.strip() for t,c in zip(targets, b[1])]
 
     def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, figsize=None, ncols=None, titles=None, **kwargs):
         "Colour images with siRNA, cell type, experiment and plate."
-        if b is None: b = self.one_batch()
+        if b is None: b = (self.new(get_idxs=lambda: [0]*max_n) if unique else self).one_batch()
         if not show: return self._pre_show_batch(b, max_n=max_n)
         b = self.decode(b)
         n = min(max_n, len(b[0]))
@@ -225,16 +233,14 @@ class DomainDL(TfmdDL):
         "The same, with the predicted class below the true one."
         predicted = [self._name(o) for o in (out[0] if is_listy(out) else out)]
         true = [self._name(t) for t in b[2]] if len(b) > 2 else ['?']*len(predicted)
-        titles = self.titles(b, [f'{self.target} {t}, predicted {p}{"" if t==p else " (wrong)"}' for t,p in zip(true, predicted)])
+        titles = self.titles(b, [f'{self._target} {t}, predicted {p}{"" if t==p else " (wrong)"}' for t,p in zip(true, predicted)])
         self.show_batch(b, max_n=max_n, ctxs=ctxs, titles=titles, **kwargs)
 
     def _name(self, i): return 'unknown' if int(i)==MASKED else str(self.vocab[int(i)])
     @property
-    def vocab(self): return self.dataset.vocab
-    @property
-    def target(self): return getattr(self.dataset, 'target_name', 'class')
+    def _target(self): return 'siRNA' if self.target_name=='sirna' else self.target_name.replace('_', ' ')
 
-# %% ../nbs/04_data.ipynb #43252a92
+# %% ../nbs/04_data.ipynb #68dfb364
 def _origin(row): return [row['cell_type'], row['experiment'], row['plate']]
 def _files(row): return row['files']
 
@@ -255,17 +261,19 @@ def screen_block(
     splitter=None # function from the table to (training rows, validation rows)
 ) -> DataBlock: # image, context, target
     "The `DataBlock` of a screen."
-    return DataBlock(blocks=(MultiChannelImageBlock(channels), ContextBlock(cell_types, experiments), TargetBlock(classes)),
+    return DataBlock(blocks=(MultiChannelImageBlock(channels), ContextBlock(cell_types, experiments), TargetBlock(classes, target)),
                      n_inp=2, getters=[_files, _origin, _Target(target)], splitter=splitter, batch_tfms=batch_tfms, dl_type=DomainDL)
 
-def _target_classes(sites, target, valid):
-    "Classes of the training sites, after checks that name what is wrong"
+def _target_classes(sites, target, valid, classes=None):
+    "Classes of the training sites, or those given, after checks that name what is wrong"
     if target not in sites: raise ValueError(f'target {target!r} is no column of the wells; there are {", ".join(sites.columns)}')
-    labels = sites[target][~valid].dropna()
-    if not len(labels): raise ValueError(f'{target} is unknown for all {(~valid).sum():,} training sites; choose other wells')
-    classes = sorted(labels.unique())
-    new = sites[valid & sites[target].notna() & ~sites[target].isin(classes)]
-    if len(new): raise ValueError(f'{target} {new[target].iloc[0]} of well {new.id_code.iloc[0]} is in the validation set but in no training well')
+    known = sites[target].notna()
+    if classes is None:
+        if not known[~valid].any(): raise ValueError(f'{target} is unknown for all {(~valid).sum():,} training sites; choose other wells')
+        classes, where = sorted(sites[target][known & ~valid].unique()), 'is in the validation set but in no training well'
+    else: classes, where = list(classes), f'is not among the {len(classes):,} classes given'
+    new = sites[known & ~sites[target].isin(classes)]
+    if len(new): raise ValueError(f'{target} {new[target].iloc[0]} of well {new.id_code.iloc[0]} {where}')
     return [int(c) if isinstance(c, (int, np.integer)) else c for c in classes]
 
 def screen_dataloaders(
@@ -296,11 +304,10 @@ def screen_dataloaders(
     mask = np.zeros(len(sites), bool) if valid is None else valid_mask(sites, valid) if isinstance(valid, str) else np.asarray(valid, bool)
     if len(mask)!=len(sites): raise ValueError(f'a validation mask of {len(mask)} rows for {len(sites)} sites')
     if mask.all(): raise ValueError('every site is in the validation set; nothing is left to train on')
-    block = screen_block(cell_types or sorted(sites.cell_type.unique()), experiments or sorted(sites.experiment.unique()),
-                         _target_classes(sites, target, mask) if classes is None else classes, target, channels,
+    if bs < 1: raise ValueError(f'bs is {bs}, expected a batch size of 1 or more')
+    names = lambda given, column: sorted(sites[column].unique()) if given is None else given
+    block = screen_block(names(cell_types, 'cell_type'), names(experiments, 'experiment'), _target_classes(sites, target, mask, classes), target, channels,
                          screen_transforms() if transforms is None else transforms,
                          splitter=lambda items: (np.flatnonzero(~mask).tolist(), np.flatnonzero(mask).tolist()))
-    dls = block.dataloaders(sites, path=path, bs=bs, val_bs=val_bs or max(4*bs, 64), domain=domain, repeats=repeats, seed=seed,
-                            num_workers=num_workers, device=device, drop_last=False)
-    for ds in (dls.train_ds, dls.valid_ds): ds.target_name = target
-    return dls
+    return block.dataloaders(sites, path=path, bs=bs, val_bs=val_bs or max(4*bs, 64), domain=domain, repeats=repeats, seed=seed,
+                             num_workers=num_workers, device=device, drop_last=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .screen import CHANNELS, site_files
 
-# %% ../nbs/02_image.ipynb #b1b00e38
+# %% ../nbs/02_image.ipynb #0b2a2121
 def read_channel(
     path:str|Path # an 8-bit PNG or TIFF, grey or RGB
 ) -> np.ndarray: # uint8 (H, W), or (H, W, 3) for a composite
@@ -28,12 +28,13 @@ def read_channel(
     try:
         with Image.open(path) as im:
             if im.mode not in ('L', 'RGB'): raise ValueError(f'{path}: mode {im.mode}, expected 8-bit grey (L) or RGB')
+            im.load() # a file that was cut off fails here
             return np.asarray(im)
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
     except UnidentifiedImageError: raise ValueError(f'{path} is not an image') from None
-    except (OSError, SyntaxError) as e: raise ValueError(f'{path} cannot be read: {e}') from None # a PNG that was cut off
+    except (OSError, SyntaxError) as e: raise ValueError(f'{path} cannot be read: {e}') from None
 
-# %% ../nbs/02_image.ipynb #3dd67dcb
+# %% ../nbs/02_image.ipynb #a56f3b07
 def read_site(
     files:str|Sequence, # path pattern with `{channel}`, one composite, or the paths of the channels
     channels:Sequence[int]=CHANNELS # numbers to put into the pattern
@@ -42,15 +43,16 @@ def read_site(
 
     Raises: FileNotFoundError naming the first missing file; ValueError if channels differ in size or a composite is mixed with others.
     """
-    paths = site_files(files, channels) if isinstance(files, (str, Path)) else list(files)
+    paths = site_files(str(files), channels) if isinstance(files, (str, Path)) else [Path(f) for f in files]
+    if not paths: raise ValueError(f'{files!r} with channels {channels!r} is no file, expected one per channel')
     planes = [read_channel(p) for p in paths]
-    if len(planes)==1 and planes[0].ndim==3: return np.ascontiguousarray(planes[0].transpose(2, 0, 1))
+    if len(planes)==1 and planes[0].ndim==3: return planes[0].transpose(2, 0, 1).copy()
     for p, x in zip(paths, planes):
         if x.ndim!=2: raise ValueError(f'{p}: a colour image, expected one grey image per channel')
         if x.shape!=planes[0].shape: raise ValueError(f'{p}: {x.shape[0]}x{x.shape[1]} pixels, but {paths[0].name} has {planes[0].shape[0]}x{planes[0].shape[1]}')
     return np.stack(planes)
 
-# %% ../nbs/02_image.ipynb #38084697
+# %% ../nbs/02_image.ipynb #99b12694
 class MultiChannelImage(TensorImage):
     "The channels of one site: uint8 `(C, H, W)` grey values, or floats after the batch transforms."
     @classmethod
@@ -59,10 +61,9 @@ class MultiChannelImage(TensorImage):
         channels:Sequence[int]=CHANNELS # numbers to put into the pattern
     ) -> 'MultiChannelImage':
         "From a path pattern with `{channel}`, from a list of paths, or from an array."
-        if isinstance(files, Tensor): return files.as_subclass(cls)
-        x = files if isinstance(files, np.ndarray) else read_site(files, channels)
+        x = files if isinstance(files, (np.ndarray, Tensor)) else read_site(files, channels)
         if x.ndim!=3: raise ValueError(f'an image of shape {tuple(x.shape)}, expected (channels, height, width)')
-        return torch.from_numpy(np.ascontiguousarray(x)).as_subclass(cls)
+        return (x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))).as_subclass(cls)
 
     def show(self, ctx=None, title=None, figsize=(3, 3), **kwargs):
         "Show as colours on the axes `ctx`."
@@ -72,18 +73,23 @@ class MultiChannelImage(TensorImage):
         if title is not None: ax.set_title(title, fontsize=8)
         return ax
 
-# %% ../nbs/02_image.ipynb #8a9be823
+# %% ../nbs/02_image.ipynb #e62de257
 stain_names = 'nucleus', 'ER', 'actin', 'RNA', 'mitochondria', 'Golgi'
 stain_colors = ((0., .2, 1.), (0., .9, .1), (1., .1, .1), (0., .6, .7), (.8, 0., .7), (.8, .7, 0.))
+
+def _float_array(x):
+    "Pixels on any device and of any type as float32, NaN where they are infinite"
+    x = np.asarray(x.detach().as_subclass(Tensor).float().cpu() if isinstance(x, Tensor) else x, dtype=np.float32)
+    return np.where(np.isfinite(x), x, np.nan)
 
 def channel_limits(
     x:Tensor|np.ndarray, # (C, H, W) or (N, C, H, W), uint8 or float
     percentiles:tuple=(1, 99.7) # that are to become black and full colour
-) -> np.ndarray: # (C, 2)
+) -> np.ndarray: # (C, 2); 0 and 1 for a channel without a number
     "Low and high value of each channel, for `stains_to_rgb`."
-    x = np.asarray(x.as_subclass(Tensor).float() if isinstance(x, Tensor) else x, dtype=np.float32)
-    x = np.moveaxis(x, -3, 0).reshape(x.shape[-3], -1)
-    return np.percentile(x, percentiles, axis=1).T
+    x = _float_array(x)
+    planes = (c[np.isfinite(c)] for c in np.moveaxis(x, -3, 0))
+    return np.array([np.percentile(c, percentiles) if len(c) else (0, 1) for c in planes])
 
 def stains_to_rgb(
     x:Tensor|np.ndarray, # (C, H, W), uint8 or float
@@ -93,28 +99,29 @@ def stains_to_rgb(
 ) -> np.ndarray: # float32 (H, W, 3), 0-1
     """Additive colours of the stains.
 
-    Raises: ValueError if there are fewer colours or limits than channels.
+    Raises: ValueError if it is no single image, or there are fewer colours or limits than channels.
     """
-    if isinstance(x, Tensor): x = x.detach().cpu().as_subclass(Tensor).float().numpy()
+    x = _float_array(x)
+    if x.ndim!=3: raise ValueError(f'an image of shape {x.shape}, expected (channels, height, width)')
     limits = channel_limits(x) if limits is None else np.asarray(limits, np.float32)
     if len(x) > len(colors): raise ValueError(f'{len(x)} channels, but {len(colors)} colours; give `colors`')
     if limits.shape!=(len(x), 2): raise ValueError(f'limits of shape {limits.shape}, expected ({len(x)}, 2)')
     low, high = limits[:, 0, None, None], limits[:, 1, None, None]
-    scaled = np.clip((x-low)/np.maximum(high-low, 1e-6), 0, 1)
+    scaled = np.nan_to_num(np.clip((x-low)/np.maximum(high-low, 1e-6), 0, 1))
     return np.clip(brightness*np.einsum('chw,ck->hwk', scaled, np.asarray(colors[:len(x)], np.float32)), 0, 1).astype(np.float32)
 
-# %% ../nbs/02_image.ipynb #99074750
+# %% ../nbs/02_image.ipynb #0013feed
 def show_channels(
     x:Tensor|np.ndarray, # (C, H, W), uint8 or float
     names:Sequence[str]=stain_names, # titles
     limits:np.ndarray=None, # (C, 2); by default `channel_limits(x)`
     figsize:tuple=(11, 2.2) # of the whole row, in inches
-):
+) -> np.ndarray: # the axes
     "The colour image, then each channel in grey."
     limits = channel_limits(x) if limits is None else limits
     fig, axes = plt.subplots(1, len(x)+1, figsize=figsize)
     axes[0].imshow(stains_to_rgb(x, limits)); axes[0].set_title('together', fontsize=9)
-    for i, (ax, plane) in enumerate(zip(axes[1:], np.asarray(x)), 1):
+    for i, (ax, plane) in enumerate(zip(axes[1:], _float_array(x)), 1):
         ax.imshow(plane, cmap='gray', vmin=limits[i-1][0], vmax=limits[i-1][1])
         ax.set_title(f'{i} {names[i-1]}' if i <= len(names) else str(i), fontsize=9)
     for ax in axes: ax.axis('off')

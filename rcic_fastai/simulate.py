@@ -5,14 +5,16 @@ __all__ = ['morphology_names', 'real_intensity', 'other_intensity', 'named_rng',
            'cell_centres', 'draw_cells', 'Camera', 'plate_camera', 'cell_type_morphology', 'sirna_morphology', 'expose',
            'grey_scale', 'design_screen', 'Simulation', 'simulate_site', 'simulate_screen']
 
-# %% ../nbs/01_simulate.ipynb #bdeb83b5
-import hashlib, os
+# %% ../nbs/01_simulate.ipynb #3796f21a
+import hashlib, json, os, re, signal
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np, pandas as pd
+from fastcore.parallel import num_cpus
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
@@ -225,7 +227,7 @@ def grey_scale(
     slope = std/fields.std((2, 3)).mean(0)
     return tuple(fields.mean((0, 2, 3))+2*fields.std((2, 3)).mean(0)), tuple(slope), tuple(mean-slope*fields.mean((0, 2, 3)))
 
-# %% ../nbs/01_simulate.ipynb #4d25dd61
+# %% ../nbs/01_simulate.ipynb #5a6aa07c
 _rows, _columns = 'BCDEFGHIJKLMNO', range(2, 24)
 _control_wells = [f'{r}{c:02}' for r in 'CFHJM' for c in (3, 7, 11, 15, 19, 22)]
 _free_wells = [w for r in _rows for c in _columns if (w := f'{r}{c:02}') not in _control_wells and w != 'B02']
@@ -241,26 +243,35 @@ def _plate_wells(seed, experiment, plate, treatments, positives, negative, missi
     if free and rng.random() < .16: rows.append((free.pop(), 'negative_control', negative))
     return pd.DataFrame(rows, columns=['well', 'well_type', 'sirna']).assign(experiment=experiment, plate=plate)
 
+def _check_design(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates):
+    "Readable errors for a screen that nobody could run, or that `read_screen` would refuse"
+    for name in cell_types:
+        if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9.+-]*', str(name)): raise ValueError(f'cell type {name!r} is no name such as HUVEC: letters, digits, ".", "+" and "-"')
+    if not cell_types or len(set(cell_types)) < len(cell_types): raise ValueError(f'cell_types is {cell_types}, expected one name or more, each once')
+    if n_train < 1 or n_test < 0: raise ValueError(f'n_train is {n_train} and n_test is {n_test}, expected at least 1 training and 0 test experiments')
+    if not 1 <= n_plates <= 4: raise ValueError(f'n_plates is {n_plates}, expected 1 to 4')
+    if not 0 <= n_positive <= len(_control_wells): raise ValueError(f'n_positive is {n_positive}; a plate has {len(_control_wells)} wells for positive controls')
+    if not n_plates <= n_sirnas <= n_plates*len(_free_wells):
+        raise ValueError(f'n_sirnas is {n_sirnas}; {n_plates} plates hold {n_plates} to {n_plates*len(_free_wells)} treatments')
+
 def design_screen(
     n_sirnas:int=48, # number of treatment siRNAs, at most 277 a plate
-    n_train:int=6, # training experiments of each cell type
-    n_test:int=2, # test experiments of each cell type
-    cell_types:tuple=('HUVEC', 'RPE'), # names of the cell types
-    n_positive:int|None=None, # number of positive-control siRNAs, at most 30; by default 30, or fewer on a small screen
-    n_plates:int=4, # plates of an experiment, and groups of siRNAs
-    missing:float=.17, # share of plates that lost wells
+    n_train:int=6, # training experiments of each cell type, at least 1
+    n_test:int=2, # test experiments of each cell type; 0 for a screen without a test set
+    cell_types:str|tuple=('HUVEC', 'RPE'), # name or names of the cell types
+    n_positive:int|None=None, # number of positive-control siRNAs, at most 30; by default an eighth of the treatments, 3 to 30
+    n_plates:int=4, # plates of an experiment, and groups of siRNAs; 1-4
+    missing:float=.17, # share of plates that lost wells, 0-1
     seed:int=0 # everything follows from it
 ) -> pd.DataFrame: # one row per well: id_code, split, cell_type, experiment, plate, well, well_type, sirna
     """Lay out the wells of a screen: which siRNA is where.
 
     Treatments are numbered from 0, positive controls follow, the negative control is last.
-    Raises: ValueError for a number that no plate can hold.
+    Raises: ValueError for a number that no plate can hold, or a cell type that is no name.
     """
+    cell_types = (cell_types,) if isinstance(cell_types, str) else tuple(cell_types)
     if n_positive is None: n_positive = int(np.clip(n_sirnas//8, 3, 30))
-    if not 0 <= n_positive <= 30: raise ValueError(f'n_positive is {n_positive}; a plate has 30 wells for positive controls')
-    if not n_plates <= n_sirnas <= n_plates*len(_free_wells):
-        raise ValueError(f'n_sirnas is {n_sirnas}; {n_plates} plates hold {n_plates} to {n_plates*len(_free_wells)} treatments')
-    if min(n_train, n_test) < 0 or n_train+n_test < 1: raise ValueError(f'n_train is {n_train} and n_test {n_test}: there is no experiment')
+    _check_design(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates)
     groups = np.array_split(named_rng(seed, 'groups').permutation(n_sirnas), n_plates)
     positives, negative, tables = np.arange(n_sirnas, n_sirnas+n_positive), n_sirnas+n_positive, []
     for t, cell_type in enumerate(cell_types):
@@ -270,23 +281,30 @@ def design_screen(
             unseen_here = split == 'test' and (i-n_train+t) % 2 == 0 # every other test experiment has the rotation that training never shows
             rotation = n_plates-1 if unseen_here else rng.integers(seen)
             for g, treatments in enumerate(groups):
-                w = _plate_wells(seed, experiment, (g+rotation) % n_plates + 1, treatments, positives, negative, missing)
+                w = _plate_wells(seed, experiment, (g+rotation) % n_plates + 1, treatments, positives, negative, missing if i else 0)
                 tables.append(w.assign(split=split, cell_type=cell_type))
     wells = pd.concat(tables).sort_values(['experiment', 'plate', 'well'], kind='stable', ignore_index=True)
     wells['id_code'] = wells.experiment + '_' + wells.plate.astype(str) + '_' + wells.well
     return wells[['id_code', 'split', 'cell_type', 'experiment', 'plate', 'well', 'well_type', 'sirna']]
 
-# %% ../nbs/01_simulate.ipynb #0ef4ac61
+# %% ../nbs/01_simulate.ipynb #ce579d50
 @dataclass(frozen=True)
 class Simulation:
     "What the pixels of a screen depend on."
     seed:int=0 # of everything
     image_size:int=64 # side of the image in pixels
     cell_radius:float=8. # in pixels
-    n_sites:int=2 # sites per well
+    n_sites:int=2 # sites per well, 1 or 2
     effect:float=.5 # size of the phenotypes
     batch_effect:float=1. # size of the difference between experiments
     plate_effect:float=.1 # size of the difference between plates, as a share of it
+
+    def __post_init__(self):
+        if self.image_size < 16: raise ValueError(f'image_size is {self.image_size}, expected at least 16 pixels')
+        if self.cell_radius < 2: raise ValueError(f'cell_radius is {self.cell_radius}, expected at least 2 pixels')
+        if self.n_sites not in (1, 2): raise ValueError(f'n_sites is {self.n_sites}, expected 1 or 2')
+        for k in ('effect', 'batch_effect', 'plate_effect'):
+            if not getattr(self, k) >= 0: raise ValueError(f'{k} is {getattr(self, k)}, expected 0 or more')
 
 def simulate_site(
     sim:Simulation, # settings of the screen
@@ -304,82 +322,90 @@ def simulate_site(
     grey = expose(field, camera, grey_scale(sim.seed, well.cell_type, sim.image_size, sim.cell_radius), sim.cell_radius, rng)
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
 
-def _save(x, path):
+def _replace(path, write):
+    "Let `write` write a file under a temporary name, then rename it: a file is there whole or not at all"
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    Image.fromarray(x).save(temporary, format='PNG')
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
 
-def _write_plate(sim, root, wells):
-    "Write the images of the wells of one plate; return how many sites were new"
-    folder, n = root/wells.split.iloc[0]/wells.experiment.iloc[0]/f'Plate{wells.plate.iloc[0]}', 0
+def _write_wells(sim, root, wells):
+    "Write the images of some wells of one plate; return the number of their sites"
+    folder = root/wells.split.iloc[0]/wells.experiment.iloc[0]/f'Plate{wells.plate.iloc[0]}'
     folder.mkdir(parents=True, exist_ok=True)
     for well in wells.itertuples():
         for site in range(1, sim.n_sites+1):
             paths = [folder/f'{well.well}_s{site}_w{c}.png' for c in range(1, 7)]
             if all(p.exists() for p in paths): continue
-            for x, p in zip(simulate_site(sim, well, site), paths): _save(x, p)
-            n += 1
-    return n
+            for x, p in zip(simulate_site(sim, well, site), paths): _replace(p, partial(Image.fromarray(x).save, format='PNG'))
+    return len(wells)*sim.n_sites
+
+def _ignore_interrupt(): signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches every process; the first one stops the others
+
+def _map_parts(write, parts, workers):
+    "Results of `write` for all parts in order, from any number of processes"
+    if min(workers, len(parts)) <= 1: yield from map(write, parts); return
+    with ProcessPoolExecutor(min(workers, len(parts)), initializer=_ignore_interrupt) as pool:
+        try: yield from pool.map(write, parts)
+        finally: pool.shutdown(cancel_futures=True) # after an error or Ctrl-C: finish the wells in hand, start no others
 
 def _write_tables(wells, root):
     "Write the CSV tables of the Kaggle layout, and the truth"
-    for split in ('train', 'test'):
-        w = wells[wells.split==split]
-        treated, base = w[w.well_type=='treatment'], ['id_code', 'experiment', 'plate', 'well']
-        _to_csv(treated[base + (['sirna'] if split=='train' else [])], root/f'{split}.csv')
-        _to_csv(w[w.well_type!='treatment'][base + ['sirna', 'well_type']], root/f'{split}_controls.csv')
-    _to_csv(treated[['id_code']].assign(sirna=0), root/'sample_submission.csv')
-    _to_csv(treated[['id_code', 'sirna']], root/'truth.csv')
+    well, to_csv = ['id_code', 'experiment', 'plate', 'well'], lambda t, name: _replace(root/name, partial(t.to_csv, index=False))
+    for split, w in wells.groupby('split'):
+        treated = w[w.well_type=='treatment']
+        to_csv(treated[well + (['sirna'] if split=='train' else [])], f'{split}.csv')
+        to_csv(w[w.well_type!='treatment'][well + ['sirna', 'well_type']], f'{split}_controls.csv')
+        if split=='test':
+            to_csv(treated[['id_code']].assign(sirna=0), 'sample_submission.csv')
+            to_csv(treated[['id_code', 'sirna']], 'truth.csv')
 
-def _to_csv(table, path):
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    table.to_csv(temporary, index=False)
-    os.replace(temporary, path)
-
-# %% ../nbs/01_simulate.ipynb #ed8de336
+# %% ../nbs/01_simulate.ipynb #c99c45fd
 def simulate_screen(
     path:str|Path, # folder to write to; made if need be
     n_sirnas:int=48, # number of treatment siRNAs
-    n_train:int=6, # training experiments of each cell type
-    n_test:int=2, # test experiments of each cell type
-    cell_types:tuple=('HUVEC', 'RPE'), # names of the cell types
+    n_train:int=6, # training experiments of each cell type, at least 1
+    n_test:int=2, # test experiments of each cell type; with 0 there are no test tables and no truth
+    cell_types:str|tuple=('HUVEC', 'RPE'), # name or names of the cell types
     image_size:int=64, # side of the images in pixels
     cell_radius:float|None=None, # in pixels; an eighth of the image side by default, at most 26
-    n_sites:int=2, # sites per well
+    n_sites:int=2, # sites per well, 1 or 2; `read_screen` expects 2
     n_positive:int|None=None, # number of positive-control siRNAs
-    n_plates:int=4, # plates of an experiment
+    n_plates:int=4, # plates of an experiment, 1-4
     effect:float=.5, # size of the phenotypes
     batch_effect:float=1., # size of the batch effect
-    missing:float=.17, # share of plates that lost wells
+    plate_effect:float=.1, # size of the difference between plates, as a share of the batch effect
+    missing:float=.17, # share of plates that lost wells, 0-1
     seed:int=0, # of everything; the same seed and settings give the same bytes
-    workers:int|None=None, # processes; all cores by default
+    workers:int|None=None, # processes; by default one per core, 0 or 1 write in this process
     progress:bool=True # show a progress bar?
 ) -> Path: # `path`
     """Write a screen in the Kaggle layout: `train.csv` and the other tables, `train/HUVEC-01/Plate1/B03_s1_w1.png`, and `truth.csv`.
 
-    Raises: ValueError if the folder holds a screen made with other settings.
+    Raises: ValueError for settings out of range, or a folder that holds a screen made with others.
     """
     root = Path(path)
-    sim = Simulation(seed, image_size, min(image_size/8, 26.) if cell_radius is None else cell_radius, n_sites, effect, batch_effect)
-    wells = design_screen(n_sirnas, n_train, n_test, tuple(cell_types), n_positive, n_plates, missing, seed)
-    _claim(root, repr((sim, n_sirnas, n_train, n_test, tuple(cell_types), n_positive, n_plates, missing)))
+    cell_types = (cell_types,) if isinstance(cell_types, str) else tuple(cell_types)
+    sim = Simulation(seed, image_size, min(image_size/8, 26.) if cell_radius is None else cell_radius, n_sites, effect, batch_effect, plate_effect)
+    wells = design_screen(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates, missing, seed)
+    _claim(root, dict(asdict(sim), n_sirnas=n_sirnas, n_train=n_train, n_test=n_test, cell_types=list(cell_types),
+                      n_positive=n_positive, n_plates=n_plates, missing=missing))
     _write_tables(wells, root)
-    plates = [w for _,w in wells.groupby(['experiment', 'plate'])]
-    write, workers = partial(_write_plate, sim, root), workers or os.cpu_count()
-    bar = tqdm(total=len(plates), desc=f'Simulating {len(wells)*n_sites} sites', unit='plate', disable=not progress)
-    with bar:
-        if workers == 1:
-            for p in plates: write(p); bar.update()
-        else:
-            with ProcessPoolExecutor(workers) as pool:
-                for _ in pool.map(write, plates): bar.update()
+    parts = [w.iloc[i:i+8] for _,w in wells.groupby(['experiment', 'plate']) for i in range(0, len(w), 8)]
+    done = _map_parts(partial(_write_wells, sim, root), parts, num_cpus() if workers is None else workers)
+    with tqdm(total=len(wells)*n_sites, desc='Simulating', unit='site', disable=not progress) as bar, closing(done):
+        for n in done: bar.update(n)
     return root
 
 def _claim(root, settings):
     "Make `root` the home of a screen with these settings, or refuse if another one lives there"
-    note = root/'simulation.txt'
-    if note.exists() and note.read_text() != settings:
-        raise ValueError(f'{root} holds a simulated screen with other settings; give another folder or delete it:\n  there: {note.read_text()}\n  asked: {settings}')
-    if not note.exists() and (root/'train.csv').exists(): raise ValueError(f'{root} holds a screen that is not a simulated one; give another folder')
+    note = root/'simulation.json'
+    if note.exists():
+        there = json.loads(note.read_text())
+        other = [f'{k} is {there.get(k)} there, {v} now' for k,v in settings.items() if there.get(k)!=v]
+        if other: raise ValueError(f'{root} holds a simulated screen with other settings ({"; ".join(other)}); give another folder or delete it')
+    elif (root/'train.csv').exists(): raise ValueError(f'{root} holds a screen that is not a simulated one; give another folder')
     root.mkdir(parents=True, exist_ok=True)
-    note.write_text(settings)
+    text = json.dumps(settings, indent=2, default=lambda o: o.item()) # NumPy numbers are welcome
+    _replace(note, lambda p: p.write_text(text+'\n'))

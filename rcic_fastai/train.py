@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['DataSettings', 'ModelSettings', 'LossSettings', 'TrainSettings', 'DeviceSettings', 'InferenceSettings', 'Recipe',
-           'radam', 'fast_precision', 'AutoMixedPrecision', 'ChannelsLast', 'recipe_model', 'screen_learner',
-           'fit_stage', 'sample_sites', 'measure_stats', 'recipe_dataloaders', 'pretrain_on_controls', 'write_text',
-           'train_run', 'recipe_from_dict', 'read_run', 'load_run']
+           'radam', 'fast_precision', 'AutoMixedPrecision', 'ChannelsLast', 'SkipEmptyValidation', 'recipe_model',
+           'screen_learner', 'fit_stage', 'sample_sites', 'measure_stats', 'recipe_dataloaders', 'pretrain_on_controls',
+           'write_text', 'train_run', 'recipe_from_dict', 'read_run', 'load_run']
 
 # %% ../nbs/09_train.ipynb #367148e4
 import json, math, os, platform
@@ -29,19 +29,19 @@ from .loss import create_loss
 from .model import create_model, load_weights, param_groups, save_model
 from .screen import Screen, valid_mask
 
-# %% ../nbs/09_train.ipynb #3c6ccbfa
+# %% ../nbs/09_train.ipynb #3be89880
 @dataclass(frozen=True)
 class DataSettings:
     "From sites to batches."
     domain:str|None='experiment' # what the sites of a batch share: null, 'cell_type', 'experiment' or 'plate'
     batch_size:int=32 # sites
     size:int|None=None # side that windows are resized to, in pixels; null: as they are
-    crop:int|None=None # side of random windows at native scale, in pixels; null: the whole image
+    crop:int|None=None # side of random windows at native scale, in pixels; smaller images are taken whole; null: the whole image
     standardize:str='image' # whose mean and standard deviation: 'image', 'plate', 'experiment' or 'screen'
     d4:bool=True # random symmetries of the square
     intensity:float=.1 # random gain and offset per channel, in standard deviations; 0: off
     cutout:int=0 # random rectangles
-    repeats:int=1 # how often an epoch shows a site
+    epoch_sites:int=0 # an epoch shows at least so many; sites are repeated where there are fewer
     workers:int=0 # processes that read files
 
 @dataclass(frozen=True)
@@ -155,12 +155,18 @@ class AutoMixedPrecision(MixedPrecision):
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
     def after_fit(self): self._leave(); self.learn.scaler = None
 
-# %% ../nbs/09_train.ipynb #ffa4054e
+# %% ../nbs/09_train.ipynb #e9d9ae81
 class ChannelsLast(Callback):
     "Give the network images in channels-last layout."
     order = MixedPrecision.order-1
     def before_fit(self): self.learn.model.to(memory_format=torch.channels_last)
     def before_batch(self): self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim==4 else x for x in self.xb)
+
+class SkipEmptyValidation(Callback):
+    "Leave validation out where there is no validation set, instead of a warning in every epoch."
+    order = -20
+    def before_validate(self):
+        if not len(self.dl.dataset): raise CancelValidException
 
 def recipe_model(
     recipe:Recipe, # settings
@@ -186,7 +192,7 @@ def screen_learner(
         set_seed(recipe.seed)
         image, context, *_ = dls.train.dataset[0]
         model = recipe_model(recipe, len(dls.vocab), len(image), len(_context_encoder(dls).cell_types))
-    callbacks = [AutoMixedPrecision(recipe.device.precision), BatchNormModeCallback('batch' if recipe.data.domain else 'running')]
+    callbacks = [AutoMixedPrecision(recipe.device.precision), BatchNormModeCallback('batch' if recipe.data.domain else 'running'), SkipEmptyValidation()]
     if recipe.device.channels_last: callbacks.append(ChannelsLast())
     return Learner(dls, model, loss_func=create_loss(recipe.loss.name, **recipe.loss.options), opt_func=radam, metrics=accuracy,
                    splitter=param_groups, path=path, cbs=callbacks+list(cbs or []), **kwargs)
@@ -202,7 +208,7 @@ def fit_stage(
     learn.fit_one_cycle(stage.epochs, lr_max=stage.lr, pct_start=stage.pct_start, wd=stage.weight_decay, cbs=cbs)
     return learn
 
-# %% ../nbs/09_train.ipynb #fc1db165
+# %% ../nbs/09_train.ipynb #57201893
 def sample_sites(
     sites:pd.DataFrame, # sites
     by:str, # 'screen', 'experiment' or 'plate'
@@ -233,10 +239,13 @@ def recipe_dataloaders(
 ):
     "DataLoaders as the recipe describes them; `dls.stats` holds the statistics they standardise by."
     d = recipe.data
-    make = partial(screen_dataloaders, sites, valid=valid, domain=d.domain, bs=d.batch_size, repeats=d.repeats, num_workers=d.workers,
-                   seed=recipe.seed, **kwargs)
-    if d.standardize!='image' and stats is None: stats = measure_stats(make(transforms=[]), sites, d.standardize, recipe.seed)
-    dls = make(transforms=screen_transforms(size=d.size, crop=d.crop, d4=d.d4, intensity=d.intensity, cutout=d.cutout,
+    n_train = len(sites) if valid is None or isinstance(valid, str) else int((~np.asarray(valid, bool)).sum())
+    make = partial(screen_dataloaders, sites, valid=valid, domain=d.domain, bs=d.batch_size, num_workers=d.workers, seed=recipe.seed,
+                   repeats=max(1, math.ceil(d.epoch_sites/max(n_train, 1))), **kwargs)
+    raw = make(transforms=[])
+    if d.standardize!='image' and stats is None: stats = measure_stats(raw, sites, d.standardize, recipe.seed)
+    side = min(raw.train_ds[0][0].shape[-2:])
+    dls = make(transforms=screen_transforms(size=d.size, crop=d.crop if d.crop and d.crop < side else None, d4=d.d4, intensity=d.intensity, cutout=d.cutout,
                                             standardize=d.standardize, stats=stats))
     dls.stats = stats
     return dls

@@ -177,7 +177,7 @@ def test_large_mean_does_not_cancel(dtype):
 def test_rounded_first_estimate_is_corrected():
     "At 1e5 float32 rounds the first estimate of the mean by up to .004, a visible share of the variance of .01"
     x = 1e5 + .1*torch.randn(64, 8, 8, 8)
-    s,exact = channel_stats(x),x.double()
+    s,exact = layer_stats(x),x.double()
     torch.testing.assert_close(s.mean, exact.mean((0,2,3)), rtol=1e-12, atol=0)
     torch.testing.assert_close(s.var, exact.var((0,2,3), correction=0), rtol=1e-6, atol=0)
 

@@ -1,15 +1,41 @@
 "Backbones, first convolutions, heads, weights in and out. Nothing is downloaded: loaders are replaced, files are made here."
-import copy, io, pickle, socket, urllib.error
+import copy
+import io
+import pickle
+import socket
+import urllib.error
 
-import pytest, timm, torch, torch.nn.functional as F
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
 from fastai.layers import AdaptiveConcatPool2d
 from fastai.torch_core import TensorBase, TensorImage
 from pretrainedmodels.models import senet
 from torch import nn
 
 import rcic_fastai.model as M
-from rcic_fastai.model import (Backbone, Body, CosineLinear, GeM, ScreenModel, channel_mixing, create_backbone, create_head, create_model, download_weights,
-                               first_convs, load_weights, param_groups, patch_first_conv, read_meta, read_weights, save_model, weight_urls)
+from rcic_fastai.model import (
+    Backbone,
+    Body,
+    CosineLinear,
+    GeM,
+    ScreenModel,
+    channel_mixing,
+    create_backbone,
+    create_head,
+    create_model,
+    download_weights,
+    first_convs,
+    load_weights,
+    param_groups,
+    patch_first_conv,
+    read_meta,
+    read_weights,
+    save_model,
+    weight_urls,
+)
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -131,6 +157,8 @@ def test_patch_keeps_the_convolution():
     assert c is before and (c.stride, c.padding, c.dilation, c.in_channels) == ((2,2), (1,1), (2,2), 6) and c.bias is not None
     assert isinstance(c.weight, nn.Parameter) and c.weight.requires_grad and c(torch.randn(1, 6, 20, 20)).shape[1] == 8
     w = c.weight
+    frozen = conv().requires_grad_(False)
+    assert not patch_first_conv(frozen, 6)[0].weight.requires_grad
     assert patch_first_conv(net, 6, 'random')[0].weight is w # six already
 
 def test_parallel_stems():
@@ -169,7 +197,8 @@ def test_pretrained_prefers_timm_and_falls_back(monkeypatch):
     assert [a[1:] for a in asked] == [(True, False, 15.), (True, True, 15.)] and socket.getdefaulttimeout() is None
 
 def test_no_network(no_network):
-    with pytest.raises(ConnectionError, match="(?s)pretrained='FILE.pth'.*github.*no network here.*lip6"): create_backbone('se_resnext50_32x4d', pretrained=True)
+    with pytest.raises(ConnectionError, match="(?s)pretrained='FILE.pth'.*github.*no network here.*lip6"):
+        create_backbone('se_resnext50_32x4d', pretrained=True)
     assert socket.getdefaulttimeout() is None
     with pytest.raises(ValueError, match='small_seresnext has no published weights'): create_backbone('small_seresnext', pretrained=True)
 
@@ -208,7 +237,8 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match='w.pth does not fit ResNet; weights 1 missing: layer1.0.conv1.weight$'):
         attempt({k: v for k,v in state.items() if k != 'layer1.0.conv1.weight'})
     with pytest.raises(ValueError, match='1 unexpected: layer9.weight'): attempt(state | {'layer9.weight': torch.zeros(1)})
-    with pytest.raises(ValueError, match=r'conv1.weight is \(64, 6, 7, 7\), expected \(64, 3, 7, 7\)'): attempt(state | {'conv1.weight': torch.zeros(64, 6, 7, 7)})
+    with pytest.raises(ValueError, match=r'conv1.weight is \(64, 6, 7, 7\), expected \(64, 3, 7, 7\)'):
+        attempt(state | {'conv1.weight': torch.zeros(64, 6, 7, 7)})
     with pytest.raises(ValueError, match='dictionary of tensors'): attempt({'a': 1})
 
 class Evil:
@@ -263,14 +293,15 @@ def test_cosines_stay_float32_under_autocast():
 def test_cosine_of_nothing_has_a_finite_gradient():
     head,x = CosineLinear(8, 4),torch.zeros(2, 8, requires_grad=True)
     head(x).sum().backward()
-    assert x.grad.isfinite().all() and head.weight.grad.isfinite().all() and not head(x).any()
+    assert x.grad.abs().max() < 1e8 and head.weight.grad.isfinite().all() and not head(x).any()
 
 def test_class_weights_are_spread():
     w = F.normalize(CosineLinear(2048, 277).weight)
     assert (w@w.T - torch.eye(277)).abs().max() < .15
     assert (CosineLinear(2048, 277).weight.norm(dim=1) - 1).abs().max() < .1
 
-@pytest.mark.parametrize('kind,classifier,embedding', [('linear','linear',10), ('cosine','linear',10), ('neck','linear',16), ('neck','cosine',16)])
+@pytest.mark.parametrize('kind,classifier,embedding', [('linear','linear',10), ('cosine','linear',10), ('neck','linear',16),
+                                                       ('neck','cosine',16)])
 @pytest.mark.parametrize('n_cell_types', [0, 3])
 def test_heads(kind, classifier, embedding, n_cell_types):
     head = create_head(kind, 10, 5, n_hidden=16, dropout=.5, classifier=classifier, n_cell_types=n_cell_types).eval()
@@ -299,8 +330,9 @@ def test_cell_types():
     with pytest.raises(ValueError, match='row 1 has cell type 2, but the head knows 2'): head(x, c+1)
 
 def test_head_errors():
-    for kw,match in [(dict(kind='mlp'), "head is 'mlp', expected one of linear, cosine, neck"), (dict(classifier='svm'), "classifier is 'svm'"),
-                     (dict(dropout=1.), 'dropout is 1.0'), (dict(n_classes=0), 'n_classes is 0'), (dict(n_cell_types=-1), 'n_cell_types is -1')]:
+    for kw,match in [(dict(kind='mlp'), "head is 'mlp', expected one of linear, cosine, neck"), (dict(classifier='svm'), "is 'svm'"),
+                     (dict(dropout=1.), 'dropout is 1.0'), (dict(n_classes=0), 'n_classes is 0'),
+                     (dict(n_cell_types=-1), 'n_cell_types is -1')]:
         with pytest.raises(ValueError, match=match): create_head(**{**dict(kind='linear', n_features=4, n_classes=3), **kw})
 
 # ---- the model
@@ -360,6 +392,8 @@ def test_param_groups(arch):
     assert where[id(model.body.pool.p)] == 1 and {where[id(p)] for p in model.head.parameters()} == {2}
     order = [where[id(p)] for p in model.body.backbone.parameters()]
     assert order == sorted(order)
+    early,later = (sum(p.ndim > 1 for p in g) for g in groups[:2])
+    assert .25 < early/(early+later) < .75
 
 def test_param_groups_keeps_blocks_whole():
     model = create_model('resnet18', 5)
@@ -385,7 +419,7 @@ def test_save_and_load(tmp_path, small):
     twin = copy.deepcopy(small).to(memory_format=torch.contiguous_format)
     for p in twin.parameters(): p.data.zero_()
     assert load_weights(twin, file) is twin
-    for (k,a),b in zip(small.state_dict().items(), twin.state_dict().values()): assert torch.equal(a, b), k
+    for (k,a),b in zip(small.state_dict().items(), twin.state_dict().values(), strict=True): assert torch.equal(a, b), k
 
 def test_wrapped_models_save_their_own_names(tmp_path):
     class Wrapped(nn.Module): # as torch.compile and DistributedDataParallel do

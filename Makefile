@@ -1,0 +1,79 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV ?= .venv
+# one thread per process, one process per core, at most four (each holds a torch of about 1 GB)
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(4, os.cpu_count() or 1)))')
+STAMP := $(VENV)/.installed
+RUN := PATH="$$(cd $(VENV)/bin && pwd):$$PATH"
+RUN1 := $(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# what `make export` writes, and the few files it needs to do so
+GENERATED := nbs rcic_fastai README.md docs/readme
+EXPORT_NEEDS := $(GENERATED) Makefile pyproject.toml tools
+
+.PHONY: help
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and f"$(PYTHON) is Python {v[0]}.{v[1]}; this project needs 3.10 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -e '.[dev]'
+	@touch $@
+
+.PHONY: install
+install: $(STAMP) ## create .venv and install the package with its development tools (once)
+
+.PHONY: demo
+demo: install ## simulate a screen, train, predict, assign, score; ends with the table and the run folder (ARGS="--seed 1")
+	@$(RUN) rcic-demo $(ARGS)
+
+.PHONY: test
+test: install lint check test-nbs ## what CI runs: lint, export and clean without a diff, every notebook, pytest
+	@$(RUN1) python -m pytest -n $(WORKERS) $(ARGS)
+
+.PHONY: lint
+lint: install ## ruff: setup.py, tests and tools; of the generated modules only what is an error in Python 3.10
+	@$(RUN) ruff check
+	@$(RUN) ruff check --quiet --select E9,F63,F7,F82 rcic_fastai/*.py
+
+.PHONY: check
+check: install ## modules, README and notebooks are what `make export` makes of them (works on a copy)
+	@copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
+	for f in $(EXPORT_NEEDS); do if [ -e $$f ]; then mkdir -p "$$copy/$$(dirname $$f)"; cp -R $$f "$$copy/$$(dirname $$f)/"; fi; done; \
+	$(MAKE) --no-print-directory -C "$$copy" export-here VENV="$$(cd $(VENV) && pwd)"; \
+	same=1; for f in $(GENERATED); do \
+		[ ! -e $$f ] && [ ! -e "$$copy/$$f" ] || \
+		diff -rq -x __pycache__ -x .ipynb_checkpoints -x .last_checked $$f "$$copy/$$f" | sed "s#$$copy/##" || same=0; done; \
+	[ $$same = 1 ] || { echo 'make check: the files above are not what `make export` makes of the notebooks: run it and look at the diff'; exit 1; }
+	@echo 'make check: exported, clean, README up to date'
+
+.PHONY: test-nbs
+test-nbs: install ## run every notebook, tutorials included, without changing it
+	@$(RUN1) nbdev-test --n-workers $(WORKERS) --timing
+
+.PHONY: export
+export: install export-here ## notebooks to modules, cleaned; README.md from nbs/index.ipynb
+
+.PHONY: export-here
+export-here:
+	@$(RUN) nbdev-export
+	@$(RUN) nbdev-clean
+	@$(RUN) python tools/readme.py
+
+.PHONY: readme
+readme: install ## README.md and its pictures from nbs/index.ipynb
+	@$(RUN) python tools/readme.py
+
+.PHONY: notebooks
+notebooks: install ## run every notebook and store its outputs, cleaned
+	@$(RUN1) PYTHONWARNINGS=ignore TQDM_DISABLE=1 nbdev-test --save --n-workers $(WORKERS) --timing
+	@$(MAKE) --no-print-directory export-here
+
+.PHONY: clean
+clean: ## remove caches and build output (keeps .venv, data and runs)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find nbs rcic_fastai tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

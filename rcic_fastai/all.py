@@ -1,0 +1,13 @@
+"Everything a notebook needs: `from rcic_fastai.all import *`."
+from .screen import *
+from .simulate import *
+from .image import *
+from .data import *
+from .augment import *
+from .model import *
+from .loss import *
+from .batchnorm import *
+from .train import *
+from .predict import *
+from .assign import *
+from .recipe import *

@@ -1,0 +1,40 @@
+"Screens and runs that several test files share."
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def real_rcic():
+    "Folder with the real tables and 160 real images."
+    folder = SHARED / "rcic"
+    if not folder.exists():
+        pytest.skip("the real RCIC sample is not beside this checkout (../shared/rcic)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_screen(tmp_path_factory):
+    "Folder of a simulated screen: one cell type, 3 training and 1 test experiment, 8 treatments, 48 pixels."
+    from rcic_fastai.simulate import simulate_screen
+
+    return simulate_screen(tmp_path_factory.mktemp("data") / "screen", n_sirnas=8, n_train=3, n_test=1, cell_types=("HUVEC",),
+                           image_size=48, progress=False)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_run(small_screen, tmp_path_factory):
+    "Folder of a finished run on `small_screen` with predictions of its test split."
+    from rcic_fastai.predict import predict_run
+    from rcic_fastai.recipe import change_recipe, get_recipe
+    from rcic_fastai.screen import read_screen
+    from rcic_fastai.train import train_run
+
+    run, screen = tmp_path_factory.mktemp("runs") / "small", read_screen(small_screen)
+    recipe = change_recipe(get_recipe("laptop"), "train.epochs=3", "data.batch_size=16")
+    train_run(screen, recipe, run, valid="experiment=HUVEC-03", say=lambda *a: None)
+    predict_run(run, screen, "test", progress=False)
+    return run

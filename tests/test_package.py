@@ -1,0 +1,226 @@
+"The project's own promises: one place of its settings, notebooks as the source, modules in the order of the data, a README that is current."
+import ast
+import base64
+import configparser
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import setuptools
+from fastcore.docments import docments
+from packaging.requirements import Requirement
+
+import rcic_fastai
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = sorted(p.stem for p in (ROOT / "rcic_fastai").glob("*.py") if not p.stem.startswith("_"))
+NOT_EXPORTED = {"all"}  # modules written by hand: star imports of the others, for notebooks
+ALLOWED_IMPORTS = {("data", "augment")}  # a default transform, looked up inside a function; nothing else may look ahead
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+
+
+def settings():
+    "`settings.ini`, read independently of setup.py"
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def scripts():
+    "Name and `module:function` of every command"
+    return dict(s.split("=") for s in settings()["console_scripts"].split())
+
+
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def exported():
+    "Module name -> number of the notebook that exports it"
+    numbers = {}
+    for path in NOTEBOOKS:
+        names = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in notebook(path).cells if c.cell_type == "code"), flags=re.M)
+        assert len(names) <= 1, f"{path.name} exports to {names}"
+        if names:
+            assert re.fullmatch(r"\d\d_" + names[0], path.stem), f"{path.name} exports {names[0]}.py; they must be named alike"
+            assert names[0] not in numbers, f"two notebooks export {names[0]}.py"
+            numbers[names[0]] = int(path.stem[:2])
+    return numbers
+
+
+# Settings
+
+def test_setup_is_what_the_settings_say(monkeypatch):
+    given, cfg = {}, settings()
+    monkeypatch.setattr(setuptools, "setup", lambda **kwargs: given.update(kwargs))
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert (given["name"], given["version"], given["license"]) == (cfg["lib_name"], cfg["version"], cfg["license"])
+    assert given["python_requires"] == ">=" + cfg["min_python"]
+    assert given["install_requires"] == cfg["requirements"].split()
+    assert given["extras_require"]["dev"] == cfg["dev_requirements"].split()
+    assert dict(s.split("=") for s in given["entry_points"]["console_scripts"]) == scripts()
+    assert given["packages"] == ["rcic_fastai"]
+
+
+def test_the_installed_package_is_what_the_settings_say():
+    cfg, installed = settings(), importlib.metadata.distribution("rcic_fastai")
+    assert (installed.metadata["Name"], installed.version) == (cfg["lib_name"], cfg["version"])
+    required = [Requirement(r) for r in installed.requires]
+    assert {str(r) for r in required if not r.marker} == {str(Requirement(r)) for r in cfg["requirements"].split()}
+    dev = {(r.name, str(r.specifier)) for r in required if r.marker and r.marker.evaluate({"extra": "dev"})}
+    assert dev == {(r.name, str(r.specifier)) for r in map(Requirement, cfg["dev_requirements"].split())}
+    assert {e.name: e.value for e in installed.entry_points if e.group == "console_scripts"} == scripts()
+
+
+def test_version(monkeypatch):
+    assert rcic_fastai.__version__ == settings()["version"]
+
+    def missing(name): raise importlib.metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert runpy.run_path(rcic_fastai.__file__)["__version__"] == "0+unknown"
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_a_command_points_at_a_function(name):
+    module, function = scripts()[name].split(":")
+    assert callable(getattr(importlib.import_module(module), function)), f"{name}: {module}.{function} is not a function"
+
+
+def test_the_changelog_names_the_version():
+    assert f"## [{settings()['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+# Notebooks
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+def test_a_notebook_is_fit_to_read(path):
+    nb = notebook(path)
+    nbformat.validate(nb)
+    ids = [c.get("id", "") for c in nb.cells]
+    assert all(re.fullmatch(r"[\w-]{1,64}", i) for i in ids) and len(set(ids)) == len(ids), "cell ids are missing or repeated"
+    first = nb.cells[0]
+    assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S", first.source), "it must open with an H1 and a `>` line"
+    for cell in nb.cells:
+        assert cell.cell_type != "markdown" or not re.search(r"^#( [#>].*)?$", cell.source, flags=re.M), f"cell {cell.id} is commented-out markdown"
+    assert path.stat().st_size < 1_000_000, f"{path.stat().st_size/1e6:.2f} MB; make the plots smaller"
+    for cell in nb.cells:
+        for out in cell.get("outputs", []):
+            assert out.output_type != "error", f"cell {cell.id} stores an error: {out.get('ename')}"
+            shown = out.get("text", "") + "".join(v for k, v in out.get("data", {}).items() if isinstance(v, str) and not k.startswith("image/p"))
+            found = re.search(r"/(tmp|work|root|home|Users|var|private)/[\w./-]*|[\w./-]*site-packages[\w./-]*", shown)
+            assert not found, f"cell {cell.id} shows a path of the machine it ran on: {found[0]}"
+        found = re.search(r"(?<![\w.])/(work|root|home|Users)/[\w./-]*", cell.source)
+        assert not found, f"cell {cell.id} names a path of one machine: {found[0]}"
+
+
+def test_every_module_has_one_notebook():
+    assert set(MODULES) - NOT_EXPORTED == set(exported())
+
+
+# Modules
+
+def imported_modules(name):
+    "Modules of the package that a module imports, anywhere in its code"
+    tree, found = ast.parse((ROOT / "rcic_fastai" / f"{name}.py").read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("rcic_fastai.")}
+        elif isinstance(node, ast.ImportFrom):
+            package = "rcic_fastai" if node.level else (node.module or "").split(".")[0]
+            if package != "rcic_fastai": continue
+            inner = (node.module or "").split(".") if node.level else (node.module or "").split(".")[1:]
+            found |= {inner[0]} if inner and inner[0] else {a.name for a in node.names} & set(MODULES)
+    return found
+
+
+def test_modules_import_only_lower_numbers():
+    numbers = exported()
+    ahead = {(m, i) for m in numbers for i in imported_modules(m) if numbers.get(i, 100) >= numbers[m]}
+    assert ahead == ALLOWED_IMPORTS, f"imports against the order of the notebooks: {sorted(ahead - ALLOWED_IMPORTS)}, or an exception no longer needed"
+
+
+def undocumented(name):
+    "Parameters without a comment of the public functions of a module, and of the initialisers it writes itself"
+    module = importlib.import_module(f"rcic_fastai.{name}")
+    for n in module.__all__:
+        o = getattr(module, n, None)
+        if inspect.isclass(o) and "__init__" in vars(o) and not dataclasses.is_dataclass(o): o = o.__init__
+        if not inspect.isfunction(o) or o.__module__ != module.__name__: continue
+        own = set(o.__code__.co_varnames[:o.__code__.co_argcount + o.__code__.co_kwonlyargcount]) - {"self"}  # not the delegated ones
+        yield from (f"{n}({p})" for p, doc in docments(o, returns=False).items() if p in own and not doc)
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if m not in NOT_EXPORTED])
+def test_public_names_are_documented(name):
+    tree = ast.parse((ROOT / "rcic_fastai" / f"{name}.py").read_text(encoding="utf-8"))
+    defs = [d for d in tree.body if isinstance(d, ast.FunctionDef | ast.ClassDef) and not d.name.startswith("_")]
+    assert not [d.name for d in defs if not ast.get_docstring(d)]
+    assert not list(undocumented(name))
+
+
+# README
+
+@pytest.fixture(scope="module")
+def readme():
+    "The namespace of tools/readme.py"
+    return runpy.run_path(str(ROOT / "tools" / "readme.py"))
+
+
+def test_the_readme_is_made_from_the_index(readme):
+    text, pictures = readme["convert"]()
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "run `make readme`"
+    stored = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT / "docs" / "readme").glob("*")}
+    assert stored == pictures, "run `make readme`"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md"])
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]+`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
+    links = [m.partition("#")[0] for m in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", m)]
+    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+
+
+def test_readme_converter(readme, tmp_path):
+    table = "<div><style scoped>\n.dataframe {color: red}\n</style>\n<table><tr><td>1</td></tr></table></div>"
+    picture = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(PNG).decode(), "text/plain": "<Figure>"})
+    code = nbformat.v4.new_code_cell
+    cells = [
+        nbformat.v4.new_markdown_cell("# Title\n\n[walk](tutorials/walk.ipynb#two) ![](images/a.png) [out](https://x.org) `f[0](a)` [up](../LICENSE) [in](#here)"),
+        code("#| hide\nimport secret", id="aaaa"),
+        code("#| fig-alt: 'one well'\nplot()", id="bbbb", outputs=[picture]),
+        code("#| echo: false\nprint(2)", id="cccc", outputs=[nbformat.v4.new_output("stream", text="two\n")]),
+        code("frame", id="dddd", outputs=[nbformat.v4.new_output("execute_result", {"text/html": table, "text/plain": "1"}),
+                                           nbformat.v4.new_output("stream", name="stderr", text="a warning")]),
+    ]
+    path = tmp_path / "a.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    text, pictures = readme["convert"](path)
+    assert (text, pictures) == readme["convert"](path)
+    assert pictures == {"docs/readme/bbbb-0.png": PNG}
+    assert "![one well](docs/readme/bbbb-0.png)" in text and "```python\nplot()\n```" in text
+    assert "    two\n" in text and "<td>1</td>" in text and text.startswith("<!--") and "\n# Title\n" in text
+    for gone in ("secret", "style", "warning", "#|", "print(2)", "Figure"): assert gone not in text
+    relinked = readme["relink"](cells[0].source, ROOT / "nbs")
+    assert "[walk](nbs/tutorials/walk.ipynb#two) ![](nbs/images/a.png) [out](https://x.org) `f[0](a)` [up](LICENSE) [in](#here)" in relinked
+
+
+def test_the_public_environment_is_enough():
+    "Modules import nothing that only the development environment has (nbdev's index aside)"
+    dev = {Requirement(r).name.replace("-", "_") for r in settings()["dev_requirements"].split()} | {"IPython", "nbconvert"}
+    for name in MODULES:
+        tree = ast.parse((ROOT / "rcic_fastai" / f"{name}.py").read_text(encoding="utf-8"))
+        tops = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        tops |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
+        assert not tops & dev, f"{name}.py imports {sorted(tops & dev)}"
+        foreign = tops - set(sys.stdlib_module_names) - {"rcic_fastai"}
+        known = {"PIL": "pillow", "skimage": "scikit-image"}
+        declared = {Requirement(r).name for r in settings()["requirements"].split()}
+        assert {known.get(f, f) for f in foreign} <= declared, f"{name}.py imports what settings.ini does not require: {sorted(foreign)}"

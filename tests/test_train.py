@@ -1,0 +1,239 @@
+"Learner, mixed precision, optimiser, stages and run folders."
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+from torch import nn
+
+from rcic_fastai.data import select_sites
+from rcic_fastai.recipe import change_recipe, get_recipe, recipes
+from rcic_fastai.screen import read_screen
+from rcic_fastai.train import (AutoMixedPrecision, fast_precision, fit_stage, load_run, measure_stats, pretrain_on_controls, radam,
+                               read_run, recipe_dataloaders, recipe_from_dict, sample_sites, screen_learner, train_run)  # fmt: skip
+
+laptop = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=16", "data.epoch_sites=0")
+
+
+def quiet(*args):
+    pass
+
+
+@pytest.fixture(scope="module")
+def screen(small_screen):
+    return read_screen(small_screen)
+
+
+@pytest.fixture(scope="module")
+def sites(screen):
+    return select_sites(screen)
+
+
+def radam_by_hand(p, grads, lr, wd, beta1=0.9, beta2=0.999, eps=1e-8):
+    "Liu et al. 2020, algorithm 2, with decoupled weight decay, in float64."
+    m, v, rho_inf = np.zeros_like(p), np.zeros_like(p), 2 / (1 - beta2) - 1
+    for t, g in enumerate(grads, 1):
+        p = p * (1 - lr * wd)
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        m_hat, rho = m / (1 - beta1**t), rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+        if rho > 5:
+            rect = np.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+            p = p - lr * rect * m_hat * np.sqrt(1 - beta2**t) / (np.sqrt(v) + eps)
+        else:
+            p = p - lr * m_hat
+    return p
+
+
+def test_radam_is_the_published_one():
+    rng = np.random.default_rng(0)
+    start, grads = rng.standard_normal(5), rng.standard_normal((12, 5))
+    w = nn.Parameter(torch.tensor(start))
+    opt = radam([[w]], lr=0.01)
+    opt.set_hypers(wd=0.1)
+    for g in grads:
+        w.grad = torch.tensor(g)
+        opt.step()
+    np.testing.assert_allclose(w.detach().numpy(), radam_by_hand(start, grads, 0.01, 0.1), rtol=1e-6)
+
+
+def test_radam_loops_in_a_kernel():
+    w = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    assert all(g["foreach"] and g["decoupled_weight_decay"] for g in radam([w]).opt.param_groups)
+
+
+def test_precision_auto_never_emulates(monkeypatch):
+    for flag, expected in ((False, "fp32"), (True, "bf16")):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda flag=flag: flag, raising=False)
+        assert fast_precision(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_mixed_precision_on_the_cpu(screen, sites, precision):
+    "The network runs in the precision asked for, the loss sees float32, and autocast is off afterwards."
+    seen = []
+    recipe = change_recipe(laptop, f"device.precision={precision}", "model.arch=resnet10t", "data.crop=16")
+    dls = recipe_dataloaders(sites.groupby("experiment").head(8).reset_index(drop=True), recipe)
+    learn = screen_learner(dls, recipe)
+    handle = next(m for m in learn.model.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    with learn.no_bar(), learn.no_logging():
+        fit_stage(learn, recipe.train)
+        learn.validate(dl=dls.train)
+        learn.get_preds(dl=dls.test_dl(sites.head(4)))
+    handle.remove()
+    assert set(seen) == {torch.float32 if precision == "fp32" else torch.bfloat16}
+    assert learn.pred.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in learn.model.parameters())
+
+
+def test_fp16_is_refused_on_the_cpu(sites):
+    recipe = change_recipe(laptop, "device.precision=fp16")
+    learn = screen_learner(recipe_dataloaders(sites, recipe), recipe)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match="'fp16' cannot train on a CPU"):
+        fit_stage(learn, recipe.train)
+
+
+def test_gradient_accumulation_equals_a_large_batch(sites):
+    "Four batches of 4 make one step, with the gradient of one batch of 16 (network without BatchNorm)."
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 8)
+
+        def forward(self, x, context):
+            return self.fc(x.mean((2, 3)))
+
+    def gradients(bs, accumulate):
+        class Recording(torch.optim.SGD):
+            def step(self, closure=None):
+                seen.append(self.param_groups[0]["params"][0].grad.clone())
+                return super().step(closure)
+
+        def opt_func(params, lr, **kwargs):
+            return OptimWrapper(params, opt=Recording, lr=lr, momentum=0.9)
+
+        recipe = change_recipe(laptop, f"data.batch_size={bs}", "data.domain=null", "data.d4=false", "data.intensity=0", "model.head=linear",
+                               "loss.name=cross_entropy", "loss.options={}", f"train.accumulate={accumulate}", "data.crop=null",
+                               "device.channels_last=false")  # fmt: skip
+        table, seen = sites[sites.experiment == "HUVEC-01"].iloc[:16].reset_index(drop=True), []
+        dls = recipe_dataloaders(table, recipe, classes=list(range(8)))
+        torch.manual_seed(0)
+        model = Net()
+        loss = screen_learner(dls, recipe, model).loss_func
+        learn = Learner(dls, model, loss_func=loss, opt_func=opt_func, splitter=lambda m: [list(m.parameters())])
+        with learn.no_bar(), learn.no_logging():
+            fit_stage(learn, recipe.train)
+        return seen
+
+    (small,), (large,) = gradients(4, 4), gradients(16, 1)
+    torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-6)
+
+
+def test_same_seed_same_weights(sites):
+    def train():
+        learn = screen_learner(recipe_dataloaders(sites, laptop), laptop)
+        with learn.no_bar(), learn.no_logging():
+            fit_stage(learn, laptop.train)
+        return learn.model.state_dict()
+
+    a, b = train(), train()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("by", ["screen", "experiment", "plate"])
+def test_measured_statistics(screen, sites, by):
+    dls = recipe_dataloaders(sites, laptop, experiments=screen.experiments)
+    stats = measure_stats(dls, sites, by)
+    from rcic_fastai.image import read_site
+
+    own = {"screen": sites, "experiment": sites[sites.experiment == "HUVEC-02"], "plate": sites[(sites.experiment == "HUVEC-02") & (sites.plate == 3)]}[by]
+    pixels = np.stack([read_site(f) for f in own.files]).astype(np.float64)
+    index = {"screen": (), "experiment": (1,), "plate": (1, 2)}[by]
+    np.testing.assert_allclose(stats.mean[index].numpy(), pixels.mean((0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(stats.std[index].numpy(), pixels.std((0, 2, 3)), rtol=1e-4)
+
+
+def test_sample_sites_takes_some_of_each(sites):
+    sample = sample_sites(sites, "plate", n=3)
+    assert (sample.groupby(["experiment", "plate"]).size() == 3).all()
+    assert sample.equals(sample_sites(sites, "plate", n=3)) and not sample.index.equals(sample_sites(sites, "plate", n=3, seed=1).index)
+
+
+def test_pretraining_keeps_the_body(screen, tmp_path):
+    recipe = change_recipe(laptop, "controls.epochs=1", "controls.lr=0.001")
+    learn = pretrain_on_controls(screen, recipe, path=tmp_path)
+    controls = screen.wells[(screen.wells.well_type != "treatment") & (screen.wells.split == "train")]
+    assert sorted(learn.dls.vocab) == sorted(controls.sirna.unique())
+    body = {k: v.clone() for k, v in learn.model.body.state_dict().items()}
+    model = learn.model.swap_head(8)
+    assert all(torch.equal(v, body[k]) for k, v in model.body.state_dict().items())
+    assert model(torch.zeros(2, 6, 48, 48), torch.zeros(2, 3, dtype=torch.long)).shape == (2, 8)
+
+
+def test_run_with_pretraining_writes_its_folder(screen, tmp_path):
+    run = tmp_path / "run"
+    train_run(screen, change_recipe(laptop, "controls.epochs=1"), run, say=quiet)
+    assert {p.name for p in run.iterdir()} == {"controls.csv", "history.csv", "recipe.json", "run.json", "model.safetensors"}
+    assert list(pd.read_csv(run / "history.csv").columns) == ["epoch", "train_loss", "valid_loss", "accuracy", "time"]
+
+
+def test_run_comes_back(small_run, small_screen):
+    recipe, info = read_run(small_run)
+    assert info["classes"] == list(range(8)) and info["target"] == "sirna" and info["valid"] == "experiment=HUVEC-03"
+    assert {w.split("_")[0] for w in info["valid_wells"]} == {"HUVEC-03"}
+    screen = read_screen(small_screen)
+    a, b = (load_run(small_run, select_sites(screen, "test")) for _ in range(2))
+    assert all(torch.equal(v, b.model.state_dict()[k]) for k, v in a.model.state_dict().items())
+    assert recipe_from_dict(json.loads((small_run / "recipe.json").read_text())) == recipe
+
+
+def test_damaged_runs_are_refused(small_run, small_screen, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(small_run, copy)
+    sites = select_sites(read_screen(small_screen), "test")
+    (copy / "model.safetensors").write_bytes(b"not a safetensors file")
+    with pytest.raises(ValueError, match="model.safetensors"):
+        load_run(copy, sites)
+    (copy / "recipe.json").unlink()
+    with pytest.raises(FileNotFoundError, match="recipe.json is missing"):
+        load_run(copy, sites)
+
+
+def test_a_target_that_is_the_domain_switches_domain_batches_off(screen, tmp_path):
+    said = []
+    wells = screen.wells.copy()
+    learn = train_run(screen, laptop, tmp_path / "run", target="experiment", valid="plate=4", say=said.append)
+    assert learn.dls.train.domain is None and read_run(tmp_path / "run")[0].inference.batchnorm == "running"
+    assert any("batches are mixed" in s for s in said) and screen.wells.equals(wells)
+
+
+@pytest.mark.parametrize("standardize", ["image", "plate", "experiment", "screen"])
+def test_every_standardisation_reaches_new_experiments(screen, tmp_path, standardize):
+    run = tmp_path / "run"
+    train_run(screen, change_recipe(laptop, f"data.standardize={standardize}", "model.arch=resnet10t"), run, say=quiet)
+    learn = load_run(run, select_sites(screen, "test"))
+    x, *_ = learn.dls.test_dl(select_sites(screen, "test")).one_batch()
+    assert x.isfinite().all() and abs(float(x.mean())) < 1.5
+
+
+def test_errors_come_before_training(screen, tmp_path):
+    for kwargs, message in ((dict(target="dose"), "target 'dose' is no column"), (dict(valid="experiment=HUVEC-99"), "HUVEC-99"),
+                            (dict(wells="some"), "wells is 'some'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            train_run(screen, laptop, tmp_path / "run", say=quiet, **kwargs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_published_recipe_has_the_published_settings():
+    r = recipes["seresnext101_amsoftmax"]
+    assert (r.train.epochs, r.train.lr, r.train.weight_decay, r.loss.options["gamma"]) == (20, 1e-4, 1e-4, 2.0)
+    assert replace(r, seed=1) != r
+    assert isinstance(AutoMixedPrecision("bf16"), AutoMixedPrecision)
