@@ -47,7 +47,7 @@ check: install ## modules, README and notebooks are what `make export` makes of 
 	$(MAKE) --no-print-directory -C "$$copy" export-here VENV="$$(cd $(VENV) && pwd)"; \
 	same=1; for f in $(GENERATED); do \
 		[ ! -e $$f ] && [ ! -e "$$copy/$$f" ] || \
-		diff -rq -x __pycache__ -x .ipynb_checkpoints -x .last_checked $$f "$$copy/$$f" | sed "s#$$copy/##" || same=0; done; \
+		diff -rq -x __pycache__ -x .ipynb_checkpoints -x .last_checked $$f "$$copy/$$f" | sed -e "s#^Files \(.*\) and .* differ#  \1#" -e "s#^Only in $$copy/*#  missing here: #" -e "s#^Only in #  not made by export: #" || same=0; done; \
 	[ $$same = 1 ] || { echo 'make check: the files above are not what `make export` makes of the notebooks: run it and look at the diff'; exit 1; }
 	@echo 'make check: exported, clean, README up to date'
 

@@ -447,6 +447,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'rcic_fastai.train.TrainSettings': ('train.html#trainsettings', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train._complete_stats': ('train.html#_complete_stats', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train._context_encoder': ('train.html#_context_encoder', 'rcic_fastai/train.py'),
+                                   'rcic_fastai.train._plain_log': ('train.html#_plain_log', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train._usable_domain': ('train.html#_usable_domain', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train._write_run': ('train.html#_write_run', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train.fast_precision': ('train.html#fast_precision', 'rcic_fastai/train.py'),

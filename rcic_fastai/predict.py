@@ -86,7 +86,7 @@ def _window(x, size, view):
     top, left = (share*(room+1)).long().minimum(room).tolist()
     return x[..., top:top+size, left:left+size]
 
-# %% ../nbs/10_predict.ipynb #b858a667
+# %% ../nbs/10_predict.ipynb #80afd23c
 def _forward(learn, view):
     "Raw batch to logits, in the precision of the recipe"
     prepare, device = _prepare(learn), learn.dls.device
@@ -133,7 +133,7 @@ def predict_sites(
     load = lambda s: learn.dls.test_dl(s.reset_index(drop=True), after_batch=[], bs=bs, domain=None, shuffle=False)
     logits = np.zeros((len(sites), len(learn.dls.vocab)), np.float32)
     groups = _domains(sites, domain, batchnorm)
-    bar = tqdm(total=len(sites), desc=f'Predicting, {batchnorm} statistics', unit='site', disable=not progress)
+    bar = tqdm(total=len(sites), desc=f'Predicting, {batchnorm} statistics', unit='site', disable=None if progress else True) # None: only where a terminal or notebook shows it
     learn.model.to(learn.dls.device)
     with torch.inference_mode(), bar:
         for rows in groups:

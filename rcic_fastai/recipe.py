@@ -13,10 +13,10 @@ import pandas as pd
 
 from .train import (DataSettings, DeviceSettings, InferenceSettings, LossSettings, ModelSettings, Recipe, TrainSettings, write_text)
 
-# %% ../nbs/12_recipe.ipynb #024118c7
+# %% ../nbs/12_recipe.ipynb #92d57eb4
 recipes = {r.name: r for r in (
     Recipe(name='laptop', source='rcic_fastai',
-           data=DataSettings(domain='experiment', batch_size=32, crop=128, epoch_sites=128, standardize='screen'),
+           data=DataSettings(domain='experiment', batch_size=32, crop=96, epoch_sites=128, standardize='screen'),
            model=ModelSettings(arch='small_seresnext', head='cosine'),
            loss=LossSettings('am_softmax', dict(m=.3, s=16.)),
            train=TrainSettings(epochs=8, lr=2e-3, weight_decay=1e-2),

@@ -6,8 +6,8 @@ __all__ = ['DataSettings', 'ModelSettings', 'LossSettings', 'TrainSettings', 'De
            'screen_learner', 'fit_stage', 'sample_sites', 'measure_stats', 'recipe_dataloaders', 'pretrain_on_controls',
            'write_text', 'train_run', 'recipe_from_dict', 'read_run', 'load_run']
 
-# %% ../nbs/09_train.ipynb #367148e4
-import json, math, os, platform
+# %% ../nbs/09_train.ipynb #14b075b3
+import json, math, os, platform, sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
+from fastcore.imports import IN_NOTEBOOK
 
 from .augment import ChannelStats, channel_stats, screen_transforms
 from .batchnorm import BatchNormModeCallback
@@ -250,20 +251,31 @@ def recipe_dataloaders(
     dls.stats = stats
     return dls
 
-# %% ../nbs/09_train.ipynb #31e05939
+# %% ../nbs/09_train.ipynb #d76f8929
+def _plain_log(learn, say):
+    "Where nobody sees a progress bar move (a log file, a pipe): one line per epoch"
+    if IN_NOTEBOOK or sys.stdout.isatty(): return
+    columns = lambda values: say(' '.join(f'{v:>11.4f}' if isinstance(v, float) else f'{"-" if v is None else v!s:>11}' for v in values))
+    learn.remove_cb(ProgressCallback)
+    learn.logger = columns
+    columns(learn.recorder.metric_names if len(learn.recorder.metric_names) else ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time'])
+
 def pretrain_on_controls(
     screen:Screen, # whose control wells to use
     recipe:Recipe, # `recipe.controls` says how long
     present_only:bool=False, # leave out sites with missing files?
     path:str|Path='.', # folder of the learner
+    say=print, # where notices go
     **kwargs # of `recipe_dataloaders`
 ) -> Learner: # its model tells controls apart; `model.swap_head(n)` makes it ready for others
     "Train on the control wells of the training experiments."
-    sites = select_sites(screen, 'train', 'controls', present_only)
+    sites = select_sites(screen, 'train', 'controls', present_only, say)
     dls = recipe_dataloaders(sites, recipe, path=path, cell_types=screen.cell_types, experiments=screen.experiments, channels=screen.channels, **kwargs)
-    return fit_stage(screen_learner(dls, recipe, path=path, cbs=[CSVLogger('controls.csv')]), recipe.controls)
+    learn = screen_learner(dls, recipe, path=path, cbs=[CSVLogger('controls.csv')])
+    _plain_log(learn, say)
+    return fit_stage(learn, recipe.controls)
 
-# %% ../nbs/09_train.ipynb #d13c9036
+# %% ../nbs/09_train.ipynb #606c96db
 def write_text(path, text):
     "Write a file under a temporary name and rename it, so that nobody ever sees half of it"
     path = Path(path)
@@ -277,7 +289,7 @@ def _usable_domain(sites, recipe, target, say):
     if d is None: return recipe
     keys = ['experiment', 'plate'] if d=='plate' else [d]
     if (sites.groupby(keys)[target].nunique() > 1).any(): return recipe
-    say(f'{target} is the same for all sites of a {d.replace("_", " ")}: batches are mixed, BatchNorm uses running statistics')
+    say(f'{target} is the same for all sites of any one {d.replace("_", " ")}: batches are mixed, BatchNorm uses running statistics')
     return replace(recipe, data=replace(recipe.data, domain=None), inference=replace(recipe.inference, batchnorm='running'))
 
 def train_run(
@@ -306,11 +318,12 @@ def train_run(
     model = None
     if recipe.controls.epochs:
         say(f'Pretraining on the controls, {recipe.controls.epochs} epochs')
-        learn = pretrain_on_controls(screen, recipe, present_only, run, stats=dls.stats)
+        learn = pretrain_on_controls(screen, recipe, present_only, run, say, stats=dls.stats)
         model = learn.model.swap_head(len(dls.vocab))
     learn = screen_learner(dls, recipe, model, path=run, cbs=[CSVLogger('history.csv')])
     say(f'Training {recipe.model.arch} on {len(dls.train_ds):,} sites, {len(dls.vocab):,} classes, {recipe.train.epochs} epochs, '
         f'{str(learn.auto_mixed_precision.dtype).removeprefix("torch.")} on {dls.device}')
+    _plain_log(learn, say)
     fit_stage(learn, recipe.train)
     _write_run(learn, recipe, run, screen, sites, mask, dict(target=target, wells=wells, valid=valid, present_only=present_only))
     return learn

@@ -394,7 +394,8 @@ def test_the_batch_effect_is_between_experiments_and_little_between_plates():
     sim = Simulation(image_size=32, cell_radius=4)
     mean = np.array([[simulate_site(sim, well_row(f"HUVEC-{e:02}", p), 1).mean((1, 2)) for p in (1, 2, 3)] for e in range(1, 13)])  # (12, 3, 6)
     of_experiment = np.log(mean.mean(1))
-    assert (np.exp(np.ptp(of_experiment, 0)) > 3).all()  # every channel, by a factor of several
+    factor = np.exp(np.ptp(of_experiment, 0))
+    assert (factor > 2.5).all() and np.median(factor) > 4
     between, within = of_experiment.std(0), np.log(mean).std(1).mean(0)
     assert (within < 0.35 * between).all() and (within > 0.005).all()
     still = Simulation(image_size=32, cell_radius=4, batch_effect=0)

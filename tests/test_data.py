@@ -1,0 +1,573 @@
+"Sites to batches: one domain each, every site where it should be, readable titles and errors."
+
+import warnings
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import TensorCategory
+from PIL import Image
+from torch import nn
+
+from rcic_fastai.data import (
+    DOMAINS,
+    MASKED,
+    ContextEncoder,
+    DomainDL,
+    MaskedCategorize,
+    ScreenContext,
+    SixChannelImageBlock,
+    domain_keys,
+    screen_dataloaders,
+    select_sites,
+    shuffled_domains,
+)
+from rcic_fastai.image import MultiChannelImage, read_site
+from rcic_fastai.screen import read_screen
+from rcic_fastai.simulate import simulate_screen
+
+matplotlib.use("Agg")
+torch.set_num_threads(1)
+REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="load_learner")
+        yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    path = tmp_path_factory.mktemp("screen")
+    return read_screen(simulate_screen(path, n_sirnas=8, n_train=2, n_test=1, image_size=16, seed=1, workers=1, progress=False))
+
+
+@pytest.fixture(scope="module")
+def sites(screen):
+    return select_sites(screen)
+
+
+@pytest.fixture(scope="module")
+def test_sites(screen):
+    "Sites of the test experiments, in no order, on an index of their own"
+    return select_sites(screen, "test").sample(frac=1, random_state=0)
+
+
+LOADERS = [(domain, 0) for domain in DOMAINS] + [(None, 2), ("plate", 2)]
+VALID = "experiment=HUVEC-02,RPE-02"
+
+
+def loaders(sites, **kwargs):
+    return screen_dataloaders(sites, **{**dict(valid=VALID, bs=6, val_bs=5, transforms=[], device="cpu"), **kwargs})
+
+
+def ids_of(dl, table):
+    "site_id of each image of each batch the loader yields, looked up by the pixels"
+    known = {read_site(r.files).tobytes(): r.site_id for r in table.itertuples()}
+    assert len(known) == len(table)
+    return [[known[x.numpy().tobytes()] for x in b[0]] for b in dl]
+
+
+class Means(nn.Module):
+    "Logits from which a site can be told: the means of its channels"
+
+    def __init__(self, n):
+        super().__init__()
+        self.head = nn.Linear(6, n)
+        nn.init.eye_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x, context):
+        assert x.ndim == 4 and context.shape == (len(x), 3)
+        return self.head(x.float().mean((2, 3)))
+
+
+def learner(dls, n=8, **kwargs):
+    learn = Learner(dls, Means(n), loss_func=CrossEntropyLossFlat(), **kwargs)
+    return learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+
+
+# which sites
+
+
+def test_select_sites_by_split_and_wells(screen):
+    for split in ("train", "test"):
+        n = {w: len(select_sites(screen, split, w)) for w in ("treatments", "controls", "all")}
+        assert n["all"] == n["treatments"] + n["controls"] == 2 * (screen.wells.split == split).sum()
+        controls = select_sites(screen, split, "controls")
+        assert set(controls.well_type) == {"positive_control", "negative_control"} and set(controls.split) == {split}
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("valid",), "split is 'valid', expected one of 'test', 'train'"),
+        (("train", "control"), "wells is 'control', expected one of 'treatments', 'controls', 'all'"),
+    ],
+)
+def test_select_sites_errors(screen, args, message):
+    with pytest.raises(ValueError, match=message):
+        select_sites(screen, *args)
+
+
+def test_missing_files_are_an_error_or_are_left_out_and_reported(tmp_path):
+    screen = read_screen(simulate_screen(tmp_path, n_sirnas=4, n_train=1, n_test=0, cell_types="RPE", image_size=16, workers=1, progress=False))
+    n = len(select_sites(screen))
+    lost = select_sites(screen).files[2].format(channel=5)
+    Path(lost).unlink()
+    with pytest.raises(FileNotFoundError, match="_w5.png does not exist"):
+        select_sites(screen)
+    said = []
+    sites = select_sites(screen, present_only=True, warn=said.append)
+    assert len(sites) == n - 1 and said == [f"{n - 1} of {n} train sites have all their files; 1 were left out"]
+    assert lost.replace("5.png", "{channel}.png") not in set(sites.files)
+    for p in Path(tmp_path, "train").rglob("*_w1.png"):
+        p.unlink()
+    with pytest.raises(ValueError, match="no treatments in split 'train' whose files are all there"):
+        select_sites(screen, present_only=True, warn=said.append)
+
+
+@pytest.mark.skipif(not (REAL / "train" / "HEPG2-01").is_dir(), reason="the real images are not in ../shared/rcic")
+def test_real_controls_that_are_present():
+    said = []
+    sites = select_sites(read_screen(REAL), wells="controls", present_only=True, warn=said.append)
+    assert len(sites) == 16 and said[0].startswith("16 of 8,194 train sites")
+    dls = screen_dataloaders(sites, "plate=4", target="cell_type", domain=None, bs=4, transforms=[], device="cpu", repeats=3)
+    x, context, y = dls.one_batch()
+    assert x.shape == (4, 6, 512, 512) and x.dtype == torch.uint8 and list(dls.vocab) == ["HEPG2", "HUVEC", "RPE", "U2OS"]
+    assert (context[:, 0] == y).all() and len(dls.train) == 9
+    assert dls.valid.one_batch()[1][:, 2].tolist() == [3] * 4
+
+
+def test_a_file_that_vanishes_is_named_while_reading(tmp_path):
+    screen = read_screen(simulate_screen(tmp_path, n_sirnas=4, n_train=1, n_test=0, cell_types="RPE", image_size=16, workers=1, progress=False))
+    dls = screen_dataloaders(select_sites(screen), bs=4, transforms=[], device="cpu")
+    for p in Path(tmp_path, "train").rglob("*_w6.png"):
+        p.unlink()
+    for n in (0, 1):
+        with pytest.raises(FileNotFoundError, match="_w6.png does not exist"):
+            list(dls.train.new(num_workers=n))
+
+
+# context and target
+
+
+def test_context_there_and_back():
+    encode = ContextEncoder(["HUVEC", "RPE"], ["HUVEC-01", "RPE-01"])
+    context = encode(["RPE", "HUVEC-01", 4])
+    assert type(context) is ScreenContext and context.tolist() == [1, 0, 3] and context.dtype == torch.int64
+    assert encode.describe(context) == "RPE, HUVEC-01, plate 4"
+    assert encode(["U2OS", "U2OS-01", 2]).tolist() == [-1, -1, 1]
+    assert encode.describe([-1, -1, 1]) == "new cell type, new experiment, plate 2"
+
+
+def test_classes_there_and_back():
+    categorize = MaskedCategorize([7, 3, "x"])
+    assert [int(categorize(o)) for o in (7, 3, "x", None)] == [0, 1, 2, MASKED] and categorize.c == 3
+    assert isinstance(categorize(3), TensorCategory)
+    assert [str(categorize.decode(TensorCategory(i))) for i in (1, MASKED)] == ["3", "unknown"]
+    with pytest.raises(ValueError, match="class 4 is not among the 3 known ones"):
+        categorize(4)
+
+
+def test_unknown_targets_are_masked(sites):
+    some = sites.copy()
+    some.loc[::3, "sirna"] = pd.NA
+    dls = loaders(some, valid=None)
+    order = dls.train.new(shuffle=False)
+    y = torch.cat([b[2] for b in order])
+    rows = order.get_idxs()
+    expected = [MASKED if pd.isna(s) else list(dls.vocab).index(s) for s in some.sirna.iloc[rows]]
+    assert y.tolist() == expected and MASKED in expected and y.dtype == torch.int64
+
+
+@pytest.mark.parametrize("target", ["sirna", "cell_type", "experiment", "plate", "well_type"])
+def test_any_column_is_a_target(screen, target):
+    table = select_sites(screen, wells="all")
+    dls = loaders(table, valid=None, target=target)
+    dl = dls.train.new(shuffle=False)
+    y, rows = torch.cat([b[2] for b in dl]), dl.get_idxs()
+    assert list(dls.vocab) == sorted(table[target].unique()) and dls.c == table[target].nunique()
+    assert [dls.vocab[i] for i in y] == table[target].iloc[rows].tolist()
+
+
+# batches of one domain
+
+
+def random_domains(seed):
+    rng = np.random.default_rng(seed)
+    n = rng.integers(1, 6)
+    keys = np.repeat(np.arange(n), rng.integers(1, 40, n))
+    return rng.permutation(keys), int(rng.integers(1, 14)), int(rng.integers(1, 4))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_shuffled_domains(seed):
+    keys, bs, repeats = random_domains(seed)
+    batches = shuffled_domains(keys, bs, seed, 3, repeats)
+    sizes = np.bincount(keys) * repeats
+    assert all(len(set(keys[b])) == 1 for b in batches)
+    assert len(batches) == sum(-(-s // bs) for s in sizes)
+    for b in batches:
+        assert len(b) == min(bs, sizes[keys[b[0]]])  # full, or all there is
+        if repeats == 1:
+            assert len(set(b)) == len(b)
+    seen = np.bincount(np.concatenate(batches), minlength=len(keys))
+    assert seen.min() >= repeats
+    if repeats == 1:
+        assert seen.max() <= 2
+    for d in np.unique(keys):  # no more than what fills the last batch
+        assert seen[keys == d].sum() - sizes[d] == (-sizes[d] % bs if sizes[d] > bs else 0)
+
+
+def test_shuffled_domains_follow_seed_and_epoch():
+    keys = np.repeat([0, 1, 2], 20)
+    draw = lambda *args: np.concatenate(shuffled_domains(keys, 4, *args)).tolist()
+    assert draw(0, 0) == draw(0, 0)
+    assert len({tuple(draw(s, e)) for s in range(3) for e in range(4)}) == 12
+    first = [keys[b[0]] for b in shuffled_domains(keys, 4, 0, 0)]
+    assert first != sorted(first)  # batches of the domains are mixed
+    assert shuffled_domains(np.zeros(0, int), 4) == []
+
+
+def test_domain_keys(sites):
+    some = sites.sample(frac=1, random_state=1)
+    for domain, columns in {"plate": ["experiment", "plate"], "experiment": ["experiment"], "cell_type": ["cell_type"]}.items():
+        keys = domain_keys(some, domain)
+        assert keys.dtype == np.int64 and len(set(zip(keys, some[columns].itertuples(index=False, name=None)))) == len(some.groupby(columns))
+    assert (domain_keys(some, None) == 0).all()
+    with pytest.raises(ValueError, match="domain is 'well', expected one of None, 'cell_type', 'experiment', 'plate'"):
+        domain_keys(some, "well")
+
+
+@pytest.mark.parametrize("domain, workers", LOADERS)
+def test_training_batches(sites, domain, workers):
+    dls = loaders(sites.sample(frac=1, random_state=2), domain=domain, num_workers=workers, seed=5)
+    table = dls.train_ds.items
+    first = ids_of(dls.train, table)
+    assert len(first) == len(dls.train)
+    assert set(sum(first, [])) == set(table.site_id)
+    by_id = dict(zip(table.site_id, domain_keys(table, domain)))
+    assert all(len({by_id[i] for i in b}) == 1 for b in first)
+    expected = [table.site_id.iloc[b].tolist() for b in shuffled_domains(domain_keys(table, domain), 6, 5, 0)]
+    assert sorted(sum(first, [])) == sorted(sum(expected, []))
+    if domain is None:
+        assert first == expected
+    assert ids_of(dls.train, table) != first  # the next epoch
+    dls.train.epoch = 0
+    assert ids_of(dls.train, table) == first  # and the first again
+
+
+@pytest.mark.parametrize("domain, workers", LOADERS)
+def test_validation_batches(sites, domain, workers):
+    dls = loaders(sites.sample(frac=1, random_state=2), domain=domain, num_workers=workers)
+    table, batches = dls.valid_ds.items, ids_of(dls.valid, dls.valid_ds.items)
+    assert len(batches) == len(dls.valid) and sorted(sum(batches, [])) == sorted(table.site_id)  # each site once
+    by_id = dict(zip(table.site_id, domain_keys(table, domain)))
+    assert all(len({by_id[i] for i in b}) == 1 for b in batches)
+    sizes = {}
+    for b in batches:
+        sizes.setdefault(by_id[b[0]], []).append(len(b))
+    assert max(max(s) for s in sizes.values()) <= 5
+    if domain is not None:
+        assert all(max(s) - min(s) <= 1 for s in sizes.values())  # even parts
+    assert ids_of(dls.valid, table) == batches
+    assert sum(batches, []) == table.site_id.iloc[dls.valid.get_idxs()].tolist()
+
+
+def test_a_table_in_order_stays_in_order(sites):
+    for domain in DOMAINS:
+        dl = loaders(sites, valid=None, domain=domain).test_dl(sites)
+        assert dl.get_idxs() == list(range(len(sites)))
+
+
+class Rows:
+    "A data set of numbers, for counting"
+
+    def __init__(self, keys):
+        self.items = pd.DataFrame(dict(cell_type=[f"T{k}" for k in keys], experiment="E", plate=1))
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return (torch.tensor(i),)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_length_is_the_number_of_batches(seed):
+    keys, bs, repeats = random_domains(seed)
+    for domain in ("cell_type", None):
+        for shuffle in (True, False):
+            for drop_last in (True, False):
+                for n in (None, len(keys) // 2 + 1):
+                    settings = dict(bs=bs, shuffle=shuffle, drop_last=drop_last, n=n, num_workers=0)
+                    dl = DomainDL(Rows(keys), domain=domain, repeats=repeats, seed=seed, **settings)
+                    batches = [b[0].tolist() for b in dl]
+                    assert len(batches) == len(dl), settings
+                    rows = sum(batches, [])
+                    assert set(rows) <= set(range(n or len(keys)))
+                    if drop_last:
+                        assert all(len(b) == bs for b in batches)
+                    elif shuffle:
+                        assert set(rows) == set(range(n or len(keys)))
+                    else:
+                        assert sorted(rows) == list(range(n or len(keys)))
+                    if domain:
+                        assert all(len(set(keys[b])) == 1 for b in batches)
+
+
+def test_repeats(sites):
+    dls = loaders(sites, repeats=3, domain="plate", bs=2)
+    table = dls.train_ds.items
+    rows = pd.Series(dls.train.get_idxs()).value_counts()
+    assert rows.min() >= 3 and len(rows) == len(table)
+    assert len(dls.train) == len(list(dls.train)) == sum(-(-3 * n // 2) for n in table.groupby(["experiment", "plate"]).size())
+    assert sorted(dls.valid.get_idxs()) == list(range(len(dls.valid_ds)))  # validation takes each once
+
+
+def test_new_keeps_what_a_domain_loader_is(sites):
+    dls = loaders(sites, domain="plate", seed=4, repeats=2)
+    for dl in (dls.train.new(), dls.train.new(bs=3), dls.new(num_workers=0)):
+        assert type(dl) is DomainDL and (dl.domain, dl.seed, dl.repeats, dl.shuffle) == ("plate", 4, 2, True)
+    assert dls.train.new(bs=3).get_idxs() != dls.train.new(bs=3, seed=5).get_idxs()
+    still = dls.train.new(shuffle=False)
+    assert sorted(still.get_idxs()) == list(range(len(dls.train_ds))) and len(list(still)) == len(still)
+    mixed = dls.valid.new(domain=None)
+    assert mixed.get_idxs() == list(range(len(dls.valid_ds)))
+    assert [len(b[0]) for b in dls.train.new(drop_last=True, bs=5, domain="experiment", repeats=1, shuffle=False)][0] == 5
+
+
+# from sites to DataLoaders
+
+
+def test_a_batch(sites):
+    dls = screen_dataloaders(sites, VALID, bs=6, device="cpu")
+    x, context, y = dls.one_batch()
+    assert type(x) is MultiChannelImage and x.dtype == torch.float32 and x.shape == (6, 6, 16, 16)
+    assert type(context) is ScreenContext and context.dtype == y.dtype == torch.int64 and context.shape == (6, 3) and y.shape == (6,)
+    assert dls.n_inp == dls.valid.n_inp == 2 and dls.c == 8
+    assert set(dls.valid_ds.items.experiment) == {"HUVEC-02", "RPE-02"} and dls.valid.bs == 64
+
+
+def test_pixels_are_those_of_the_files(sites):
+    dls = loaders(sites)
+    for i in (0, 7):
+        x = dls.train_ds[i][0]
+        assert x.dtype == torch.uint8
+        np.testing.assert_array_equal(x.numpy(), read_site(dls.train_ds.items.files.iloc[i]))
+
+
+def test_context_and_target_of_each_site(sites):
+    dls = loaders(sites, valid=None, experiments=["RPE-02", "HUVEC-01", "RPE-01"], cell_types=["RPE", "HUVEC"])
+    dl = dls.train.new(shuffle=False)
+    context, y = torch.cat([b[1] for b in dl]), torch.cat([b[2] for b in dl])
+    table = sites.iloc[dl.get_idxs()]
+    numbers = {"RPE-02": 0, "HUVEC-01": 1, "RPE-01": 2, "HUVEC-02": -1}
+    expected = [(int(c == "HUVEC"), numbers[e], p - 1) for c, e, p in zip(table.cell_type, table.experiment, table.plate)]
+    assert context.tolist() == [list(e) for e in expected] and y.tolist() == table.sirna.tolist()
+
+
+def test_no_validation_set(sites):
+    dls = loaders(sites, valid=None)
+    assert len(dls.train_ds) == len(sites) and len(dls.valid_ds) == len(dls.valid) == 0 and list(dls.valid) == []
+
+
+def test_a_mask_on_a_table_with_an_index_of_its_own(sites):
+    some = sites.sample(frac=1, random_state=3)
+    mask = (some.experiment == "RPE-02").to_numpy()
+    dls = loaders(some, valid=mask)
+    assert dls.valid_ds.items.site_id.tolist() == some.site_id[mask].tolist()
+    assert dls.train_ds.items.site_id.tolist() == some.site_id[~mask].tolist()
+
+
+def test_classes_may_be_given(sites):
+    dls = loaders(sites, classes=np.arange(9)[::-1])
+    assert list(dls.vocab) == list(range(8, -1, -1))
+    b = dls.valid.one_batch()
+    rows = dls.valid.get_idxs()[: len(b[2])]
+    assert [dls.vocab[i] for i in b[2]] == dls.valid_ds.items.sirna.iloc[rows].tolist()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(target="dose"), "target 'dose' is no column of the wells; there are id_code, "),
+        (dict(classes=[0, 1, 2]), r"sirna \d of well \S+ is not among the 3 classes given"),
+        (dict(valid="experiment=HUVEC-09"), "no well has experiment 'HUVEC-09'"),
+        (dict(valid=np.ones(3, bool)), r"a validation mask of 3 rows for \d+ sites"),
+        (dict(domain="well"), "domain is 'well', expected one of"),
+        (dict(bs=0), "bs is 0, expected a batch size of 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be(sites, settings, message):
+    with pytest.raises(ValueError, match=message):
+        loaders(sites, **settings)
+
+
+def test_masks_and_labels_that_cannot_be(sites, test_sites):
+    with pytest.raises(ValueError, match="every site is in the validation set"):
+        loaders(sites, valid=np.ones(len(sites), bool))
+    one = sites[sites.sirna == 3].id_code.iloc[0]
+    with pytest.raises(ValueError, match=f"sirna 3 of well {one} is in the validation set but in no training well"):
+        loaders(sites, valid=(sites.sirna == 3).to_numpy())
+    with pytest.raises(ValueError, match=rf"sirna is unknown for all {len(test_sites)} training sites; choose other wells"):
+        loaders(test_sites, valid=None)
+
+
+def test_four_channels(sites):
+    dls = screen_dataloaders(sites, VALID, bs=4, channels=(1, 2, 3, 5), device="cpu")
+    assert dls.one_batch()[0].shape == (4, 4, 16, 16)
+    x = dls.train_ds[0][0]
+    np.testing.assert_array_equal(x.numpy(), read_site(dls.train_ds.items.files.iloc[0])[[0, 1, 2, 4]])
+    dls.show_batch(max_n=2, colors=[(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
+    assert SixChannelImageBlock().type_tfms[0].channels == (1, 2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("layout", ["rxrx1", "wilds"])
+def test_the_other_layouts(tmp_path, layout):
+    rows, rng = [], np.random.default_rng(0)
+    for e, dataset in (("HUVEC-01", "train"), ("HUVEC-02", "train"), ("HUVEC-03", "val" if layout == "wilds" else "test")):
+        for well, kind, sirna in (("B02", "negative_control", 1138), ("B03", "treatment", 5), ("B04", "treatment", 9)):
+            for site in (1, 2):
+                i = f"{e}_1_{well}"
+                rows.append([f"{i}_{site}", i, "HUVEC", dataset, e, 1, well, site, kind, f"s{sirna}", sirna])
+                folder = tmp_path / "images" / e / "Plate1"
+                folder.mkdir(parents=True, exist_ok=True)
+                if layout == "wilds":
+                    Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{well}_s{site}.png")
+                else:
+                    for c in range(1, 7):
+                        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{well}_s{site}_w{c}.png")
+    columns = "site_id,well_id,cell_type,dataset,experiment,plate,well,site,well_type,sirna,sirna_id".split(",")
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "metadata.csv", index=False)
+    screen = read_screen(tmp_path)
+    assert screen.layout == layout
+    sites = select_sites(screen, "train")
+    assert len(sites) == (4 if layout == "wilds" else 8)
+    dls = screen_dataloaders(sites, "experiment=HUVEC-02", bs=2, channels=screen.channels, transforms=[], device="cpu")
+    x, context, y = dls.valid.one_batch()
+    assert x.shape[1:] == ((3 if layout == "wilds" else 6), 8, 8) and list(dls.vocab) == [5, 9]
+    np.testing.assert_array_equal(x[0].numpy(), read_site(dls.valid_ds.items.files.iloc[0], screen.channels))
+    if layout == "wilds":
+        assert len(select_sites(screen, "id_test")) == 4 and len(select_sites(screen, "val")) == 4
+
+
+# predictions come back in the order of the table
+
+
+@pytest.mark.parametrize("domain, workers", LOADERS)
+def test_get_preds_in_the_order_of_the_table(sites, test_sites, domain, workers):
+    learn = learner(loaders(sites, domain=domain, num_workers=workers))
+    preds, targets = learn.get_preds(dl=learn.dls.test_dl(test_sites), act=lambda x: x)
+    means = lambda t: np.stack([read_site(f).mean((1, 2)) for f in t.files])
+    np.testing.assert_allclose(preds[:, :6].numpy(), means(test_sites), rtol=1e-5)
+    assert targets is None
+    for i in (0, 1):
+        preds, targets = learn.get_preds(ds_idx=i, act=lambda x: x)
+        table = learn.dls.loaders[i].dataset.items
+        np.testing.assert_allclose(preds[:, :6].numpy(), means(table), rtol=1e-5)
+        assert targets.tolist() == table.sirna.tolist()
+
+
+def test_labelled_and_unlabelled_test_sites(sites, test_sites):
+    dls = loaders(sites, experiments=["HUVEC-03", "RPE-03"])
+    assert len(dls.test_dl(test_sites).one_batch()) == 2
+    dl = dls.test_dl(sites.sample(frac=1, random_state=5), with_labels=True)
+    y = torch.cat([b[2] for b in dl])
+    assert y.tolist() == dl.dataset.items.sirna.iloc[dl.get_idxs()].tolist()
+
+
+def test_test_sites_of_two_experiments_do_not_share_a_batch_although_training_never_saw_them(sites, test_sites):
+    dl = loaders(sites, domain="experiment").test_dl(test_sites)
+    assert all(len({i.split("_")[0] for i in b}) == 1 for b in ids_of(dl, test_sites)) and len(dl) == len(list(dl))
+
+
+# a Learner
+
+
+def test_training_and_a_saved_learner(sites, test_sites, tmp_path):
+    for domain in (None, "plate"):
+        learn = learner(loaders(sites, domain=domain), path=tmp_path)
+        with learn.no_logging():
+            learn.fit(1, 1e-3)
+        expected = learn.get_preds(dl=learn.dls.test_dl(test_sites))[0]
+        learn.export("learner.pkl")
+        again = load_learner(tmp_path / "learner.pkl")
+        torch.testing.assert_close(again.get_preds(dl=again.dls.test_dl(test_sites))[0], expected)
+        assert list(again.dls.vocab) == list(range(8)) and again.dls.train.domain == domain
+
+
+def test_training_without_a_validation_set(sites):
+    learn = learner(loaders(sites, valid=None))
+    with learn.no_logging():
+        learn.fit(1, 1e-3)
+    assert np.isfinite(learn.recorder.values[0][0])
+
+
+# pictures
+
+
+def titles():
+    return [ax.get_title() for ax in plt.gcf().axes if ax.images]
+
+
+def test_show_batch_says_what_a_person_wants_to_know(sites):
+    dls = loaders(sites)
+    b = dls.valid.one_batch()
+    dls.valid.show_batch(b, max_n=4)
+    expected = []
+    for context, y in zip(b[1][:4].tolist(), b[2][:4].tolist()):
+        cell_type, experiment = ["HUVEC", "RPE"][context[0]], ["HUVEC-01", "HUVEC-02", "RPE-01", "RPE-02"][context[1]]
+        expected.append(f"siRNA {dls.vocab[y]}\n{cell_type}, {experiment}, plate {context[2] + 1}")
+    assert titles() == expected
+    rows = dls.valid.get_idxs()[:4]
+    table = dls.valid_ds.items.iloc[rows]
+    assert [f"siRNA {s}\n{c}, {e}, plate {p}" for s, c, e, p in zip(table.sirna, table.cell_type, table.experiment, table.plate)] == expected
+
+
+def test_show_batch_of_standardised_and_unlabelled_sites(sites, test_sites):
+    dls = screen_dataloaders(sites, VALID, bs=6, device="cpu")
+    dls.show_batch(max_n=3)
+    assert len(titles()) == 3 and all(t.startswith("siRNA ") for t in titles())
+    dls.test_dl(test_sites).show_batch(max_n=2)
+    assert len(titles()) == 2 and all("new experiment, plate" in t and "siRNA" not in t for t in titles())
+    dls.test_dl(sites, with_labels=True).show_batch(max_n=1)
+    assert titles()[0].startswith("siRNA ")
+    loaders(sites, target="cell_type").show_batch(max_n=1)
+    assert titles()[0].startswith("cell type ")
+
+
+def test_show_batch_unique_shows_one_site(sites):
+    dls = loaders(sites)
+    dls.show_batch(max_n=4, unique=True)
+    assert len(set(titles())) == 1 and len(titles()) == 4
+    images = [ax.images[0].get_array() for ax in plt.gcf().axes if ax.images]
+    assert all((x == images[0]).all() for x in images)
+
+
+def test_show_results_says_what_was_right(sites, test_sites):
+    dls = loaders(sites)
+    b = dls.valid.one_batch()
+    right = b[2].clone()
+    out = TensorCategory(torch.where(torch.arange(len(right)) == 0, (right + 1) % 8, right))
+    dls.valid.show_results(b, out, max_n=3)
+    first, second = titles()[:2]
+    one, two, wrong = int(right[0]), int(right[1]), int(out[0])
+    assert first.startswith(f"siRNA {one}, predicted {wrong} (wrong)\nHUVEC, HUVEC-02, plate 1")
+    assert second.startswith(f"siRNA {two}, predicted {two}\nHUVEC, HUVEC-02, plate 1")
+    learn = learner(dls)
+    learn.show_results(max_n=2)
+    assert len(titles()) == 2 and all("predicted" in t for t in titles())
+    learn.show_results(dl=dls.test_dl(test_sites), max_n=2)  # without labels
+    assert all(t.startswith("siRNA ?, predicted ") for t in titles())
