@@ -46,8 +46,9 @@ check: install ## modules, README and notebooks are what `make export` makes of 
 	for f in $(EXPORT_NEEDS); do if [ -e $$f ]; then mkdir -p "$$copy/$$(dirname $$f)"; cp -R $$f "$$copy/$$(dirname $$f)/"; fi; done; \
 	$(MAKE) --no-print-directory -C "$$copy" export-here VENV="$$(cd $(VENV) && pwd)"; \
 	same=1; for f in $(GENERATED); do \
-		[ ! -e $$f ] && [ ! -e "$$copy/$$f" ] || \
-		diff -rq -x __pycache__ -x .ipynb_checkpoints -x .last_checked $$f "$$copy/$$f" | sed -e "s#^Files \(.*\) and .* differ#  \1#" -e "s#^Only in $$copy/*#  missing here: #" -e "s#^Only in #  not made by export: #" || same=0; done; \
+		[ ! -e $$f ] && [ ! -e "$$copy/$$f" ] && continue; \
+		found=$$(diff -rq -x __pycache__ -x .ipynb_checkpoints -x .last_checked $$f "$$copy/$$f" 2>&1) || { same=0; \
+		echo "$$found" | sed -e "s#^Files \(.*\) and .* differ#  \1#" -e "s#^Only in $$copy/*#  missing here: #" -e "s#^Only in #  not made by export: #"; }; done; \
 	[ $$same = 1 ] || { echo 'make check: the files above are not what `make export` makes of the notebooks: run it and look at the diff'; exit 1; }
 	@echo 'make check: exported, clean, README up to date'
 
@@ -69,8 +70,9 @@ readme: install ## README.md and its pictures from nbs/index.ipynb
 	@$(RUN) python tools/readme.py
 
 .PHONY: notebooks
-notebooks: install ## run every notebook and store its outputs, cleaned
-	@$(RUN1) PYTHONWARNINGS=ignore TQDM_DISABLE=1 nbdev-test --save --n-workers $(WORKERS) --timing
+notebooks: install ## run every notebook in its own kernel, store its outputs, then export
+	@find nbs -name '*.ipynb' -not -path '*/.*' -print0 | $(RUN1) PYTHONWARNINGS=ignore TQDM_DISABLE=1 xargs -0 -n 1 -P $(WORKERS) \
+		jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 --log-level WARN
 	@$(MAKE) --no-print-directory export-here
 
 .PHONY: clean

@@ -442,6 +442,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'rcic_fastai.train.ModelSettings': ('train.html#modelsettings', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train.Recipe': ('train.html#recipe', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train.SkipEmptyValidation': ('train.html#skipemptyvalidation', 'rcic_fastai/train.py'),
+                                   'rcic_fastai.train.SkipEmptyValidation.before_fit': ( 'train.html#skipemptyvalidation.before_fit',
+                                                                                         'rcic_fastai/train.py'),
                                    'rcic_fastai.train.SkipEmptyValidation.before_validate': ( 'train.html#skipemptyvalidation.before_validate',
                                                                                               'rcic_fastai/train.py'),
                                    'rcic_fastai.train.TrainSettings': ('train.html#trainsettings', 'rcic_fastai/train.py'),

@@ -33,7 +33,7 @@ from rcic_fastai.simulate import (
 )
 
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
-SMALL = dict(n_sirnas=8, n_train=2, n_test=1, cell_types=("HUVEC", "RPE"), image_size=24, seed=3, workers=1, progress=False)
+SMALL = dict(n_sirnas=8, n_positive=1, n_train=2, n_test=1, cell_types=("HUVEC", "RPE"), image_size=24, seed=3, workers=1, progress=False)
 TABLES = {"train.csv", "train_controls.csv", "test.csv", "test_controls.csv", "sample_submission.csv", "truth.csv", "simulation.json"}
 
 
@@ -109,9 +109,17 @@ def test_any_order(small, small_bytes):
 
 
 def test_more_experiments_leave_the_images_of_the_others_alone(small_bytes, tmp_path):
-    longer = contents(simulate_screen(tmp_path, **{**SMALL, "n_train": 3, "n_test": 0}))
-    first = [f for f in small_bytes if f.startswith(("train/HUVEC-01", "train/RPE-02"))]
+    longer = contents(simulate_screen(tmp_path, **{**SMALL, "n_train": 3, "n_test": 0, "cell_types": "HUVEC"}))
+    first = [f for f in small_bytes if f.startswith(("train/HUVEC-01", "train/HUVEC-02"))]
     assert len(first) > 100 and all(longer[f] == small_bytes[f] for f in first)
+
+
+def test_every_site_has_cells_of_its_own():
+    sim = Simulation(image_size=24, cell_radius=3, batch_effect=0)
+    wells = [("RPE-01", 1, "B02"), ("RPE-01", 2, "B02"), ("RPE-02", 1, "B02"), ("RPE-01", 1, "B03")]
+    x = [simulate_site(sim, well_row(*w), site)[0].astype(float).ravel() for w in wells for site in (1, 2)]
+    alike = np.corrcoef(x) - np.eye(len(x))
+    assert np.abs(alike).max() < 0.5
 
 
 def test_another_seed_is_another_screen(small_bytes, tmp_path):
@@ -144,8 +152,9 @@ def test_an_interrupted_write_leaves_no_part_of_a_file(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_ends_every_process_and_the_screen_can_be_completed(tmp_path):
-    settings = dict(SMALL, n_train=20, image_size=64, workers=2)
-    code = f"from rcic_fastai.simulate import simulate_screen; simulate_screen({str(tmp_path)!r}, **{settings!r})"
+    settings = dict(SMALL, n_positive=3, n_train=20, image_size=64, workers=2)
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+    code += f"from rcic_fastai.simulate import simulate_screen; simulate_screen({str(tmp_path)!r}, **{settings!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while process.poll() is None and sum(1 for _ in tmp_path.rglob("*.png")) < 30 and time.monotonic() < deadline:
@@ -256,7 +265,7 @@ def test_controls_are_where_the_real_ones_are():
     assert set(treatments(ours).well) == set(real.well)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("n_types", [1, 2, 4])
 @pytest.mark.parametrize("n_test", [1, 2, 3])
 def test_one_rotation_occurs_in_test_only(seed, n_types, n_test):
@@ -271,7 +280,7 @@ def test_one_rotation_occurs_in_test_only(seed, n_types, n_test):
 
 
 def test_some_plates_lost_wells_but_every_sirna_is_seen_in_each_cell_type():
-    for seed in range(5):
+    for seed in range(3):
         wells = design_screen(n_sirnas=1108, n_train=8, n_test=2, cell_types=("HUVEC",), seed=seed)
         sizes = treatments(wells).groupby(["experiment", "plate"]).size()
         assert 272 <= sizes.min() < 277 and sizes.max() == 277
@@ -285,7 +294,7 @@ def test_some_plates_lost_wells_but_every_sirna_is_seen_in_each_cell_type():
 
 
 def test_more_than_99_experiments():
-    wells = design_screen(n_sirnas=4, n_train=100, n_test=1, cell_types="HUVEC")
+    wells = design_screen(n_sirnas=1, n_plates=1, n_train=100, n_test=1, cell_types="HUVEC")
     assert {"HUVEC-01", "HUVEC-99", "HUVEC-101"} <= set(wells.experiment) and wells.experiment.nunique() == 101
     assert set(wells[wells.split == "test"].experiment) == {"HUVEC-101"}
 
@@ -392,7 +401,7 @@ def test_a_phenotype_of_size_zero_is_no_phenotype():
 
 def test_the_batch_effect_is_between_experiments_and_little_between_plates():
     sim = Simulation(image_size=32, cell_radius=4)
-    mean = np.array([[simulate_site(sim, well_row(f"HUVEC-{e:02}", p), 1).mean((1, 2)) for p in (1, 2, 3)] for e in range(1, 13)])  # (12, 3, 6)
+    mean = np.array([[simulate_site(sim, well_row(f"HUVEC-{e:02}", p), 1).mean((1, 2)) for p in (1, 2, 3)] for e in range(1, 11)])  # (10, 3, 6)
     of_experiment = np.log(mean.mean(1))
     factor = np.exp(np.ptp(of_experiment, 0))
     assert (factor > 2.5).all() and np.median(factor) > 4
@@ -421,7 +430,7 @@ def features(x):
     return np.concatenate([*(np.log(power[:, ring == r].mean(1) + 1e-6) for r in range(5)), (z**3).mean((1, 2))])
 
 
-def nearest_centroid_accuracy(effect, n_sirnas=10):
+def nearest_centroid_accuracy(effect, n_sirnas=8):
     "siRNAs of one experiment: centroids from five wells each, tested on three others"
     sim = Simulation(image_size=48, cell_radius=6, effect=effect)
     wells = [f"D{c:02}" for c in range(2, 10)]
@@ -433,7 +442,7 @@ def nearest_centroid_accuracy(effect, n_sirnas=10):
 
 def test_a_phenotype_can_be_told_from_texture_alone():
     assert nearest_centroid_accuracy(0.5) > 0.7
-    assert nearest_centroid_accuracy(0) < 0.3  # a tenth by chance
+    assert nearest_centroid_accuracy(0) < 0.3  # an eighth by chance
 
 
 # grey values

@@ -1,0 +1,116 @@
+"The commands as a person runs them: help, the road from files to score, and errors of one line."
+
+import configparser
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+config = configparser.ConfigParser(delimiters=["="])
+config.read(ROOT / "settings.ini")
+scripts = dict(line.split("=") for line in config["DEFAULT"]["console_scripts"].split())
+COMMANDS = [name for name in scripts if name.startswith("rcic-")]
+
+
+def run(*args, ok=True):
+    "Run an installed command; with `ok` it must succeed."
+    command = [str(Path(sys.executable).parent / args[0]), *map(str, args[1:])]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=500)
+    assert not ok or done.returncode == 0, done.stderr
+    return done
+
+
+def in_process(monkeypatch, capsys, name, *args):
+    "The same without a new interpreter; returns exit status, stdout and stderr."
+    from fastcore.script import _run_cli
+
+    import rcic_fastai.cli as cli
+
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    status, message = 0, ""
+    try:
+        _run_cli(getattr(cli, name.replace("-", "_")).__wrapped__, False, None)
+    except SystemExit as e:
+        status, message = (1, f"{e.code}\n") if isinstance(e.code, str) else (e.code or 0, "")  # Python prints a text and exits with 1
+    out = capsys.readouterr()
+    return status, out.out, out.err + message
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name, monkeypatch, capsys):
+    status, out, _ = in_process(monkeypatch, capsys, name, "--help")
+    assert status == 0 and "usage:" in out and "--debug" in out
+    for line in out.splitlines():  # every option is explained
+        if line.startswith("  --"):
+            assert len(line.split("  ", 2)) > 2 or out.splitlines()[out.splitlines().index(line) + 1].startswith("      ")
+
+
+@pytest.mark.parametrize("name", [c for c in COMMANDS if c != "rcic-demo"])
+def test_what_is_required_is_said(name, monkeypatch, capsys):
+    status, _, err = in_process(monkeypatch, capsys, name)
+    assert status == 2 and "the following arguments are required" in err
+
+
+def test_installed_command_fails_in_one_line(tmp_path):
+    "As a process: exit status 1, one line on standard error, no traceback; the traceback with --debug."
+    done = run("rcic-score", "--submission", tmp_path / "none.csv", "--truth", tmp_path / "truth.csv", ok=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("rcic-score: error: ") and "none.csv" in done.stderr
+    debug = run("rcic-score", "--submission", tmp_path / "none.csv", "--truth", tmp_path / "truth.csv", "--debug", ok=False)
+    assert debug.returncode != 0 and "Traceback" in debug.stderr
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    return lambda name, *args: in_process(monkeypatch, capsys, name, *args)
+
+
+def test_errors_of_each_command(command, small_screen, small_run, tmp_path):
+    bad = [
+        (("rcic-simulate", "--out", tmp_path / "s", "--sirnas", 2000), "plates hold 4 to 1108 treatments"),
+        (("rcic-simulate", "--out", small_screen, "--sirnas", 12), "other settings"),
+        (("rcic-train", "--data", tmp_path), str(tmp_path)),
+        (("rcic-train", "--data", small_screen, "--recipe", "laptp"), "did you mean 'laptop'"),
+        (("rcic-train", "--data", small_screen, "--set", "train.epoch=3"), "did you mean 'epochs'"),
+        (("rcic-train", "--data", small_screen, "--valid", "plate=9", "--run", tmp_path / "r"), "plate"),
+        (("rcic-train", "--data", small_screen, "--target", "dose", "--run", tmp_path / "r"), "target 'dose'"),
+        (("rcic-train", "--data", small_screen, "--run", small_run), "holds a finished run"),
+        (("rcic-predict", "--run", tmp_path), "is no finished run"),
+        (("rcic-predict", "--run", small_run, "--batchnorm", "domian"), "batchnorm is 'domian'"),
+        (("rcic-predict", "--run", small_run, "--split", "val"), "split is 'val'"),
+        (("rcic-submit", "--run", tmp_path), "is no finished run"),
+        (("rcic-demo", "--out", tmp_path / "d", "--set", "data.crop"), 'has no "="'),
+    ]
+    for args, message in bad:
+        status, out, err = command(*args)
+        assert status == 1 and message in err and err.count("\n") == 1, (args, err)
+        assert err.startswith(f"{args[0]}: error: ") and "Traceback" not in err
+
+
+def test_the_road(command, tmp_path):
+    "Simulate, train, predict, submit and score a small screen, and the score is that of the file."
+    data, run_folder, out = tmp_path / "data", tmp_path / "run", tmp_path / "submission.csv"
+    assert command("rcic-simulate", "--out", data, "--sirnas", 8, "--train-experiments", 3, "--test-experiments", 1, "--cell-types", "RPE",
+                   "--image-size", 48)[0] == 0  # fmt: skip
+    status, said, err = command("rcic-train", "--data", data, "--run", run_folder, "--valid", "experiment=RPE-02", "--set", "train.epochs=2",
+                                "--set", "data.batch_size=16")  # fmt: skip
+    assert status == 0, err
+    assert "No --recipe: using 'laptop'" in said and "Validation, experiment=RPE-02: " in said and f"Run folder: {run_folder}" in said
+    assert "█" not in said  # no progress bar in a pipe, but a line per epoch
+    assert said.count("\n             1 ") == 1
+    assert command("rcic-predict", "--run", run_folder, "--tta", 2)[0] == 0
+    status, said, err = command("rcic-submit", "--run", run_folder, "--out", out)
+    assert status == 0 and "RPE-04: groups" in said, err
+    sample, submission, truth = (pd.read_csv(f) for f in (data / "sample_submission.csv", out, data / "truth.csv"))
+    assert list(submission.columns) == ["id_code", "sirna"] and list(submission.id_code) == list(sample.id_code)
+    assert submission.sirna.is_unique  # one-to-one
+    status, said, _ = command("rcic-score", "--submission", out, "--truth", data / "truth.csv")
+    expected = np.mean(submission.sirna.to_numpy() == truth.set_index("id_code").sirna[submission.id_code].to_numpy())
+    assert status == 0 and float(said.strip().splitlines()[-1]) == pytest.approx(expected, abs=1e-6)
+    submission.iloc[1:].to_csv(out, index=False)
+    status, _, err = command("rcic-score", "--submission", out, "--truth", data / "truth.csv")
+    assert status == 1 and sample.id_code[0] in err

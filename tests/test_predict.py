@@ -1,0 +1,176 @@
+"Predictions under named BatchNorm statistics, views, wells and files."
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from rcic_fastai.data import select_sites
+from rcic_fastai.model import plain
+from rcic_fastai.predict import Predictions, predict_run, predict_sites, well_accuracy
+from rcic_fastai.screen import read_screen
+from rcic_fastai.train import load_run
+
+
+@pytest.fixture(scope="module")
+def screen(small_screen):
+    return read_screen(small_screen)
+
+
+@pytest.fixture(scope="module")
+def sites(screen):
+    return select_sites(screen, "test")
+
+
+@pytest.fixture(scope="module")
+def learn(small_run, sites):
+    return load_run(small_run, sites)
+
+
+def two_experiments(screen):
+    return pd.concat([select_sites(screen, "test"), select_sites(screen, "train").query("experiment=='HUVEC-01'")], ignore_index=True)
+
+
+def test_running_is_ordinary_eval(learn, sites):
+    p = predict_sites(learn, sites, "running", progress=False)
+    model, out = learn.model.eval(), []
+    with torch.no_grad():
+        for x, context in learn.dls.test_dl(sites, domain=None):
+            out.append(model(x, context) * learn.loss_func.s)
+    np.testing.assert_allclose(p.logits, torch.cat(out).numpy(), atol=2e-3)
+
+
+def test_domain_is_one_large_training_batch_per_experiment(screen, learn):
+    "Pooling exactly means: the same as one train-mode forward over all sites of the experiment, and nothing from the other experiment."
+    sites = two_experiments(screen)
+    p = predict_sites(learn, sites, "domain", bs=7, progress=False)
+    for experiment, rows in sites.groupby("experiment").groups.items():
+        x, context = next(iter(learn.dls.test_dl(sites.loc[rows].reset_index(drop=True), domain=None, bs=len(rows))))
+        state = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        learn.model.train()
+        with torch.no_grad():
+            expected = learn.model(plain(x), context) * learn.loss_func.s
+        learn.model.load_state_dict(state)
+        np.testing.assert_allclose(p.logits[rows], expected.numpy(), atol=5e-3)
+
+
+def test_controls_shape_the_statistics_of_their_own_experiment(screen, learn):
+    sites = two_experiments(screen)
+    controls = pd.concat([select_sites(screen, s, "controls") for s in ("test", "train")], ignore_index=True)
+    both = predict_sites(learn, sites, "controls", controls=controls, progress=False)
+    one = sites[sites.experiment == "HUVEC-01"]
+    alone = predict_sites(learn, one, "controls", controls=controls[controls.experiment == "HUVEC-01"], progress=False)
+    np.testing.assert_allclose(both.logits[one.index], alone.logits, atol=1e-4)
+    with pytest.raises(ValueError, match="there are no control sites of HUVEC-01"):
+        predict_sites(learn, one, "controls", controls=controls[controls.experiment != "HUVEC-01"], progress=False)
+
+
+def test_a_plate_as_the_domain(screen, learn):
+    sites = select_sites(screen, "test")
+    p = predict_sites(learn, sites, "domain", domain="plate", progress=False)
+    own = sites[sites.plate == 2]
+    np.testing.assert_allclose(p.logits[own.index], predict_sites(learn, own, "domain", progress=False).logits, atol=1e-3)
+
+
+def test_pool_sites_bounds_the_pool_and_predicts_all(learn, sites):
+    p = predict_sites(learn, sites, "domain", pool_sites=10, progress=False)
+    assert len(p.ids) == len(sites) and np.isfinite(p.logits).all()
+    whole = predict_sites(learn, sites, "domain", progress=False)
+    assert 0 < np.abs(p.logits - whole.logits).mean() < 2
+    np.testing.assert_allclose(predict_sites(learn, sites, "domain", pool_sites=10**6, progress=False).logits, whole.logits, atol=1e-4)
+
+
+def test_prediction_leaves_the_model_as_it_was(learn, sites):
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    for mode in ("running", "batch", "domain"):
+        predict_sites(learn, sites.head(8), mode, progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+
+
+def test_views_are_averaged(learn, sites, monkeypatch):
+    "Two views are the mean of both, and a network that ignores orientation gives the same for one and eight."
+    eight = predict_sites(learn, sites.head(8), "running", tta=8, progress=False)
+    assert np.abs(eight.logits - predict_sites(learn, sites.head(8), "running", progress=False).logits).max() > 1e-3
+
+    class Mean(torch.nn.Module):
+        def forward(self, x, context):
+            return x.mean((2, 3))[:, :1].expand(-1, 8)
+
+    monkeypatch.setattr(learn, "model", Mean())
+    a, b = (predict_sites(learn, sites.head(8), "running", tta=n, progress=False).logits for n in (1, 8))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_windows_of_large_images(screen, tmp_path):
+    "A network of 32-pixel windows predicts 48-pixel images: view 0 is the middle, other views lie elsewhere."
+    from rcic_fastai.predict import _window
+    from rcic_fastai.recipe import change_recipe, get_recipe
+    from rcic_fastai.train import train_run
+
+    x = torch.arange(48 * 48).reshape(1, 1, 48, 48)
+    assert torch.equal(_window(x, 32, 0), x[..., 8:40, 8:40])
+    corners = {int(_window(x, 32, v)[0, 0, 0, 0]) for v in range(9)}
+    assert len(corners) > 6 and torch.equal(_window(x, 32, 5), _window(x, 32, 5))
+    recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.crop=32", "model.arch=resnet10t", "inference.tta=4")
+    train_run(screen, recipe, tmp_path / "run", say=lambda *a: None)
+    p = predict_run(tmp_path / "run", screen, "test", progress=False)
+    assert p.made["tta"] == 4 and np.isfinite(p.logits).all()
+
+
+@pytest.mark.parametrize("kwargs, message", [(dict(batchnorm="adaptive"), "batchnorm is 'adaptive'"), (dict(tta=0), "tta is 0"),
+                                             (dict(domain="well"), "domain is 'well'")])  # fmt: skip
+def test_bad_settings(learn, sites, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        predict_sites(learn, sites, progress=False, **kwargs)
+
+
+def test_nothing_to_predict(learn, sites):
+    with pytest.raises(ValueError, match="no sites to predict"):
+        predict_sites(learn, sites.head(0), progress=False)
+
+
+def test_a_missing_file_is_named(learn, sites):
+    gone = sites.head(2).assign(files=lambda t: t.files.str.replace("_s1_", "_s9_").str.replace("_s2_", "_s9_"))
+    with pytest.raises(FileNotFoundError, match="_s9_w1.png does not exist"):
+        predict_sites(learn, gone, "running", progress=False)
+
+
+def test_wells_are_means_of_their_sites():
+    rng = np.random.default_rng(0)
+    ids = [f"HUVEC-01_1_{w}_{s}" for w in ("D05", "B03", "C04") for s in (1, 2)] + ["HUVEC-01_2_B03_1"]
+    p = Predictions(ids, range(5), rng.standard_normal((7, 5)), dict(level="site"))
+    w = p.wells()
+    assert list(w.ids) == ["HUVEC-01_1_D05", "HUVEC-01_1_B03", "HUVEC-01_1_C04", "HUVEC-01_2_B03"]
+    np.testing.assert_allclose(w.logits[:3], p.logits[:6].reshape(3, 2, 5).mean(1), rtol=1e-6)
+    assert w.wells() is w
+
+
+def test_files_hold_no_pickle(tmp_path):
+    p = Predictions(["a_1", "b_1"], ["HUVEC", "RPE"], [[0, 1], [2, 3]], dict(tta=8))
+    again = Predictions.load(p.save(tmp_path / "deep" / "p.npz"))
+    assert list(again.classes) == ["HUVEC", "RPE"] and again.made == dict(tta=8) and again.logits.dtype == np.float32
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["p.npz"]  # no temporary file stays
+    (tmp_path / "bad.npz").write_bytes(b"no")
+    with pytest.raises(ValueError, match="bad.npz is no file of predictions"):
+        Predictions.load(tmp_path / "bad.npz")
+    np.savez(tmp_path / "evil.npz", ids=np.array([print], dtype=object))
+    with pytest.raises(ValueError):
+        Predictions.load(tmp_path / "evil.npz")
+
+
+def test_well_accuracy_counts_known_wells(screen):
+    wells = screen.wells[screen.wells.split == "train"].query("well_type=='treatment'").head(6)
+    classes = list(range(8))
+    logits = np.eye(8)[wells.sirna.to_numpy(int)]
+    logits[0] = np.roll(logits[0], 1)
+    p = Predictions(wells.id_code, classes, logits, dict(level="well"))
+    assert well_accuracy(p, screen.wells) == (5, 6)
+    test_well = screen.wells[screen.wells.split == "test"].query("well_type=='treatment'").head(1)
+    q = Predictions([*p.ids, *test_well.id_code], classes, np.vstack([logits, np.eye(8)[:1]]), dict(level="well"))
+    assert well_accuracy(q, screen.wells) == (5, 6)  # the truth of a test well is not known
+
+
+def test_valid_split_of_a_run(small_run, screen):
+    p = predict_run(small_run, screen, "valid", progress=False)
+    assert {i.split("_")[0] for i in p.ids} == {"HUVEC-03"} and p.made["split"] == "valid"
+    assert Predictions.load(small_run / "predictions" / "valid.npz").made == p.made

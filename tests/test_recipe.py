@@ -1,0 +1,75 @@
+"Recipes from names, files and the command line."
+
+import json
+from dataclasses import asdict, fields, is_dataclass
+
+import pytest
+
+from rcic_fastai.recipe import change_recipe, compare_recipes, get_recipe, list_recipes, recipe_from_json, recipe_to_json, recipes
+from rcic_fastai.train import Recipe
+
+
+def leaves(settings, where=""):
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{where}{f.name}.")
+        else:
+            yield where + f.name, value
+
+
+@pytest.mark.parametrize("name", recipes)
+def test_every_recipe_survives_json(name, tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text(recipe_to_json(recipes[name]))
+    assert get_recipe(path) == get_recipe(name) == recipes[name]
+
+
+@pytest.mark.parametrize("key, default", list(leaves(Recipe())))
+def test_every_setting_can_be_set_and_wrong_types_are_named(key, default):
+    assert compare_recipes(change_recipe(Recipe(), f"{key}={json.dumps(default)}"), change_recipe(Recipe())).empty
+    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+        change_recipe(Recipe(), f"{key}=[1]")
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"train": {"epoch": 3}}', r"train\.epoch is no setting; did you mean 'epochs'\?"),
+    ('{"trian": {}}', r"trian is no setting; did you mean 'train'\?"),
+    ('{"train": 3}', "train is 3, expected settings"),
+    ('{"train": {"epochs": 2.5}}', "train.epochs is 2.5, expected int"),
+    ('{"train": {"epochs": true}}', "train.epochs is true, expected int"),
+    ('{"train": {"epochs": 0}}', "train.epochs is 0, expected at least 1"),
+    ('{"data": {"batch_size": 0}}', "data.batch_size is 0, expected at least 1"),
+    ('{"data": {"domain": "well"}}', 'data.domain is "well", expected one of null'),
+    ('{"device": {"precision": "half"}}', "device.precision"),
+    ('{"loss": {"name": "cross_entropy"}}', "do not fit"),
+    ('{"name": "x",}', "line 1"),
+    ("[1]", "expected settings in braces"),
+])  # fmt: skip
+def test_bad_files(text, message, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        recipe_from_json(text)
+    with pytest.raises(ValueError, match="bad.json: "):
+        get_recipe(path)
+
+
+def test_missing_names_and_files(tmp_path):
+    with pytest.raises(ValueError, match="there is no recipe 'lapto'; did you mean 'laptop'"):
+        get_recipe("lapto")
+    with pytest.raises(FileNotFoundError, match="none.json does not exist"):
+        get_recipe(tmp_path / "none.json")
+
+
+def test_changes_are_copies_and_compose():
+    base = get_recipe("laptop")
+    a = change_recipe(base, "train.epochs=3", "train.lr=1", "loss.options.m=0.1", "data.domain=null", "model.arch=resnet18")
+    assert (a.train.epochs, a.train.lr, a.loss.options["m"], a.data.domain, a.model.arch) == (3, 1.0, 0.1, None, "resnet18")
+    assert base == recipes["laptop"] and set(compare_recipes(base, a).index) == {"train.epochs", "train.lr", "loss.options", "data.domain", "model.arch"}
+
+
+def test_list_names_source_and_score():
+    table = list_recipes()
+    assert list(table.index) == list(recipes) and {"source", "score", "arch"} <= set(table.columns)
+    assert asdict(recipes["laptop"])["name"] == "laptop"
