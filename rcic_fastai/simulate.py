@@ -362,7 +362,7 @@ def _write_tables(wells, root):
             to_csv(treated[['id_code']].assign(sirna=0), 'sample_submission.csv')
             to_csv(treated[['id_code', 'sirna']], 'truth.csv')
 
-# %% ../nbs/01_simulate.ipynb #425f404e
+# %% ../nbs/01_simulate.ipynb #37956a4d
 def simulate_screen(
     path:str|Path, # folder to write to; made if need be
     n_sirnas:int=48, # number of treatment siRNAs
@@ -395,7 +395,7 @@ def simulate_screen(
     _write_tables(wells, root)
     parts = [w.iloc[i:i+4] for _,w in wells.groupby(['experiment', 'plate']) for i in range(0, len(w), 4)]
     done = _map_parts(partial(_write_wells, sim, root), parts, num_cpus() if workers is None else workers)
-    with tqdm(total=len(wells)*n_sites, desc='Simulating', unit='site', disable=not progress) as bar, closing(done):
+    with tqdm(total=len(wells)*n_sites, desc='Simulating', unit='site', disable=None if progress and not os.environ.get('TQDM_DISABLE') else True) as bar, closing(done):
         for n in done: bar.update(n)
     return root
 
