@@ -88,7 +88,7 @@ def _window(x, size, view):
     top, left = (share*(room+1)).long().minimum(room).tolist()
     return x[..., top:top+size, left:left+size]
 
-# %% ../nbs/10_predict.ipynb #ef93caa1
+# %% ../nbs/10_predict.ipynb #43115665
 def _forward(learn, view):
     "Raw batch to logits, in the precision of the recipe"
     prepare, device = _prepare(learn), learn.dls.device
@@ -132,7 +132,7 @@ def predict_sites(
     if not 1 <= tta <= 64: raise ValueError(f'tta is {tta}, expected a number of views from 1 to 64')
     if not len(sites): raise ValueError('there are no sites to predict')
     domain = domain or learn.dls.train.domain or 'experiment'
-    load = lambda s: learn.dls.test_dl(s.reset_index(drop=True), after_batch=[], bs=bs, domain=None, shuffle=False)
+    load = lambda s: learn.dls.test_dl(s.reset_index(drop=True), after_batch=[], bs=bs, domain=None, shuffle=False, device=torch.device('cpu'))
     logits = np.zeros((len(sites), len(learn.dls.vocab)), np.float32)
     groups = _domains(sites, domain, batchnorm)
     bar = tqdm(total=len(sites), desc=f'Predicting, {batchnorm} statistics', unit='site', disable=None if progress and not os.environ.get('TQDM_DISABLE') else True) # None: only where a terminal or notebook shows it
@@ -147,26 +147,25 @@ def predict_sites(
 def _predict_domain(learn, sites, batchnorm, domain, tta, controls, pool_sites, load, bar):
     "Mean logits over the views of the sites of one domain"
     forwards = [_forward(learn, v) for v in range(tta)]
-    if batchnorm in ('running', 'batch'): # batch by batch: nothing has to be kept
-        with BatchNormMode(learn.model, batchnorm):
-            def mean(b):
-                bar.update(len(b[0]))
-                return torch.stack([f(*b) for f in forwards]).mean(0).cpu()
-            return torch.cat([mean(b) for b in load(sites)]).numpy()
-    batches = list(load(sites)) # uint8
-    pool = sites if batchnorm=='domain' else _controls_of(sites, controls, domain)
     whole = batchnorm=='domain' and (pool_sites is None or pool_sites >= len(sites))
-    if not whole and pool_sites and pool_sites < len(pool): pool = pool.iloc[np.linspace(0, len(pool)-1, pool_sites).round().astype(int)]
-    reference = batches if whole else list(load(pool))
-    total = 0
-    for forward in forwards:
-        bn = BatchNormMode(learn.model, batchnorm)
-        out = bn.pool(reference, forward)
-        if not whole:
-            with bn: out = [forward(*b) for b in batches]
-        total = total + torch.cat(out).cpu()
-    bar.update(len(sites))
-    return (total/len(forwards)).numpy()
+    if whole: # the pooling pass has the logits already
+        batches = list(load(sites))
+        out = [torch.cat(BatchNormMode(learn.model, batchnorm).pool(batches, f)).cpu() for f in forwards]
+        bar.update(len(sites))
+        return torch.stack(out).mean(0).numpy()
+    modes = [BatchNormMode(learn.model, batchnorm) for _ in forwards]
+    if batchnorm in ('domain', 'controls'):
+        pool = sites if batchnorm=='domain' else _controls_of(sites, controls, domain)
+        n = min(len(pool), pool_sites or len(pool))
+        reference = list(load(pool.iloc[np.linspace(0, len(pool)-1, n).round().astype(int)]))
+        for bn, f in zip(modes, forwards): bn.pool(reference, f)
+    def mean(b):
+        out = 0
+        for bn, f in zip(modes, forwards):
+            with bn: out = out + f(*b)
+        bar.update(len(b[0]))
+        return (out/len(forwards)).cpu()
+    return torch.cat([mean(b) for b in load(sites)]).numpy() # batch by batch: nothing has to be kept
 
 # %% ../nbs/10_predict.ipynb #edff9512
 def predict_run(

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .train import (DataSettings, DeviceSettings, InferenceSettings, LossSettings, ModelSettings, Recipe, TrainSettings, write_text)
 
-# %% ../nbs/12_recipe.ipynb #92d57eb4
+# %% ../nbs/12_recipe.ipynb #fff7fa56
 recipes = {r.name: r for r in (
     Recipe(name='laptop', source='rcic_fastai',
            data=DataSettings(domain='experiment', batch_size=32, crop=96, epoch_sites=128, standardize='screen'),
@@ -28,7 +28,7 @@ recipes = {r.name: r for r in (
            model=ModelSettings(arch='se_resnext101_32x4d', pretrained=True, head='cosine'),
            loss=LossSettings('am_softmax', dict(m=.5, s=30., gamma=2.)),
            train=TrainSettings(epochs=20, lr=1e-4, weight_decay=1e-4),
-           inference=InferenceSettings(batchnorm='domain')),
+           inference=InferenceSettings(batchnorm='domain', pool_sites=128)),
 )}
 
 def list_recipes() -> pd.DataFrame: # one row per recipe
