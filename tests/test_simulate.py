@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import rcic_fastai.simulate as simulate
 from rcic_fastai.screen import check_files, plate_groups, plate_rotations, read_screen
@@ -221,7 +222,9 @@ def test_one_channel_file_is_8_bit_grey(small):
         assert (im.mode, im.size, im.format) == ("L", (24, 24), "PNG")
 
 
-def test_progress_counts_the_sites(tmp_path, capsys):
+def test_progress_counts_the_sites(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr("rcic_fastai.simulate.tqdm", lambda **kwargs: tqdm(**{**kwargs, "disable": bool(kwargs["disable"])}))  # as on a terminal
     simulate_screen(tmp_path, **{**SMALL, "n_train": 1, "n_test": 0, "cell_types": "RPE", "image_size": 16, "progress": True})
     n = len(read_screen(tmp_path).sites())
     assert f"{n}/{n}" in capsys.readouterr().err

@@ -180,7 +180,7 @@ def test_run_with_pretraining_writes_its_folder(screen, tmp_path):
     run = tmp_path / "run"
     train_run(screen, change_recipe(laptop, "controls.epochs=1"), run, say=quiet)
     assert {p.name for p in run.iterdir()} == {"controls.csv", "history.csv", "recipe.json", "run.json", "model.safetensors"}
-    assert list(pd.read_csv(run / "history.csv").columns) == ["epoch", "train_loss", "train_accuracy", "time"]
+    assert list(pd.read_csv(run / "history.csv").columns) == ["epoch", "train_loss", "accuracy", "time"]
 
 
 def test_run_comes_back(small_run, small_screen):
