@@ -40,7 +40,7 @@ def one_line_errors(
 
 def _say(*args): print(*args, flush=True)
 
-# %% ../nbs/17_cli.ipynb #513d36fd
+# %% ../nbs/17_cli.ipynb #b8ad4179
 @call_parse
 def rcic_simulate(
     out:Annotated[Path, dict(required=True)]=None, # folder to write the screen to
@@ -125,7 +125,9 @@ def rcic_submit(
         if groups is not None:
             for e, g in table.groupby('experiment'):
                 mapping = g.drop_duplicates('plate').set_index('plate').group
-                _say(f'{e}: groups {mapping.tolist()} on plates {mapping.index.tolist()}, better than any other order by {g.mapping_margin.iloc[0]:.1f}')
+                margin = g.mapping_margin.iloc[0]
+                sure = f'better than any other order by {margin:.1f}' if margin >= .05 else 'a guess: another order scores as well'
+                _say(f'{e}: groups {mapping.tolist()} on plates {mapping.index.tolist()}, {sure}')
         _say(f'Written: {out}, {len(table):,} wells')
 
 @call_parse

@@ -28,7 +28,7 @@ def _nearest_choice(value, choices, what):
     "Readable error for a setting that has no such choice"
     if value not in choices: raise ValueError(f'{what} is {value!r}, expected one of {", ".join(map(repr, choices))}')
 
-# %% ../nbs/04_data.ipynb #bfa63aea
+# %% ../nbs/04_data.ipynb #d2e6aa60
 WELLS = 'treatments', 'controls', 'all'
 
 def select_sites(
@@ -51,7 +51,9 @@ def select_sites(
     if present_only:
         sites, left_out = present_sites(sites, screen.channels)
         warn(f'{len(sites):,} of {len(sites)+left_out:,} {split} sites have all their files; {left_out:,} were left out')
-    else: check_files(sites, screen.channels)
+    else:
+        try: check_files(sites, screen.channels)
+        except FileNotFoundError as e: raise FileNotFoundError(f'{e}; present_only (--present-only) uses the sites that are complete') from None
     if not len(sites): raise ValueError(f'{screen.path}: no {wells} in split {split!r}' + (' whose files are all there' if present_only else ''))
     return sites
 

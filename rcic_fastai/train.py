@@ -8,8 +8,8 @@ __all__ = ['DataSettings', 'ModelSettings', 'LossSettings', 'TrainSettings', 'De
            'screen_learner', 'fit_stage', 'sample_sites', 'measure_stats', 'recipe_dataloaders', 'pretrain_on_controls',
            'write_text', 'train_run', 'recipe_from_dict', 'read_run', 'load_run']
 
-# %% ../nbs/09_train.ipynb #14b075b3
-import json, math, os, platform, sys
+# %% ../nbs/09_train.ipynb #05699668
+import difflib, json, math, os, platform, sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -281,7 +281,7 @@ def pretrain_on_controls(
     _plain_log(learn, say)
     return fit_stage(learn, recipe.controls)
 
-# %% ../nbs/09_train.ipynb #473e17be
+# %% ../nbs/09_train.ipynb #4828ab14
 def write_text(
     path:str|Path, # file to write or replace
     text:str # all of it
@@ -317,8 +317,11 @@ def train_run(
     """
     run = Path(run)
     if (run/'model.safetensors').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
+    if target not in screen.wells: # before any file is looked for
+        close = difflib.get_close_matches(target, screen.wells.columns, n=1)
+        raise ValueError(f'target {target!r} is no column of the wells; ' + (f'did you mean {close[0]!r}?' if close else f'there are {", ".join(screen.wells.columns)}'))
+    if valid is not None: valid_mask(screen.wells[screen.wells.split=='train'], valid, recipe.seed)
     sites = select_sites(screen, 'train', wells, present_only, say)
-    if target not in sites: raise ValueError(f'target {target!r} is no column of the wells; there are {", ".join(screen.wells.columns)}')
     recipe = _usable_domain(sites, recipe, target, say)
     mask = np.zeros(len(sites), bool) if valid is None else valid_mask(sites, valid, recipe.seed)
     run.mkdir(parents=True, exist_ok=True)
