@@ -16,7 +16,7 @@ EXPORT_NEEDS := $(GENERATED) Makefile pyproject.toml tools
 
 .PHONY: help
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
 
 $(STAMP): settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and f"$(PYTHON) is Python {v[0]}.{v[1]}; this project needs 3.10 or newer: make PYTHON=python3.11 ...")'
@@ -34,6 +34,10 @@ demo: install ## simulate a screen, train, predict, assign, score; ends with the
 .PHONY: test
 test: install lint check test-nbs ## what CI runs: lint, export and clean without a diff, every notebook, pytest
 	@$(RUN1) python -m pytest -n $(WORKERS) $(ARGS)
+
+.PHONY: bench-batch-effect
+bench-batch-effect: install ## methods against the batch effect, seeds and strengths; resumable (ARGS="--seeds 7 8 --strengths .35:1.8")
+	@$(RUN) python benchmarks/batch_effect.py $(ARGS)
 
 .PHONY: lint
 lint: install ## ruff: setup.py, tests and tools; of the generated modules only what is an error in Python 3.10

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['losses', 'logsumexp_others', 'ScreenLoss', 'SoftmaxCrossEntropyLoss', 'AMSoftmaxLoss', 'ArcFaceLoss', 'OneHotBCELoss',
-           'create_loss']
+           'CrossEntropyArcFaceLoss', 'create_loss']
 
 # %% ../nbs/07_loss.ipynb #d1ffdf76
 import math, inspect
@@ -203,8 +203,38 @@ class OneHotBCELoss(ScreenLoss):
 
     def activation(self, x): return (x if x.dtype == torch.float64 else x.float()).sigmoid()
 
-# %% ../nbs/07_loss.ipynb #41e85386
-losses = dict(am_softmax=AMSoftmaxLoss, arcface=ArcFaceLoss, cross_entropy=SoftmaxCrossEntropyLoss, one_hot_bce=OneHotBCELoss)
+# %% ../nbs/07_loss.ipynb #d9b14591
+class CrossEntropyArcFaceLoss(ScreenLoss):
+    """`(1-weight)` of the cross entropy of logits and `weight/2` of the ArcFace of cosines; of logits alone the cross entropy.
+
+    Shape: scores are a tuple of (B, K) logits and (B, K) cosines, or logits (B, K)."""
+    def __init__(self,
+        weight:float=.2, # Share of the ArcFace, which counts half
+        s:float=30., # Scale of the cosines
+        m:float=.5, # Margin on the angle, radians
+        smoothing:float=0., # Share of the target spread evenly over all classes, in both losses
+        reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
+    ):
+        _check_range(weight=(weight, 0, 1))
+        super().__init__(reduction)
+        self.weight,self.s,self.m,self.smoothing = weight,s,m,smoothing
+        self._ce,self._arcface = SoftmaxCrossEntropyLoss(smoothing=smoothing),ArcFaceLoss(m, s, smoothing=smoothing)
+
+    def row_loss(self, x, y): return self._ce.row_loss(x, y)
+
+    def __call__(self, inp, targ):
+        if not isinstance(inp, (tuple, list)): return super().__call__(inp, targ)
+        if len(inp) != 2: raise ValueError(f"{len(inp)} kinds of scores, expected (logits, cosines)")
+        self._arcface.reduction = self.reduction
+        return (1-self.weight)*super().__call__(inp[0], targ) + self.weight/2*self._arcface(inp[1], targ)
+
+    def activation(self, x): return super().activation(self._logits(x))
+    def decodes(self, x): return super().decodes(self._logits(x))
+    def _logits(self, x): return x[0] if isinstance(x, (tuple, list)) else x
+
+# %% ../nbs/07_loss.ipynb #a3c9a6dd
+losses = dict(am_softmax=AMSoftmaxLoss, arcface=ArcFaceLoss, cross_entropy=SoftmaxCrossEntropyLoss,
+              ce_arcface=CrossEntropyArcFaceLoss, one_hot_bce=OneHotBCELoss)
 
 # %% ../nbs/07_loss.ipynb #bff258da
 def create_loss(

@@ -30,8 +30,8 @@ def small_run(small_screen, tmp_path_factory):
     "Folder of a finished run on `small_screen` with predictions of its test split."
     from rcic_fastai.predict import predict_run
     from rcic_fastai.recipe import change_recipe, get_recipe
+    from rcic_fastai.run import train_run
     from rcic_fastai.screen import read_screen
-    from rcic_fastai.train import train_run
 
     run, screen = tmp_path_factory.mktemp("runs") / "small", read_screen(small_screen)
     recipe = change_recipe(get_recipe("laptop"), "train.epochs=3", "data.batch_size=16")

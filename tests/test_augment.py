@@ -131,6 +131,8 @@ def test_standardising_agrees_with_numpy(by, c, dtype):
     np.testing.assert_allclose(numpy(y), by_hand(x, context, by), atol=2e-5)
     assert rest[0] is context and rest[1] is target
     assert torch.equal(tfm((before, context))[0], y) and isinstance(tfm((before, context)), tuple)
+    role = TensorBase(torch.cat([context, torch.full((len(context), 1), 2)], 1))  # a fourth column, the kind of well, changes nothing
+    assert torch.equal(tfm((before, role))[0], y)
     if by != 'image':
         shown = tfm.decode((y, context, target))
         assert shown[0].dtype == torch.uint8 and type(shown[0]) is SomeImage and torch.equal(shown[0], x) and shown[1] is context
@@ -141,7 +143,7 @@ def test_images_alone_can_be_standardised_by_image_and_screen():
     assert torch.equal(Standardize()(x), Standardize()((x, context))[0])
     y = Standardize('screen')(x)
     np.testing.assert_allclose(numpy(y), (numpy(x)-rcic_stats.mean.numpy()[:, None, None])/rcic_stats.std.numpy()[:, None, None], atol=1e-4)
-    with pytest.raises(ValueError, match=r'context integers \(B, 3\), got nothing'): Standardize('plate', torch.zeros(1, 1, 6), torch.ones(1, 1, 6))(x)
+    with pytest.raises(ValueError, match=r'context integers \(B, 3\) or wider, got nothing'): Standardize('plate', torch.zeros(1, 1, 6), torch.ones(1, 1, 6))(x)
 
 
 def test_blank_channels_stay_finite():
@@ -189,6 +191,7 @@ def test_missing_statistics_and_wrong_tables_are_explained():
     with pytest.raises(ValueError, match='no statistics for experiment 3 '): tfm((x, context + torch.tensor([0, 3, 0])))
     with pytest.raises(ValueError, match='no statistics for experiment -1 '): tfm((x, context - torch.tensor([0, 1, 0])))
     with pytest.raises(ValueError, match=r'got \(8, 3\) torch.float32'): tfm((x, context.float()))
+    with pytest.raises(ValueError, match=r'integers \(B, 3\) or wider, got \(8, 2\) torch.int64'): tfm((x, context[:, :2]))
     with pytest.raises(ValueError, match='statistics of 6 channels for images of 4'): tfm((x[:, :4], context))
     with pytest.raises(ValueError, match=r'mean \(3, 6\).*expected \(experiments, plates, channels\)'): Standardize('plate', *stats)
     with pytest.raises(ValueError, match='both mean and std'): Standardize('screen', stats.mean[1])

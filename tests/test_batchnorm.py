@@ -1,4 +1,4 @@
-"Pooled statistics against float64 by hand and against one big training-mode batch; restoration; threads that neither hang nor leak."
+"Pooled and sliced statistics against float64 by hand and against training-mode batches; restoration; threads that neither hang nor leak."
 import _thread
 import copy
 import signal
@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from fastai.basics import CancelEpochException, CancelFitException, CancelValidException, Learner
+from fastai.basics import CancelBatchException, CancelEpochException, CancelFitException, CancelValidException, Learner, OptimWrapper
 from fastai.callback.core import Callback
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
@@ -18,8 +18,10 @@ from torch import nn
 from rcic_fastai.batchnorm import (
     BatchNormMode,
     BatchNormModeCallback,
+    DomainSlices,
     LayerStats,
     batchnorm_layers,
+    domain_slices,
     layer_stats,
     pool_stats,
     reestimate_batchnorm,
@@ -426,3 +428,238 @@ def test_interrupted_validation_leaves_complete_buffers(error):
     assert list(learn.model.state_dict()) == keys and not any(m._forward_pre_hooks for m in learn.model.modules())
     learn.dls.valid.pop(); quiet_fit(learn)
     assert 'forward' not in learn.model.__dict__ and all(bn.running_mean is not None for bn in batchnorm_layers(learn.model).values())
+
+# --- shown by: a residual net, float32, against float64 with the whole domain in one batch
+
+class Residual(nn.Module):
+    "Three BatchNorms, the last on the sum of two paths"
+    def __init__(self):
+        super().__init__()
+        self.conv1,self.bn1,self.conv2,self.bn2,self.bn3 = nn.Conv2d(3, 4, 3, padding=1),nn.BatchNorm2d(4),nn.Conv2d(4, 4, 3, padding=1),nn.BatchNorm2d(4),nn.BatchNorm2d(4)
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        return self.bn3(x + self.bn2(self.conv2(x)))
+
+def float64_stats(model, x):
+    "Means and standard deviations of every BatchNorm's input, and the outputs, for all of `x` in one float64 batch"
+    model,seen = copy.deepcopy(model).double().train(),{}
+    for name,layer in batchnorm_layers(model).items():
+        layer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: (args[0].mean((0,2,3)), args[0].std((0,2,3), correction=0))}))
+    with torch.no_grad(): return model(x.double()),seen
+
+@pytest.mark.parametrize('bf16,rtol', [(False, 1e-5), (True, 1e-2)])
+@pytest.mark.parametrize('bs', [1, 7, 64])
+def test_pooled_statistics_equal_float64(bs, bf16, rtol):
+    "Treated wells with their controls, in any order; and controls alone, applied to the treated"
+    model = Residual().train()
+    model.bn2.eval(); before = snapshot(model)
+    x = torch.cat([shifted(48, 5), 3*shifted(18, 5)-4]).float()[torch.randperm(66)]
+    is_control = torch.arange(66) % 4 == 0
+    for mode,pooled in (('domain', x), ('controls', x[is_control])):
+        bn = BatchNormMode(model, mode)
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bf16): out = torch.cat(bn.pool(pooled.split(bs)))
+        assert_unchanged(model, before)
+        whole,stats = float64_stats(model, pooled)
+        for name,(mean,std) in stats.items():
+            (s,) = bn.stats[name]
+            assert ((s.mean-mean).abs() <= rtol*(mean.abs()+std)).all() and ((s.var.sqrt()-std).abs() <= rtol*std).all(), name
+        assert (out-whole).norm() <= rtol*whole.norm()
+
+def test_domain_of_one_image_is_its_own_content():
+    net,x = small_net(),shifted(1)
+    with torch.no_grad(): torch.testing.assert_close(BatchNormMode(net, 'domain').pool([x])[0], training_forward(net, x))
+
+# --- several domains in one batch
+
+def by_domain(x, domains, reference, eps=1e-5):
+    "Written out: every row by the statistics of its domain's reference rows; also the pooled statistics"
+    dims,rows = [0, *range(2, x.ndim)],[]
+    for d in domains:
+        r = x[(domains == d) & reference]
+        rows.append((r.mean(dims, keepdim=True), r.var(dims, correction=0, keepdim=True)))
+    mean,var = (torch.cat(s) for s in zip(*rows))
+    used = x[reference]
+    return (x-mean)/(var+eps).sqrt(),used.mean(dims),used.var(dims)
+
+DOMAINS = {'contiguous': [7,7,7,-1,-1,-1,-1,-1], 'scattered': [3,-1,3,3,-1,5,5,-1], 'one': [4]*8}
+REFERENCE = {'all': None, 'later': [0,1,1,1,0,1,1,1], 'scattered': [1,0,1,0,1,1,1,1]}
+
+@pytest.mark.parametrize('reference', REFERENCE)
+@pytest.mark.parametrize('domains', DOMAINS)
+@pytest.mark.parametrize('kind', LAYERS)
+def test_slices_match_the_formula(kind, domains, reference):
+    "Outputs, gradients and running statistics; float64"
+    layer,shape = LAYERS[kind]
+    layer = copy.deepcopy(layer).double().train()
+    for p in layer.parameters(): nn.init.normal_(p)
+    x = (torch.randn(shape)*3 + 5).double() * torch.arange(1, 9).view(8, *[1]*(len(shape)-1))
+    if kind == 'channels last': x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    d = torch.tensor(DOMAINS[domains])
+    marks = None if REFERENCE[reference] is None else torch.tensor(REFERENCE[reference]).bool()
+    plain = copy.deepcopy(layer)
+    with domain_slices(layer, d, marks): out = layer(x)
+    want,mean,var = by_domain(x, d, torch.ones(8, dtype=bool) if marks is None else marks)
+    if layer.affine: want = want*layer.weight.view(-1, *[1]*(x.ndim-2)) + layer.bias.view(-1, *[1]*(x.ndim-2))
+    torch.testing.assert_close(out, want)
+    if kind == 'channels last': assert out.is_contiguous(memory_format=torch.channels_last)
+    inputs,weights = [x, *layer.parameters()],torch.randn_like(out)
+    for a,b in zip(*(torch.autograd.grad((o*weights).sum(), inputs) for o in (out, want))): torch.testing.assert_close(a, b)
+    if layer.running_mean is None: return
+    m = 1. if layer.momentum is None else layer.momentum
+    torch.testing.assert_close(layer.running_mean, m*mean); torch.testing.assert_close(layer.running_var, 1-m + m*var)
+    assert layer.num_batches_tracked == 1
+    if domains == 'one' and marks is None: # PyTorch's own path
+        assert torch.equal(plain(x), out) and all(torch.equal(a, b) for a,b in zip(plain.buffers(), layer.buffers()))
+
+@pytest.mark.parametrize('make', [NETWORKS['efficientnet'], NETWORKS['densenet']], ids=['efficientnet','densenet'])
+def test_slices_of_deep_networks(make):
+    "As if every domain were a batch of its own; with controls, as `BatchNormMode` does it at inference"
+    model = make().double()
+    for m in model.modules():
+        if isinstance(m, nn.modules.dropout._DropoutNd): m.eval()
+    x,d,control = shifted(8, 32),torch.tensor([1,1,2,2,2,2,1,1]),torch.tensor([0,1,0,0,1,1,0,1]).bool()
+    hooks,flags = snapshot(model)[:2]
+    with domain_slices(model, d): out = model(x)
+    with domain_slices(model, d, control), torch.no_grad(): by_controls = model(x)
+    assert (hooks, flags) == snapshot(model)[:2] and not any('forward' in m.__dict__ for m in model.modules())
+    for i in (1, 2):
+        torch.testing.assert_close(out[d==i], training_forward(model, x[d==i]), rtol=1e-8, atol=1e-8)
+        with torch.no_grad(): want, = BatchNormMode(model, 'controls').predict([x[d==i]], controls=[x[(d==i) & control]])
+        torch.testing.assert_close(by_controls[d==i], want, rtol=1e-8, atol=1e-8)
+    assert all(bn.num_batches_tracked == 2 for bn in batchnorm_layers(model).values())
+    out.sum().backward() # after closing
+
+def test_slices_under_autocast():
+    "bf16 in and out, statistics in float32: the mean is far from zero, where bf16 has steps of 2"
+    net,x,d = nn.Sequential(nn.BatchNorm2d(3)),(300 + 4*torch.randn(6, 3, 8, 8)).bfloat16(),torch.tensor([0,0,0,1,1,1])
+    x[3:] += 60
+    for marks in (None, torch.tensor([1,1,0,1,1,0]).bool()):
+        with torch.autocast('cpu', torch.bfloat16), domain_slices(net, d, marks): out = net(x.requires_grad_())
+        want,mean,_ = by_domain(x.double(), d, torch.ones(6, dtype=bool) if marks is None else marks)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.double(), want, rtol=1e-2, atol=1e-2)
+        got, = torch.autograd.grad(out.float().square().sum()+out.float().pow(3).sum(), x)
+        exact, = torch.autograd.grad(want.square().sum()+want.pow(3).sum(), x)
+        assert (got-exact).norm() < .02*exact.norm()
+    torch.testing.assert_close(net[0].running_mean.double(), (.1*.9+.1)*mean, rtol=5e-3, atol=0)
+
+def test_slices_of_a_layer_called_twice_and_of_two_graphs():
+    "Its running statistics move twice, and an earlier forward of it can still go backward"
+    model,x = Shared().double(),shifted(6)
+    first = model.embed(x).sum()
+    with domain_slices(model, [0,0,0,1,1,1]): out = model.embed(x)
+    assert model.bn.num_batches_tracked == 4
+    for part,rows in zip(out.split(3), x.split(3)): torch.testing.assert_close(part, training_forward_embed(model, rows, 1.))
+    (first + out.square().sum()).backward()
+
+def test_eval_mode_has_nothing_to_slice():
+    net,x = small_net().eval(),shifted(4)
+    want = net(x)
+    with domain_slices(net, [0,0,1,1], torch.tensor([1,1,0,0]).bool()): assert torch.equal(net(x), want)
+    with domain_slices(net, [0,0,1,1]), BatchNormMode(net, 'batch'): a = net(x)
+    with BatchNormMode(net, 'batch'), domain_slices(net, [0,0,1,1]): b = net(x)
+    assert torch.equal(a, b)
+    torch.testing.assert_close(a, torch.cat([training_forward(net, p) for p in x.split(2)]))
+
+class Frozen(nn.BatchNorm2d):
+    "Uses its running statistics in training too"
+    def forward(self, x): return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+def test_frozen_subclass_has_nothing_to_slice():
+    layer,x = Frozen(3).train(),shifted(4).float()
+    with domain_slices(layer, [0,0,1,1]): assert torch.equal(layer(x), layer.eval()(x))
+
+class Silent(nn.BatchNorm2d):
+    def forward(self, x): return x
+
+@pytest.mark.parametrize('run,message', [
+    (lambda net, x: net(x[1:]), r"BatchNorm '1' got 3 rows \(input of shape \(3, 4, 7, 7\)\), but domains were given for 4"),
+    (lambda net, x: net(x).sum().missing, 'missing'),
+    (lambda net, x: domain_slices(net, [0,0,1,1]).__enter__(), 'open on this model already')])
+@pytest.mark.parametrize('domains', [[0,0,5,5], [0]*4], ids=str)
+def test_errors_inside_leave_the_model_whole(domains, run, message):
+    net,x = small_net(),shifted(4)
+    with pytest.raises((ValueError, AttributeError), match=message):
+        with domain_slices(net, domains): run(net, x)
+    assert not any('forward' in m.__dict__ or m._forward_pre_hooks for m in net.modules())
+
+@pytest.mark.parametrize('args,message', [
+    (([0,0,5,5], torch.tensor([1,0,0,0]).bool()), 'domain 5 has no reference rows, none of its 2'),
+    (([[1,0],[1,0],[1,3],[1,3]], torch.tensor([1,0,0,0]).bool()), r'domain \(1, 3\) has no reference rows'),
+    ((torch.zeros(4),), 'expected integers'), (([],), 'expected integers'),
+    (([0,0,1,1], torch.ones(3).bool()), r'expected bool of shape \(4,\)'), (([0,0,1,1], torch.ones(4)), 'expected bool')])
+def test_readable_errors_of_slices(args, message):
+    net = small_net()
+    with pytest.raises(ValueError, match=message):
+        with domain_slices(net, *args): net(shifted(4))
+    assert not any('forward' in m.__dict__ for m in net.modules())
+
+def test_one_value_silent_layers_and_models_without_batchnorm():
+    for domains in ([0,0,3], [3]):
+        with pytest.raises(ValueError, match=r"BatchNorm 'BatchNorm1d' has one value per channel \(input of shape \(1, 4\)\) for domain 3"):
+            layer = nn.BatchNorm1d(4)
+            with domain_slices(layer, domains): layer(torch.randn(len(domains), 4))
+    with pytest.raises(RuntimeError, match=r'\(Silent\) did not call'), domain_slices(layer := Silent(3), [0,1]): layer(shifted(2))
+    with pytest.raises(ValueError, match='compiled'), domain_slices(torch.compile(small_net(), backend='eager'), [0]): pass
+    with pytest.warns(UserWarning, match='no BatchNorm') as w, domain_slices(linear := nn.Linear(2, 2), [0,1]): linear(torch.randn(2, 2))
+    assert w[0].filename == __file__
+
+# --- in a Learner
+
+class Context(nn.Module):
+    def __init__(self): super().__init__(); self.net = nn.Sequential(small_net(torch.float32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def forward(self, x, context): return self.net(x)
+
+CONTEXT = torch.tensor([[0,5,0,0],[0,5,0,2],[0,5,1,0],[0,5,1,1],[1,6,0,0],[1,6,0,1],[1,6,0,0],[1,6,0,2]])
+
+def context_learner(*cbs, context=CONTEXT):
+    torch.manual_seed(0)
+    model = Context()
+    data = [(shifted(8, dtype=torch.float32)+i, context, torch.arange(8)%5) for i in range(4)]
+    dls = Batches(data[:2], data[2:]); dls.n_inp = 2
+    return Learner(dls, model, loss_func=nn.CrossEntropyLoss(), cbs=cbs)
+
+@pytest.mark.parametrize('by,domains', [('cell_type', [0]*4+[1]*4), ('experiment', [5]*4+[6]*4), ('plate', [0,0,1,1,2,2,2,2]), (None, [0]*8)])
+@pytest.mark.parametrize('reference', ['all', 'controls'])
+def test_callback_slices_training_and_validation(by, domains, reference):
+    "The same as a loop by hand, and in either order with the callback for batch statistics"
+    marks = None if reference == 'all' else CONTEXT[:,3] != 0
+    hand = context_learner()
+    model,opt = hand.model,torch.optim.SGD(hand.model.parameters(), 1e-2)
+    for x,context,y in hand.dls.train:
+        with domain_slices(model.train(), domains, marks): nn.functional.cross_entropy(model(x, context), y).backward()
+        opt.step(); opt.zero_grad()
+    with torch.no_grad(), BatchNormMode(model, 'batch'), domain_slices(model, domains, marks): want = [model(x, c) for x,c,_ in hand.dls.valid]
+    for cbs in ([BatchNormModeCallback(), DomainSlices(by, reference)], [DomainSlices(by, reference), BatchNormModeCallback()]):
+        learn,watch = context_learner(*cbs),Watch()
+        learn.opt_func = lambda params, lr: OptimWrapper(params, torch.optim.SGD, lr=lr)
+        quiet_fit(learn, watch)
+        for k,v in model.state_dict().items(): torch.testing.assert_close(learn.model.state_dict()[k], v, msg=k)
+        for a,b in zip(watch.outs, want): torch.testing.assert_close(a, b)
+        assert not any('forward' in m.__dict__ for m in learn.model.modules())
+
+def test_callback_reads_mixed_context_and_says_what_is_missing():
+    class MixedContext:
+        def __init__(self, context): self.context,self.other,self.weight = context,context.flip(0),torch.ones(8)
+    a,b = context_learner(DomainSlices('plate', 'controls')),context_learner(DomainSlices('plate', 'controls'), context=MixedContext(CONTEXT))
+    for learn in (a, b): quiet_fit(learn)
+    assert all(torch.equal(v, w) for v,w in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    with pytest.raises(ValueError, match=r'domain \(5,\) has no reference rows'): quiet_fit(context_learner(DomainSlices('experiment', 'controls'), context=CONTEXT[:,:3]))
+    with pytest.raises(ValueError, match='no context'): quiet_fit(make_learner(DomainSlices()))
+    with pytest.raises(ValueError, match="by is 'well', expected one of None, 'cell_type', 'experiment', 'plate'"): DomainSlices('well')
+    with pytest.raises(ValueError, match="reference is 'positive'"): DomainSlices(reference='positive')
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred'])
+@pytest.mark.parametrize('error', [CancelBatchException(), CancelFitException(), KeyboardInterrupt()], ids=repr)
+def test_callback_interrupted(error, event):
+    learn = context_learner(DomainSlices(), BatchNormModeCallback())
+    def stop(): raise error
+    watch = Callback(); setattr(watch, event, stop)
+    if not isinstance(error, KeyboardInterrupt): watch.order = 2000 # after the wrapping
+    try: quiet_fit(learn, watch)
+    except KeyboardInterrupt: pass
+    learn.remove_cb(watch)
+    assert 'forward' not in learn.model.__dict__
+    quiet_fit(learn)
+    assert not any('forward' in m.__dict__ for m in learn.model.modules())

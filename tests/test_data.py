@@ -1,5 +1,6 @@
 "Sites to batches: one domain each, every site where it should be, readable titles and errors."
 
+import pickle
 import warnings
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from rcic_fastai.data import (
     DomainDL,
     MaskedCategorize,
     ScreenContext,
+    SiteReader,
     SixChannelImageBlock,
     domain_keys,
+    paired_sites,
     screen_dataloaders,
     select_sites,
+    several_domains,
     shuffled_domains,
 )
 from rcic_fastai.image import MultiChannelImage, read_site
@@ -55,6 +59,12 @@ def screen(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sites(screen):
     return select_sites(screen)
+
+
+@pytest.fixture(scope="module")
+def controls(screen):
+    "Controls of all splits: 2 sites of each well"
+    return pd.concat([select_sites(screen, split, "controls") for split in ("train", "test")], ignore_index=True)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +98,7 @@ class Means(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x, context):
-        assert x.ndim == 4 and context.shape == (len(x), 3)
+        assert x.ndim == 4 and context.shape == (len(x), 4)
         return self.head(x.float().mean((2, 3)))
 
 
@@ -164,9 +174,14 @@ def test_a_file_that_vanishes_is_named_while_reading(tmp_path):
 def test_context_there_and_back():
     encode = ContextEncoder(["HUVEC", "RPE"], ["HUVEC-01", "RPE-01"])
     context = encode(["RPE", "HUVEC-01", 4])
-    assert type(context) is ScreenContext and context.tolist() == [1, 0, 3] and context.dtype == torch.int64
+    assert type(context) is ScreenContext and context.tolist() == [1, 0, 3, 0] and context.dtype == torch.int64
     assert encode.describe(context) == "RPE, HUVEC-01, plate 4"
-    assert encode(["U2OS", "U2OS-01", 2]).tolist() == [-1, -1, 1]
+    assert encode(["U2OS", "U2OS-01", 2]).tolist() == [-1, -1, 1, 0]
+    roles = [encode(["RPE", "HUVEC-01", 4, w]) for w in ("treatment", "positive_control", "negative_control")]
+    assert [r.tolist() for r in roles] == [[1, 0, 3, i] for i in range(3)]
+    assert [encode.describe(r) for r in roles] == [f"RPE, HUVEC-01, plate 4{c}" for c in ("", ", positive control", ", negative control")]
+    with pytest.raises(ValueError, match="well_type 'empty' is unknown, expected one of 'treatment'"):
+        encode(["RPE", "HUVEC-01", 4, "empty"])
     assert encode.describe([-1, -1, 1]) == "new cell type, new experiment, plate 2"
 
 
@@ -330,6 +345,22 @@ def test_length_is_the_number_of_batches(seed):
                                 assert not sizes or max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_length_with_several_domains_and_pairs(seed):
+    keys, half, repeats = random_domains(seed)
+    rng, data = np.random.default_rng(seed), Rows(keys)
+    data.items["experiment"], data.items["class"] = rng.choice(list("ABC"), len(keys)), rng.integers(0, 4, len(keys))
+    for k in (1, 2, 3):
+        for drop_last in (True, False):
+            for pairs, domain in ((False, "cell_type"), (True, "cell_type"), (True, None)):
+                settings = dict(domain=domain, domains_per_batch=k, pairs=pairs, repeats=repeats, drop_last=drop_last)
+                dl = DomainDL(data, bs=2 * half * k, shuffle=True, num_workers=0, **settings)
+                batches = [b[0].tolist() for b in dl]
+                assert len(batches) == len(dl) and (not drop_last or all(len(b) == dl.bs for b in batches))
+                if not drop_last:
+                    assert set(sum(batches, [])) == set(range(len(keys)))
+
+
 def test_repeats(sites):
     dls = loaders(sites, repeats=3, domain="plate", bs=2)
     table = dls.train_ds.items
@@ -351,6 +382,217 @@ def test_new_keeps_what_a_domain_loader_is(sites):
     assert [len(b[0]) for b in dls.train.new(drop_last=True, bs=5, domain="experiment", repeats=1, shuffle=False)][0] == 5
 
 
+# controls beside the sites
+
+
+def in_parts(batch):
+    "Parts of a batch: its treatments and the controls behind them; a part ends where a treatment follows a control"
+    role = batch[1][:, 3].numpy() > 0
+    ends = np.flatnonzero(role[:-1] & ~role[1:]) + 1
+    return [(rows[~role[rows]], rows[role[rows]]) for rows in np.split(np.arange(len(role)), ends)]
+
+
+def domain_columns(domain):
+    return {None: [], "cell_type": [0], "experiment": [1], "plate": [1, 2]}[domain]
+
+
+@pytest.mark.parametrize("domain, workers, k", [(None, 0, 1), ("cell_type", 0, 1), ("experiment", 2, 2), ("plate", 0, 1)])
+def test_controls_follow_the_sites_of_their_domain(sites, controls, domain, workers, k):
+    settings = dict(domain=domain, num_workers=workers, bs=4, domains_per_batch=k, seed=3)
+    dls, plain = loaders(sites, controls=controls, n_controls=3, **settings), loaders(sites, **settings)
+    assert len(dls.train_ds) == dls.train.n == len(plain.train_ds) and len(dls.train) == len(plain.train)
+    for dl, without in ((dls.train, plain.train), (dls.valid, plain.valid)):
+        first, bare, n = list(dl), list(without.new(num_workers=0)), len(dl.dataset)
+        dl.epoch, rows = 0, dl.new(num_workers=0).get_idxs()
+        assert [r for r in rows if r < n] == without.new().get_idxs() and len(first) == len(dl) == len(bare)
+        for b, w in zip(first, bare):
+            treated = np.concatenate([t for t, _ in in_parts(b)])
+            assert torch.equal(b[0][treated], w[0]) and torch.equal(b[2][treated], w[2])  # the same sites in the same order
+            for t, c in in_parts(b):
+                roles = b[1][c, 3].tolist()
+                assert len(c) == 3 and {1, 2} == set(roles) and (b[2][c] == MASKED).all() and (b[2][t] >= 0).all()
+                assert len(set(map(tuple, b[1][np.append(t, c)][:, domain_columns(domain)].tolist()))) == 1
+                assert len(b[0][c].flatten(1).unique(dim=0)) == 3  # all different
+        again = dl.new(num_workers=0)
+        assert all(torch.equal(x, y) for p, q in zip(first, again) for x, y in zip(p, q))  # the same epoch again, without workers
+    assert dls.valid.get_idxs() == dls.valid.get_idxs()  # validation is the same each time
+    dls.train.epoch = 0
+    drawn = [[r for r in dls.train.get_idxs() if r >= dls.train.n] for _ in range(2)]
+    assert drawn[0] != drawn[1] and min(map(min, drawn)) >= len(dls.train_ds)
+
+
+def test_few_controls_are_drawn_again(sites, controls):
+    size = len(controls[(controls.experiment == "RPE-01") & (controls.plate == 1)])
+    dl = loaders(sites, domain="plate", controls=controls, n_controls=size + 2).train
+    for b in dl:
+        (_, c), = in_parts(b)
+        assert len(c) == size + 2 and len(b[0][c].flatten(1).unique(dim=0)) == size
+    one = loaders(sites, domain="plate", controls=controls, n_controls=1).train
+    assert {int(b[1][-1, 3]) for _ in range(3) for b in one} == {1, 2}
+    negative = controls[controls.well_type == "negative_control"]
+    assert all((b[1][-3:, 3] == 2).all() for b in loaders(sites, domain="plate", controls=negative, n_controls=3).train)
+
+
+def test_targets_of_controls_are_masked_whatever_the_target(sites, controls):
+    for target in ("cell_type", "plate"):
+        dls = loaders(sites, target=target, controls=controls, n_controls=2)
+        for dl in dls:
+            _, context, y = dl.one_batch()
+            assert y[-2:].tolist() == [MASKED] * 2 and (y[:-2] >= 0).all() and (context[-2:, 3] > 0).all()
+
+
+def test_a_plate_without_controls_borrows_those_of_its_experiment(sites, controls):
+    few = controls[(controls.experiment != "RPE-01") | (controls.plate != 2)]
+    with pytest.warns(UserWarning, match="plate 2 of RPE-01 has no controls; those of the whole experiment are used") as caught:
+        dls = loaders(sites, domain="plate", controls=few, n_controls=2)
+        dls.train.new(bs=4), list(dls.train)
+    assert len([w for w in caught if "has no controls" in str(w.message)]) == 1
+    b = next(b for b in dls.train if b[1][0, 1:3].tolist() == [2, 1])
+    assert (b[1][-2:, 1] == 2).all() and (b[1][-2:, 2] != 1).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaders(sites, domain="experiment", controls=few, n_controls=2)
+
+
+@pytest.mark.parametrize(
+    "domain, gone, name",
+    [
+        ("plate", "RPE-02", "plate 1 of RPE-02"),
+        ("experiment", "HUVEC-02", "experiment HUVEC-02"),
+        ("cell_type", "RPE", "cell type RPE"),
+        (None, "", "any domain"),
+    ],
+)
+def test_a_domain_without_controls_is_named(sites, controls, domain, gone, name):
+    with pytest.raises(ValueError, match=f"there are no controls for {name}; give their sites, or n_controls=0"):
+        loaders(sites, domain=domain, controls=controls[~controls.experiment.str.startswith(gone)], n_controls=2)
+
+
+def test_new_sites_have_no_controls_unless_asked_for(sites, controls, test_sites, tmp_path):
+    dls = loaders(sites, domain="plate", controls=controls, n_controls=2, domains_per_batch=2)
+    plain = dls.test_dl(test_sites)
+    assert plain.n_controls == 0 and plain.controls is None and sorted(plain.get_idxs()) == list(range(len(test_sites)))
+    for dl in (dls.test_dl(test_sites, n_controls=3), dls.test_dl(test_sites, n_controls=3, controls=controls, with_labels=True)):
+        for b in dl:
+            (t, c), = in_parts(b)
+            assert len(c) == 3 and len(b[1][:, 1:3].unique(dim=0)) == 1 and (len(b) == 2 or (b[2][c] == MASKED).all())
+    own, mixed = dls.train.new(shuffle=False), dls.train.new(domain=None)
+    assert own.n_controls == 2 and own.controls is dls.train.controls and mixed.controls.pools[0].tolist() == list(range(len(controls)))
+    learn = learner(dls, path=tmp_path)
+    learn.loss_func = CrossEntropyLossFlat(ignore_index=MASKED)
+    with learn.no_logging():
+        learn.fit(1, 1e-3)
+    assert np.isfinite(learn.recorder.values[0]).all()
+    preds, targets = learn.get_preds(ds_idx=1, reorder=True)  # the sites in their order, then the controls
+    assert targets[: len(dls.valid_ds)].tolist() == dls.valid_ds.items.sirna.tolist() and (targets[len(dls.valid_ds) :] == MASKED).all()
+    learn.export("learner.pkl")
+    assert load_learner(tmp_path / "learner.pkl").dls.train.n_controls == 0
+
+
+def test_no_validation_set_with_controls(sites, controls):
+    dls = loaders(sites, valid=None, controls=controls, n_controls=2)
+    assert list(dls.valid) == [] and len(dls.train.one_batch()[0]) == 8
+
+
+# several domains in a batch
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_several_domains(seed):
+    keys, size, _ = random_domains(seed)
+    n, parts = 1 + seed % 4, shuffled_domains(keys, size, seed)
+    batches = several_domains(parts, keys, n, seed, 1)
+    assert sorted(map(tuple, parts)) != [] and sorted(np.concatenate(sum(batches, []))) == sorted(np.concatenate(parts))
+    assert len(batches) == -(-len(parts) // n)
+    assert all(len({keys[i] for i in p}) == 1 for b in batches for p in b)
+    assert all(len({keys[p[0]] for p in b}) == len(b) <= n for b in batches)
+    most = np.bincount([keys[p[0]] for p in parts]).max()
+    if most <= len(parts) // n:
+        assert sum(len(b) < n for b in batches) <= 1  # n different ones, but for the batch that is left
+    again, other = several_domains(parts, keys, n, seed, 1), several_domains(parts, keys, n, seed, 2)
+    assert str(again) == str(batches) and (len(parts) < 8 or n == 1 or str(other) != str(batches))
+
+
+def test_batches_of_two_experiments(sites):
+    dls = loaders(sites, valid=None, bs=6, domains_per_batch=2)
+    for b in dls.train:
+        e = b[1][:, 1]
+        assert len(e) == 6 and len(set(e[:3].tolist())) == len(set(e[3:].tolist())) == 1 and e[0] != e[3]
+    assert all(len(b[1][:, 1].unique()) == 1 for b in dls.test_dl(sites))
+    lone = loaders(sites[sites.experiment == "RPE-01"], valid=None, bs=6, domains_per_batch=2).train  # as far as there are two
+    assert {len(b[0]) for b in list(lone)[:1]} <= {3, 6} and len(lone) == len(list(lone))
+
+
+# pairs
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_paired_sites(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 80))
+    domains, experiments = rng.integers(0, 1 + seed % 3, n), rng.choice(list("ABCDE"), n, p=[0.4, 0.3, 0.1, 0.1, 0.1])
+    targets = pd.Series(rng.integers(0, 6, n)).astype("Int64").mask(rng.random(n) < 0.1)
+    pairs = paired_sites(domains, targets, experiments, seed, 2)
+    table = pd.DataFrame(dict(d=domains, t=targets, e=experiments))
+    assert set(pairs.ravel()) == set(range(n)) and (domains[pairs[:, 0]] == domains[pairs[:, 1]]).all()
+    (a, b), known = pairs.T, targets.fillna(-1).to_numpy(int)
+    good = (known[a] >= 0) & (known[a] == known[b]) & (experiments[a] != experiments[b])
+    extra = 0
+    for (_, _), g in table.dropna().groupby(["d", "t"]):
+        if g.e.nunique() > 1:  # each of them has a partner, and no more than needed come twice
+            assert set(g.index) <= set(pairs[good].ravel())
+            extra += max(len(g) % 2, 2 * g.e.value_counts().max() - len(g))
+    alone = table[~table.index.isin(pairs[good].ravel())]
+    assert 2 * len(pairs) == n + extra + sum(alone.groupby("d").size() % 2)
+    assert (pairs == paired_sites(domains, targets, experiments, seed, 2)).all()
+
+
+@pytest.mark.parametrize("domain, workers, k", [(None, 2, 1), ("cell_type", 0, 1), ("cell_type", 0, 2)])
+def test_batches_of_pairs(sites, controls, domain, workers, k):
+    n_controls = 2 * (k > 1)
+    settings = dict(num_workers=workers, domains_per_batch=k, controls=controls, n_controls=n_controls)
+    dl = loaders(sites, valid=None, domain=domain, pairs=True, bs=8, **settings).train
+    batches = list(dl)
+    assert len(batches) == len(dl)
+    for b in batches:
+        for t, c in in_parts(b):
+            context, y = b[1][t].numpy(), b[2][t].numpy()
+            assert len(t) == 8 // k and len(c) == n_controls and (y[::2] == y[1::2]).all()
+            lone = (y[::2] == 6) & (domain is not None)  # the only siRNA with a well in one experiment of each cell type alone
+            assert ((context[::2, 1] != context[1::2, 1]) != lone).all()
+            if domain:
+                assert len(set(context[:, 0])) == 1
+    dl.epoch = 0
+    seen = np.bincount([i for i in dl.get_idxs() if i < len(sites)], minlength=len(sites))
+    assert seen.min() == 1 and seen.sum() - len(sites) <= 8 // k * 2  # once, but for what fills the last batch of a domain
+
+
+# images in memory
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_read_once(tmp_path, workers):
+    settings = dict(n_sirnas=4, n_train=1, n_test=1, cell_types="RPE", image_size=16, workers=1, progress=False)
+    screen = read_screen(simulate_screen(tmp_path, **settings))
+    sites, controls = select_sites(screen), select_sites(screen, wells="controls")
+    settings = dict(valid=(sites.site == 2).to_numpy(), controls=controls, n_controls=len(controls), domain="cell_type", bs=32)
+    dls = loaders(sites, cache=True, num_workers=workers, **settings)
+    dl = dls.test_dl(select_sites(screen, "test"))
+    first = [x for loader in (dls.valid, dls.train.new(shuffle=False), dl) for x, *_ in loader]
+    reader = dl.dataset.tls[0].tfms[-1]
+    assert isinstance(reader, SiteReader) and pickle.loads(pickle.dumps(reader))._images == {}
+    for p in Path(tmp_path).rglob("*.png"):
+        p.unlink()
+    for x in first:
+        x.clone().zero_()
+    again = [x for loader in (dls.valid, dls.train.new(shuffle=False), dl) for x, *_ in loader]
+    assert all(torch.equal(a, b) and a.dtype == torch.uint8 for a, b in zip(first, again)) and len(first) == len(again)
+    dls.train_ds[0][0].zero_()
+    assert dls.train_ds[0][0].any()  # whoever changes an image changes a copy
+    with pytest.raises(FileNotFoundError):
+        loaders(sites, **settings).one_batch()
+
+
 # from sites to DataLoaders
 
 
@@ -358,7 +600,7 @@ def test_a_batch(sites):
     dls = screen_dataloaders(sites, VALID, bs=6, device="cpu")
     x, context, y = dls.one_batch()
     assert type(x) is MultiChannelImage and x.dtype == torch.float32 and x.shape == (6, 6, 16, 16)
-    assert type(context) is ScreenContext and context.dtype == y.dtype == torch.int64 and context.shape == (6, 3) and y.shape == (6,)
+    assert type(context) is ScreenContext and context.dtype == y.dtype == torch.int64 and context.shape == (6, 4) and y.shape == (6,)
     assert dls.n_inp == dls.valid.n_inp == 2 and dls.c == 8
     assert set(dls.valid_ds.items.experiment) == {"HUVEC-02", "RPE-02"} and dls.valid.bs == 64
 
@@ -378,7 +620,7 @@ def test_context_and_target_of_each_site(sites):
     table = sites.iloc[dl.get_idxs()]
     numbers = {"RPE-02": 0, "HUVEC-01": 1, "RPE-01": 2, "HUVEC-02": -1}
     expected = [(int(c == "HUVEC"), numbers[e], p - 1) for c, e, p in zip(table.cell_type, table.experiment, table.plate)]
-    assert context.tolist() == [list(e) for e in expected] and y.tolist() == table.sirna.tolist()
+    assert context.tolist() == [[*e, 0] for e in expected] and y.tolist() == table.sirna.tolist()
 
 
 def test_no_validation_set(sites):
@@ -411,6 +653,12 @@ def test_classes_may_be_given(sites):
         (dict(valid=np.ones(3, bool)), r"a validation mask of 3 rows for \d+ sites"),
         (dict(domain="well"), "domain is 'well', expected one of"),
         (dict(bs=0), "bs is 0, expected a batch size of 1 or more"),
+        (dict(n_controls=2), "n_controls is 2, but there are no controls"),
+        (dict(n_controls=-1), "n_controls is -1, expected 0 or more"),
+        (dict(domains_per_batch=0), "domains_per_batch is 0, expected 1 or more"),
+        (dict(domains_per_batch=4), "a batch of 6 sites cannot be cut into 4 equal parts"),
+        (dict(pairs=True, domain="plate"), "pairs with domain 'plate': an experiment has no siRNA twice"),
+        (dict(pairs=True, domain=None, domains_per_batch=2), "pairs need an even number of sites per domain in a batch, not 3"),
     ],
 )
 def test_settings_that_cannot_be(sites, settings, message):
@@ -519,6 +767,21 @@ def test_training_without_a_validation_set(sites):
 
 
 # pictures
+
+
+def test_controls_are_titled_as_controls(sites, controls):
+    dls = loaders(sites, controls=controls, n_controls=2, bs=4)
+    dls.show_batch(max_n=6)
+    assert all(t.startswith("siRNA ") and "control" not in t for t in titles()[:4])
+    assert sorted(t.split("\n")[0] for t in titles()[4:]) == ["negative control", "positive control"] and "plate" in titles()[4]
+    dls.show_batch(max_n=3, unique=True)
+    assert len(set(titles())) == 1
+    b = dls.valid.one_batch()
+    dls.valid.show_results(b, TensorCategory(b[2].clamp(min=0)), max_n=len(b[0]))
+    assert "control\n" in titles()[-1] and "siRNA" not in titles()[-1] and "wrong" not in "".join(titles())
+    everything = pd.concat([sites, controls[controls.experiment.isin(sites.experiment)]])
+    dl = loaders(everything, valid=None, bs=200, domain=None).train  # controls that are to be predicted keep their siRNA
+    assert any(t.startswith("siRNA 9, negative control\n") for t in dl.titles(dl.decode(dl.one_batch())))
 
 
 def titles():

@@ -13,6 +13,7 @@ from rcic_fastai.loss import (
     MASKED,
     AMSoftmaxLoss,
     ArcFaceLoss,
+    CrossEntropyArcFaceLoss,
     OneHotBCELoss,
     SoftmaxCrossEntropyLoss,
     create_loss,
@@ -173,6 +174,31 @@ def test_soft_targets_through_a_learner(loss):
     with learn.no_logging(), learn.no_mbar(): learn.fit(1, 1e-3)
     probs,_,decoded,rows = learn.get_preds(with_decoded=True, with_loss=True)
     assert probs.shape == (16, K) and decoded.shape == rows.shape == (16,) and rows.isfinite().all()
+
+# ---- cross entropy of logits, ArcFace of cosines
+
+def expected_pair(loss, logits, cos, k):
+    return (1-loss.weight)*expected_row(SoftmaxCrossEntropyLoss(smoothing=loss.smoothing), logits, k) \
+        + loss.weight*expected_row(ArcFaceLoss(loss.m, loss.s, smoothing=loss.smoothing), cos, k)/2
+
+@pytest.mark.parametrize('loss', [CrossEntropyArcFaceLoss(), CrossEntropyArcFaceLoss(weight=.6, s=12., m=.3, smoothing=.1)], ids=str)
+def test_pairs_match_numpy(loss, cos, y, soft):
+    logits = torch.from_numpy(np.random.default_rng(3).normal(0, 3, (B, K)))
+    rows = np.array([[expected_pair(loss, a, c, k) for k in range(K)] for a,c in zip(logits.numpy(), cos.numpy())])
+    for targ,want in ((y, rows[np.arange(B), y]), (soft, (rows*soft.numpy()).sum(1))):
+        for reduction,f in (('none', np.asarray), ('mean', np.mean), ('sum', np.sum)):
+            np.testing.assert_allclose(as_(loss, reduction)((logits, cos), targ), f(want), rtol=1e-10)
+    plain = SoftmaxCrossEntropyLoss(smoothing=loss.smoothing) # what logits alone cost
+    for targ in (y, soft): assert loss(logits, targ) == plain(logits, targ)
+    masked = y.clone(); masked[[1, 4]] = MASKED
+    a,c = (o.clone().index_fill_(0, torch.tensor([1, 4]), math.nan).requires_grad_() for o in (logits, cos))
+    out = loss((a, c), masked); out.backward()
+    keep = (masked >= 0).numpy()
+    np.testing.assert_allclose(out.item(), rows[np.arange(B), y][keep].mean(), rtol=1e-10)
+    assert all(o.grad.isfinite().all() and (o.grad[keep] != 0).any() and not o.grad[~keep].any() for o in (a, c))
+    assert torch.equal(loss.decodes((logits, cos)), logits.argmax(1)) and torch.equal(loss.activation([logits, cos]), logits.softmax(1))
+    with pytest.raises(ValueError, match='expected .logits, cosines.'): loss((logits,), y)
+    with pytest.raises(ValueError, match='weight is 1.5'): create_loss('ce_arcface', weight=1.5)
 
 def test_arcface_falls_with_the_angle():
     for m in (.1, .5, 1.):

@@ -15,6 +15,8 @@ from pretrainedmodels.models import senet
 from torch import nn
 
 import rcic_fastai.model as M
+from rcic_fastai.loss import CrossEntropyArcFaceLoss
+from rcic_fastai.mix import MixedContext
 from rcic_fastai.model import (
     Backbone,
     Body,
@@ -22,6 +24,7 @@ from rcic_fastai.model import (
     GeM,
     ScreenModel,
     channel_mixing,
+    condition_on_controls,
     create_backbone,
     create_head,
     create_model,
@@ -330,10 +333,87 @@ def test_cell_types():
     with pytest.raises(ValueError, match='row 1 has cell type 2, but the head knows 2'): head(x, c+1)
 
 def test_head_errors():
-    for kw,match in [(dict(kind='mlp'), "head is 'mlp', expected one of linear, cosine, neck"), (dict(classifier='svm'), "is 'svm'"),
+    for kw,match in [(dict(kind='mlp'), "head is 'mlp', expected one of linear, cosine, linear_cosine, neck, controls"),
+                     (dict(classifier='svm'), "is 'svm'"),
                      (dict(dropout=1.), 'dropout is 1.0'), (dict(n_classes=0), 'n_classes is 0'),
-                     (dict(n_cell_types=-1), 'n_cell_types is -1')]:
+                     (dict(n_cell_types=-1), 'n_cell_types is -1'), (dict(cell_type='onehot'), "cell_type is 'onehot'")]:
         with pytest.raises(ValueError, match=match): create_head(**{**dict(kind='linear', n_features=4, n_classes=3), **kw})
+
+def screen_context():
+    "Two experiments of two plates; each has treatments and two controls of either kind, experiment by experiment"
+    return torch.tensor([[e, 4+e, i%2, r] for e in range(2) for i,r in enumerate((0, 0, 0, 1, 2, 0, 2, 1))])
+
+def test_embedded_and_mixed_cell_types():
+    head = create_head('linear', 2, 3, n_cell_types=4, cell_type='embedding')
+    x,c = torch.randn(3, 2),torch.tensor([[0,0,0,0],[3,9,9,1],[-1,0,0,2]])
+    table = head.cell_type_table
+    assert table.shape == (4, 16) and head.classifier.in_features == 18
+    torch.testing.assert_close(head.embed(x, c)[:,2:], torch.stack([table[0], table[3], 0*table[0]]))
+    mixed = MixedContext(c, c.roll(1, 0), torch.tensor([.2, .7, 1.]))
+    torch.testing.assert_close(head.embed(x, mixed)[1,2:], .7*table[3] + .3*table[0])
+    head(x, mixed).sum().backward()
+    assert table.grad[0].any() and not table.grad[1].any()
+    assert create_head('neck', 2, 3, cell_type='embedding').cell_type_table is None
+    assert not any('cell_type' in k for k in create_head('neck', 2, 3, n_cell_types=4).state_dict())
+
+def test_linear_cosine_trains_both_and_predicts_logits():
+    model = create_model('resnet18', 5, head='neck', classifier='linear_cosine', n_hidden=8)
+    x,y = torch.randn(4, 6, 32, 32),torch.tensor([0, 1, 4, -1])
+    logits,cosines = model(x)
+    torch.testing.assert_close(cosines, F.normalize(model.head.neck(model.body(x))) @ F.normalize(model.head.classifier.cosine.weight).T)
+    CrossEntropyArcFaceLoss()((logits, cosines), y).backward()
+    assert [n for n,p in model.head.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert model.body.backbone.net.conv1.weight.grad.any()
+    out = model.eval()(x)
+    torch.testing.assert_close(out, model.head.classifier.linear(model.embed(x)))
+
+def test_controls_condition_features():
+    c,x = screen_context(),torch.rand(16, 3, dtype=torch.float64)
+    want = []
+    for i in range(16):
+        p,n = (torch.stack([x[j] for j in range(16) if c[j,1] == c[i,1] and c[j,3] == role]).mean(0) for role in (1, 2))
+        want.append(torch.cat([x[i], x[i]*p, x[i]*n, x[i]*p*n]))
+    torch.testing.assert_close(condition_on_controls(x, c), torch.stack(want))
+    order = torch.randperm(16)
+    torch.testing.assert_close(condition_on_controls(x[order], c[order]), torch.stack(want)[order])
+    mixed = MixedContext(c, c.flip(0), torch.full((16,), .5)) # the first image says which experiment and role
+    torch.testing.assert_close(condition_on_controls(x, mixed), torch.stack(want))
+    x.requires_grad_(); condition_on_controls(x, c)[:3,3:].sum().backward() # three treatments of the first experiment
+    assert ((x.grad != 0).all(1) == ((c[:,1] == 4) & ((c[:,3] > 0) | (torch.arange(16) < 3)))).all()
+
+def test_controls_stay_finite_in_half_precision():
+    c,x = screen_context(),torch.full((16, 4), 60.)
+    head = create_head('controls', 4, 3)
+    with torch.autocast('cpu', torch.bfloat16):
+        both = condition_on_controls(x.half(), c)
+        assert head(x.bfloat16(), c).isfinite().all()
+    assert both.dtype == torch.float32 and (both[:,12:] == 60.**3).all()
+
+def test_controls_that_are_missing():
+    c,head = screen_context(),create_head('controls', 4, 3)
+    x = torch.rand(16, 4)
+    for role,kind in ((1, 'positive'), (2, 'negative')):
+        rows = (c[:,1] == 4) | (c[:,3] != role)
+        with pytest.raises(ValueError, match=rf'experiment 5 .*no {kind} control in this batch: .*\(data.controls\)'):
+            head(x[rows], c[rows])
+    with pytest.raises(ValueError, match='no positive control'): head(x, c[:,:3]) # without roles all are treatments
+    with pytest.raises(ValueError, match='needs the context'): head(x)
+
+@pytest.mark.parametrize('kw', [dict(head='controls', n_cell_types=2, dropout=.1), dict(head='controls', classifier='linear_cosine'),
+                                dict(head='neck', classifier='linear_cosine', n_cell_types=2, cell_type='embedding', n_hidden=8),
+                                dict(head='linear_cosine')], ids=str)
+def test_new_heads_are_swapped_saved_and_grouped(tmp_path, kw):
+    x,c = torch.randn(16, 6, 32, 32),screen_context()
+    model = create_model('resnet18', 5, **kw); model(x, c) # moves the BatchNorms
+    save_model(model, tmp_path/'m.safetensors')
+    twin = load_weights(create_model('resnet18', 5, **kw), tmp_path/'m.safetensors').eval()
+    with torch.no_grad(): assert torch.equal(twin(x, c), model.eval()(x, c)) and twin(x, c).shape == (16, 5)
+    ids = {id(p) for p in model.head.parameters()}
+    assert {id(p) for p in param_groups(model)[2]} == ids
+    config = {k: v for k,v in model.head.config.items() if k != 'n_classes'}
+    head = model.swap_head(7).head
+    assert {k: v for k,v in head.config.items() if k != 'n_classes'} == config
+    with torch.no_grad(): assert model(x, c).shape == (16, 7)
 
 # ---- the model
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rcic_fastai.data import select_sites
+from rcic_fastai.embed import postprocess_embeddings, postprocess_names
 from rcic_fastai.model import plain
-from rcic_fastai.predict import Predictions, predict_run, predict_sites, well_accuracy
+from rcic_fastai.predict import Predictions, embed_sites, predict_run, predict_sites, well_accuracy
 from rcic_fastai.screen import read_screen
 from rcic_fastai.train import load_run
 
@@ -105,7 +106,7 @@ def test_windows_of_large_images(screen, tmp_path):
     "A network of 32-pixel windows predicts 48-pixel images: view 0 is the middle, other views lie elsewhere."
     from rcic_fastai.predict import _window
     from rcic_fastai.recipe import change_recipe, get_recipe
-    from rcic_fastai.train import train_run
+    from rcic_fastai.run import train_run
 
     x = torch.arange(48 * 48).reshape(1, 1, 48, 48)
     assert torch.equal(_window(x, 32, 0), x[..., 8:40, 8:40])
@@ -174,3 +175,87 @@ def test_valid_split_of_a_run(small_run, screen):
     p = predict_run(small_run, screen, "valid", progress=False)
     assert {i.split("_")[0] for i in p.ids} == {"HUVEC-03"} and p.made["split"] == "valid"
     assert Predictions.load(small_run / "predictions" / "valid.npz").made == p.made
+
+
+def test_bagging_averages_passes_over_batch_sizes(learn, sites):
+    "Two passes are the mean of each alone with the same shuffles; no batch is left with a few sites"
+    from rcic_fastai.batchnorm import BatchNormMode
+
+    sizes, enter = [], BatchNormMode._use_batch
+
+    def spy(self, name, layer, args, kwargs):
+        sizes.append(len((*args, *kwargs.values())[0]))
+        return enter(self, name, layer, args, kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchNormMode, "_use_batch", spy)
+        p = predict_sites(learn, sites, "batch", bagging=[10, 5], progress=False, seed=1)
+    assert min(sizes) >= 4 and p.made["bagging"] == [10, 5]
+    rng = np.random.default_rng(1)
+    orders = [rng.permutation(len(sites)) for _ in range(2)]
+    expected = np.zeros_like(p.logits)
+    for size, order in zip((10, 5), orders):
+        even = -(-len(sites) // -(-len(sites) // size))
+        expected[order] += predict_sites(learn, sites.iloc[order].reset_index(drop=True), "batch", bs=even, progress=False).logits / 2
+    np.testing.assert_allclose(p.logits, expected, atol=1e-3)
+    with pytest.raises(ValueError, match="bagging repeats passes over batches"):
+        predict_sites(learn, sites, "domain", bagging=[16], progress=False)
+
+
+def test_domain_statistics_with_controls_are_those_of_both_together(screen, learn, sites):
+    controls = select_sites(screen, "test", "controls")
+    p = predict_sites(learn, sites, "domain", controls=controls, bs=7, progress=False)
+    both = pd.concat([sites, controls], ignore_index=True)
+    np.testing.assert_allclose(p.logits, predict_sites(learn, both, "domain", progress=False).logits[: len(sites)], atol=2e-3)
+    assert np.abs(p.logits - predict_sites(learn, sites, "domain", progress=False).logits).max() > 1e-2
+
+
+def test_embeddings_are_what_the_classifier_sees(learn, sites):
+    x = embed_sites(learn, sites, "domain", progress=False)
+    logits = learn.model.head.classifier(torch.as_tensor(x)).detach().numpy() * learn.loss_func.s
+    np.testing.assert_allclose(logits, predict_sites(learn, sites, "domain", progress=False).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", postprocess_names)
+def test_postprocessing_by_name(screen, learn, sites, name):
+    "Scores of every class from class centres of labelled sites, the same as by hand on the embeddings"
+    reference = select_sites(screen, "train").query("experiment!='HUVEC-03'").reset_index(drop=True)
+    controls = pd.concat([select_sites(screen, s, "controls") for s in ("train", "test")], ignore_index=True) if name in ("sphering", "tvn") else None
+    p = predict_sites(learn, sites, postprocess=name, reference=reference, controls=controls, progress=False)
+    tables = [t for t in (sites, reference, controls) if t is not None]
+    x = np.split(embed_sites(learn, pd.concat(tables, ignore_index=True), progress=False), np.cumsum([len(t) for t in tables])[:-1])
+    scores, classes = postprocess_embeddings(name, x[0], sites, x[1], reference, *((x[2], controls) if controls is not None else ()))
+    np.testing.assert_allclose(p.logits, scores * learn.loss_func.s, atol=1e-4)
+    assert list(classes) == list(p.classes) and p.made["postprocess"] == name
+
+
+def test_bad_domains_are_told(screen, learn, sites, monkeypatch):
+    with pytest.raises(ValueError, match="domain is 'well', expected one of 'cell_type', 'experiment', 'plate'"):
+        predict_sites(learn, sites, domain="well", progress=False)
+    with pytest.warns(UserWarning, match="is the only well of its experiment"):
+        predict_sites(learn, sites.head(2), "domain", progress=False)
+    controls = select_sites(screen, "test", "controls")
+    with pytest.warns(UserWarning, match="plate 2 has no controls: those of the whole experiment are used"):
+        p = predict_sites(learn, sites, "controls", domain="plate", controls=controls[controls.plate != 2], progress=False)
+    own = sites[sites.plate == 2].reset_index(drop=True)
+    expected = predict_sites(learn, own, "controls", domain="experiment", controls=controls[controls.plate != 2], progress=False)
+    np.testing.assert_allclose(p.logits[sites.plate == 2], expected.logits, atol=1e-3)
+    with pytest.raises(ValueError, match="'tvn' is fitted on controls"):
+        predict_sites(learn, sites, postprocess="tvn", progress=False)
+    with pytest.raises(ValueError, match="this learner has none: give `reference`"):
+        predict_sites(learn, sites, postprocess="centers", progress=False)
+
+    class Plain(torch.nn.Module):
+        def forward(self, x, context):
+            return x.mean((2, 3))[:, :1].expand(-1, 8)
+
+    monkeypatch.setattr(learn, "model", Plain())
+    with pytest.raises(ValueError, match="the model has no BatchNorm, so mode 'domain' would change nothing: use 'running'"):
+        predict_sites(learn, sites, "domain", progress=False)
+
+
+def test_classes_that_are_not_asked_for_are_left_out():
+    p = Predictions(["a_1", "b_1"], [0, 1, 7], np.arange(6).reshape(2, 3))
+    assert p.only([7, 0]).classes.tolist() == [0, 7] and p.only([7]).logits.tolist() == [[2.0], [5.0]]
+    with pytest.raises(ValueError, match="none of the 3 predicted classes"):
+        p.only([9])

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, is_dataclass
 
 import pytest
 
-from rcic_fastai.recipe import change_recipe, compare_recipes, get_recipe, list_recipes, recipe_from_json, recipe_to_json, recipes
+from rcic_fastai.recipe import change_recipe, compare_recipes, get_recipe, laptop_recipe, list_recipes, recipe_from_json, recipe_to_json, recipes
 from rcic_fastai.train import Recipe
 
 
@@ -29,7 +29,7 @@ def test_every_recipe_survives_json(name, tmp_path):
 def test_every_setting_can_be_set_and_wrong_types_are_named(key, default):
     assert compare_recipes(change_recipe(Recipe(), f"{key}={json.dumps(default)}"), change_recipe(Recipe())).empty
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-        change_recipe(Recipe(), f"{key}=[1]")
+        change_recipe(Recipe(), f"{key}={json.dumps({'a': 1}) if not isinstance(default, dict) else [1]}")
 
 
 @pytest.mark.parametrize("text, message", [
@@ -42,6 +42,16 @@ def test_every_setting_can_be_set_and_wrong_types_are_named(key, default):
     ('{"data": {"batch_size": 0}}', "data.batch_size is 0, expected at least 1"),
     ('{"data": {"domain": "well"}}', 'data.domain is "well", expected one of null'),
     ('{"device": {"precision": "half"}}', "device.precision"),
+    ('{"train": {"mix": "lisa"}}', "train.mix 'lisa' mixes experiments, so a batch cannot be of one"),
+    ('{"data": {"statistics": "controls"}}', "data.statistics 'controls' needs controls in the batches: data.controls"),
+    ('{"model": {"head": "controls"}, "loss": {"name": "cross_entropy"}}', "data.controls of 2 or more"),
+    ('{"data": {"domain": null, "domains_per_batch": 2}}', "data.domains_per_batch needs data.domain"),
+    ('{"data": {"batch_size": 9, "domains_per_batch": 2}}', "expected a multiple of data.domains_per_batch"),
+    ('{"data": {"match_histograms": "plate", "standardize": "screen"}}', "has no grey values left"),
+    ('{"data": {"standardize": null}}', "data.standardize None leaves grey values as they are"),
+    ('{"loss": {"name": "ce_arcface"}}', "a neck with the classifier 'linear_cosine'"),
+    ('{"inference": {"bagging": [32]}}', "inference.bagging is for inference.batchnorm"),
+    ('{"train": {"schedule": "linear"}}', "train.schedule is"),
     ('{"loss": {"name": "cross_entropy"}}', "do not fit"),
     ('{"name": "x",}', "line 1"),
     ("[1]", "expected settings in braces"),
@@ -67,6 +77,17 @@ def test_changes_are_copies_and_compose():
     a = change_recipe(base, "train.epochs=3", "train.lr=1", "loss.options.m=0.1", "data.domain=null", "model.arch=resnet18")
     assert (a.train.epochs, a.train.lr, a.loss.options["m"], a.data.domain, a.model.arch) == (3, 1.0, 0.1, None, "resnet18")
     assert base == recipes["laptop"] and set(compare_recipes(base, a).index) == {"train.epochs", "train.lr", "loss.options", "data.domain", "model.arch"}
+
+
+def test_a_laptop_recipe_keeps_the_system():
+    "Stages in proportion, learning rates too; what the system is stays"
+    full, small = recipes["densenet121_domain_bn"], laptop_recipe(recipes["densenet121_domain_bn"], epochs=40, lr=2e-3)
+    assert (small.controls.epochs, small.train.epochs, small.finetune.epochs) == (10, 28, 2)
+    assert (small.train.lr, small.finetune.lr) == (2e-3, 2e-4) and small.train.accumulate == 4
+    assert (small.data.domain, small.loss, small.train.steps, small.inference.bagging) == (full.data.domain, full.loss, full.train.steps, [32, 64, 96, 128])
+    assert not small.model.pretrained and small.data.cache and recipes["densenet121_domain_bn"].train.epochs == 275
+    assert laptop_recipe(recipes["densenet161_first_place"], epochs=10).pseudo.start == 6
+    assert laptop_recipe(recipes["laptop"], arch="resnet18").model.arch == "resnet18"
 
 
 def test_list_names_source_and_score():

@@ -13,9 +13,10 @@ from torch import nn
 
 from rcic_fastai.data import select_sites
 from rcic_fastai.recipe import change_recipe, get_recipe, recipes
+from rcic_fastai.run import train_run
 from rcic_fastai.screen import read_screen
 from rcic_fastai.train import (AutoMixedPrecision, fast_precision, fit_stage, load_run, measure_stats, pretrain_on_controls, radam,
-                               read_run, recipe_dataloaders, recipe_from_dict, sample_sites, screen_learner, train_run)  # fmt: skip
+                               read_run, recipe_dataloaders, recipe_from_dict, sample_sites, screen_learner)  # fmt: skip
 
 laptop = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=16", "data.epoch_sites=0")
 
