@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -249,7 +248,10 @@ def report(args, table, methods, screens, seconds):
     args.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out / "batch_effect.csv", index=False, float_format="%.4f")
     budget = {k: images_shown(r, args.design) for k, (r, _, _) in methods.items()}
-    command = " ".join(["python", *sys.argv]) if len(sys.argv) > 1 else "make bench-batch-effect"
+    chosen = {"--seeds": args.seeds, "--strengths": args.strengths, "--views": [args.views], "--sirnas": [args.sirnas], "--methods": args.methods or []}
+    usual = vars(arguments([]))
+    options = " ".join(f"{k} {' '.join(map(str, v))}" for k, v in chosen.items() if v and v != usual[k[2:]] and v != [usual[k[2:]]])
+    command = f'make bench-batch-effect ARGS="{options}"' if options else "make bench-batch-effect"
     parts = ["# The batch effect on simulated screens", f"`{command}`, {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}), "
              f"chance {1 / args.design['n_sirnas']:.3f}; mean ± standard deviation over the seeds (screen and training). "
              f"{args.workers} processes of one thread, {seconds:.0f} s of computing on {platform.machine()}, Python {platform.python_version()}.",
