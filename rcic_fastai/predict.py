@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from fasttransform import Pipeline
-from fastcore.foundation import L
 from tqdm.auto import tqdm
 
 from .augment import RandomCrop, dihedral

@@ -14,8 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .embed import postprocess_names
-from .train import (DataSettings, DeviceSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, optimizers,
-                               write_text)
+from .train import (DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, optimizers)
 
 # %% ../nbs/12_recipe.ipynb #d0bb6a84
 recipes = {r.name: r for r in (
