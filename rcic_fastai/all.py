@@ -2,6 +2,7 @@
 from .screen import *
 from .simulate import *
 from .image import *
+from .store import *
 from .data import *
 from .augment import *
 from .mix import *

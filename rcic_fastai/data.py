@@ -6,12 +6,13 @@
 __all__ = ['WELLS', 'ROLES', 'MASKED', 'DOMAINS', 'select_sites', 'ScreenContext', 'ContextEncoder', 'ContextBlock', 'SiteReader',
            'MultiChannelImageBlock', 'SixChannelImageBlock', 'MaskedCategorize', 'TargetBlock', 'domain_keys',
            'shuffled_domains', 'several_domains', 'paired_sites', 'control_pools', 'DomainControls', 'DomainDL',
-           'screen_block', 'screen_dataloaders']
+           'screen_block', 'packed_sites', 'screen_dataloaders']
 
-# %% ../nbs/04_data.ipynb #7a203b06
+# %% ../nbs/04_data.ipynb #73590c54
 import warnings
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from fastai.torch_core import TensorBase
 from fastai.vision.data import get_grid
 from torch import Tensor
 
-from .image import MultiChannelImage
+from .image import MultiChannelImage, read_site
 from .screen import CHANNELS, Screen, check_files, present_sites, valid_mask
+from .store import BatchBuffers, Store, open_store, read_ahead
 
 # %% ../nbs/04_data.ipynb #21adf888
 def _nearest_choice(value, choices, what):
@@ -61,7 +63,7 @@ def select_sites(
     if not len(sites): raise ValueError(f'{screen.path}: no {wells} in split {split!r}' + (' whose files are all there' if present_only else ''))
     return sites
 
-# %% ../nbs/04_data.ipynb #19395952
+# %% ../nbs/04_data.ipynb #731654e7
 ROLES = 'treatment', 'positive_control', 'negative_control'
 
 def _role(well_type):
@@ -79,6 +81,14 @@ class ContextEncoder(DisplayedTransform):
     ):
         self.cell_types, self.experiments = list(cell_types), list(experiments)
         self._cell_type, self._experiment = ({o: i for i,o in enumerate(v)} for v in (self.cell_types, self.experiments))
+
+    def table(self,
+        sites:pd.DataFrame # with `cell_type`, `experiment`, `plate` and perhaps `well_type`
+    ) -> np.ndarray: # int64 (N, 4)
+        "The contexts of a whole table."
+        numbers = lambda column, names: sites[column].map(names).fillna(-1).to_numpy(np.int64)
+        roles = sites.well_type.map({w: _role(w) for w in sites.well_type.unique()}).to_numpy(np.int64) if 'well_type' in sites else np.zeros(len(sites), np.int64)
+        return np.stack([numbers('cell_type', self._cell_type), numbers('experiment', self._experiment), sites.plate.to_numpy(np.int64)-1, roles], 1)
 
     def encodes(self, row:list): # cell type, experiment, plate number from 1, and perhaps the kind of well
         cell_type, experiment, plate, *well_type = row
@@ -100,7 +110,7 @@ def ContextBlock(
     "A `TransformBlock` for the origin of a site."
     return TransformBlock(type_tfms=ContextEncoder(cell_types, experiments))
 
-# %% ../nbs/04_data.ipynb #759d03e0
+# %% ../nbs/04_data.ipynb #3ce6a9a9
 class SiteReader(DisplayedTransform):
     "Path pattern of a site to `MultiChannelImage`."
     def __init__(self,
@@ -108,19 +118,26 @@ class SiteReader(DisplayedTransform):
         cache:bool=False # keep what was read in memory, C*H*W bytes per site?
     ): self.channels, self.cache, self._images = tuple(channels), cache, {}
 
-    def encodes(self, files:str):
-        if not self.cache: return MultiChannelImage.create(files, self.channels)
-        if files not in self._images: self._images[files] = MultiChannelImage.create(files, self.channels)
-        return self._images[files].clone()
+    def pixels(self,
+        files:str # path pattern
+    ) -> np.ndarray: # uint8 (C, H, W), not to be written to
+        "Read a site, or get it from the cache."
+        x = self._images.get(files)
+        if x is None:
+            x = read_site(files, self.channels)
+            if self.cache: self._images[files] = x
+        return x
 
-    def fill(self,
-        files:Sequence[str], # path patterns
-        threads:int=1 # that read at a time
-    ):
-        "Read what the cache does not hold yet."
-        missing = [f for f in dict.fromkeys(files) if f not in self._images]
-        read = partial(MultiChannelImage.create, channels=self.channels)
-        with ThreadPoolExecutor(threads) as pool: self._images.update(zip(missing, pool.map(read, missing)))
+    def encodes(self, files:str):
+        x = self.pixels(files)
+        return MultiChannelImage.create(x.copy() if self.cache else x)
+
+    def store(self,
+        files:Sequence[str] # path patterns
+    ) -> 'Store|None': # None if they are image files
+        "The packed store that sites lie in."
+        paths = {f.rpartition('#')[0] for f in files}
+        return open_store(paths.pop()) if len(paths)==1 and '' not in paths else None
 
     def __getstate__(self): return {**self.__dict__, '_images': {}}
 
@@ -135,7 +152,7 @@ def SixChannelImageBlock():
     "A `TransformBlock` for the six stains of an RCIC site."
     return MultiChannelImageBlock(CHANNELS)
 
-# %% ../nbs/04_data.ipynb #f29c8b5e
+# %% ../nbs/04_data.ipynb #5e17d810
 MASKED = -1
 
 class MaskedCategorize(DisplayedTransform):
@@ -146,10 +163,17 @@ class MaskedCategorize(DisplayedTransform):
     ):
         self.vocab, self.target_name = CategoryMap(list(vocab), sort=False), target_name
         self.c = len(self.vocab)
-    def encodes(self, o):
-        if o is None: return TensorCategory(MASKED)
+    def number(self,
+        o # class, or None
+    ) -> int:
+        """Number of a class, `MASKED` if it is unknown.
+
+        Raises: ValueError for a class that does not exist.
+        """
+        if o is None: return MASKED
         if o not in self.vocab.o2i: raise ValueError(f'class {o!r} is not among the {len(self.vocab)} known ones')
-        return TensorCategory(self.vocab.o2i[o])
+        return self.vocab.o2i[o]
+    def encodes(self, o): return TensorCategory(self.number(o))
     def decodes(self, o:TensorCategory): return Category('unknown' if o==MASKED else self.vocab[o])
 
 def TargetBlock(
@@ -300,12 +324,67 @@ class DomainControls:
             pool = np.concatenate([pool[first], np.delete(pool, first)])
         return pool[:n]
 
-# %% ../nbs/04_data.ipynb #56ccbfa5
+# %% ../nbs/04_data.ipynb #83a8419b
 class _Batches(list):
     "Row numbers in one list, as `get_preds` wants them, that knows in which batches they come"
     def __init__(self, batches):
         super().__init__(np.concatenate(batches).tolist() if batches else [])
         self.batches = batches
+
+class _BatchSource:
+    "Whole batches of a `DomainDL`: pixels into memory that is used again, contexts and targets from arrays"
+    def __init__(self, dl):
+        tls, tables = dl.dataset.tls, [dl.sites] + ([dl.controls.table] if dl.n_controls else [])
+        self.reader, self.files = tls[0].tfms.fs[-1], [f for t in tables for f in t.files]
+        self.context = torch.from_numpy(np.concatenate([tls[1].tfms.fs[-1].table(t) for t in tables]))
+        self.target, self.buffers, self.pin_memory = None, None, dl.device is not None and dl.device.type=='cuda'
+        if len(tls)==3:
+            value, number = _Target(dl.target_name), tls[2].tfms.fs[-1].number
+            own = [number(value({dl.target_name: v})) for v in dl.sites[dl.target_name]]
+            self.target = torch.tensor(own + [MASKED]*(len(self.files)-len(own)))
+        self.store = None if self.reader.cache else self.reader.store(self.files)
+        if self.store is not None: self.rows = np.array([int(row) if (row := f.rpartition('#')[2]).isdigit() else -1 for f in self.files])
+
+    def _read_file(self, i, out):
+        x = self.reader.pixels(self.files[i])
+        if x.shape!=out.shape: raise ValueError(f'{self.files[i]} has shape {x.shape}, but the first site {out.shape}: a batch holds images of one shape')
+        out[...] = x
+
+    def _start(self):
+        "Shape of an image, memory for batches, and what reads into it"
+        store, places = self.store, slice(None)
+        if store is None: shape, self.read_into = self.reader.pixels(self.files[0]).shape, self._read_file
+        else:
+            if not store.manifest['composite']: places = store.places(self.reader.channels)
+            shape = store.shape if places==slice(None) else (len(places), *store.shape[1:])
+            def some_channels(i, out): out[...] = store.read(i)[places]
+            self.read_into = store.read_into if places==slice(None) else some_channels
+        self.buffers = BatchBuffers(shape, self.pin_memory)
+
+    def read(self, batches, threads):
+        "Images of each batch, uint8 (B, C, H, W)"
+        if self.buffers is None: self._start()
+        if self.store is None: return read_ahead(batches, self.read_into, self.buffers.take, threads)
+        missing = next((i for b in batches for i in b if self.rows[i] < 0), None)
+        if missing is not None: raise FileNotFoundError(f'{self.files[missing]} does not exist: {self.store.path} does not hold this site')
+        return read_ahead([self.rows[b] for b in batches], self.read_into, self.buffers.take, threads)
+
+    def batch(self, rows, image):
+        "Image, context and perhaps target"
+        image, context = image.as_subclass(MultiChannelImage), ScreenContext(self.context[rows])
+        return (image, context) if self.target is None else (image, context, TensorCategory(self.target[rows]))
+
+class _HostCopies:
+    "Batches that a GPU is still copying, whose memory must not be used again yet"
+    def __init__(self): self.running = deque()
+    def to_device(self, b, device):
+        if device is None: return b
+        if device.type!='cuda': return to_device(b, device)
+        moved, done = to_device(b, device, non_blocking=True), torch.cuda.Event()
+        done.record()
+        self.running.append((done, b))
+        while self.running and self.running[0][0].query(): self.running.popleft()
+        return moved
 
 class DomainDL(TfmdDL):
     """A `TfmdDL` whose batches come from one domain each, or from several in one part each, shuffled by seed and epoch.
@@ -327,7 +406,7 @@ class DomainDL(TfmdDL):
     ):
         super().__init__(dataset, **kwargs)
         self.domain, self.seed, self.repeats, self.epoch = domain, seed, repeats, 0
-        self.n_controls, self.domains_per_batch, self.pairs = n_controls, domains_per_batch, pairs
+        self.n_controls, self.domains_per_batch, self.pairs, self._source = n_controls, domains_per_batch, pairs, None
         self.sites = getattr(dataset, 'items', dataset)
         self.keys = domain_keys(self.sites, domain) if len(self.sites) else np.zeros(0, np.int64)
         self.vocab, self.target_name = getattr(dataset, 'vocab', None), getattr(dataset, 'target_name', 'class')
@@ -404,15 +483,32 @@ class DomainDL(TfmdDL):
         if self.domain is None: return [run[i:i+bs] for run in runs for i in range(0, len(run), bs)]
         return [part for run in runs for part in np.array_split(run, -(-len(run)//bs))]
 
-    def before_iter(self): # a worker's memory ends with the pass, so what is kept must be read before they start
-        super().before_iter()
-        reader = self._transform(SiteReader)
-        if not (self.fake_l.num_workers and reader and reader.cache): return
-        for table in (self.sites, self.controls.table) if self.n_controls else (self.sites,): reader.fill(table.files, self.fake_l.num_workers)
+    def __iter__(self):
+        source = self._batch_source()
+        if source is None:
+            yield from super().__iter__()
+            return
+        self.randomize()
+        self.before_iter()
+        batches, copies = self._in_batches(self.get_idxs()), _HostCopies()
+        with closing(source.read(batches, self.fake_l.num_workers)) as images:
+            for rows in batches: yield self.after_batch(copies.to_device(source.batch(rows, next(images)), self.device))
+        self.after_iter()
+
+    def _in_batches(self, idxs): return idxs.batches if isinstance(idxs, _Batches) else self._cut(idxs)
+
+    def _batch_source(self):
+        "What reads whole batches; None where somebody has changed how items or batches are made"
+        tls = getattr(self.dataset, 'tls', None)
+        if not tls or not len(self.dataset) or self.before_batch.fs or any(not isinstance(t, ToTensor) for t in self.after_item.fs): return None
+        made = [(tl.tfms.fs[0].name, type(tl.tfms.fs[-1])) for tl in tls if len(tl.tfms.fs)==2]
+        ours = [('_files', SiteReader), ('_origin', ContextEncoder), ('_Target', MaskedCategorize)][:len(tls)]
+        if made!=ours or len(tls) < 2: return None
+        if self._source is None: self._source = _BatchSource(self)
+        return self._source
 
     def sample(self): # called in each worker, which takes every n-th batch
-        idxs = self._DataLoader__idxs
-        return (b for i,b in enumerate(idxs.batches if isinstance(idxs, _Batches) else self._cut(idxs)) if i%self.num_workers==self.offs)
+        return (b for i,b in enumerate(self._in_batches(self._DataLoader__idxs)) if i%self.num_workers==self.offs)
 
     def create_item(self, i):
         if i is None or i < len(self.dataset): return super().create_item(i)
@@ -456,7 +552,7 @@ class DomainDL(TfmdDL):
     @property
     def _target(self): return 'siRNA' if self.target_name=='sirna' else self.target_name.replace('_', ' ')
 
-# %% ../nbs/04_data.ipynb #1edb3c7a
+# %% ../nbs/04_data.ipynb #44a1bf9a
 def _origin(row): return [row['cell_type'], row['experiment'], row['plate'], row.get('well_type', ROLES[0])]
 def _files(row): return row['files']
 
@@ -493,6 +589,17 @@ def _target_classes(sites, target, valid, classes=None):
     if len(new): raise ValueError(f'{target} {new[target].iloc[0]} of well {new.id_code.iloc[0]} {where}')
     return [int(c) if isinstance(c, (int, np.integer)) else c for c in classes]
 
+def packed_sites(
+    sites:pd.DataFrame, # sites
+    source:Store|str|Path # packed store that holds them
+) -> pd.DataFrame: # the same, their `files` those of the store
+    """Sites that are read from a packed store.
+
+    Raises: ValueError naming the first site that the store does not hold.
+    """
+    store = source if isinstance(source, Store) else open_store(source)
+    return sites.assign(files=[f'{store.path}#{i}' for i in store.rows(sites.site_id)])
+
 def screen_dataloaders(
     sites:pd.DataFrame, # sites, for instance from `select_sites`; an unknown target is masked
     valid:str|np.ndarray|None=None, # mask of the validation rows, or a sentence for `valid_mask`; None: no validation set
@@ -511,7 +618,8 @@ def screen_dataloaders(
     domains_per_batch:int=1, # domains that share a training batch, in parts of `bs//domains_per_batch` sites
     pairs:bool=False, # training batches whose rows 2i and 2i+1 have the same target in two experiments? For domain None or 'cell_type'
     cache:bool=False, # keep images in memory once they are read? For screens that fit: 6*H*W bytes per site, 1.5 MiB at 512 pixels
-    num_workers:int=0, # processes that read files
+    num_workers:int=0, # threads that read the next batches while one is in use; 0: read when a batch is asked for
+    source:Store|str|Path=None, # packed store to read from, instead of the files of the sites
     seed:int=0, # of the order of the sites
     device=None, # where batches go; by default fastai's default device
     path:str|Path='.' # folder of the learner
@@ -524,6 +632,7 @@ def screen_dataloaders(
     """
     from rcic_fastai.augment import screen_transforms # numbered higher; a default, so imported late
     sites = sites.reset_index(drop=True)
+    if source is not None: sites, controls = (None if t is None else packed_sites(t, source) for t in (sites, controls))
     mask = np.zeros(len(sites), bool) if valid is None else valid_mask(sites, valid) if isinstance(valid, str) else np.asarray(valid, bool)
     if len(mask)!=len(sites): raise ValueError(f'a validation mask of {len(mask)} rows for {len(sites)} sites')
     if mask.all(): raise ValueError('every site is in the validation set; nothing is left to train on')

@@ -35,15 +35,18 @@ def read_channel(
     except UnidentifiedImageError: raise ValueError(f'{path} is not an image') from None
     except (OSError, SyntaxError) as e: raise ValueError(f'{path} cannot be read: {e}') from None
 
-# %% ../nbs/02_image.ipynb #a56f3b07
+# %% ../nbs/02_image.ipynb #26d22873
 def read_site(
-    files:str|Sequence, # path pattern with `{channel}`, one composite, or the paths of the channels
+    files:str|Sequence, # path pattern with `{channel}`, one composite, the paths of the channels, or a packed site such as 'store#17'
     channels:Sequence[int]=CHANNELS # numbers to put into the pattern
 ) -> np.ndarray: # uint8 (C, H, W)
     """Read all channels of one site.
 
     Raises: FileNotFoundError naming the first missing file; ValueError if channels differ in size or a composite is mixed with others.
     """
+    if isinstance(files, str) and '#' in files:
+        from rcic_fastai.store import read_packed # numbered higher; only where there is a store
+        return read_packed(files, channels)
     paths = site_files(str(files), channels) if isinstance(files, (str, Path)) else [Path(f) for f in files]
     if not paths: raise ValueError(f'{files!r} with channels {channels!r} is no file, expected one per channel')
     planes = [read_channel(p) for p in paths]

@@ -312,11 +312,14 @@ def site_files(
     "Paths of the image files of one site."
     return [Path(p) for p in _expand(files, channels)]
 
-# %% ../nbs/00_screen.ipynb #0f7804e5
+# %% ../nbs/00_screen.ipynb #6ae4da2a
 def _missing_files(sites, channels):
     "For each site, the paths that do not exist."
     listed, missing = {}, []
     for pattern in sites.files:
+        if '#' in pattern: # packed: a row of a store, or the name of a site that it does not hold
+            missing.append([] if pattern.rpartition('#')[2].isdigit() else [pattern])
+            continue
         folder, _, name = pattern.rpartition('/')
         if folder not in listed: listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
         missing.append([f'{folder}/{n}' for n in _expand(name, channels) if n not in listed[folder]])
@@ -388,7 +391,7 @@ def plate_map(
     for side in ax.spines.values(): side.set_visible(False)
     return ax
 
-# %% ../nbs/00_screen.ipynb #8d11e613
+# %% ../nbs/00_screen.ipynb #737ac092
 @dataclass(eq=False, repr=False)
 class Screen:
     "Tables of one screen, the same for every layout; made by `read_screen`."
@@ -397,13 +400,16 @@ class Screen:
     wells:pd.DataFrame              # one row per well, columns `WELL_COLUMNS`
     channels:tuple[int,...]=CHANNELS # numbers of the channels a site has
     site_rows:pd.DataFrame=None     # `id_code` and `site` of every site; None: sites 1 and 2 of every well
+    packed:pd.Series=None           # `files` by `site_id`, if the folder is a store of packed sites
 
     def sites(self,
         wells:pd.DataFrame=None,    # wells of this screen, filtered or with more columns; None: all
     )->pd.DataFrame:                # sites, see `well_sites`
         "One row per site of the wells."
         if wells is None: wells = self.wells
-        return well_sites(wells, self.path, self.layout, (1, 2) if self.site_rows is None else self.site_rows)
+        table = well_sites(wells, self.path, self.layout, (1, 2) if self.site_rows is None else self.site_rows)
+        if self.packed is not None: table['files'] = table.site_id.map(self.packed).fillna(f'{self.path.as_posix()}#' + table.site_id)
+        return table
 
     @property
     def experiments(self)->list[str]: return sorted(self.wells.experiment.unique())
@@ -411,9 +417,14 @@ class Screen:
     @property
     def cell_types(self)->list[str]: return sorted(self.wells.cell_type.unique())
 
-# %% ../nbs/00_screen.ipynb #1cada12c
+# %% ../nbs/00_screen.ipynb #ee098e38
+def _packed_files(root):
+    "What stands for the files of the sites in a store, see `rcic_fastai.store`."
+    ids = pd.read_parquet(root/'sites.parquet', columns=['site_id']).site_id
+    return pd.Series([f'{root.as_posix()}#{i}' for i in range(len(ids))], index=ids)
+
 def read_screen(
-    path:str|Path,      # folder of the screen
+    path:str|Path,      # folder of the screen, or of a store that it was packed into
     layout:str=None,    # 'kaggle', 'rxrx1' or 'wilds'; None: find out
     check:bool=True,    # hold the rows against each other, require controls beside treatments; without it only single values are checked
 )->Screen:
@@ -426,8 +437,9 @@ def read_screen(
         rows = metadata_sites(root/'metadata.csv')
         rows, site_rows = rows.drop_duplicates('id_code', ignore_index=True), rows[['id_code', 'site']]
     if check: check_screen(rows)
+    packed = _packed_files(root) if (root/'sites.parquet').is_file() and (root/'manifest.json').is_file() else None
     # a WILDS site is one RGB file of the first three stains
-    return Screen(root, layout, rows[list(WELL_COLUMNS)], CHANNELS[:3] if layout == 'wilds' else CHANNELS, site_rows)
+    return Screen(root, layout, rows[list(WELL_COLUMNS)], CHANNELS[:3] if layout == 'wilds' else CHANNELS, site_rows, packed)
 
 # %% ../nbs/00_screen.ipynb #ac166477
 def _counts(wells, full):

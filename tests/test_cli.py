@@ -114,3 +114,28 @@ def test_the_road(command, tmp_path):
     submission.iloc[1:].to_csv(out, index=False)
     status, _, err = command("rcic-score", "--submission", out, "--truth", data / "truth.csv")
     assert status == 1 and sample.id_code[0] in err
+
+
+def test_pack_and_verify(small_screen, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    status, out, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s", "--preset", "fast", "--verify")
+    assert status == 0, err
+    assert "blosc2 fast" in out and f"sites are as they were packed, compared with {small_screen}" in out
+    status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s")
+    assert status == 1 and "holds a finished store" in err
+    status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--out", tmp_path / "t")
+    assert status == 1 and "--data is missing" in err
+    shard = tmp_path / "s" / "shards" / "00000.bin"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 8
+    shard.write_bytes(data)
+    status, out, err = in_process(monkeypatch, capsys, "rcic-pack", "--out", tmp_path / "s", "--verify")
+    assert status == 1 and "is damaged: its checksum differs" in out and "error: 1 of" in err and "Traceback" not in err
+
+
+def test_a_disk_without_room(small_screen, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s")
+    assert status == 1 and "rcic-pack: error: the store needs about 0.0 GB more" in err

@@ -837,3 +837,121 @@ def test_show_results_says_what_was_right(sites, test_sites):
     assert len(titles()) == 2 and all("predicted" in t for t in titles())
     learn.show_results(dl=dls.test_dl(test_sites), max_n=2)  # without labels
     assert all(t.startswith("siRNA ?, predicted ") for t in titles())
+
+
+# Whole batches, from files, from the cache and from a packed store
+
+
+@pytest.fixture(scope="module")
+def packed(small_screen, tmp_path_factory):
+    from rcic_fastai.store import pack_screen
+
+    return pack_screen(read_screen(small_screen), tmp_path_factory.mktemp("store") / "packed", progress=False)
+
+
+def item_by_item(dl):
+    "The same loader, its items made one by one"
+    dl._batch_source = lambda: None
+    return dl
+
+
+def assert_same_batches(a, b):
+    a, b = list(a), list(b)
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        assert [type(o) for o in x] == [type(o) for o in y] and [o.dtype for o in x] == [o.dtype for o in y]
+        assert all((torch.as_tensor(o) == torch.as_tensor(p)).all() for o, p in zip(x, y))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["files", "cache", "store", "channels", "controls"])
+def test_whole_batches_are_those_of_the_items(small_screen, packed, kind, workers):
+    screen = read_screen(small_screen)
+    settings = dict(bs=8, domain="plate", transforms=[], valid="experiment=HUVEC-02")
+    if kind == "channels":
+        settings["channels"] = (5, 1)
+    if kind == "controls":
+        settings.update(domain="experiment", controls=select_sites(screen, wells="controls"), n_controls=3)
+    of_kind = dict(cache=dict(cache=True), store=dict(source=packed), channels=dict(source=packed.path), controls=dict(source=packed)).get(kind, {})
+    sites = select_sites(screen)
+    ours, theirs = (screen_dataloaders(sites, num_workers=w, **settings, **k) for w, k in ((workers, of_kind), (0, {})))
+    assert ours.train._batch_source() is not None
+    for i in (0, 1):
+        item_by_item(theirs[i])
+        for _ in range(2):  # two epochs
+            assert_same_batches(ours[i], theirs[i])
+    test, other = (d.test_dl(sites.drop(columns="sirna")[:40]) for d in (ours, theirs))
+    assert_same_batches(test, item_by_item(other))
+    assert (ours.train.one_batch()[0].shape[1]) == (2 if kind == "channels" else 6)
+
+
+def test_a_packed_screen_needs_no_source(packed, small_screen):
+    ours, theirs = (screen_dataloaders(select_sites(read_screen(s)), bs=8, transforms=[]) for s in (packed.path, small_screen))
+    assert ours.train._batch_source().store is not None and theirs.train._batch_source().store is None
+    assert_same_batches(ours.train, theirs.train)
+
+
+def test_batches_that_are_kept_stay_what_they_are(small_screen, packed):
+    dl = screen_dataloaders(select_sites(read_screen(small_screen)), bs=8, transforms=[], source=packed, num_workers=2).train
+    kept = [(b[0], b[0].clone()) for b in dl for _ in range(1)]
+    list(dl)
+    assert all((a == b).all() for a, b in kept) and len({a.data_ptr() for a, _ in kept}) == len(kept)
+
+
+def test_whoever_changes_items_gets_changed_items(small_screen):
+    "Item transforms and transforms before collating switch whole batches off"
+    from fasttransform import Transform
+
+    class Half(Transform):
+        def encodes(self, x: MultiChannelImage):
+            return x[:, ::2, ::2]
+
+    dls = screen_dataloaders(select_sites(read_screen(small_screen)), bs=8, transforms=[])
+    cropped = dls.train.new(after_item=[Half()])
+    assert cropped._batch_source() is None and cropped.one_batch()[0].shape == (8, 6, 24, 24)
+    noted = dls.train.new(before_batch=[lambda b: b])
+    assert noted._batch_source() is None and noted.one_batch()[0].shape == (8, 6, 48, 48)
+
+
+def test_images_of_two_shapes(small_screen, tmp_path):
+    import shutil
+
+    from PIL import Image
+
+    screen = read_screen(shutil.copytree(small_screen, tmp_path / "s"))
+    sites = select_sites(screen)
+    odd = sites.files[len(sites) // 2]
+    for c in range(1, 7):
+        Image.new("L", (40, 48)).save(odd.format(channel=c))
+    with pytest.raises(ValueError, match=r"shape \(6, 48, 40\), but the first site \(6, 48, 48\)"):
+        list(screen_dataloaders(sites, bs=8, transforms=[], num_workers=2).train)
+
+
+def test_memory_a_gpu_still_copies_is_not_used_again(monkeypatch):
+    from rcic_fastai import data
+
+    class Event:
+        made = []
+
+        def __init__(self):
+            self.done = False
+            self.made.append(self)
+
+        def record(self):
+            pass
+
+        def query(self):
+            return self.done
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    moves = []
+    monkeypatch.setattr(data, "to_device", lambda b, device, non_blocking=False: moves.append(non_blocking) or [o.clone() for o in b])
+    copies, cuda = data._HostCopies(), torch.device("cuda")
+    batches = [(torch.zeros(2),) for _ in range(3)]
+    for b in batches:
+        copies.to_device(b, cuda)
+    assert moves == [True] * 3 and [b for _, b in copies.running] == batches
+    Event.made[0].done = Event.made[2].done = True  # the second is still copied, and the third after it
+    copies.to_device(batches[0], cuda)
+    assert len(copies.running) == 3 and copies.running[0][1] is batches[1]
+    assert copies.to_device(batches[0], None) is batches[0]

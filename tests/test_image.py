@@ -1,5 +1,9 @@
 "Channel files to pixels, and pixels to colours: real files, bad files, any number of channels."
 
+import io
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
@@ -102,10 +106,54 @@ def test_a_composite_gives_its_colours_as_channels(tmp_path):
     np.testing.assert_array_equal(im.numpy(), x.transpose(2, 0, 1))
 
 
+def png(x, mode=None, **kwargs):
+    data = io.BytesIO()
+    image = Image.fromarray(x)
+    (image.convert(mode) if mode else image).save(data, "PNG", **kwargs)
+    return data.getvalue()
+
+
+def chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def interlaced_png(x):
+    "Adam7, which Pillow reads but does not write; every row unfiltered"
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    rows = [b"\0" + row.tobytes() for y, x0, dy, dx in passes for row in x[y::dy, x0::dx] if row.size]
+    header = struct.pack(">2I5B", x.shape[1], x.shape[0], 8, 0 if x.ndim == 2 else 2, 0, 0, 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (1, 333), (257, 1), (64, 64), (9, 11, 3), (1, 1, 3)])
+@pytest.mark.parametrize("write", [png, interlaced_png, lambda x: png(x, transparency=3 if x.ndim == 2 else (1, 2, 3))])
+def test_png_of_any_size_is_read_bit_by_bit(tmp_path, shape, write):
+    x = grey(shape)
+    (tmp_path / "a.png").write_bytes(write(x))
+    got = read_channel(tmp_path / "a.png")
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, x)
+
+
 def test_grey_tiff(tmp_path):
     x = grey((5, 7))
     Image.fromarray(x).save(tmp_path / "a.tif")
     np.testing.assert_array_equal(read_channel(tmp_path / "a.tif"), x)
+
+
+def test_the_content_counts_not_the_name(tmp_path):
+    x = grey((5, 7))
+    (tmp_path / "a.tif").write_bytes(png(x))
+    Image.fromarray(x).save(tmp_path / "b.png", format="TIFF")
+    np.testing.assert_array_equal(read_channel(tmp_path / "a.tif"), x)
+    np.testing.assert_array_equal(read_channel(tmp_path / "b.png"), x)
+
+
+def test_threads_read_at_the_same_time(site):
+    "Packing reads with threads"
+    with ThreadPoolExecutor(4) as pool:
+        for x in pool.map(read_site, [site[0]] * 50):
+            np.testing.assert_array_equal(x, site[1])
 
 
 def test_a_site_can_be_written_to(site):
@@ -144,9 +192,19 @@ def test_files_of_another_depth_are_refused(site, mode, array):
         read_channel(path)
 
 
-def test_a_palette_is_refused(tmp_path):
-    Image.fromarray(grey((5, 7))).convert("P").save(tmp_path / "p.png")
-    with pytest.raises(ValueError, match="p.png: mode P, expected 8-bit grey"):
+@pytest.mark.parametrize(
+    "mode, content",
+    [
+        ("P", png(grey((5, 7)), "P")),
+        ("1", png(grey((5, 7)), "1")),
+        ("I;16", png(grey((5, 7)).astype(np.uint16) * 200)),
+        ("RGBA", png(grey((5, 7, 4)))),
+        ("LA", png(grey((5, 7, 2)))),
+    ],
+)
+def test_png_of_another_kind_is_refused(tmp_path, mode, content):
+    (tmp_path / "p.png").write_bytes(content)
+    with pytest.raises(ValueError, match=f"p.png: mode {mode}, expected 8-bit grey"):
         read_channel(tmp_path / "p.png")
 
 
@@ -164,6 +222,22 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, keep):
     path.write_bytes(data[: int(keep * len(data))])
     with pytest.raises(ValueError, match="cut.png cannot be read"):
         read_channel(path)
+
+
+@pytest.mark.parametrize("kind", [grey((9, 11)), grey((5, 7, 3))])
+def test_one_wrong_byte_never_gives_wrong_pixels(tmp_path, kind):
+    "Whichever byte it is: an error that names the file, or the right pixels where it was of no account; libpng behind torchvision 0.29 crashes"
+    path, content, errors = tmp_path / "one.png", png(kind), 0
+    for i in range(len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 255]) + content[i + 1 :])
+        try:
+            got = read_channel(path)
+        except ValueError as e:
+            assert "one.png" in str(e)
+            errors += 1
+        else:
+            np.testing.assert_array_equal(got, kind)
+    assert errors > 0.8 * len(content)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>"])
