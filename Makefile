@@ -8,6 +8,7 @@ VENV ?= .venv
 # one thread per process, one process per core, at most four (each holds a torch of about 1 GB)
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(4, os.cpu_count() or 1)))')
 STAMP := $(VENV)/.installed
+BENCH := $(VENV)/.bench
 RUN := PATH="$$(cd $(VENV)/bin && pwd):$$PATH"
 RUN1 := $(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # what `make export` writes, and the few files it needs to do so
@@ -38,6 +39,38 @@ test: install lint check test-nbs ## what CI runs: lint, export and clean withou
 .PHONY: bench-batch-effect
 bench-batch-effect: install ## methods against the batch effect, seeds and strengths; resumable (ARGS="--seeds 7 8 --strengths .35:1.8")
 	@$(RUN) python benchmarks/batch_effect.py $(ARGS)
+
+$(BENCH): $(STAMP)
+	$(VENV)/bin/python -m pip install -e '.[dev,bench]'
+	@touch $@
+
+.PHONY: bench
+bench: bench-loading bench-training bench-inference bench-assignment bench-index ## every measurement of speed on this machine, one after the other (ARGS="--repeats 9")
+	@echo 'make bench: the tables lie in benchmarks/results: loading.md, training.md, inference.md, assignment.md, index.md'
+
+.PHONY: bench-loading
+bench-loading: $(BENCH) ## formats, presets and other libraries: ms per site, size, windows, DataLoaders (ARGS="--repeats 9")
+	@$(RUN) python benchmarks/loading.py $(ARGS)
+
+.PHONY: bench-training
+bench-training: $(BENCH) ## an epoch of our learner against a bare PyTorch loop and a naive pipeline (ARGS="--repeats 9")
+	@$(RUN) python benchmarks/training.py $(ARGS)
+
+.PHONY: bench-inference
+bench-inference: $(BENCH) ## prediction against bare PyTorch loops, by kind of BatchNorm statistics (ARGS="--threads 2")
+	@$(RUN) python benchmarks/inference.py $(ARGS)
+
+.PHONY: bench-assignment
+bench-assignment: $(BENCH) ## plate groups and assignment against other ways: time and exactness (ARGS="--simulated 33")
+	@$(RUN) python benchmarks/assignment.py $(ARGS)
+
+.PHONY: bench-index
+bench-index: $(BENCH) ## the index of a store of a million sites: time to open, memory, reading order (ARGS="--sites 100000")
+	@$(RUN) python benchmarks/index.py $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: $(BENCH) ## training steps at 6x512x512 on a CUDA GPU, and feeding beside them (ARGS="--batch 32", ARGS=--torch-only)
+	@$(RUN) python benchmarks/gpu.py $(ARGS)
 
 .PHONY: lint
 lint: install ## ruff: setup.py, tests and tools; of the generated modules only what is an error in Python 3.10

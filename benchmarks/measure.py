@@ -47,7 +47,8 @@ def summary(seconds, baseline=None, units=1, unit="item"):
 def spread(table, digits=3):
     "Lower and upper quartile of each column, as text"
     low, high = table.quantile(0.25), table.quantile(0.75)
-    return pd.Series([f"{a:.{digits}g}-{b:.{digits}g}" for a, b in zip(low, high)], index=table.columns)
+    number = lambda v: f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.{digits}g}"
+    return pd.Series([f"{number(a)}-{number(b)}" for a, b in zip(low, high)], index=table.columns)
 
 
 def markdown(table, digits=3):

@@ -157,7 +157,7 @@ def read_ahead(
             if not threads: start()
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/03_store.ipynb #cfee5307
+# %% ../nbs/03_store.ipynb #f0d8ba18
 FORMATS = 'blosc2', 'zarr', 'raw'
 _MANIFEST, _INDEX, _KIND = 'manifest.json', 'sites.parquet', 'rcic_fastai store 1'
 
@@ -221,7 +221,7 @@ class Store:
     def sites(self) -> pd.DataFrame:
         "One row per site in stored order: `site_id`, the columns of wells, `site`, `files`, and `offset`, `length`, `checksum` of its bytes."
         table = pd.read_parquet(_join(self.path, _INDEX))
-        table.insert(len(table.columns)-3, 'files', [f'{self.path}#{i}' for i in range(len(table))])
+        table.insert(len(table.columns)-3, 'files', f'{self.path}#' + pd.Series(np.arange(len(table))).astype('str')) # not a loop: there may be millions
         if len(table)!=len(self): raise ValueError(f'{self.path}/{_INDEX}: {len(table):,} sites, but the manifest counts {len(self):,}')
         return table
 
@@ -476,7 +476,7 @@ def _versions(format):
     packages = dict(blosc2=['blosc2'], zarr=['zarr'], raw=[])[format] + ['numpy', 'rcic_fastai']
     return dict(python=platform.python_version(), **{p: version(p) for p in packages})
 
-# %% ../nbs/03_store.ipynb #1e43640e
+# %% ../nbs/03_store.ipynb #0892d2d0
 def _estimate(packer, n=6):
     "Bytes that the whole store takes, from sites spread over the screen"
     if packer.plan['format']=='raw': return len(packer.sites)*math.prod(packer.shape)
@@ -486,12 +486,13 @@ def _estimate(packer, n=6):
     return int(np.mean([len(data) for data, _ in packer.pool.map(packer._encoded, rows)])*len(packer.sites)*1.05)
 
 class _TooSmall(OSError): pass
+def _size(n): return f'{n/1e9:,.1f} GB' if n >= 1e9 else f'{n/1e6:,.1f} MB'
 
 def _check_space(packer, left):
     "Is there room for the shards that are `left`?"
     there = next(p for p in (packer.out, *packer.out.absolute().parents) if p.exists())
     need, free = _estimate(packer)*len(left)//max(len(packer.shards()), 1), shutil.disk_usage(there).free
-    if need > free: raise _TooSmall(errno.ENOSPC, f'the store needs about {need/1e9:,.1f} GB more, but {packer.out} has {free/1e9:,.1f} GB of free space')
+    if need > free: raise _TooSmall(errno.ENOSPC, f'the store needs about {_size(need)} more, but {packer.out} has {_size(free)} of free space')
 
 def _plan(sites, out, channels, format, preset, size, shard_sites, tables):
     "What decides the bytes of a store"

@@ -198,3 +198,18 @@ def test_a_fresh_head_keeps_the_body(screen):
     model = new_head(learn.model, change_recipe(quick, 'model.head="neck"', "model.hidden=32", 'loss={"name": "cross_entropy", "options": {}}'), 5)
     assert all(torch.equal(v, body[k]) for k, v in model.body.state_dict().items())
     assert model.eval()(torch.zeros(2, 6, 32, 32), torch.zeros(2, 4, dtype=torch.long)).shape == (2, 5)
+
+
+def test_a_packed_screen_gives_the_same_run(small_screen, tmp_path):
+    "From image files, from a store, with threads and without: the same weights and the same predictions"
+    from rcic_fastai.store import pack_screen
+
+    pack_screen(read_screen(small_screen), tmp_path / "packed", progress=False)
+    weights, logits = [], []
+    for name, data, workers in [("files", small_screen, 0), ("store", tmp_path / "packed", 2)]:
+        recipe = change_recipe(quick, "data.crop=32", "data.cache=false", f"data.workers={workers}")
+        run = tmp_path / name
+        learn = train_run(read_screen(data), recipe, run, valid="experiment=HUVEC-02", say=lambda *a: None)
+        weights.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
+        logits.append(predict_run(run, read_screen(data), "test", progress=False, say=lambda *a: None).logits)
+    assert (weights[0] == weights[1]).all() and (logits[0] == logits[1]).all()

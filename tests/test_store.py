@@ -332,7 +332,7 @@ def stop_after(monkeypatch, shards, error=KeyboardInterrupt):
 
 def test_too_small_a_disk_is_told_before_anything_is_written(screen, tmp_path, monkeypatch):
     monkeypatch.setattr(store_module.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 2000, 2000))
-    with pytest.raises(OSError, match=r"needs about 0.0 GB more, but .* has 0.0 GB of free space") as e:
+    with pytest.raises(OSError, match=r"needs about \d\.\d MB more, but .* has 0\.0 MB of free space") as e:
         pack_screen(screen, tmp_path / "s", progress=False)
     assert e.value.errno == errno.ENOSPC and not (tmp_path / "s").exists()
 
