@@ -6,8 +6,8 @@
 __all__ = ['FORMATS', 'BatchBuffers', 'read_ahead', 'DamagedSite', 'Store', 'write_index', 'pack_sites', 'pack_screen',
            'read_packed', 'open_store', 'verify_store']
 
-# %% ../nbs/03_store.ipynb #f10fca7f
-import errno, io, json, math, os, platform, shutil, threading, weakref
+# %% ../nbs/03_store.ipynb #49312d87
+import errno, io, json, math, mmap, os, platform, shutil, threading, weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .image import MultiChannelImage, read_site
 from .screen import CHANNELS, WELL_COLUMNS, Screen, check_files, present_sites
 
-# %% ../nbs/03_store.ipynb #e384e6f0
+# %% ../nbs/03_store.ipynb #b5a83861
 _presets = dict( # codec, level, block
     default=('ZSTD', 1, 'planes'), # quick to pack and to read
     small=('ZSTD', 9, 'plane'), # smallest; packing takes some 100 times as long
@@ -82,21 +82,22 @@ class _Blosc2:
             tiles = self._tiles(out)
             tiles[...] = into.reshape(tiles.shape)
 
+    def _touches_all(self, y, x, h, w):
+        _, b, c = self.block
+        return y < b and x < c and y+h > self.shape[1]-b and x+w > self.shape[2]-c
+
     def window(self, data, y, x, h, w):
         if not self.tiled: # every block holds some of any window
             self.decode(data, self._scratch())
             return self._scratch()[:, y:y+h, x:x+w].copy()
+        if self._touches_all(y, x, h, w):
+            whole = np.empty(self.shape, np.uint8)
+            self.decode(data, whole)
+            return whole[:, y:y+h, x:x+w].copy()
         if not hasattr(self.local, 'array'): # Blosc2's own array reads the blocks that are needed
             self.local.array = _blosc2().asarray(np.zeros(self.shape, np.uint8), chunks=self.shape, blocks=self.block, cparams=self.cparams, dparams=self.single)
-        self.local.array.schunk.update_chunk(0, bytes(data))
+        self.local.array.schunk.update_chunk(0, data.tobytes())
         return self.local.array[:, y:y+h, x:x+w]
-
-class _Raw:
-    "Sites as they are"
-    def __init__(self, shape, preset): self.shape = shape
-    def encode(self, x): return x.tobytes()
-    def decode(self, data, out): out[...] = np.frombuffer(data, np.uint8).reshape(self.shape)
-    def window(self, data, y, x, h, w): return np.frombuffer(data, np.uint8).reshape(self.shape)[:, y:y+h, x:x+w].copy()
 
 # %% ../nbs/03_store.ipynb #1d765a20
 class BatchBuffers:
@@ -157,7 +158,7 @@ def read_ahead(
             if not threads: start()
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/03_store.ipynb #f0d8ba18
+# %% ../nbs/03_store.ipynb #73ad81fc
 FORMATS = 'blosc2', 'zarr', 'raw'
 _MANIFEST, _INDEX, _KIND = 'manifest.json', 'sites.parquet', 'rcic_fastai store 1'
 
@@ -166,24 +167,10 @@ class DamagedSite(ValueError):
 
 def _join(path, *parts): return '/'.join([str(path).rstrip('/'), *parts])
 
-class _ShardFile:
-    "Bytes of a file, for any number of threads"
-    def __init__(self, path): self.file, self.lock = open(path, 'rb', buffering=0), threading.Lock()
-    def __del__(self):
-        if hasattr(self, 'file'): self.file.close()
-
-    def read_into(self, buffer, offset):
-        "Fill `buffer`; False if the file ends before"
-        view = memoryview(buffer).cast('B')
-        while len(view):
-            if hasattr(os, 'preadv'): n = os.preadv(self.file.fileno(), [view], offset)
-            else:
-                with self.lock:
-                    self.file.seek(offset)
-                    n = self.file.readinto(view)
-            if not n: return False
-            view, offset = view[n:], offset+n
-        return True
+def _mapped(path):
+    "Bytes of a file as an array uint8; the system reads them when they are touched"
+    if not os.path.getsize(path): return np.empty(0, np.uint8)
+    with open(path, 'rb') as f: return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 def _read_json(path):
     if '://' not in str(path): return json.loads(Path(path).read_text())
@@ -230,9 +217,9 @@ class Store:
     @cached_property
     def _rows(self): return pd.Index(self.sites.site_id)
     @cached_property
-    def _codec(self): return {'blosc2': _Blosc2, 'raw': _Raw}[self.format](self.shape, self.preset)
+    def _codec(self): return _Blosc2(self.shape, self.preset)
     @cached_property
-    def _shard(self): return lru_cache(maxsize=128)(lambda k: _ShardFile(self._shard_path(k)))
+    def _shard(self): return lru_cache(maxsize=256)(lambda k: _mapped(self._shard_path(k))) # fewer than the files a process may have open
     @cached_property
     def _array(self):
         import zarr
@@ -275,17 +262,28 @@ class Store:
         where = f'shards/{i//self.manifest["shard_sites"]:05d}.bin, bytes {self._where[0][i]:,} to {self._where[0][i]+self._where[1][i]:,}' if self.format!='zarr' else 'array shards'
         return DamagedSite(f'{self.path}: site {self.sites.site_id.iloc[i]} (row {i}, {where}) is damaged: {why}')
 
-    def _bytes(self, i, into=None):
-        "Stored bytes of a site, checked, in memory of this thread or `into`"
-        offset, length, checksum = (int(v[i]) for v in self._where)
-        if into is None:
-            if len(getattr(self._local, 'bytes', b'')) < length: self._local.bytes = bytearray(length*5//4)
-            into = memoryview(self._local.bytes)[:length]
-        try: complete = self._shard(i//self.manifest['shard_sites']).read_into(into, offset)
+    def _stored(self, i):
+        "View of the stored bytes of a site"
+        offset, length = int(self._where[0][i]), int(self._where[1][i])
+        try: data = self._shard(i//self.manifest['shard_sites'])[offset:offset+length]
         except FileNotFoundError as e: raise FileNotFoundError(f'{e.filename} does not exist; it holds site {self.sites.site_id.iloc[i]}') from None
-        if not complete: raise self._damaged(i, 'the file ends before')
-        if xxhash.xxh3_64_intdigest(into)!=checksum: raise self._damaged(i, 'its checksum differs')
+        if len(data) < length: raise self._damaged(i, 'the file ends before')
+        return data
+
+    def _compare(self, i, data):
+        if xxhash.xxh3_64_intdigest(data)!=int(self._where[2][i]): raise self._damaged(i, 'its checksum differs')
+
+    def _bytes(self, i):
+        "Stored bytes of a site, checked, in memory of this thread"
+        data = self._stored(i)
+        if len(getattr(self._local, 'bytes', b'')) < len(data): self._local.bytes = np.empty(len(data)*5//4, np.uint8)
+        into = self._local.bytes[:len(data)]
+        np.copyto(into, data) # unlike the checksum, lets other threads run while the disk is read
+        self._compare(i, into)
         return into
+
+    @cached_property
+    def _checked(self): return np.zeros(len(self), bool) # raw sites that this process has compared with their checksums
 
     def _guarded(self, i, read):
         "What `read()` gives; whatever a codec complains about is damage"
@@ -303,11 +301,14 @@ class Store:
         Raises: IndexError for a row outside; DamagedSite naming the site.
         """
         def read():
-            if self.format=='raw': self._bytes(i, out.reshape(-1))
+            if self.format=='raw':
+                np.copyto(out.reshape(-1), self._stored(i))
+                if not self._checked[i]: self._compare(i, out)
+                self._checked[i] = True
             elif self.format=='blosc2': self._codec.decode(self._bytes(i), out)
             else:
                 out[...] = self._array[i]
-                if xxhash.xxh3_64_intdigest(out)!=int(self._where[2][i]): raise self._damaged(i, 'its checksum differs')
+                self._compare(i, out)
         self._guarded(i, read)
 
     def read(self,
@@ -328,8 +329,15 @@ class Store:
             out = np.empty(self.shape, np.uint8)
             self.read_into(i, out)
             return out
-        # zarr keeps checksums of its own for each chunk
-        return self._guarded(i, lambda: self._array[i, :, y:y+h, x:x+w] if self.format=='zarr' else self._codec.window(self._bytes(i), y, x, h, w))
+        return self._guarded(i, lambda: self._window(i, y, x, h, w))
+
+    def _window(self, i, y, x, h, w):
+        if self.format=='zarr': return self._array[i, :, y:y+h, x:x+w] # zarr keeps checksums of its own for each chunk
+        if self.format=='blosc2': return self._codec.window(self._bytes(i), y, x, h, w)
+        data = self._stored(i)
+        if not self._checked[i]: self._compare(i, data)
+        self._checked[i] = True
+        return data.reshape(self.shape)[:, y:y+h, x:x+w].copy()
 
     def read_batch(self,
         rows:Sequence[int], # int (N,)
@@ -359,7 +367,7 @@ class Store:
         "Batches, read by threads while the caller works."
         return read_ahead(batches, self.read_into, self._buffers[pin_memory].take, threads, ahead)
 
-# %% ../nbs/03_store.ipynb #dcd9839c
+# %% ../nbs/03_store.ipynb #fb71a0e7
 _PLAN, _PARTS = 'packing.json', 'parts'
 _TABLES = 'train.csv', 'train_controls.csv', 'test.csv', 'test_controls.csv', 'sample_submission.csv', 'truth.csv', 'metadata.csv'
 _INDEX_COLUMNS = ['site_id', *WELL_COLUMNS, 'site']
@@ -395,7 +403,7 @@ class _Packer:
         self.sites, self.out, self.plan, self.shape = sites, out, plan, tuple(plan['shape'])
         self.step = plan['shard_sites']
         self.pool = ThreadPoolExecutor(workers)
-        if plan['format']!='zarr': self.codec = {'blosc2': _Blosc2, 'raw': _Raw}[plan['format']](self.shape, plan['preset'])
+        self.encode = _Blosc2(self.shape, plan['preset']).encode if plan['format']=='blosc2' else np.ndarray.tobytes
 
     def shards(self): return range(-(-len(self.sites)//self.step))
     def part(self, k): return self.out/_PARTS/f'{k:05d}.npy'
@@ -407,7 +415,7 @@ class _Packer:
         return np.ascontiguousarray(x)
 
     def _encoded(self, row):
-        data = self.codec.encode(self.pixels(row))
+        data = self.encode(self.pixels(row))
         return data, xxhash.xxh3_64_intdigest(data)
 
     def _ahead(self, function, rows):
@@ -458,8 +466,12 @@ class _Packer:
         table = self.sites[[c for c in _INDEX_COLUMNS if c in self.sites]].assign(offset=starts, length=lengths, checksum=checksums)
         write_index(table, self.out/_INDEX)
         _write(self.out/_MANIFEST, [_json(dict(self.plan, versions=_versions(self.plan['format'])))])
-        shutil.rmtree(self.out/_PARTS)
-        (self.out/_PLAN).unlink()
+        _tidy(self.out)
+
+def _tidy(out):
+    "Remove what a finished store does not need"
+    shutil.rmtree(out/_PARTS, ignore_errors=True)
+    (out/_PLAN).unlink(missing_ok=True)
 
 def write_index(
     table:pd.DataFrame, # one row per site in stored order, with `offset`, `length`, `checksum`
@@ -476,7 +488,7 @@ def _versions(format):
     packages = dict(blosc2=['blosc2'], zarr=['zarr'], raw=[])[format] + ['numpy', 'rcic_fastai']
     return dict(python=platform.python_version(), **{p: version(p) for p in packages})
 
-# %% ../nbs/03_store.ipynb #0892d2d0
+# %% ../nbs/03_store.ipynb #7f6e4cf9
 def _estimate(packer, n=6):
     "Bytes that the whole store takes, from sites spread over the screen"
     if packer.plan['format']=='raw': return len(packer.sites)*math.prod(packer.shape)
@@ -508,19 +520,21 @@ def _plan(sites, out, channels, format, preset, size, shard_sites, tables):
 
 def _check_folder(out, plan):
     "Is this folder new, or does it hold the beginning of the same store?"
-    if (out/_MANIFEST).exists(): raise FileExistsError(f'{out} holds a finished store; choose another folder or delete it')
+    if (out/_MANIFEST).exists() and not (out/_PLAN).exists(): raise FileExistsError(f'{out} holds a finished store; choose another folder or delete it')
     if (out/_PLAN).exists():
         old = json.loads((out/_PLAN).read_text())
         other = [f'{k} {old.get(k)!r} instead of {v!r}' for k,v in plan.items() if old.get(k)!=v]
         if other: raise ValueError(f'{out} holds an unfinished store with {"; ".join(other)}: pack with those settings, choose another folder or delete it')
         return
-    if out.exists() and any(out.iterdir()): raise FileExistsError(f'{out} is not empty; choose a new folder')
+    others = [f for f in out.iterdir() if not f.name.startswith(f'.{_PLAN}.')] if out.exists() else [] # a kill can come while the plan is written
+    if others: raise FileExistsError(f'{out} is not empty; choose a new folder')
 
 def _begin(out, plan):
     "Write the plan; clear away what a killed process had half written"
-    for d in (out/'shards', out/_PARTS): d.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for stale in [f for f in out.rglob('.*') if f.is_file()]: stale.unlink()
     if not (out/_PLAN).exists(): _write(out/_PLAN, [_json(plan)])
+    for d in (out/'shards', out/_PARTS): d.mkdir(exist_ok=True)
 
 def pack_sites(
     sites:pd.DataFrame, # sites with their files, see `well_sites`
@@ -543,6 +557,9 @@ def pack_sites(
     found = [t for t in _TABLES if tables is not None and (Path(tables)/t).is_file()]
     plan = _plan(sites, out, channels, format, preset, size, shard_sites, found)
     _check_folder(out, plan)
+    if (out/_MANIFEST).exists(): # killed between its last two steps
+        _tidy(out)
+        return Store(out)
     packer = _Packer(sites, out, plan, workers or os.cpu_count())
     left = [k for k in packer.shards() if not packer.part(k).exists()]
     try:
