@@ -29,7 +29,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 install: $(STAMP) ## create .venv and install the package with its development tools (once)
 
 .PHONY: demo
-demo: install ## simulate a screen, train, predict, assign, score; ends with the table and the run folder (ARGS="--seed 1")
+demo: install ## simulate a screen, pack, train, predict, assign, score; ends with the table and the run folder (ARGS="--seed 1")
 	@$(RUN) rcic-demo $(ARGS)
 
 .PHONY: test
