@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import xxhash
 from measure import REPEATS, machine, markdown, spread, write_report
 
 OPEN = """
@@ -52,7 +53,8 @@ def write_store(folder, table, shard_sites=256):
     folder.mkdir(parents=True, exist_ok=True)
     write_index(table, folder / "sites.parquet")
     manifest = dict(kind=_KIND, format="blosc2", preset="default", shape=[6, 512, 512], channels=[1, 2, 3, 4, 5, 6], composite=False, size=None,
-                    n_sites=len(table), shard_sites=shard_sites)  # fmt: skip
+                    n_sites=len(table), shard_sites=shard_sites, tables=[],
+                    files={"sites.parquet": xxhash.xxh3_64_hexdigest((folder / "sites.parquet").read_bytes())})  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

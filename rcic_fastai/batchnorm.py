@@ -159,7 +159,7 @@ class _LockStep:
         if self.error: raise self.error
         return self.outputs,dict(self.stats)
 
-# %% ../nbs/08_batchnorm.ipynb #1f01de30
+# %% ../nbs/08_batchnorm.ipynb #9aa6a1a3
 batchnorm_modes = 'running','batch','domain','controls'
 
 @contextmanager
@@ -179,15 +179,25 @@ def _check_reachable(model):
     if any(hasattr(m, '_orig_mod') for m in model.modules()):
         raise ValueError("the model is compiled, so its BatchNorms cannot be reached: give the one before torch.compile (its `_orig_mod`)")
 
+@contextmanager
+def _as_written(model):
+    "Parts that `nn.Module.compile` compiled in place run as they were written, so that hooks are called"
+    compiled = [(m, m._compiled_call_impl) for m in model.modules() if getattr(m, '_compiled_call_impl', None) is not None]
+    try:
+        for m,_ in compiled: m._compiled_call_impl = None
+        yield
+    finally:
+        for m,call in compiled: m._compiled_call_impl = call
+
 def _as_args(batch): return tuple(batch) if isinstance(batch, (tuple,list)) else (batch,)
 
-# %% ../nbs/08_batchnorm.ipynb #f7a8851f
+# %% ../nbs/08_batchnorm.ipynb #220d9b51
 class BatchNormMode:
     """Which statistics the BatchNorms of `model` use, as a context manager that leaves the model exactly as it was.
 
     Statistics stay within the process: a SyncBatchNorm does not ask other ranks, which have other domains."""
     def __init__(self,
-        model:nn.Module, # Any model with BatchNorm layers, not compiled
+        model:nn.Module, # Any model with BatchNorm layers; not inside `torch.compile`, and what was compiled in place runs uncompiled
         mode:str='batch', # One of `batchnorm_modes`
     ):
         if mode not in batchnorm_modes: raise ValueError(f"BatchNorm mode is {mode!r}, expected one of {', '.join(batchnorm_modes)}")
@@ -204,7 +214,7 @@ class BatchNormMode:
     @contextmanager
     def _hooked(self, hook):
         "`hook(name, layer, args, kwargs)` before every call of a BatchNorm, in an eval-mode model"
-        with _preserved(self.model), ExitStack() as stack:
+        with _preserved(self.model), _as_written(self.model), ExitStack() as stack:
             for name,layer in self.layers.items():
                 handle = layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -427,10 +437,10 @@ def _sliced_forward(rows, name, layer, forward, *args, **kwargs):
                            "not kept apart: a SyncBatchNorm that shares statistics between processes cannot be sliced")
     return out
 
-# %% ../nbs/08_batchnorm.ipynb #bc44f58b
+# %% ../nbs/08_batchnorm.ipynb #df12136f
 @contextmanager
 def domain_slices(
-    model:nn.Module, # Any model with BatchNorm layers, not compiled
+    model:nn.Module, # Any model with BatchNorm layers; not inside `torch.compile`, and what was compiled in place runs uncompiled
     domains:Tensor, # Domain of every row: int (B,) of any values, or (B, k) such as experiment and plate; contiguous or not
     reference:Tensor=None, # bool (B,): rows whose statistics their whole domain is normalised by, such as controls; all by default
 ):
@@ -444,7 +454,7 @@ def domain_slices(
     _check_reachable(model)
     rows,layers = _DomainRows(domains, reference, next((p.device for p in model.parameters()), None)),batchnorm_layers(model)
     if not layers: warnings.warn("the model has no BatchNorm, so there are no statistics to take per domain", stacklevel=3)
-    with ExitStack() as stack:
+    with _as_written(model), ExitStack() as stack:
         for name,layer in layers.items():
             own = layer.__dict__.get('forward')
             if isinstance(own, partial) and own.func is _sliced_forward: raise ValueError("domain_slices is open on this model already")

@@ -6,7 +6,7 @@
 __all__ = ['Predictions', 'well_accuracy', 'embed_sites', 'predict_sites', 'predict_with', 'predict_run', 'embed_run',
            'write_embeddings']
 
-# %% ../nbs/10_predict.ipynb #9c3ccded
+# %% ../nbs/10_predict.ipynb #6a3416f8
 import json, os, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,7 @@ from .augment import RandomCrop, dihedral
 from .batchnorm import BatchNormMode, batchnorm_modes
 from .data import DOMAINS, domain_keys, select_sites
 from .embed import postprocess_embeddings, postprocess_names, to_anndata, well_means
+from .model import plain
 from .screen import Screen
 from .train import Recipe, complete_stats, load_run, read_run
 
@@ -108,15 +109,16 @@ def _window(x, size, view):
     top, left = (share*(room+1)).long().minimum(room).tolist()
     return x[..., top:top+size, left:left+size]
 
-# %% ../nbs/10_predict.ipynb #f4fc55bb
+# %% ../nbs/10_predict.ipynb #94efcdd8
 def _forward(learn, view, embed=False):
     "Function from a raw batch to logits, or to what the classifier sees, in the precision of the recipe"
     prepare, device = _prepare(learn), learn.dls.device
     dtype = learn.auto_mixed_precision.dtype if hasattr(learn, 'auto_mixed_precision') else torch.float32
     net, scale = (learn.model.embed, 1.) if embed else (learn.model, getattr(learn.loss_func, 's', 1.)) # cosines to logits
     def forward(x, context, *_):
-        x, context = prepare(x.to(device), context.to(device), view)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype!=torch.float32): return net(x, context).float()*scale
+        x, context = map(plain, prepare(x.to(device), context.to(device), view))
+        # the network alone: what transforms and loaders keep for later is kept as ordinary tensors
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype!=torch.float32): return net(x, context).float()*scale
     return forward
 
 def _beside(forward, reference):
@@ -153,7 +155,7 @@ def _check_prediction(sites, batchnorm, domain, tta, bagging, postprocess, head_
     if not 0 <= head_weight <= 1: raise ValueError(f'head_weight is {head_weight}, expected a share from 0 to 1')
     if not len(sites): raise ValueError('there are no sites to predict')
 
-# %% ../nbs/10_predict.ipynb #4e728024
+# %% ../nbs/10_predict.ipynb #e2df7eee
 def _outputs(learn, sites, batchnorm, domain, tta, controls, pool_sites, bs, progress, bagging=(), seed=0, embed=False):
     "Mean output of the network over views and passes, float32 (N, K) or (N, E), domain by domain"
     domain = domain or learn.dls.train.domain or 'experiment'
@@ -163,7 +165,7 @@ def _outputs(learn, sites, batchnorm, domain, tta, controls, pool_sites, bs, pro
                disable=None if progress and not os.environ.get('TQDM_DISABLE') else True) # None: only where a terminal or notebook shows it
     complete_stats(learn.dls, sites, seed)
     learn.model.to(learn.dls.device)
-    with torch.inference_mode(), bar:
+    with torch.no_grad(), bar:
         for rows in groups:
             own = sites.iloc[rows]
             forwards = [_forward(learn, v, embed) for v in range(tta)]

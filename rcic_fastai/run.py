@@ -102,7 +102,7 @@ class PseudoLabels(Callback):
         new.to(self.dls.device)
         self.learn.dls.loaders[0] = new
 
-# %% ../nbs/11b_run.ipynb #244331d8
+# %% ../nbs/11b_run.ipynb #85235b03
 def _check_request(screen, run, target, valid, seed):
     "What can be told to be wrong before any file is looked for"
     if (run/'run.json').exists() or (run/'model.safetensors').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
@@ -204,7 +204,8 @@ def _write_run(learn, recipe, run, screen, sites, mask, asked):
     stats = learn.dls.stats
     versions = dict(python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__, pandas=pd.__version__)
     info = dict(**asked, data=str(screen.path), classes=list(learn.dls.vocab), channels=list(screen.channels), cell_types=screen.cell_types,
-                experiments=screen.experiments, stats=None if stats is None else [t.tolist() for t in stats],
+                experiments=screen.experiments, image_size=list(learn.dls.train_ds[0][0].shape[-2:]),
+                stats=None if stats is None else [t.tolist() for t in stats],
                 valid_wells=sorted(set(sites.id_code[mask])), versions=versions)
     write_text(run/'recipe.json', json.dumps(asdict(recipe), indent=2)+'\n')
     write_text(run/'run.json', json.dumps(info, indent=1)+'\n')

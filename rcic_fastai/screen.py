@@ -417,7 +417,7 @@ class Screen:
     @property
     def cell_types(self)->list[str]: return sorted(self.wells.cell_type.unique())
 
-# %% ../nbs/00_screen.ipynb #ee098e38
+# %% ../nbs/00_screen.ipynb #3d4bc3bc
 def _packed_files(root):
     "What stands for the files of the sites in a store, see `rcic_fastai.store`."
     ids = pd.read_parquet(root/'sites.parquet', columns=['site_id']).site_id
@@ -431,13 +431,16 @@ def read_screen(
     """Read the tables of a screen.
 
     Raises: `FileNotFoundError` for a folder without a screen or a missing table; `ValueError` naming file and row of what is wrong."""
+    if (Path(path)/'packing.json').is_file():
+        raise FileNotFoundError(f'{path} holds no finished store: packing was interrupted; run the same rcic-pack to go on')
     root, layout = _find_screen(path, layout)
     if layout == 'kaggle': rows, site_rows = kaggle_wells(root, check), None
     else:
         rows = metadata_sites(root/'metadata.csv')
         rows, site_rows = rows.drop_duplicates('id_code', ignore_index=True), rows[['id_code', 'site']]
     if check: check_screen(rows)
-    packed = _packed_files(root) if (root/'sites.parquet').is_file() and (root/'manifest.json').is_file() else None
+    if (root/'sites.parquet').is_file() and not (root/'manifest.json').is_file(): raise FileNotFoundError(f'{root} holds a store whose manifest.json is missing')
+    packed = _packed_files(root) if (root/'sites.parquet').is_file() else None
     # a WILDS site is one RGB file of the first three stains
     return Screen(root, layout, rows[list(WELL_COLUMNS)], CHANNELS[:3] if layout == 'wilds' else CHANNELS, site_rows, packed)
 
@@ -459,10 +462,11 @@ def summary(self:Screen)->pd.DataFrame: # index split and cell type, Int64 count
     rows = {**{k: _counts(part, full) for k, part in parts}, ('all', 'all'): _counts(w, full)}
     return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=['split', 'cell type'])).astype('Int64')
 
-# %% ../nbs/00_screen.ipynb #a8d12c16
+# %% ../nbs/00_screen.ipynb #91c2602e
 def _headline(screen):
     w = screen.wells
-    return (f"Screen {screen.path} ({screen.layout} layout): {len(screen.experiments)} experiments of {', '.join(screen.cell_types)}; "
+    packed = '' if screen.packed is None else ', packed'
+    return (f"Screen {screen.path} ({screen.layout} layout{packed}): {len(screen.experiments)} experiments of {', '.join(screen.cell_types)}; "
             f"{len(w):,} wells, {len(screen.channels)} channels")
 
 def _as_text(count): return '-' if pd.isna(count) else f'{count:,}'

@@ -27,11 +27,11 @@ from tqdm.auto import tqdm
 from .image import MultiChannelImage, read_site
 from .screen import CHANNELS, WELL_COLUMNS, Screen, check_files, present_sites
 
-# %% ../nbs/03_store.ipynb #b5a83861
+# %% ../nbs/03_store.ipynb #23a15fce
 _presets = dict( # codec, level, block
     default=('ZSTD', 1, 'planes'), # quick to pack and to read
-    small=('ZSTD', 9, 'plane'), # smallest; packing takes some 100 times as long
-    fast=('LZ4HC', 9, 'plane'), # read twice as fast, a third larger
+    small=('ZSTD', 9, 'plane'), # smallest; a core packs less than a site per second
+    fast=('LZ4HC', 9, 'plane'), # read twice as fast, a third larger; a core packs two sites per second
     windows=('ZSTD', 1, 'tile')) # windows without the rest of the site
 
 def _blosc2():
@@ -87,13 +87,10 @@ class _Blosc2:
         return y < b and x < c and y+h > self.shape[1]-b and x+w > self.shape[2]-c
 
     def window(self, data, y, x, h, w):
-        if not self.tiled: # every block holds some of any window
-            self.decode(data, self._scratch())
-            return self._scratch()[:, y:y+h, x:x+w].copy()
-        if self._touches_all(y, x, h, w):
+        if not self.tiled or self._touches_all(y, x, h, w): # every block holds some of the window
             whole = np.empty(self.shape, np.uint8)
             self.decode(data, whole)
-            return whole[:, y:y+h, x:x+w].copy()
+            return whole[:, y:y+h, x:x+w] # a view: a copy would make it dearer than the site
         if not hasattr(self.local, 'array'): # Blosc2's own array reads the blocks that are needed
             self.local.array = _blosc2().asarray(np.zeros(self.shape, np.uint8), chunks=self.shape, blocks=self.block, cparams=self.cparams, dparams=self.single)
         self.local.array.schunk.update_chunk(0, data.tobytes())
@@ -158,7 +155,7 @@ def read_ahead(
             if not threads: start()
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/03_store.ipynb #73ad81fc
+# %% ../nbs/03_store.ipynb #62096971
 FORMATS = 'blosc2', 'zarr', 'raw'
 _MANIFEST, _INDEX, _KIND = 'manifest.json', 'sites.parquet', 'rcic_fastai store 1'
 
@@ -172,10 +169,10 @@ def _mapped(path):
     if not os.path.getsize(path): return np.empty(0, np.uint8)
     with open(path, 'rb') as f: return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
-def _read_json(path):
-    if '://' not in str(path): return json.loads(Path(path).read_text())
+def _read_bytes(path):
+    if '://' not in str(path): return Path(path).read_bytes()
     import fsspec
-    with fsspec.open(str(path)) as f: return json.load(f)
+    with fsspec.open(str(path)) as f: return f.read()
 
 class Store:
     """Packed sites of a screen, opened when the first one is read, so that it can be handed to other processes.
@@ -186,7 +183,7 @@ class Store:
         path:str|Path # folder, or a URL for fsspec such as 's3://bucket/store' (format 'zarr')
     ):
         self.path = str(path).rstrip('/')
-        try: self.manifest = _read_json(_join(self.path, _MANIFEST))
+        try: self.manifest = json.loads(_read_bytes(_join(self.path, _MANIFEST)))
         except FileNotFoundError:
             begun = '://' not in self.path and (Path(self.path)/_PLAN).exists()
             raise FileNotFoundError(f'{self.path} holds no finished store' + ('; packing was interrupted: run the same command to go on' if begun else '')) from None
@@ -207,7 +204,9 @@ class Store:
     @cached_property
     def sites(self) -> pd.DataFrame:
         "One row per site in stored order: `site_id`, the columns of wells, `site`, `files`, and `offset`, `length`, `checksum` of its bytes."
-        table = pd.read_parquet(_join(self.path, _INDEX))
+        data = _read_bytes(_join(self.path, _INDEX))
+        if xxhash.xxh3_64_hexdigest(data)!=self.manifest['files'][_INDEX]: raise ValueError(f'{self.path}/{_INDEX} is not the file that was packed: its checksum differs')
+        table = pd.read_parquet(io.BytesIO(data))
         table.insert(len(table.columns)-3, 'files', f'{self.path}#' + pd.Series(np.arange(len(table))).astype('str')) # not a loop: there may be millions
         if len(table)!=len(self): raise ValueError(f'{self.path}/{_INDEX}: {len(table):,} sites, but the manifest counts {len(self):,}')
         return table
@@ -242,12 +241,13 @@ class Store:
         return [self.channels.index(c) for c in channels]
 
     def rows(self,
-        site_ids:Sequence[str] # such as 'HUVEC-01_1_B03_2'
+        site_ids:Sequence[str]|pd.DataFrame # such as 'HUVEC-01_1_B03_2', or a table of sites
     ) -> np.ndarray: # int64 (N,)
         """Numbers of sites in the store.
 
         Raises: ValueError naming the first that is not there.
         """
+        if isinstance(site_ids, pd.DataFrame): site_ids = site_ids.site_id
         rows = self._rows.get_indexer(pd.Index(site_ids))
         if (rows < 0).any(): raise ValueError(f'site {list(site_ids)[int((rows < 0).argmax())]} is not in {self.path}')
         return rows.astype(np.int64)
@@ -287,6 +287,7 @@ class Store:
 
     def _guarded(self, i, read):
         "What `read()` gives; whatever a codec complains about is damage"
+        if isinstance(i, str): raise TypeError(f'row {i!r} is a name; `rows([name])` gives the number of a site')
         if not 0 <= i < len(self): raise IndexError(f'row {i} is outside 0-{len(self)-1} of {self.path}')
         try: return read()
         except (DamagedSite, FileNotFoundError): raise
@@ -317,7 +318,7 @@ class Store:
         x:int=0, # first column
         h:int=None, # height; by default to the lower edge
         w:int=None # width; by default to the right edge
-    ) -> np.ndarray: # uint8 (C, h, w)
+    ) -> np.ndarray: # uint8 (C, h, w); a window may be a view of the whole site
         """Read one site, or a window of it, which never costs more than the site.
 
         Raises: IndexError, ValueError for a row or window outside; DamagedSite naming the site.
@@ -367,7 +368,7 @@ class Store:
         "Batches, read by threads while the caller works."
         return read_ahead(batches, self.read_into, self._buffers[pin_memory].take, threads, ahead)
 
-# %% ../nbs/03_store.ipynb #fb71a0e7
+# %% ../nbs/03_store.ipynb #0b55f045
 _PLAN, _PARTS = 'packing.json', 'parts'
 _TABLES = 'train.csv', 'train_controls.csv', 'test.csv', 'test_controls.csv', 'sample_submission.csv', 'truth.csv', 'metadata.csv'
 _INDEX_COLUMNS = ['site_id', *WELL_COLUMNS, 'site']
@@ -465,7 +466,8 @@ class _Packer:
         starts = np.concatenate([np.cumsum(lengths[a:a+self.step])-lengths[a:a+self.step] for a in range(0, len(lengths), self.step)])
         table = self.sites[[c for c in _INDEX_COLUMNS if c in self.sites]].assign(offset=starts, length=lengths, checksum=checksums)
         write_index(table, self.out/_INDEX)
-        _write(self.out/_MANIFEST, [_json(dict(self.plan, versions=_versions(self.plan['format'])))])
+        files = {name: xxhash.xxh3_64_hexdigest((self.out/name).read_bytes()) for name in (_INDEX, *self.plan['tables'])}
+        _write(self.out/_MANIFEST, [_json(dict(self.plan, files=files, versions=_versions(self.plan['format'])))])
         _tidy(self.out)
 
 def _tidy(out):
@@ -488,7 +490,7 @@ def _versions(format):
     packages = dict(blosc2=['blosc2'], zarr=['zarr'], raw=[])[format] + ['numpy', 'rcic_fastai']
     return dict(python=platform.python_version(), **{p: version(p) for p in packages})
 
-# %% ../nbs/03_store.ipynb #7f6e4cf9
+# %% ../nbs/03_store.ipynb #38570060
 def _estimate(packer, n=6):
     "Bytes that the whole store takes, from sites spread over the screen"
     if packer.plan['format']=='raw': return len(packer.sites)*math.prod(packer.shape)
@@ -523,7 +525,10 @@ def _check_folder(out, plan):
     if (out/_MANIFEST).exists() and not (out/_PLAN).exists(): raise FileExistsError(f'{out} holds a finished store; choose another folder or delete it')
     if (out/_PLAN).exists():
         old = json.loads((out/_PLAN).read_text())
-        other = [f'{k} {old.get(k)!r} instead of {v!r}' for k,v in plan.items() if old.get(k)!=v]
+        same_sites = all(old.get(k)==plan[k] for k in ('n_sites', 'sites'))
+        other = [f'{k} {old.get(k)!r} instead of {plan[k]!r}' for k in ('format', 'preset', 'size', 'channels', 'shard_sites') if old.get(k)!=plan[k]]
+        if not same_sites: other.append(f'{old.get("n_sites"):,} sites instead of these {plan["n_sites"]:,}')
+        if not other and old!=plan: other.append('other images or tables')
         if other: raise ValueError(f'{out} holds an unfinished store with {"; ".join(other)}: pack with those settings, choose another folder or delete it')
         return
     others = [f for f in out.iterdir() if not f.name.startswith(f'.{_PLAN}.')] if out.exists() else [] # a kill can come while the plan is written
@@ -589,8 +594,10 @@ def pack_screen(
     sites = screen.sites()
     if present_only:
         sites, left_out = present_sites(sites, screen.channels)
-        say(f'{len(sites):,} sites have all their files; {left_out:,} were left out')
-    else: check_files(sites, screen.channels)
+        say(f'{len(sites):,} sites have all their files; left out: {left_out:,}')
+    else:
+        try: check_files(sites, screen.channels)
+        except FileNotFoundError as e: raise FileNotFoundError(f'{e}; present_only (--present-only) packs the sites that are complete') from None
     return pack_sites(sites, out, screen.channels, tables=screen.path, **kwargs)
 
 # %% ../nbs/03_store.ipynb #c286c5dd
@@ -618,14 +625,14 @@ def open_store(
     written = Path(path)/_MANIFEST
     return _opened(str(path), written.stat().st_mtime_ns if '://' not in str(path) and written.exists() else None)
 
-# %% ../nbs/03_store.ipynb #37e78913
+# %% ../nbs/03_store.ipynb #888d23b2
 def verify_store(
     store:Store, # a finished store
     sites:pd.DataFrame=None, # sites with the files they were packed from; None: compare checksums only
     workers:int=None, # threads; by default one per core
     progress:bool=True # show rate and time left?
-) -> pd.DataFrame: # `site_id` and `problem` of each site that is not as it was packed
-    """Read every site of a store and compare it with its checksum and with its files.
+) -> pd.DataFrame: # `site_id` (or the name of a table) and `problem` of all that is not as it was packed
+    """Read every site of a store and compare it with its checksum and with its files; index and tables are compared with theirs.
 
     Raises: ValueError if a site of the store is not among `sites`.
     """
@@ -638,11 +645,17 @@ def verify_store(
         except (DamagedSite, FileNotFoundError) as e: return str(e)
         if files is None: return None
         try: source = _source_image(pd.Series(dict(files=files.iloc[i])), store.channels, store.manifest['size'])
-        except (FileNotFoundError, ValueError) as e: return f'cannot be compared: {e}'
+        except (FileNotFoundError, ValueError) as e: return f'could not be compared: {e}'
         if source.shape!=x.shape: return f'{source.shape} pixels in the files, {x.shape} in the store'
         differ = int((source!=x).sum())
         return f'{differ:,} pixels differ from {files.iloc[i]}' if differ else None
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         found = list(tqdm(pool.map(problem, range(len(store))), total=len(store), unit='site', disable=not progress))
-    bad = [i for i,f in enumerate(found) if f]
-    return pd.DataFrame(dict(site_id=store.sites.site_id.iloc[bad].tolist(), problem=[found[i] for i in bad]))
+    tables = {name: _table_problem(store, name, checksum) for name, checksum in store.manifest['files'].items()}
+    problems = [(name, p) for name,p in tables.items() if p] + [(store.sites.site_id.iloc[i], p) for i,p in enumerate(found) if p]
+    return pd.DataFrame(problems, columns=['site_id', 'problem'])
+
+def _table_problem(store, name, checksum):
+    try: data = _read_bytes(_join(store.path, name))
+    except FileNotFoundError: return f'{store.path}/{name} does not exist'
+    return None if xxhash.xxh3_64_hexdigest(data)==checksum else f'{store.path}/{name} is not the file that was packed: its checksum differs'

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['optimizers', 'DataSettings', 'ModelSettings', 'LossSettings', 'TrainSettings', 'PseudoSettings', 'DeviceSettings',
-           'InferenceSettings', 'Recipe', 'radam', 'schedule_function', 'fast_precision', 'AutoMixedPrecision',
-           'ChannelsLast', 'SkipEmptyValidation', 'LeaveOutControls', 'accuracy', 'recipe_model', 'new_head',
-           'screen_learner', 'fit_stage', 'sample_sites', 'measure_stats', 'measure_histograms', 'stats_with',
-           'histograms_with', 'complete_stats', 'recipe_dataloaders', 'pretrain_on_controls', 'write_text',
-           'recipe_from_dict', 'read_run', 'load_run']
+           'InferenceSettings', 'Recipe', 'TorchOptimizer', 'FusedRAdam', 'radam', 'adam', 'adamw', 'schedule_function',
+           'has_depthwise', 'fast_precision', 'AutoMixedPrecision', 'ChannelsLast', 'InferenceMode',
+           'SkipEmptyValidation', 'LeaveOutControls', 'accuracy', 'recipe_model', 'new_head', 'ScreenLearner',
+           'SmoothLoss', 'LossOnDevice', 'screen_learner', 'fit_stage', 'sample_sites', 'measure_stats',
+           'measure_histograms', 'stats_with', 'histograms_with', 'complete_stats', 'recipe_dataloaders',
+           'pretrain_on_controls', 'write_text', 'recipe_from_dict', 'read_run', 'load_run']
 
-# %% ../nbs/09_train.ipynb #c2d7381e
-import json, math, os, sys
+# %% ../nbs/09_train.ipynb #b3f15da3
+import json, math, os, sys, warnings
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,21 +21,24 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.all import *
+from fastai.callback.core import event
 from fastai.callback.fp16 import MixedPrecision
-from fastai.learner import Learner
+from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import set_seed
+from fastai.torch_core import num_distrib, set_seed
 from fastcore.imports import IN_NOTEBOOK
+from torch import Tensor, nn
 
 from .augment import ChannelStats, MatchHistograms, Standardize, channel_histograms, channel_stats, screen_transforms
 from .batchnorm import BatchNormModeCallback, DomainSlices
 from .data import screen_dataloaders, select_sites
+from .image import MultiChannelImage
 from .loss import create_loss
 from .mix import create_mix
 from .model import create_head, create_model, load_weights, param_groups, plain
 from .screen import Screen
 
-# %% ../nbs/09_train.ipynb #83accf03
+# %% ../nbs/09_train.ipynb #d09205f9
 @dataclass(frozen=True)
 class DataSettings:
     "From sites to batches."
@@ -52,7 +56,7 @@ class DataSettings:
     intensity:float=.1 # random gain and offset per channel, in standard deviations; 0: off
     cutout:int=0 # random rectangles
     epoch_sites:int=0 # an epoch shows at least so many; sites are repeated where there are fewer
-    workers:int=0 # processes that read files
+    workers:int=0 # threads that read the next batches
     cache:bool=False # keep images in memory once they were read; for screens that fit
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ class PseudoSettings:
 class DeviceSettings:
     "How it is computed; changes speed, not what is computed."
     precision:str='auto' # 'auto', 'fp32', 'bf16' or 'fp16'
-    channels_last:bool=True # memory layout of convolutions
+    channels_last:bool|str='auto' # memory layout of convolutions; 'auto': where it is no loss
+    compile:bool|str=False # `torch.compile` of the network while it trains: true, or the name of a backend; the first steps take a minute or more
 
 @dataclass(frozen=True)
 class InferenceSettings:
@@ -133,24 +138,110 @@ class Recipe:
     inference:InferenceSettings=InferenceSettings()
     seed:int=0 # of weights, order and augmentation
 
-# %% ../nbs/09_train.ipynb #8ebe1c1e
-def radam(
-    params, # parameters, or lists of them
-    lr:float=1e-3, # learning rate
-    **kwargs # further ones of `torch.optim.RAdam`
-) -> OptimWrapper: # for `Learner(opt_func=radam)`
-    """RAdam with decoupled weight decay, all parameters in one kernel call (foreach).
+# %% ../nbs/09_train.ipynb #f4e0062c
+class TorchOptimizer(OptimWrapper):
+    "A PyTorch optimiser for fastai that is quick to schedule, and safe when weights change their memory layout."
+    def __init__(self,
+        params, # parameters, or lists of them
+        opt, # makes the PyTorch optimiser
+        **kwargs # of `opt`
+    ):
+        super().__init__(params, opt=opt, **kwargs)
+        parts = {short: key.partition('__') for key,short in self.fwd_map.items()} # 'mom' is betas__0
+        self._places = {short: (key, int(i) if i else None) for short,(key,_,i) in parts.items()}
+        # weights that can lie in memory in two ways
+        self._spatial = [p for g in self.opt.param_groups for p in g['params'] if p.ndim > 3 and p.shape[1] > 1 and p[0, 0].numel() > 1]
+
+    @property
+    def hypers(self): return [{short: g[k] if i is None else g[k][i] for short,(k,i) in self._places.items()} for g in self.opt.param_groups]
+
+    def _set_hyper(self, k, v):
+        key, i = self._places[k]
+        for g,o in zip(self.opt.param_groups, v): g[key] = o if i is None else (*g[key][:i], o, *g[key][i+1:])
+
+    def step(self, closure=None):
+        for p in self._spatial:
+            like = lambda t: torch.empty_like(p).copy_(t)
+            if p.grad is not None and p.grad.stride()!=p.stride(): p.grad = like(p.grad)
+            for k,t in self.opt.state[p].items():
+                if isinstance(t, Tensor) and t.shape==p.shape and t.stride()!=p.stride(): self.opt.state[p][k] = like(t)
+        return self.opt.step(closure)
+
+# %% ../nbs/09_train.ipynb #028d1945
+class FusedRAdam(torch.optim.AdamW):
+    """RAdam with decoupled weight decay in the fused kernel of AdamW. The parameters of a group share its number of steps.
 
     Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond (2020).
     """
-    return OptimWrapper(params, opt=partial(torch.optim.RAdam, foreach=True, decoupled_weight_decay=True), lr=lr, **{'eps': 1e-8, **kwargs})
+    def __init__(self,
+        params, # parameters, or groups of them; floating, on a CPU or a CUDA device
+        lr:float=1e-3, # learning rate
+        betas:tuple=(.9, .999), # decay of both moments
+        eps:float=1e-8, # added to the root of the second moment
+        weight_decay:float=0. # decoupled
+    ):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
-# %% ../nbs/09_train.ipynb #940e017f
-def _foreach(opt):
-    def make(params, lr=1e-3, **kwargs): return OptimWrapper(params, opt=partial(opt, foreach=True), lr=lr, **{'eps': 1e-8, **kwargs})
-    return make
+    def _borrowed(self, group, t):
+        "Settings with which step `t` of AdamW is one of RAdam"
+        beta, eps = group['betas'][1], group['eps']
+        unbias, rho_inf = 1-beta**t, 2/(1-beta)-1
+        rho = rho_inf - 2*t*beta**t/unbias
+        if rho > 5: scale, eps = math.sqrt((rho-4)*(rho-2)*rho_inf/((rho_inf-4)*(rho_inf-2)*rho)), eps/math.sqrt(unbias)
+        else: scale = eps = 1e12
+        return dict(lr=group['lr']*scale, eps=eps, weight_decay=group['weight_decay']/scale)
 
-optimizers = {'radam': radam, 'adam': _foreach(torch.optim.Adam), 'adamw': _foreach(torch.optim.AdamW)}
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        steps = self.state['steps'] # kept, saved and cleared with the rest of the state
+        own = [{k: g[k] for k in ('lr', 'eps', 'weight_decay')} for g in self.param_groups]
+        try:
+            for i,g in enumerate(self.param_groups):
+                if any(p.grad is not None for p in g['params']): steps[i] = steps.get(i, 0)+1
+                if i in steps: g.update(self._borrowed(g, steps[i]))
+            super().step()
+        finally:
+            for g,o in zip(self.param_groups, own): g.update(o)
+        return loss
+
+# %% ../nbs/09_train.ipynb #33660513
+def _can_fuse(params): return all(p.is_floating_point() and p.device.type in ('cpu', 'cuda') for p in params)
+
+def _make(params, fused, foreach, lr, **kwargs):
+    "`fused` where device and type of all `params` have such a kernel, else `foreach`"
+    params = list(params)
+    flat = [p for g in params for p in ([g] if isinstance(g, Tensor) else g['params'] if isinstance(g, dict) else g)]
+    return TorchOptimizer(params, fused if _can_fuse(flat) else foreach, lr=lr, **{'eps': 1e-8, **kwargs})
+
+def radam(
+    params, # parameters, or lists of them
+    lr:float=1e-3, # learning rate
+    **kwargs # betas, eps, weight_decay
+) -> OptimWrapper: # for `Learner(opt_func=radam)`
+    """RAdam with decoupled weight decay, without a loop over the parameters.
+
+    Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond (2020).
+    """
+    return _make(params, FusedRAdam, partial(torch.optim.RAdam, foreach=True, decoupled_weight_decay=True), lr, **kwargs)
+
+# %% ../nbs/09_train.ipynb #e198225e
+def adam(
+    params, # parameters, or lists of them
+    lr:float=1e-3, # learning rate
+    **kwargs # further ones of `torch.optim.Adam`
+) -> OptimWrapper: # for `Learner(opt_func=adam)`
+    "Adam, fused where there is such a kernel; weight decay is an L2 penalty."
+    return _make(params, partial(torch.optim.Adam, fused=True), partial(torch.optim.Adam, foreach=True), lr, **kwargs)
+
+def adamw(
+    params, # parameters, or lists of them
+    lr:float=1e-3, # learning rate
+    **kwargs # further ones of `torch.optim.AdamW`
+) -> OptimWrapper: # for `Learner(opt_func=adamw)`
+    "Adam with decoupled weight decay, fused where there is such a kernel."
+    return _make(params, partial(torch.optim.AdamW, fused=True), partial(torch.optim.AdamW, foreach=True), lr, **kwargs)
+
+optimizers = {'radam': radam, 'adam': adam, 'adamw': adamw}
 
 # %% ../nbs/09_train.ipynb #499502d3
 def schedule_function(
@@ -167,58 +258,98 @@ def schedule_function(
     if stage.schedule not in kinds: raise ValueError(f'schedule is {stage.schedule!r}, expected one of one_cycle, {", ".join(kinds)}')
     return kinds[stage.schedule]
 
-# %% ../nbs/09_train.ipynb #11d24c1c
+# %% ../nbs/09_train.ipynb #61dfb42e
+def has_depthwise(
+    model:nn.Module # any network
+) -> bool:
+    "Has a network convolutions that look at each channel alone, as EfficientNet, MobileNet and ConvNeXt do?"
+    return any(isinstance(m, nn.Conv2d) and m.groups==m.in_channels > 1 for m in model.modules())
+
 def fast_precision(
-    device:torch.device # where the network runs
+    device:torch.device, # where the network runs
+    model:nn.Module=None # the network, some of which are faster in float32
 ) -> str: # 'fp32', 'bf16' or 'fp16'
     "The fastest precision that the hardware computes natively."
     if device.type=='cuda': return 'bf16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'fp16'
     if device.type=='mps': return 'fp16'
     has = lambda name: getattr(torch.cpu, name, lambda: False)()
-    return 'bf16' if has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported') else 'fp32'
+    native = has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported')
+    return 'bf16' if native and not (model is not None and has_depthwise(model)) else 'fp32'
 
 class AutoMixedPrecision(MixedPrecision):
-    "Mixed precision on the device of the DataLoaders; the loss is computed in float32."
+    "Mixed precision on the device of the DataLoaders: the forward in the precision asked for, outputs and loss in float32."
     def __init__(self,
         precision:str='auto', # 'auto', 'fp32', 'bf16' or 'fp16'
         **kwargs # of `torch.amp.GradScaler`
     ):
         if precision not in ('auto', 'fp32', 'bf16', 'fp16'): raise ValueError(f"precision is {precision!r}, expected 'auto', 'fp32', 'bf16' or 'fp16'")
-        self.precision, self.kwargs, self.autocast = precision, kwargs, None
+        self.precision, self.kwargs, self._wrapped = precision, kwargs, None
 
     @property
     def dtype(self):
-        p = fast_precision(self.dls.device) if self.precision=='auto' else self.precision
+        p = fast_precision(self.dls.device, self.learn.model) if self.precision=='auto' else self.precision
         return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[p]
 
     def before_fit(self):
-        kind, half = self.dls.device.type, self.dtype==torch.float16
-        if half and kind=='cpu': raise ValueError("precision 'fp16' cannot train on a CPU; use 'bf16', 'fp32' or 'auto'")
-        self.learn.scaler, self.scales = torch.amp.GradScaler(kind, enabled=half, **self.kwargs), []
+        self._unwrap() # of a fit that an error ended
+        kind, dtype, model = self.dls.device.type, self.dtype, self.learn.model
+        self.scaling, self.scales = dtype==torch.float16, []
+        if self.scaling and kind=='cpu': raise ValueError("precision 'fp16' cannot train on a CPU; use 'bf16', 'fp32' or 'auto'")
+        self.learn.scaler = torch.amp.GradScaler(kind, enabled=self.scaling, **self.kwargs)
+        if dtype==torch.float32: return
+        self._wrapped = model, model.forward, model.__dict__.get('forward'), partial(torch.autocast, kind, dtype=dtype)
+        model.forward = self._forward
 
-    def before_batch(self):
-        self.autocast = torch.autocast(self.dls.device.type, dtype=self.dtype, enabled=self.dtype!=torch.float32)
-        self.autocast.__enter__()
+    def _forward(self, *args, **kwargs):
+        _, forward, _, region = self._wrapped
+        with region(): out = forward(*args, **kwargs) # nothing stays switched on, whatever ends the forward
+        return tuple(o.float() for o in out) if isinstance(out, tuple) else out.float()
 
-    def _leave(self):
-        if self.autocast is not None: self.autocast.__exit__(None, None, None)
-        self.autocast = None
+    def _unwrap(self):
+        if self._wrapped is None: return
+        model, _, own, _ = self._wrapped
+        if own is None: del model.forward
+        else: model.forward = own
+        self._wrapped = None
 
-    def after_pred(self):
-        self._leave() # losses here compute in float32 of their own
-        self.learn.pred = tuple(p.float() for p in self.pred) if isinstance(self.pred, tuple) else self.pred.float()
-    def after_loss(self): pass
-    after_cancel_batch = _leave
-    def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
-    def after_fit(self): self._leave(); self.learn.scaler = None
+    def before_batch(self): pass
+    after_pred = after_loss = before_batch
+    def before_backward(self):
+        if self.scaling: super().before_backward()
+    def before_step(self):
+        if self.scaling: super().before_step()
+    def after_step(self):
+        if self.scaling: super().after_step()
+    def after_fit(self): self._unwrap(); self.learn.scaler = None
 
-# %% ../nbs/09_train.ipynb #8b061424
+# %% ../nbs/09_train.ipynb #83e440a1
 class ChannelsLast(Callback):
     "Give the network images in channels-last layout."
     order = MixedPrecision.order-1
-    def before_fit(self): self.learn.model.to(memory_format=torch.channels_last)
-    def before_batch(self): self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim==4 else x for x in self.xb)
+    def __init__(self,
+        when:bool|str=True # 'auto': not where it is a loss
+    ):
+        if when not in (True, 'auto'): raise ValueError(f"channels_last is {when!r}, expected true, false or 'auto'")
+        self.when = when
 
+    def _loses(self):
+        half = hasattr(self.learn, 'auto_mixed_precision') and self.learn.auto_mixed_precision.dtype==torch.bfloat16
+        return self.dls.device.type=='cpu' and half and has_depthwise(self.learn.model)
+
+    def before_fit(self):
+        self.on = self.when is True or not self._loses()
+        if self.on: self.learn.model.to(memory_format=torch.channels_last)
+    def before_batch(self):
+        if self.on: self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim==4 else x for x in self.learn.xb)
+
+# %% ../nbs/09_train.ipynb #000d86f3
+class InferenceMode(BatchNormModeCallback):
+    "Validate and predict (`validate`, `get_preds`, `tta`) under `torch.inference_mode` and named BatchNorm statistics; what comes out are ordinary tensors."
+    def _forward(self, *args, **kwargs):
+        with torch.inference_mode(): out = super()._forward(*args, **kwargs)
+        return tuple(o.clone() for o in out) if isinstance(out, tuple) else out.clone()
+
+# %% ../nbs/09_train.ipynb #221457cb
 class SkipEmptyValidation(Callback):
     "Where there is no validation set, leave validation out and log the accuracy on the training batches."
     order = -20
@@ -231,7 +362,8 @@ class LeaveOutControls(Callback):
     "Drop the controls that are in a batch for its statistics alone before the loss, the metrics and `get_preds` see them."
     order = 70 # after mixing, which gives targets of its own to the loss and the plain ones back afterwards
     def before_batch(self):
-        context, self.keep = plain(getattr(self.xb[1], 'context', self.xb[1])), None
+        context, self.keep = self.learn.xb[1], None
+        context = plain(getattr(context, 'context', context))
         if not self.yb or context.shape[1] < 4: return
         y = plain(self.yb[0])
         extra = (context[:, 3] > 0) & (y.sum(1)==0 if y.ndim==2 else y < 0)
@@ -252,9 +384,10 @@ def accuracy(
     "Share of the known rows whose class has the highest score; of a mixture, its heavier class."
     scores, targ = plain(inp[0] if isinstance(inp, tuple) else inp), plain(targ)
     known = targ.sum(1) > 0 if targ.ndim==2 else targ >= 0
-    return (scores.argmax(1)==(targ.argmax(1) if targ.ndim==2 else targ))[known].float().mean()
+    right = known & (scores.argmax(1)==(targ.argmax(1) if targ.ndim==2 else targ))
+    return right.sum()/known.sum() # an index by `known` would make a GPU wait
 
-# %% ../nbs/09_train.ipynb #1650a08e
+# %% ../nbs/09_train.ipynb #0f873542
 def _head_options(recipe, n_cell_types):
     m = recipe.model
     return dict(n_hidden=m.hidden, dropout=m.dropout, classifier=m.classifier, n_cell_types=n_cell_types if m.cell_type else 0, cell_type=m.cell_type or 'one_hot')
@@ -283,9 +416,49 @@ def new_head(
 
 def _statistics_callbacks(data):
     "How BatchNorm sees a batch: in training per domain where there are several, in validation by batch"
-    cbs = [BatchNormModeCallback('batch' if data.domain else 'running')]
+    cbs = [InferenceMode('batch' if data.domain else 'running')]
     if data.domains_per_batch > 1 or data.statistics=='controls': cbs.append(DomainSlices(data.domain, reference=data.statistics))
     return cbs + ([LeaveOutControls()] if data.controls else [])
+
+class ScreenLearner(Learner):
+    """A `Learner` that calls a callback for the events it knows.
+
+    fastai calls each callback for each event, and an unknown one is looked for in callback, learner and network in turn."""
+    def __call__(self, event_name):
+        for name in [event_name] if isinstance(event_name, str) else event_name: self._call_one(name)
+
+    def _call_one(self, event_name):
+        # after a fit, fastai switches on again what was off
+        if not hasattr(event, event_name) or event_name=='after_fit': return super()._call_one(event_name)
+        for cb in sorted(self.cbs, key=lambda cb: cb.order):
+            if event_name in cb.__dict__ or hasattr(type(cb), event_name): cb(event_name)
+
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's running mean of the loss, left on the device: a copy would make each step wait for the GPU."
+    def accumulate(self, learn):
+        if num_distrib() > 1: return super().accumulate(learn)
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        self.val = torch.lerp(loss, self.val.to(loss), self.beta)
+
+class LossOnDevice(Callback):
+    "Fetch the losses of the steps once per epoch."
+    order = Recorder.order-1
+    def before_fit(self):
+        self.run = hasattr(self.learn, 'recorder')
+        if self.run and type(self.recorder.smooth_loss) is AvgSmoothLoss: self.recorder.smooth_loss = SmoothLoss(self.recorder.smooth_loss.beta)
+    def after_train(self):
+        losses = self.recorder.losses
+        new = next((i for i,o in enumerate(losses) if o.device.type!='cpu'), len(losses))
+        if losses[new:]: losses[new:] = torch.stack(losses[new:]).cpu().unbind()
+    after_fit = after_train
+
+def _compile(model, recipe):
+    "Compile the body in place, so that names of weights and `embed` stay; what looks into it while it validates runs uncompiled"
+    if recipe.data.domains_per_batch > 1 or recipe.data.statistics=='controls':
+        raise ValueError("device.compile: compiled code cannot keep the domains of a batch apart; set data.domains_per_batch to 1 and data.statistics to 'all', or device.compile to false")
+    backend = recipe.device.compile
+    getattr(model, 'body', model).compile(**({} if backend is True else dict(backend=backend)))
 
 def screen_learner(
     dls, # from `screen_dataloaders`
@@ -300,9 +473,11 @@ def screen_learner(
         set_seed(recipe.seed)
         image, context, *_ = dls.train.dataset[0]
         model = recipe_model(recipe, len(dls.vocab), len(image), len(_context_encoder(dls).cell_types))
-    callbacks = [AutoMixedPrecision(recipe.device.precision), SkipEmptyValidation(), *_statistics_callbacks(recipe.data)]
-    if recipe.device.channels_last: callbacks.append(ChannelsLast())
-    return Learner(dls, model, loss_func=create_loss(recipe.loss.name, **recipe.loss.options), opt_func=optimizers[recipe.train.optimizer], metrics=accuracy,
+    device = recipe.device
+    callbacks = [AutoMixedPrecision(device.precision), SkipEmptyValidation(), LossOnDevice(), *_statistics_callbacks(recipe.data)]
+    if device.channels_last: callbacks.append(ChannelsLast(device.channels_last))
+    if device.compile: _compile(model, recipe)
+    return ScreenLearner(dls, model, loss_func=create_loss(recipe.loss.name, **recipe.loss.options), opt_func=optimizers[recipe.train.optimizer], metrics=accuracy,
                    splitter=param_groups, path=path, cbs=callbacks+list(cbs or []), **kwargs)
 
 def _context_encoder(dls): return next(t for t in dls.train_ds.tls[1].tfms if hasattr(t, 'cell_types'))
@@ -478,7 +653,7 @@ def write_text(
     temporary.write_text(text)
     os.replace(temporary, path)
 
-# %% ../nbs/09_train.ipynb #30fd9507
+# %% ../nbs/09_train.ipynb #3e93c191
 def recipe_from_dict(
     d:dict # as `asdict(recipe)` gives it
 ) -> Recipe:
@@ -512,8 +687,11 @@ def load_run(
     """
     recipe, info = read_run(run)
     if 'parts' in info: raise ValueError(f'{run} has a network for each cell type: load {" or ".join(str(Path(run)/p) for p in info["parts"])}')
+    side = list(MultiChannelImage.create(sites.files.iloc[0], info['channels']).shape[-2:]) if info.get('image_size') and len(sites) else None
+    if side and side!=info['image_size']:
+        warnings.warn(f'{run} was trained on images of {" x ".join(map(str, info["image_size"]))} pixels, these have {" x ".join(map(str, side))}')
     recipe = replace(recipe, data=replace(recipe.data, controls=0, domains_per_batch=1, statistics='all'), train=TrainSettings(), # nothing is trained
-                     model=replace(recipe.model, pretrained=False))
+                     model=replace(recipe.model, pretrained=False), device=replace(recipe.device, compile=False))
     sites = sites.assign(**{info['target']: sites[info['target']].where(sites[info['target']].isin(info['classes']))}) # others are unknown classes
     experiments = info['experiments'] + sorted(set(sites.experiment)-set(info['experiments']))
     common = dict(target=info['target'], classes=info['classes'], cell_types=info['cell_types'], experiments=experiments,

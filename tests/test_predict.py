@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from rcic_fastai import predict
 from rcic_fastai.data import select_sites
 from rcic_fastai.embed import postprocess_embeddings, postprocess_names
 from rcic_fastai.model import plain
@@ -39,6 +40,29 @@ def test_running_is_ordinary_eval(learn, sites):
         for x, context in learn.dls.test_dl(sites, domain=None):
             out.append(model(x, context) * learn.loss_func.s)
     np.testing.assert_allclose(p.logits, torch.cat(out).numpy(), atol=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["running", "batch", "domain"])
+def test_only_the_network_runs_in_inference_mode(learn, sites, mode, monkeypatch):
+    "What loaders and transforms keep stays usable in training; gradients flow afterwards."
+    inside, outside, forward, prepare = [], [], type(learn.model).forward, predict._prepare
+
+    def spied(self, x, context=None):
+        inside.append((torch.is_inference_mode_enabled(), type(x), type(context)))
+        return forward(self, x, context)
+
+    def prepared(learn):
+        f = prepare(learn)
+        return lambda *a: (outside.append(torch.is_inference_mode_enabled()), f(*a))[1]
+
+    monkeypatch.setattr(type(learn.model), "forward", spied)
+    monkeypatch.setattr(predict, "_prepare", prepared)
+    predict_sites(learn, sites.head(6), mode, bs=4, progress=False)
+    assert {i[0] for i in inside} == {True} and {i[1:] for i in inside} == {(torch.Tensor, torch.Tensor)} and set(outside) == {False}
+    x, context = learn.dls.test_dl(sites.head(4)).one_batch()
+    learn.model(x, context).sum().backward()
+    assert torch.is_grad_enabled() and all(p.grad is not None for p in learn.model.parameters())
+    learn.model.zero_grad()
 
 
 def test_domain_is_one_large_training_batch_per_experiment(screen, learn):

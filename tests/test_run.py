@@ -213,3 +213,6 @@ def test_a_packed_screen_gives_the_same_run(small_screen, tmp_path):
         weights.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
         logits.append(predict_run(run, read_screen(data), "test", progress=False, say=lambda *a: None).logits)
     assert (weights[0] == weights[1]).all() and (logits[0] == logits[1]).all()
+    with pytest.warns(UserWarning, match="was trained on images of 48 x 48 pixels, these have 24 x 24"):
+        pack_screen(read_screen(small_screen), tmp_path / "half", size=24, progress=False)
+        predict_run(run, read_screen(tmp_path / "half"), "test", progress=False, say=lambda *a: None)

@@ -122,7 +122,7 @@ def test_missing_png_files_are_told_before_packing(screen, tmp_path):
     assert not (tmp_path / "s").exists()
     said = []
     store = pack_screen(broken, tmp_path / "s", present_only=True, progress=False, say=said.append)
-    assert len(store) == len(broken.sites()) - 1 and "1 were left out" in said[0]
+    assert len(store) == len(broken.sites()) - 1 and "left out: 1" in said[0]
 
 
 def test_one_shape(screen, tmp_path):
@@ -180,9 +180,44 @@ def test_verify_compares_with_the_files(screen, copy, tmp_path):
     problems = verify_store(Store(copy), changed.sites(), progress=False)
     assert problems.site_id.tolist() == [row.site_id] and "1 pixels differ" in problems.problem[0]
     Path(file).unlink()
-    assert "cannot be compared" in verify_store(Store(copy), changed.sites(), progress=False).problem[0]
+    assert "could not be compared" in verify_store(Store(copy), changed.sites(), progress=False).problem[0]
     with pytest.raises(ValueError, match="is not among the 5 sites given"):
         verify_store(Store(copy), screen.sites()[:5], progress=False)
+
+
+def test_index_and_tables_are_verified(screen, copy):
+    for name in ("sites.parquet", "train.csv", "sample_submission.csv"):
+        whole = (copy / name).read_bytes()
+        changed = bytearray(whole)
+        changed[len(whole) // 2] ^= 1
+        (copy / name).write_bytes(changed)
+        if name == "sites.parquet":
+            with pytest.raises(ValueError, match="sites.parquet is not the file that was packed"):
+                len(Store(copy).sites)
+        else:
+            problems = verify_store(Store(copy), progress=False)
+            assert problems.site_id.tolist() == [name] and "is not the file that was packed" in problems.problem[0]
+        (copy / name).write_bytes(whole)
+    (copy / "train.csv").unlink()
+    assert "train.csv does not exist" in verify_store(Store(copy), progress=False).problem[0]
+
+
+def test_an_unfinished_store_is_no_screen(screen, copy):
+    (copy / "packing.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="packing was interrupted; run the same rcic-pack to go on"):
+        read_screen(copy)
+    (copy / "packing.json").unlink()
+    (copy / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="a store whose manifest.json is missing"):
+        read_screen(copy)
+
+
+def test_names_are_not_rows(packed, screen):
+    store = Store(packed)
+    name = store.sites.site_id[7]
+    with pytest.raises(TypeError, match=f"row '{name}' is a name; `rows"):
+        store.read(name)
+    assert store.rows([name]).tolist() == [7] and (store.rows(screen.sites()[:5]) == store.rows(screen.sites().site_id[:5])).all()
 
 
 def test_smaller_images(screen, tmp_path):
@@ -323,7 +358,7 @@ def test_packing_goes_on_only_with_the_same_settings(screen, tmp_path, monkeypat
         Store(tmp_path / "s")
     with pytest.raises(ValueError, match="unfinished store with preset 'default' instead of 'fast'"):
         pack_sites(sites, tmp_path / "s", preset="fast", shard_sites=8, progress=False)
-    with pytest.raises(ValueError, match="n_sites 30 instead of 29"):
+    with pytest.raises(ValueError, match="30 sites instead of these 29"):
         pack_sites(sites[:29], tmp_path / "s", shard_sites=8, progress=False)
     assert len(pack_sites(sites, tmp_path / "s", shard_sites=8, progress=False)) == 30
 

@@ -2,23 +2,28 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
 from rcic_fastai.data import select_sites
+from rcic_fastai.model import load_weights, save_model
 from rcic_fastai.recipe import change_recipe, get_recipe, recipes
 from rcic_fastai.run import train_run
 from rcic_fastai.screen import read_screen
-from rcic_fastai.train import (AutoMixedPrecision, fast_precision, fit_stage, load_run, measure_stats, pretrain_on_controls, radam,
-                               read_run, recipe_dataloaders, recipe_from_dict, sample_sites, screen_learner)  # fmt: skip
+from rcic_fastai.train import (AutoMixedPrecision, LossOnDevice, ScreenLearner, fast_precision, fit_stage, load_run, measure_stats, optimizers,
+                               pretrain_on_controls, radam, read_run, recipe_dataloaders, recipe_from_dict, recipe_model, sample_sites,
+                               screen_learner)  # fmt: skip
 
 laptop = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=16", "data.epoch_sites=0")
+tiny = change_recipe(laptop, "model.arch=resnet10t", 'model.arch_options={"channels": [8, 8, 8, 8], "stem_width": 8}')
 
 
 def quiet(*args):
@@ -62,16 +67,86 @@ def test_radam_is_the_published_one():
     np.testing.assert_allclose(w.detach().numpy(), radam_by_hand(start, grads, 0.01, 0.1), rtol=1e-6)
 
 
-def test_radam_loops_in_a_kernel():
+def plain_loop(name, groups, **settings):
+    "PyTorch's own optimiser, one parameter after the other"
+    make = dict(radam=partial(torch.optim.RAdam, decoupled_weight_decay=True), adam=torch.optim.Adam, adamw=torch.optim.AdamW)[name]
+    return make([{"params": g} for g in groups], foreach=False, **settings)
+
+
+@pytest.mark.parametrize("name", optimizers)
+def test_optimisers_equal_a_plain_loop(name):
+    "Per-group learning rates, decay, a scheduled momentum, a group that is frozen for a while, state saved and loaded, and a change of layout."
+    torch.manual_seed(0)
+    shapes = [[(4, 3, 3, 3), (4,)], [(8, 4)], [(5,), (2, 5)]]
+    ours, theirs = ([[nn.Parameter(torch.ones(s).mul_(i + 1)) for s in g] for i, g in enumerate(shapes)] for _ in range(2))
+    opt, other = optimizers[name](ours, lr=1e-3, eps=1e-2), plain_loop(name, theirs, lr=1e-3, eps=1e-2)
+    opt.set_hypers(wd=[0.0, 0.1, 0.2], lr=slice(1e-3, 1e-1))
+    assert [h["lr"] for h in opt.hypers] == pytest.approx([1e-3, 1e-2, 1e-1]) and [h["wd"] for h in opt.hypers] == [0.0, 0.1, 0.2]
+    for g, wd in zip(other.param_groups, (0.0, 0.1, 0.2)):
+        g["weight_decay"] = wd
+    for step in range(14):
+        opt.set_hyper("lr", np.array([1e-3, 1e-2, 1e-1]) * (step + 1) / 14)
+        opt.set_hyper("mom", 0.95 - step / 100)
+        for g, h in zip(other.param_groups, opt.hypers):
+            g["lr"], g["betas"] = float(h["lr"]), (0.95 - step / 100, 0.999)
+        if step == 7:  # the weights of the convolution move to another layout, with what is known of them; then all is saved and loaded
+            ours[0][0].data = ours[0][0].data.contiguous(memory_format=torch.channels_last)
+            saved = {k: v for k, v in opt.state_dict().items()}
+            opt = optimizers[name](ours, lr=1e-3)
+            opt.load_state_dict(saved)
+        for a, b in zip(sum(ours, []), sum(theirs, [])):
+            a.grad = None if a.shape == (8, 4) and step < 3 else torch.randn_like(b)
+            b.grad = None if a.grad is None else a.grad.clone()
+        opt.step()
+        other.step()
+        for a, b in zip(sum(ours, []), sum(theirs, [])):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+    opt.zero_grad()
+    assert all(p.grad is None for p in sum(ours, []))
+
+
+def test_optimisers_take_the_kernel_that_is_there():
     w = [nn.Parameter(torch.ones(2)) for _ in range(3)]
-    assert all(g["foreach"] and g["decoupled_weight_decay"] for g in radam([w]).opt.param_groups)
+    assert all(g["fused"] for name in optimizers for g in optimizers[name]([w]).opt.param_groups)
+    elsewhere = [nn.Parameter(torch.ones(2, device="meta"))]  # as on a device that has no fused kernel
+    assert all(g["foreach"] for name in optimizers for g in optimizers[name]([elsewhere]).opt.param_groups)
+    assert all(g["decoupled_weight_decay"] for g in radam([elsewhere]).opt.param_groups)
+
+
+def test_freezing_keeps_the_body_and_starts_radam_anew(sites):
+    learn = screen_learner(recipe_dataloaders(sites, tiny), tiny)
+    learn.create_opt()
+    learn.freeze()
+    before = {k: v.clone() for k, v in learn.model.named_parameters() if v.ndim > 1}
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, lr=slice(1e-4, 1e-2))
+        moved = {k for k, v in learn.model.named_parameters() if v.ndim > 1 and not torch.equal(v, before[k])}
+        assert moved == {"head.classifier.weight"} and [h["lr"] for h in learn.opt.hypers] == pytest.approx([1e-4, 1e-3, 1e-2])
+        learn.unfreeze()
+        assert not learn.opt.opt.state
+        learn.fit(1)
+    assert all(not torch.equal(v, before[k]) for k, v in learn.model.named_parameters() if v.ndim > 1)
 
 
 def test_precision_auto_never_emulates(monkeypatch):
+    "Nor does it take bfloat16 for networks that are faster without"
+    cpu, dense, depthwise = torch.device("cpu"), nn.Conv2d(8, 8, 3, groups=4), nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
     for flag, expected in ((False, "fp32"), (True, "bf16")):
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, name, lambda flag=flag: flag, raising=False)
-        assert fast_precision(torch.device("cpu")) == expected
+        assert fast_precision(cpu) == fast_precision(cpu, dense) == expected
+        assert fast_precision(cpu, depthwise) == "fp32"
+
+
+@pytest.mark.parametrize("arch, precision, setting, expected", [
+    ("resnet10t", "fp32", "auto", True), ("efficientnet_lite0", "fp32", "auto", True), ("efficientnet_lite0", "bf16", "auto", False),
+    ("efficientnet_lite0", "bf16", "true", True), ("resnet10t", "fp32", "false", False)])  # fmt: skip
+def test_memory_layout_per_architecture(sites, arch, precision, setting, expected):
+    recipe = change_recipe(laptop, f"device.precision={precision}", f"device.channels_last={setting}", f"model.arch={arch}")
+    learn = screen_learner(recipe_dataloaders(sites, recipe), recipe)
+    learn("before_fit")
+    spatial = next(p for p in learn.model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
+    assert (spatial.stride(1) == 1) == expected
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -90,6 +165,143 @@ def test_mixed_precision_on_the_cpu(screen, sites, precision):
     assert set(seen) == {torch.float32 if precision == "fp32" else torch.bfloat16}
     assert learn.pred.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in learn.model.parameters())
+
+
+def one_group(model):
+    return [list(model.parameters())]
+
+
+class Spying(nn.Module):
+    "A network that notes how it was called"
+
+    def __init__(self, n_classes=8):
+        super().__init__()
+        self.norm, self.fc, self.seen = nn.BatchNorm2d(6), nn.Linear(6, n_classes), []
+
+    def forward(self, x, context):
+        self.seen.append((self.training, torch.is_inference_mode_enabled(), type(x), type(context)))
+        return self.fc(self.norm(x).mean((2, 3)))
+
+
+def test_inference_mode_and_plain_tensors(sites):
+    "No gradients and no types of fastai where the network runs; ordinary tensors come out, and gradients flow afterwards."
+    recipe = change_recipe(laptop, "loss.name=cross_entropy", "loss.options={}", "model.head=linear", "data.controls=0")
+    dls = recipe_dataloaders(sites, recipe, valid="experiment=HUVEC-03")
+    learn = screen_learner(dls, recipe, Spying())
+    learn.splitter = one_group
+    with learn.no_bar(), learn.no_logging():
+        fit_stage(learn, recipe.train)
+        assert {s[:2] for s in learn.model.seen} == {(True, False), (False, True)}
+        assert {s[2:] for s in learn.model.seen} == {(torch.Tensor, torch.Tensor)}
+        learn.model.seen.clear()
+        scores, y = learn.get_preds(cbs=Callback(after_pred=lambda self: self.learn.pred.mul_(1.0)))  # fails with a tensor of inference mode
+        views, _ = learn.tta(n=2)
+        learn.validate()
+        assert {s[:2] for s in learn.model.seen} == {(False, True)}
+        # statistics of the batch, as the callback says, and predictions that are tensors like others
+        expected = []
+        learn.model.train()
+        for x, context, _ in dls.valid.new(shuffle=False):
+            x = x.as_subclass(torch.Tensor).contiguous(memory_format=torch.channels_last)
+            expected.append(learn.model(x, context).detach().softmax(1))
+        torch.testing.assert_close(scores.as_subclass(torch.Tensor).sort(0).values, torch.cat(expected).sort(0).values, rtol=1e-4, atol=1e-5)
+        assert not scores.is_inference() and not views.is_inference() and len(scores) == len(y) == len(dls.valid_ds)
+        nn.Linear(8, 1)(scores.as_subclass(torch.Tensor)).sum().backward()
+        learn.lr_find(num_it=4, show_plot=False)
+        fit_stage(learn, recipe.train)
+    assert "forward" not in learn.model.__dict__
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_in_validation_leaves_no_mode_behind(sites, error):
+    "Neither inference mode nor autocast; and the next fit puts the network in order."
+
+    class Failing(Spying):
+        fail = True
+
+        def forward(self, x, context):
+            if self.fail and not self.training:
+                raise error("no")
+            return super().forward(x, context)
+
+    recipe = change_recipe(laptop, "loss.name=cross_entropy", "loss.options={}", "model.head=linear", "device.precision=bf16")
+    learn = screen_learner(recipe_dataloaders(sites, recipe, valid="experiment=HUVEC-03"), recipe, Failing())
+    learn.splitter = one_group
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(error, match="no"):
+            fit_stage(learn, recipe.train)
+        assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+        learn.model.fail = False
+        fit_stage(learn, recipe.train)
+    assert "forward" not in learn.model.__dict__
+
+
+def test_compiling_keeps_names_and_statistics(sites, tmp_path):
+    "The body is compiled in place: it trains compiled, is validated as written, and what is saved fits the plain network."
+    calls, recipe = [], change_recipe(tiny, "device.compile=eager")
+
+    def counting(graph, inputs):
+        return lambda *args: (calls.append(1), graph(*args))[1]
+
+    dls = recipe_dataloaders(sites, recipe, valid="experiment=HUVEC-03")
+    plain, learn = recipe_model(recipe, 8), screen_learner(dls, recipe)
+    assert learn.model.body._compiled_call_impl is not None and list(learn.model.state_dict()) == list(plain.state_dict())
+    learn.model.body.compile(backend=counting)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        save_model(learn.model, tmp_path / "model.safetensors")
+        load_weights(plain, tmp_path / "model.safetensors")
+        assert len(calls) == len(dls.train)  # and none in validation, where the BatchNorms have other statistics
+        scores, _ = learn.get_preds()
+        expected, _ = screen_learner(dls, tiny, plain).get_preds()
+    x, context, _ = dls.one_batch()
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(learn.model.eval().embed(x, context), plain.eval().embed(x, context))
+    assert len(calls) == len(dls.train) + 1 and learn.model.swap_head(3)(x, context).shape[1] == 3
+    with pytest.raises(ValueError, match="compiled code cannot keep the domains of a batch apart"):
+        screen_learner(dls, change_recipe(recipe, "data.domains_per_batch=2"))
+
+
+def test_losses_of_the_steps_are_those_of_fastai(sites):
+    def losses(cls):
+        learn = screen_learner(recipe_dataloaders(sites, tiny, valid="experiment=HUVEC-03"), tiny)
+        learn.__class__ = cls
+        if cls is Learner:
+            learn.remove_cb(LossOnDevice)
+        with learn.no_bar(), learn.no_logging():
+            fit_stage(learn, replace(tiny.train, epochs=2))
+        return learn.recorder
+
+    ours, theirs = losses(ScreenLearner), losses(Learner)
+    assert type(ours.smooth_loss) is not type(theirs.smooth_loss) and len(ours.losses) == len(theirs.losses) == 4
+    torch.testing.assert_close(torch.stack(ours.losses), torch.stack(theirs.losses))
+    assert ours.values == theirs.values and ours.lrs == theirs.lrs and list(ours.hps["mom"]) == list(theirs.hps["mom"])
+
+
+def test_every_callback_hears_what_it_knows(sites):
+    "In the order of fastai, whether an event is defined by the class or given to the object; one that was off is on again after the fit."
+    heard = []
+
+    class Late(Callback):
+        order = 5
+
+        def after_pred(self):
+            heard.append("late")
+
+        def before_fit(self):
+            self.run = False
+
+    early = Callback(after_pred=lambda self: heard.append("early"))
+    learn = screen_learner(recipe_dataloaders(sites, tiny), tiny, cbs=[Late(), early])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        assert set(heard) == {"early"} and learn.late.run
+        heard.clear()
+        learn.late.before_fit = lambda: None
+        learn.fit(1)
+    assert heard[:4] == ["early", "late"] * 2
+    with pytest.raises(Exception, match="missing after_everything"):
+        learn("after_everything")
 
 
 def test_fp16_is_refused_on_the_cpu(sites):
