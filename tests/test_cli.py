@@ -139,3 +139,16 @@ def test_a_disk_without_room(small_screen, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9, 0))
     status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s")
     assert status == 1 and "rcic-pack: error: the store needs about " in err
+
+
+def test_packing_that_is_interrupted_says_how_to_go_on(small_screen, tmp_path, monkeypatch, capsys):
+    import rcic_fastai.cli as cli
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "pack_screen", interrupted)
+    status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s")
+    assert status == 1 and err.strip() == "rcic-pack: interrupted; run the same command to go on"
+    status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--out", tmp_path / "nothing", "--verify")
+    assert status == 1 and "nothing holds no finished store" in err

@@ -285,3 +285,27 @@ def test_inference_in_full(inference, tmp_path):
         assert ratio[words[inference.RUNNING][inference.BARE]] <= (1.05 if name.startswith("SE-ResNeXt") else 1.15), name
         assert ratio[words[inference.DOMAIN][inference.BARE_ADABN]] <= 1, name
         assert ratio[words[inference.TTA][inference.RUNNING]] <= 1.2, name  # turning the images costs
+
+
+# the index of a store
+
+
+def test_distances_between_the_sites_of_a_batch(script):
+    "Four sites of 2, 3, 1 and 4 MB in two files: by hand"
+    index = script("index")
+    table = pd.DataFrame(dict(offset=[0, 2_000_000, 0, 1_000_000], length=[2_000_000, 3_000_000, 1_000_000, 4_000_000]))
+    gaps, files = index.distances(table, [np.array([3, 0])], shard_sites=2)
+    assert gaps.tolist() == [4.0] and files.tolist() == [2]  # from the end of the first, 2 MB, to the start of the last, 6 MB
+    gaps, files = index.distances(table, [np.array([3, 0]), np.array([0, 1])], shard_sites=2, ordered=False)
+    assert gaps.tolist() == [10.0, 0.0] and files.tolist() == [2, 1]
+
+
+def test_a_simulated_index_opens(script, tmp_path):
+    from rcic_fastai.store import Store
+
+    index = script("index")
+    table = index.simulated_index(5000)
+    index.write_store(tmp_path / "s", table)
+    store = Store(tmp_path / "s")
+    assert store.sites.site_id.is_unique and store.rows(table.site_id[-2:]).tolist() == [4998, 4999]
+    assert table.groupby("experiment").plate.nunique().max() == 4 and (table.offset[:256].diff()[1:] == table.length[:255].to_numpy()).all()
