@@ -58,7 +58,7 @@ def channel_stats(
         std[key] = (square[key].double()/n - mean[key]**2).clamp(min=0).sqrt()
     return ChannelStats(mean.float(), std.float())
 
-# %% ../nbs/05_augment.ipynb #5bcd97ae
+# %% ../nbs/05_augment.ipynb #8a9b9a74
 def _replace_image(b, f):
     "The tuple with `f(image, context)` in place of its first image"
     i = next((i for i, o in enumerate(b) if isinstance(o, TensorImage)), None)
@@ -116,7 +116,7 @@ class Standardize(ItemTransform):
         x = x.to(torch.float32, copy=True)
         if self.by == 'image':
             x.sub_(x.mean((-2, -1), keepdim=True))
-            # not torch.var_mean, which takes ten times as long on a CPU
+            # not torch.var_mean, which takes several times as long on a CPU
             return x.div_((torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)/math.sqrt(x.shape[-2]*x.shape[-1])).clamp(min=self.eps))
         mean, std = self._lookup(x, context)
         return x.sub_(mean).div_(std.clamp(min=self.eps))

@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'BatchBuffers', 'read_ahead', 'DamagedSite', 'Store', 'write_index', 'pack_sites', 'pack_screen',
            'read_packed', 'open_store', 'verify_store']
 
-# %% ../nbs/03_store.ipynb #49312d87
+# %% ../nbs/03_store.ipynb #6a2b2899
 import errno, io, json, math, mmap, os, platform, shutil, threading, weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ import xxhash
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .image import MultiChannelImage, read_site
+from .image import read_site
 from .screen import CHANNELS, WELL_COLUMNS, Screen, check_files, present_sites
 
 # %% ../nbs/03_store.ipynb #23a15fce
@@ -490,13 +490,13 @@ def _versions(format):
     packages = dict(blosc2=['blosc2'], zarr=['zarr'], raw=[])[format] + ['numpy', 'rcic_fastai']
     return dict(python=platform.python_version(), **{p: version(p) for p in packages})
 
-# %% ../nbs/03_store.ipynb #38570060
+# %% ../nbs/03_store.ipynb #f45e19d7
 def _estimate(packer, n=6):
     "Bytes that the whole store takes, from sites spread over the screen"
     if packer.plan['format']=='raw': return len(packer.sites)*math.prod(packer.shape)
-    rows = [packer.sites.iloc[i] for i in np.unique(np.linspace(0, len(packer.sites)-1, n).astype(int))]
     # zarr's zstd is that of Blosc2 without the differences; half the pixels is more than it ever took
     if packer.plan['format']=='zarr': return len(packer.sites)*math.prod(packer.shape)//2
+    rows = [packer.sites.iloc[i] for i in np.unique(np.linspace(0, len(packer.sites)-1, n).astype(int))]
     return int(np.mean([len(data) for data, _ in packer.pool.map(packer._encoded, rows)])*len(packer.sites)*1.05)
 
 class _TooSmall(OSError): pass
