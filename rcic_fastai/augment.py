@@ -58,7 +58,7 @@ def channel_stats(
         std[key] = (square[key].double()/n - mean[key]**2).clamp(min=0).sqrt()
     return ChannelStats(mean.float(), std.float())
 
-# %% ../nbs/05_augment.ipynb #8a9b9a74
+# %% ../nbs/05_augment.ipynb #729cb1cb
 def _replace_image(b, f):
     "The tuple with `f(image, context)` in place of its first image"
     i = next((i for i, o in enumerate(b) if isinstance(o, TensorImage)), None)
@@ -112,7 +112,9 @@ class Standardize(ItemTransform):
 
     def _replace_image(self, b, f): return _replace_image(b, f)
 
-    def _encode(self, x, context):
+    def _encode(self, x, context): return self._scaled(x.as_subclass(Tensor), context).as_subclass(type(x))
+
+    def _scaled(self, x, context):
         x = x.to(torch.float32, copy=True)
         if self.by == 'image':
             x.sub_(x.mean((-2, -1), keepdim=True))
@@ -205,7 +207,7 @@ class MatchHistograms(ItemTransform):
         below = pixels.floor().clamp(0, 254)
         return type(x)(score(below).lerp(score(below+1), (pixels-below).clamp(0, 1)))
 
-# %% ../nbs/05_augment.ipynb #eb9be772
+# %% ../nbs/05_augment.ipynb #59d89b11
 class RandBatchTransform(RandTransform):
     """Base of the random batch transforms: `draw` sets the parameters of a batch, `encodes` applies them.
 
@@ -227,7 +229,7 @@ class RandBatchTransform(RandTransform):
         x = next((o for o in (b if isinstance(b, (tuple, list)) else [b]) if isinstance(o, TensorImage)), None)
         self.do = x is not None and (self.split_idx is None or split_idx == self.split_idx)
         if self.do and x.ndim != 4: raise ValueError(f'{self.name} works on batches (B, C, H, W), got {tuple(x.shape)}')
-        if self.do: self.draw(x, split_idx)
+        if self.do: self.draw(x.as_subclass(Tensor), split_idx) # fastai is asked for each attribute of a typed tensor
 
     def draw(self, x, split_idx): raise NotImplementedError
     def rand(self, *shape): return torch.rand(*shape, generator=self.generator)
@@ -262,7 +264,7 @@ def dihedral_batch(
         out[rows] = dihedral(x[rows], k)
     return out
 
-# %% ../nbs/05_augment.ipynb #ed29e9e1
+# %% ../nbs/05_augment.ipynb #b00341db
 class D4(RandBatchTransform):
     "Each training image in a random symmetry of the square (of the rectangle: 4, if it is not square); never interpolates, keeps the dtype."
     order = 6
@@ -270,7 +272,7 @@ class D4(RandBatchTransform):
         n = 8 if x.shape[-1] == x.shape[-2] else 4
         u = self.rand(2, len(x))
         self.ks = torch.where(u[0] < self.p, (u[1]*n).long(), 0)
-    def encodes(self, x:TensorImage): return dihedral_batch(x.as_subclass(Tensor), self.ks).as_subclass(type(x)) # a plain tensor is indexed without asking fastai each time
+    def encodes(self, x:TensorImage): return dihedral_batch(x.as_subclass(Tensor), self.ks).as_subclass(type(x))
 
 # %% ../nbs/05_augment.ipynb #10136549
 def _check_size(size, x, name):
@@ -340,7 +342,7 @@ class RandomResizedSquareCrop(RandBatchTransform):
         windows = (pixels[i, None, :, top:top+n, left:left+n] for i, (n, (top, left)) in enumerate(zip(self.sides.tolist(), self.corners.T.tolist())))
         return torch.cat([F.interpolate(w.float(), size, mode='bilinear', antialias=True) for w in windows])
 
-# %% ../nbs/05_augment.ipynb #71d357ab
+# %% ../nbs/05_augment.ipynb #7e871e73
 class ChannelIntensity(RandBatchTransform):
     """x*a + b with a ~ N(1, sigma_a), b ~ N(0, sigma_b), drawn for each image and channel; training only.
 
@@ -366,8 +368,9 @@ class ChannelIntensity(RandBatchTransform):
         self.a, self.b = self.randn(2, n, c, 1, 1)*sigma*change + torch.tensor([1., 0]).view(2, 1, 1, 1, 1)
 
     def encodes(self, x:TensorImage):
+        x = x.as_subclass(Tensor)
         a, b = (t.to(x.device, x.dtype) for t in (self.a, self.b))
-        return torch.addcmul(b, x.as_subclass(Tensor), a)
+        return torch.addcmul(b, x, a)
 
 # %% ../nbs/05_augment.ipynb #200f433e
 class Cutout(RandBatchTransform):

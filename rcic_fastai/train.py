@@ -138,7 +138,7 @@ class Recipe:
     inference:InferenceSettings=InferenceSettings()
     seed:int=0 # of weights, order and augmentation
 
-# %% ../nbs/09_train.ipynb #f4e0062c
+# %% ../nbs/09_train.ipynb #f4dd43b0
 class TorchOptimizer(OptimWrapper):
     "A PyTorch optimiser for fastai that is quick to schedule, and safe when weights change their memory layout."
     def __init__(self,
@@ -151,6 +151,7 @@ class TorchOptimizer(OptimWrapper):
         self._places = {short: (key, int(i) if i else None) for short,(key,_,i) in parts.items()}
         # weights that can lie in memory in two ways
         self._spatial = [p for g in self.opt.param_groups for p in g['params'] if p.ndim > 3 and p.shape[1] > 1 and p[0, 0].numel() > 1]
+        self._aligned = None # layout for which state and gradients were looked at
 
     @property
     def hypers(self): return [{short: g[k] if i is None else g[k][i] for short,(k,i) in self._places.items()} for g in self.opt.param_groups]
@@ -159,13 +160,25 @@ class TorchOptimizer(OptimWrapper):
         key, i = self._places[k]
         for g,o in zip(self.opt.param_groups, v): g[key] = o if i is None else (*g[key][:i], o, *g[key][i+1:])
 
-    def step(self, closure=None):
+    def _align(self):
+        "Bring gradients and state into the layout of their weights; from then on autograd and the optimiser keep it"
         for p in self._spatial:
             like = lambda t: torch.empty_like(p).copy_(t)
             if p.grad is not None and p.grad.stride()!=p.stride(): p.grad = like(p.grad)
             for k,t in self.opt.state[p].items():
                 if isinstance(t, Tensor) and t.shape==p.shape and t.stride()!=p.stride(): self.opt.state[p][k] = like(t)
+
+    def step(self, closure=None):
+        # a network changes its layout as a whole, so its first such weight speaks for all
+        first = self._spatial[0] if self._spatial else None
+        if first is not None and (self._aligned!=first.stride() or first.grad is not None and first.grad.stride()!=first.stride()):
+            self._align()
+            self._aligned = first.stride()
         return self.opt.step(closure)
+
+    def load_state_dict(self, sd):
+        self._aligned = None
+        self.opt.load_state_dict(sd)
 
 # %% ../nbs/09_train.ipynb #028d1945
 class FusedRAdam(torch.optim.AdamW):
