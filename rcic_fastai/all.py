@@ -10,8 +10,12 @@ from .model import *
 from .loss import *
 from .batchnorm import *
 from .embed import *
+from .step import *
+from .weights import *
+from .checkpoint import *
 from .train import *
 from .predict import *
+from .blend import *
 from .assign import *
 from .pseudo import *
 from .run import *

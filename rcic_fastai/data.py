@@ -324,7 +324,7 @@ class DomainControls:
             pool = np.concatenate([pool[first], np.delete(pool, first)])
         return pool[:n]
 
-# %% ../nbs/04_data.ipynb #83a8419b
+# %% ../nbs/04_data.ipynb #d8dea212
 class _Batches(list):
     "Row numbers in one list, as `get_preds` wants them, that knows in which batches they come"
     def __init__(self, batches):
@@ -389,7 +389,7 @@ class _HostCopies:
 class DomainDL(TfmdDL):
     """A `TfmdDL` whose batches come from one domain each, or from several in one part each, shuffled by seed and epoch.
 
-    Its `epoch` counts the passes; who sets it repeats or resumes the order of that epoch.
+    Its `epoch` counts the passes; who sets it repeats or resumes the order of that epoch, and `start` leaves out the first batches of the next pass.
     Raises: ValueError for settings that do not go together, and as `DomainControls` does.
     """
     @delegates(TfmdDL.__init__)
@@ -405,7 +405,7 @@ class DomainDL(TfmdDL):
         **kwargs
     ):
         super().__init__(dataset, **kwargs)
-        self.domain, self.seed, self.repeats, self.epoch = domain, seed, repeats, 0
+        self.domain, self.seed, self.repeats, self.epoch, self.start = domain, seed, repeats, 0, 0
         self.n_controls, self.domains_per_batch, self.pairs, self._source = n_controls, domains_per_batch, pairs, None
         self.sites = getattr(dataset, 'items', dataset)
         self.keys = domain_keys(self.sites, domain) if len(self.sites) else np.zeros(0, np.int64)
@@ -457,7 +457,8 @@ class DomainDL(TfmdDL):
         if self.shuffle: batches = self._train_batches()
         else: # domains in order of appearance
             batches = [[b] for b in self._cut(np.argsort(pd.factorize(self.keys[:self.n])[0], kind='stable'))]
-        rows = _Batches([np.concatenate(self._with_controls(i, parts)) for i, parts in enumerate(batches)])
+        skip, self.start = self.start, 0
+        rows = _Batches([np.concatenate(self._with_controls(i, parts)) for i, parts in enumerate(batches) if i >= skip])
         self.epoch += self.shuffle
         return rows
 

@@ -302,7 +302,7 @@ def predict_with(
     return predict_sites(learn, sites, **{**dict(batchnorm=i.batchnorm, domain=i.domain or recipe.data.domain, tta=i.tta, controls=controls if uses_controls else None,
                          pool_sites=i.pool_sites, bagging=i.bagging, postprocess=i.postprocess, head_weight=i.head_weight, seed=recipe.seed), **kwargs})
 
-# %% ../nbs/10_predict.ipynb #643180f8
+# %% ../nbs/10_predict.ipynb #9691898a
 def _run_sites(info, screen, split, wells, present_only, say):
     "The sites to predict"
     sites = select_sites(screen, 'train' if split=='valid' else split, wells, present_only, say)
@@ -345,6 +345,7 @@ def predict_run(
     Raises: FileNotFoundError if there is no such run; ValueError if nothing was set aside, or the split is unknown.
     """
     recipe, info = read_run(run)
+    if 'blend' in info: raise ValueError(f'{run} is a blend: predict with its members, {", ".join(info["blend"])}, and blend again')
     settings = {k: v for k,v in dict(batchnorm=batchnorm, tta=tta, **inference).items() if v is not None}
     present_only = info['present_only'] if present_only is None else present_only
     if split=='valid' and not info['valid_wells']: raise ValueError(f'{run} set no wells aside: train it with a validation set')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['recipes', 'laptop_rates', 'small_resnet', 'list_recipes', 'check_recipe', 'recipe_from_json', 'recipe_to_json',
-           'get_recipe', 'change_recipe', 'compare_recipes', 'laptop_recipe']
+           'get_recipe', 'change_recipe', 'laptop_recipe']
 
-# %% ../nbs/12_recipe.ipynb #195b4fdd
+# %% ../nbs/12_recipe.ipynb #3cc15eb0
 import difflib, json, types, typing
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -14,9 +14,17 @@ from pathlib import Path
 import pandas as pd
 
 from .embed import postprocess_names
-from .train import (DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, optimizers)
+from .train import DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, compare_recipes
+from .step import optimizers
 
-# %% ../nbs/12_recipe.ipynb #d0bb6a84
+# %% ../nbs/12_recipe.ipynb #afda8bc6
+# what several recipes share
+def _one_experiment(batch_size): return DataSettings(domain='experiment', batch_size=batch_size, standardize='image')
+_falling = TrainSettings(epochs=20, lr=1e-4, schedule='exponential', decay=.95, weight_decay=0.)
+_last = replace(_falling, epochs=10, lr=3e-5)
+_two_rates = TrainSettings(epochs=20, lr=1e-3, optimizer='adam', schedule='steps', steps=[.5], weight_decay=0., keep='best', validate_steps=500)
+_voted = InferenceSettings(batchnorm='domain', pool_sites=128, assignment='vote')
+
 recipes = {r.name: r for r in (
     Recipe(name='laptop', source='rcic_fastai',
            data=DataSettings(domain='experiment', batch_size=32, crop=96, epoch_sites=128, standardize='screen'),
@@ -24,12 +32,27 @@ recipes = {r.name: r for r in (
            loss=LossSettings('am_softmax', dict(m=.3, s=16.)),
            train=TrainSettings(epochs=8, lr=2e-3, weight_decay=1e-2),
            inference=InferenceSettings(batchnorm='domain')),
+    Recipe(name='efficientnet_b5_amsoftmax', source='RCIC 2019, 83rd of 866, first of four models', score='part of a blend',
+           data=_one_experiment(4), model=ModelSettings(arch='efficientnet_b5', pretrained=True, head='cosine'),
+           loss=LossSettings('am_softmax', dict(m=.5, s=30.)), train=replace(_falling, freeze_epochs=1), cell_type=_last, inference=_voted),
+    Recipe(name='densenet201_amsoftmax', source='RCIC 2019, 83rd of 866, second of four models', score='part of a blend',
+           data=_one_experiment(8), model=ModelSettings(arch='densenet201', pretrained=True, head='cosine'),
+           loss=LossSettings('am_softmax', dict(m=.5, s=30.)), train=replace(_falling, optimizer='adam', freeze_epochs=1),
+           cell_type=replace(_last, optimizer='adam'), inference=_voted),
+    Recipe(name='efficientnet_b2_crossentropy', source='RCIC 2019, 83rd of 866, third of four models', score='part of a blend',
+           data=_one_experiment(8), model=ModelSettings(arch='efficientnet_b2', pretrained=True, head='linear'),
+           loss=LossSettings('cross_entropy', {}), train=replace(_falling, lr=1e-3, optimizer='adam', decay=.99),
+           cell_type=replace(_last, lr=3e-4, optimizer='adam', decay=.99), inference=_voted),
     Recipe(name='seresnext101_amsoftmax', source='RCIC 2019, 83rd of 866, fourth of four models', score='part of a blend',
-           data=DataSettings(domain='experiment', batch_size=16, standardize='image'),
-           model=ModelSettings(arch='se_resnext101_32x4d', pretrained=True, head='cosine'),
-           loss=LossSettings('am_softmax', dict(m=.5, s=30., gamma=2.)),
-           train=TrainSettings(epochs=20, lr=1e-4, weight_decay=1e-4),
-           inference=InferenceSettings(batchnorm='domain', pool_sites=128)),
+           data=_one_experiment(16), model=ModelSettings(arch='se_resnext101_32x4d', pretrained=True, head='cosine'),
+           loss=LossSettings('am_softmax', dict(m=.5, s=30., gamma=2.)), train=TrainSettings(epochs=20, lr=1e-4, weight_decay=1e-4),
+           cell_type=replace(_last, schedule='one_cycle', weight_decay=1e-4), inference=_voted),
+    Recipe(name='densenet121_accumulate', source='a ten-day log of RCIC 2019', score='not submitted',
+           data=_one_experiment(6), model=ModelSettings(arch='densenet121', pretrained=True, head='neck', hidden=512, dropout=.5),
+           loss=LossSettings('cross_entropy', {}), train=replace(_two_rates, accumulate=5), inference=InferenceSettings(batchnorm='domain', pool_sites=128)),
+    Recipe(name='resnext50_accumulate', source='a ten-day log of RCIC 2019', score='not submitted',
+           data=_one_experiment(6), model=ModelSettings(arch='resnext50_32x4d', pretrained=True, head='neck', hidden=512, dropout=.5),
+           loss=LossSettings('cross_entropy', {}), train=replace(_two_rates, accumulate=10), inference=InferenceSettings(batchnorm='domain', pool_sites=128)),
     Recipe(name='densenet121_domain_bn', source='RCIC 2019, 44th of 866', score='private .953', per_cell_type=True,
            data=DataSettings(domain='plate', batch_size=8, standardize='screen', intensity=0.),
            model=ModelSettings(arch='densenet121', pretrained=True, head='linear'),
@@ -58,7 +81,7 @@ def list_recipes() -> pd.DataFrame: # one row per recipe
     return pd.DataFrame([dict(recipe=r.name, arch=r.model.arch, loss=r.loss.name, batches=r.data.domain or 'mixed', epochs=r.train.epochs,
                               source=r.source, score=r.score) for r in recipes.values()]).set_index('recipe')
 
-# %% ../nbs/12_recipe.ipynb #3bb28e15
+# %% ../nbs/12_recipe.ipynb #781cb65b
 def _nearest(key, known):
     close = difflib.get_close_matches(key, known, n=1, cutoff=.5)
     return f'; did you mean {close[0]!r}?' if close else f'; there are {", ".join(known)}'
@@ -83,7 +106,7 @@ def _from_dict(default, d, where=''):
                                for k,v in d.items()})
 
 _domains = (None, 'cell_type', 'experiment', 'plate')
-_stages = ('controls', 'train', 'finetune')
+_stages = ('controls', 'train', 'finetune', 'cell_type')
 _choices = {('data', 'domain'): _domains, ('data', 'standardize'): (None, 'image', 'plate', 'experiment', 'screen'),
             ('model', 'pool'): ('avg', 'concat', 'gem'), ('model', 'head'): ('linear', 'cosine', 'neck', 'controls'),
             ('model', 'classifier'): ('linear', 'cosine', 'linear_cosine'), ('model', 'cell_type'): (None, 'one_hot', 'embedding'),
@@ -91,11 +114,13 @@ _choices = {('data', 'domain'): _domains, ('data', 'standardize'): (None, 'image
             ('device', 'precision'): ('auto', 'fp32', 'bf16', 'fp16'), ('inference', 'batchnorm'): ('running', 'batch', 'domain', 'controls'),
             ('inference', 'domain'): (*_domains, 'screen'), ('inference', 'postprocess'): (None, *postprocess_names),
             ('data', 'statistics'): ('all', 'controls'), ('data', 'match_histograms'): (None, 'plate', 'experiment'), ('data', 'control_classes'): (None, 'train', 'all'),
+            ('inference', 'assignment'): ('exact', 'vote', 'vote_zero'), **{(s, 'keep'): ('last', 'best') for s in _stages},
             **{(s, 'optimizer'): tuple(optimizers) for s in _stages}, **{(s, 'mix'): (None, 'mixup', 'cutmix', 'lisa') for s in _stages},
             **{(s, 'schedule'): ('one_cycle', 'cosine', 'steps', 'exponential', 'constant') for s in _stages}}
 
 _at_least = {('data', 'batch_size'): 1, ('data', 'domains_per_batch'): 1, ('data', 'controls'): 0, ('data', 'workers'): 0, ('controls', 'epochs'): 0, ('train', 'epochs'): 1,
-             ('finetune', 'epochs'): 0, ('inference', 'tta'): 1, ('pseudo', 'every'): 1, **{(s, 'accumulate'): 1 for s in _stages}, **{(s, 'lr'): 1e-12 for s in _stages}}
+             ('finetune', 'epochs'): 0, ('cell_type', 'epochs'): 0, ('checkpoint', 'steps'): 0, ('checkpoint', 'keep'): 1, ('inference', 'tta'): 1, ('pseudo', 'every'): 1, **{(s, 'accumulate'): 1 for s in _stages}, **{(s, 'lr'): 1e-12 for s in _stages},
+             **{(s, 'lr_ratio'): 1 for s in _stages}, **{(s, k): 0 for s in _stages for k in ('freeze_epochs', 'ema', 'average', 'validate_steps', 'patience', 'weight_decay')}}
 
 def _margin_head(model): return model.head=='cosine' or model.head=='neck' and model.classifier=='cosine'
 
@@ -111,6 +136,13 @@ _combinations = (
     ('finetune.mix', 'lisa', lambda r: r.train.mix=='lisa', 'needs batches of pairs, which train.mix "lisa" makes'),
     ('controls.mix', 'lisa', lambda r: False, 'is for treatments'))
 
+def _check_stage(name, stage):
+    "What a stage cannot do at once"
+    if stage.ema >= 1: raise ValueError(f'{name}.ema is {stage.ema}, expected a decay below 1')
+    if (stage.ema > 0)+(stage.average > 0)+(stage.keep=='best') > 1: raise ValueError(f'{name}.ema, {name}.average and {name}.keep "best" each say which weights the stage ends with: choose one')
+    if stage.average and stage.patience: raise ValueError(f'{name}.average needs the last epochs, which {name}.patience may leave out')
+    if 0 < stage.epochs < stage.freeze_epochs: raise ValueError(f'{name}.freeze_epochs is {stage.freeze_epochs}, expected at most the {stage.epochs} epochs of the stage')
+
 def check_recipe(
     recipe:Recipe # settings
 ) -> Recipe: # the same
@@ -122,6 +154,8 @@ def check_recipe(
         if get(k) < low: raise ValueError(f'{".".join(k)} is {get(k)}, expected at least {low}')
     for key, value, holds, why in _combinations:
         if get(tuple(key.split('.')))==value and not holds(recipe): raise ValueError(f'{key} {value!r} {why}')
+    for name in _stages: _check_stage(name, getattr(recipe, name))
+    if recipe.per_cell_type and recipe.cell_type.epochs: raise ValueError('per_cell_type trains each cell type from the start, which leaves nothing for a last stage cell_type: choose one')
     if recipe.data.domains_per_batch > 1 and recipe.data.domain is None: raise ValueError('data.domains_per_batch needs data.domain, whose domains those are')
     if recipe.data.batch_size % recipe.data.domains_per_batch: raise ValueError(f'data.batch_size is {recipe.data.batch_size}, expected a multiple of data.domains_per_batch, {recipe.data.domains_per_batch}')
     dual = recipe.model.classifier=='linear_cosine' and recipe.model.head=='neck'
@@ -131,7 +165,7 @@ def check_recipe(
     if recipe.inference.bagging and recipe.inference.batchnorm!='batch': raise ValueError(f'inference.bagging is for inference.batchnorm "batch", not {json.dumps(recipe.inference.batchnorm)}')
     return recipe
 
-# %% ../nbs/12_recipe.ipynb #0909ba64
+# %% ../nbs/12_recipe.ipynb #98d38e5a
 def recipe_from_json(
     text:str # JSON, as `recipe_to_json` writes it; settings that are left out keep their defaults
 ) -> Recipe: # checked
@@ -146,13 +180,23 @@ def recipe_to_json(
     "All settings as JSON."
     return json.dumps(asdict(recipe), indent=2)+'\n'
 
+# the settings of the originals that are mistakes, or do not suit new experiments
+_original = ['data.domain=null', 'inference.batchnorm=running', 'inference.pool_sites=null', 'model.first_conv=repeat', 'valid=well=0/5']
+_originals = {**{name: [*_original, 'inference.assignment=vote_zero'] for name in
+                 ('efficientnet_b5_amsoftmax', 'densenet201_amsoftmax', 'efficientnet_b2_crossentropy', 'seresnext101_amsoftmax')},
+              **{name: _original for name in ('densenet121_accumulate', 'resnext50_accumulate')}}
+
 def get_recipe(
-    name:str|Path # name of a system, or a JSON file
+    name:str|Path, # name of a system, or a JSON file
+    faithful:bool=False # as it was published, mistakes included?
 ) -> Recipe: # checked
     """A recipe by name or from a file.
 
-    Raises: ValueError naming the nearest recipe, or the file and what is wrong in it; FileNotFoundError.
+    Raises: ValueError naming the nearest recipe, the file and what is wrong in it, or a recipe in which nothing was corrected; FileNotFoundError.
     """
+    if faithful:
+        if str(name) not in _originals: raise ValueError(f'nothing was corrected in {str(name)!r}; an original is there of {", ".join(_originals)}')
+        return change_recipe(recipes[str(name)], f'name={name}-faithful', *_originals[str(name)])
     if str(name) in recipes: return recipes[str(name)]
     path = Path(name)
     if path.suffix!='.json': raise ValueError(f'there is no recipe {str(name)!r}{_nearest(str(name), list(recipes))}')
@@ -181,19 +225,11 @@ def change_recipe(
         at[last] = value
     return check_recipe(_from_dict(Recipe(), d))
 
-# %% ../nbs/12_recipe.ipynb #9b975a2b
-def compare_recipes(
-    a:Recipe, # one
-    b:Recipe # another
-) -> pd.DataFrame: # a row per setting that differs
-    "The settings in which two recipes differ."
-    flat = lambda r: {f'{k}.{kk}' if isinstance(v, dict) else k: vv for k,v in asdict(r).items() for kk,vv in (v.items() if isinstance(v, dict) else [(k, v)])}
-    fa, fb = flat(a), flat(b)
-    return pd.DataFrame([dict(setting=k, a=fa[k], b=fb[k]) for k in fa if fa[k]!=fb[k]], columns=['setting', 'a', 'b']).set_index('setting')
-
-# %% ../nbs/12_recipe.ipynb #bfa45493
+# %% ../nbs/12_recipe.ipynb #4cf205ed
 # highest learning rates for `small_resnet`, chosen on held-out training experiments (benchmarks/results/batch_effect_rates.csv)
-laptop_rates = dict(laptop=1.2e-2, densenet121_domain_bn=4e-3, densenet161_first_place=1.5e-3, densenet161_domain_batches=1.2e-2)
+laptop_rates = dict(efficientnet_b5_amsoftmax=4e-3, densenet201_amsoftmax=4e-3, efficientnet_b2_crossentropy=4e-3, seresnext101_amsoftmax=4e-3,
+                    densenet121_accumulate=4e-3, resnext50_accumulate=4e-3,
+                    laptop=1.2e-2, densenet121_domain_bn=4e-3, densenet161_first_place=1.5e-3, densenet161_domain_batches=1.2e-2)
 small_resnet = dict(arch='resnet10t', arch_options=dict(channels=[24, 48, 96, 192], stem_width=16)) # 0.7 million weights
 
 def laptop_recipe(
@@ -208,8 +244,9 @@ def laptop_recipe(
     total = sum(s.epochs for s in stages.values())
     short = lambda n: max(1, round(n*epochs/total)) if n else 0
     bs = min(recipe.data.batch_size, virtual_batch)
-    factor = (lr or laptop_rates.get(recipe.name, recipe.train.lr))/recipe.train.lr
-    stages = {k: replace(s, epochs=short(s.epochs), lr=s.lr*factor, accumulate=max(1, min(s.accumulate, virtual_batch//bs))) for k,s in stages.items()}
+    factor = (lr or laptop_rates.get(recipe.name.removesuffix('-faithful'), recipe.train.lr))/recipe.train.lr
+    stages = {k: replace(s, epochs=short(s.epochs), lr=s.lr*factor, accumulate=max(1, min(s.accumulate, virtual_batch//bs)),
+                           freeze_epochs=max(0, min(s.freeze_epochs, short(s.epochs)-1)), validate_steps=min(s.validate_steps, 50)) for k,s in stages.items()}
     pseudo = recipe.pseudo if recipe.pseudo.start is None else replace(recipe.pseudo, start=min(short(recipe.pseudo.start), stages['train'].epochs-1))
     return check_recipe(replace(recipe, name=f'{recipe.name}-laptop', data=replace(recipe.data, batch_size=bs, cache=True, workers=0),
                                 model=replace(recipe.model, **{'pretrained': False, **(model or small_resnet)}), pseudo=pseudo,

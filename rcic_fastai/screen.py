@@ -8,8 +8,8 @@ __all__ = ['WELL_COLUMNS', 'WELL_TYPES', 'CELL_TYPES', 'PLATE_ROWS', 'LAYOUTS', 
            'well_sites', 'site_files', 'check_files', 'present_sites', 'plate_map', 'Screen', 'read_screen',
            'split_experiments', 'experiment_folds', 'valid_mask']
 
-# %% ../nbs/00_screen.ipynb #9218097c
-import csv, difflib, html, os, re, warnings, zlib
+# %% ../nbs/00_screen.ipynb #af96df93
+import csv, difflib, hashlib, html, os, re, warnings, zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -553,31 +553,48 @@ def experiment_folds(
         folds |= {e: (start + i) % n_folds for i, e in enumerate(experiments)}
     return pd.Series(folds, name='fold', dtype='int64').rename_axis('experiment').sort_index()
 
-# %% ../nbs/00_screen.ipynb #9bda629c
-_VALID = 'experiment=NAME,..., plate=NUMBER,..., cell_type=NAME,..., split=NAME or fold=NUMBER/FOLDS'
+# %% ../nbs/00_screen.ipynb #cc013960
+_VALID = 'experiment=NAME,..., plate=NUMBER,..., cell_type=NAME,..., split=NAME, fold=NUMBER/FOLDS or well=NUMBER/PARTS'
+
+def _part_of(spec, column, text):
+    "The two numbers of `0/5`; the second is five unless it is given."
+    m = re.fullmatch(r'(\d+)(?:/(\d+))?', text)
+    if not m: raise ValueError(f'valid {spec!r}: {column} {text!r} is not a number such as 0, or 0/5 for the first of five')
+    part, n_parts = int(m[1]), int(m[2] or 5)
+    if part >= n_parts: raise ValueError(f'valid {spec!r}: {column} {part} is outside 0-{n_parts-1}' if n_parts else
+                                         f'valid {spec!r}: there is nothing in 0 parts; expected 2 or more')
+    return part, n_parts
 
 def _fold_mask(wells, spec, text, seed):
-    m = re.fullmatch(r'(\d+)(?:/(\d+))?', text)
-    if not m: raise ValueError(f'valid {spec!r}: fold {text!r} is not a number such as 0, or 0/5 for the first of five')
-    fold, n_folds = int(m[1]), int(m[2] or 5)
-    if fold >= n_folds: raise ValueError(f'valid {spec!r}: fold {fold} is outside 0-{n_folds-1}')
+    fold, n_folds = _part_of(spec, 'fold', text)
     try: folds = experiment_folds(wells, n_folds, seed)
     except ValueError as e: raise ValueError(f'valid {spec!r}: {e}') from e
     return (wells.experiment.map(folds) == fold).to_numpy(bool)
 
+def _well_mask(wells, spec, text, seed):
+    part, n_parts = _part_of(spec, 'well', text)
+    ids = wells.id_code.unique()
+    if not 2 <= n_parts <= len(ids):
+        raise ValueError(f'valid {spec!r}: {n_parts} parts are impossible; expected 2 to {len(ids)}, the number of wells')
+    def part_of(i): return int.from_bytes(hashlib.blake2b(f'{seed} {i}'.encode(), digest_size=8).digest(), 'big') % n_parts
+    chosen = [i for i in ids if part_of(i) == part]
+    if not chosen: raise ValueError(f'valid {spec!r} holds out none of the {len(ids)} wells; choose another part or fewer parts')
+    return wells.id_code.isin(chosen).to_numpy(bool)
+
 def valid_mask(
     wells:pd.DataFrame,  # wells or sites
-    spec:str,            # `experiment=A,B`, `plate=4`, `cell_type=U2OS`, `split=val`, `fold=0` (of 5) or `fold=0/3`
-    seed:int=0,          # of the folds
+    spec:str,            # `experiment=A,B`, `plate=4`, `cell_type=U2OS`, `split=val`, `fold=0` (of 5), `fold=0/3` or `well=0/5`
+    seed:int=0,          # of the folds and of the parts of wells
 )->np.ndarray:           # bool (n,): the rows to validate on
     """Rows that a specification such as `experiment=HEPG2-07,RPE-07` holds out.
 
+    `well` draws from every experiment at random, so that it measures recognition within known experiments only.
     Raises: `ValueError` for a specification that is not understood, a value that occurs nowhere (naming the nearest),
     or no rows left to train on."""
     column, _, text = (s.strip() for s in spec.partition('='))
-    if not text or column not in ('experiment', 'plate', 'cell_type', 'split', 'fold'):
+    if not text or column not in ('experiment', 'plate', 'cell_type', 'split', 'fold', 'well'):
         raise ValueError(f'valid {spec!r} is not understood; expected {_VALID}')
-    if column == 'fold': mask = _fold_mask(wells, spec, text, seed)
+    if column in ('fold', 'well'): mask = (_fold_mask if column == 'fold' else _well_mask)(wells, spec, text, seed)
     else:
         values, there = [v.strip() for v in text.split(',')], wells[column].astype(str)
         for v in values:

@@ -12,13 +12,17 @@ from rcic_fastai.assign import (
     argmax_classes,
     assign_classes,
     assign_experiment,
+    assign_predictions,
     assign_screen,
     infer_plate_groups,
     plate_group_values,
+    plate_group_votes,
     score_submission,
     score_table,
+    vote_plate_groups,
     write_submission,
 )
+from rcic_fastai.predict import Predictions
 
 SHARED = Path(__file__).resolve().parents[1].parent/'shared'
 needs_rcic = pytest.mark.skipif(not (SHARED/'rcic'/'train.csv').exists(), reason='the real tables (../shared/rcic/train.csv) are not here')
@@ -198,6 +202,104 @@ def test_a_screen_is_its_experiments_in_the_order_of_the_input(one_to_one):
 
 def test_a_screen_names_the_experiment_of_an_error():
     with pytest.raises(ValueError, match='experiment RPE-08: 2 plates but 1 groups'): assign_screen(np.zeros((2, 2)), ['RPE-08']*2, [1, 2], [0, 0])
+
+
+# The published vote
+
+def test_the_vote_by_hand():
+    scores = np.array([[.9, .1, .2, .3], [-.2, -.1, 9, 0], [.2, .9, .3, .1],  # plate 1 votes for groups 0, 1, 0
+                       [.1, .2, .3, .9], [.9, .1, .2, .3]])  # plate 2 for 1, 0
+    plates, groups = [1, 1, 1, 2, 2], [0, 0, 1, 1]
+    assert plate_group_votes(scores, plates, groups).to_numpy().tolist() == [[2, 1], [1, 1]]
+    assert vote_plate_groups(scores, plates, groups) == ({1: 0, 2: 1}, 1)  # 2 + 1 votes against 1 + 1, however sure well 1 is
+    a, zero = (assign_experiment(scores, plates, groups, method=m) for m in ('vote', 'vote_zero'))
+    assert a.labels.tolist() == [0, 1, 1, 3, 3] and a.mapping_margin == 1  # not one-to-one, whatever `one_to_one` is
+    assert a.margin == pytest.approx([.8, .1, .7, .6, .1]) and a.value == pytest.approx(.9-.1+.9+.9+.3)
+    assert zero.labels.tolist() == [0, 2, 1, 3, 3] and zero.mapping == a.mapping  # well 1: the zero of class 2 beats -.2 and -.1
+    assert zero.margin == pytest.approx([.8, 0, .7, .6, .1])
+    assert assign_experiment(scores, plates, groups, known=[3], method='vote').labels.tolist() == [0, 1, 1, 2, 2]
+    assert assign_experiment(scores, plates, groups, known=[2], method='vote_zero').labels.tolist() == [0, 3, 1, 3, 3]
+    with pytest.raises(ValueError, match=r'the plates have \[3, 2\] wells, the groups \[2, 2\]'): assign_experiment(scores, plates, groups)
+
+
+def test_equal_votes_are_decided_by_the_scores_and_only_equal_ones():
+    assert vote_plate_groups([[3, 2], [3, 0]], [1, 2], [0, 1]) == ({1: 1, 2: 0}, 0)  # one vote each; 2 + 3 against 3 + 0
+    sure = np.array([[1, 0, -9], [1, 0, -9], [0, 1e9, -9], [0, 0, 1]])  # the class without group does not vote
+    assert plate_group_votes(sure, [1, 1, 1, 2], [0, 1, -1]).to_numpy().tolist() == [[2, 1], [0, 0]]
+    assert vote_plate_groups(sure, [1, 1, 1, 2], [0, 1, -1]) == ({1: 0, 2: 1}, 1)
+    assert vote_plate_groups(np.zeros((3, 2)), [1, 1, 1], [0, 0]) == ({1: 0}, np.inf)
+    assert vote_plate_groups([[5., 1], [5, 1]], [1, 1], [0, 1], known=[0]) == ({1: 1}, np.inf)  # nothing is left of group 0
+    assert vote_plate_groups(np.zeros((0, 2)), [], [0, 1]) == infer_plate_groups(np.zeros((0, 2)), [], [0, 1]) == ({}, np.inf)
+    with pytest.raises(ValueError, match='2 plates but 1 groups'): vote_plate_groups(np.zeros((2, 2)), [1, 2], [0, 0])
+    with pytest.raises(ValueError, match=r'the groups \[0, 1\] usable'): vote_plate_groups(np.zeros((2, 2)), [1, 2], [0, 1], known=[0])
+
+
+LAYOUTS = [{}, {"n_plates": 2, "n_groups": 4}, {"n_plates": 4, "n_groups": 4, "per_group": 4}, {"free": 3}]
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_the_vote_against_all_permutations(layout):
+    ties = 0
+    for seed in SEEDS:
+        scores, plates, groups = small_experiment(seed, **layout)
+        voted, best = groups[scores.argmax(1)], {}
+        for perm in itertools.permutations(np.unique(groups[groups >= 0]).tolist(), len(np.unique(plates))):
+            mapping = dict(zip(np.unique(plates).tolist(), perm))
+            best[perm] = (sum(v == mapping[p] for v, p in zip(voted, plates)), value(scores, argmax_classes(scores, allowed_classes(plates, groups, mapping))))
+        first, second = sorted(best.values(), reverse=True)[:2]
+        mapping, margin = vote_plate_groups(scores, plates, groups)
+        assert best[tuple(mapping[p] for p in sorted(mapping))] == pytest.approx(first) and margin == first[0]-second[0]
+        assert all(type(p) is int and type(g) is int for p, g in mapping.items())
+        ties += margin == 0
+        allowed = allowed_classes(plates, groups, mapping)
+        assert assign_experiment(scores, plates, groups, method='vote').labels.tolist() == np.where(allowed, scores, -np.inf).argmax(1).tolist()
+        assert assign_experiment(scores, plates, groups, method='vote_zero').labels.tolist() == np.where(allowed, scores, 0).argmax(1).tolist()
+    assert 0 < ties < len(SEEDS)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_with_a_strong_signal_the_vote_is_the_exact_mapping(layout):
+    for seed in SEEDS:
+        scores, plates, groups = small_experiment(seed, **layout)
+        rng = np.random.default_rng(seed)
+        true_mapping = dict(zip(np.unique(plates).tolist(), rng.permutation(groups.max()+1).tolist()))
+        truth = np.empty(len(plates), int)
+        for p, g in true_mapping.items():
+            truth[plates == p] = rng.permutation(np.flatnonzero(groups == g))[:(plates == p).sum()]
+        scores[range(len(plates)), truth] += 20
+        for method in ('exact', 'vote', 'vote_zero'):
+            a = assign_experiment(scores, plates, groups, method=method)
+            assert a.mapping == true_mapping and a.labels.tolist() == truth.tolist()
+
+
+@pytest.mark.parametrize('method', ['exact', 'vote', 'vote_zero'])
+def test_the_method_reaches_screens_and_predictions(method):
+    rng = np.random.default_rng(0)
+    ids = [f'{e}_{p}_{w}' for e in ('HUVEC-17', 'RPE-08') for p in (1, 2) for w in ('B03', 'C04')]
+    experiments, plates = np.repeat(['HUVEC-17', 'RPE-08'], 4), np.tile([1, 1, 2, 2], 2)
+    classes, groups = np.array([2, 3, 5, 7, 9]), pd.Series([0, 0, 1, 1], index=[2, 3, 5, 7])  # 9 is a control
+    p = Predictions(ids, classes, rng.normal(size=(8, 5))-1, {"level": 'well'})
+    table, sirna = assign_predictions(p, groups, method=method), {}
+    screen = assign_screen(p.logits[:, :4], experiments, plates, groups.to_numpy(), method=method)
+    for e in ('HUVEC-17', 'RPE-08'):
+        a = assign_experiment(p.logits[experiments == e, :4], plates[experiments == e], groups.to_numpy(), method=method)
+        assert (screen.label[experiments == e] == a.labels).all() and (screen.mapping_margin[experiments == e] == a.mapping_margin).all()
+        sirna |= dict(zip(np.array(ids)[experiments == e], classes[a.labels]))
+    assert dict(zip(table.id_code, table.sirna)) == sirna
+    if method == 'exact': assert table.equals(assign_predictions(p, groups, True))
+    else: assert table.equals(assign_predictions(p, groups, one_to_one=False, method=method))
+
+
+@pytest.mark.parametrize('call', [
+    lambda groups, method: assign_experiment(np.zeros((2, 2)), [1, 1], groups, method=method),
+    lambda groups, method: assign_screen(np.zeros((2, 2)), ['A-01']*2, [1, 1], groups, method=method),
+    lambda groups, method: assign_predictions(Predictions(['A-01_1_B03'], [0, 1], np.zeros((1, 2)), {"level": 'well'}),
+                                              None if groups is None else pd.Series(groups), one_to_one=False, method=method)])
+def test_bad_methods_are_explained(call):
+    with pytest.raises(ValueError, match="^method is 'hungarian', expected one of exact, vote, vote_zero$"): call([0, 0], 'hungarian')
+    for method in ('vote', 'vote_zero'):
+        for groups in (None, [-1, -1]):
+            with pytest.raises(ValueError, match=f"^method '{method}' votes on plate groups, but there are none"): call(groups, method)
 
 
 # The real size. Signal and hubs make raw argmax right for about 60% of the wells.

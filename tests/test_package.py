@@ -65,7 +65,7 @@ def test_setup_is_what_the_settings_say(monkeypatch):
     assert (given["name"], given["version"], given["license"]) == (cfg["lib_name"], cfg["version"], cfg["license"])
     assert given["python_requires"] == ">=" + cfg["min_python"]
     assert given["install_requires"] == cfg["requirements"].split()
-    assert given["extras_require"] == {e: cfg[f"{e}_requirements"].split() for e in ("dev", "phenomics", "zarr", "bench")}
+    assert given["extras_require"] == {e: cfg[f"{e}_requirements"].split() for e in ("dev", "phenomics", "zarr", "logging", "bench")}
     assert dict(s.split("=") for s in given["entry_points"]["console_scripts"]) == scripts()
     assert given["packages"] == ["rcic_fastai"]
 
@@ -223,6 +223,6 @@ def test_the_public_environment_is_enough():
         foreign = tops - set(sys.stdlib_module_names) - {"rcic_fastai"}
         known = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
         # the extra, and what a function looks for and does without
-        optional = {Requirement(r).name for e in ("phenomics", "zarr") for r in settings()[f"{e}_requirements"].split()} | {"umap"}
+        optional = {Requirement(r).name for e in ("phenomics", "zarr", "logging") for r in settings()[f"{e}_requirements"].split()} | {"umap"}
         declared = {Requirement(r).name for r in settings()["requirements"].split()} | optional
         assert {known.get(f, f) for f in foreign} <= declared, f"{name}.py imports what settings.ini does not require: {sorted(foreign)}"

@@ -492,7 +492,7 @@ def many():
     sizes = {"HEPG2": 7, "HUVEC": 16, "RPE": 7, "U2OS": 3}
     return pd.DataFrame(
         [
-            {"experiment": f"{c}-{e:02}", "cell_type": c, "plate": p, "split": "train"}
+            {"id_code": f"{c}-{e:02}_{p}_B03", "experiment": f"{c}-{e:02}", "cell_type": c, "plate": p, "split": "train"}
             for c, n in sizes.items()
             for e in range(1, n + 1)
             for p in range(1, 5)
@@ -568,6 +568,49 @@ def test_valid_mask(many):
     assert (np.sum(masks, axis=0) == 1).all()
 
 
+@pytest.mark.parametrize("n_parts", [2, 5])
+def test_valid_mask_by_wells(root, n_parts):
+    wells = read_screen(root).wells
+    parts = [valid_mask(wells, f"well={k}/{n_parts}", seed=3) for k in range(n_parts)]
+    assert parts[0].dtype == bool and (np.sum(parts, axis=0) == 1).all()
+    held_out = set(wells.id_code[parts[0]])
+    assert len({frozenset(wells.id_code[valid_mask(wells, f"well=0/{n_parts}", seed=s)]) for s in range(10)}) == 10
+
+    def chosen(table):
+        "The wells that a table holds out; all sites of a well or none."
+        mask = pd.Series(valid_mask(table, f"well=0/{n_parts}", seed=3), index=table.id_code)
+        assert mask.groupby(level=0).nunique().max() == 1
+        return set(mask.index[mask])
+
+    # sites or wells, in any order, without controls, of one cell type: what is held out of a well does not depend on the others
+    for few in (wells, wells.sample(frac=1, random_state=0), wells[wells.well_type == "treatment"], wells[wells.cell_type == "RPE"]):
+        assert chosen(few) == held_out & set(few.id_code) == chosen(well_sites(few, root, "kaggle").sample(frac=1, random_state=1))
+
+
+def test_parts_of_wells_are_a_random_sample():
+    wells = pd.DataFrame([(e, f"{e}_{p}_{r}{c:02}") for e in ("RPE-01", "RPE-02") for p in range(1, 5) for r in "BCDEFGHIJKLMNO" for c in range(2, 24)],
+                         columns=["experiment", "id_code"])
+    parts = np.stack([[valid_mask(wells, f"well={k}/5", seed=s) for k in range(5)] for s in range(4)])
+    assert np.abs(parts.mean(-1) - 0.2).max() < 4 * np.sqrt(0.2 * 0.8 / len(wells))
+    assert (valid_mask(wells, "well=2", seed=1) == parts[1, 2]).all()
+    for name in (wells.experiment, wells.id_code.str[7], wells.id_code.str[9], wells.id_code.str[10:]):  # experiment, plate, row, column
+        shares = pd.Series(parts[0, 0]).groupby(name.to_numpy()).agg(["mean", "size"])
+        assert (np.abs(shares["mean"] - 0.2) < 4 * np.sqrt(0.2 * 0.8 / shares["size"])).all()
+    both = (parts[0, 0] & parts[1, 0]).mean()  # another seed is another draw
+    assert abs(both - 0.04) < 4 * np.sqrt(0.04 * 0.96 / len(wells))
+
+
+def test_an_empty_part_of_wells_is_an_error(many):
+    few = many[:6]
+    said = []
+    for k in range(6):
+        try:
+            assert valid_mask(few, f"well={k}/6").any()
+        except ValueError as e:
+            said.append(str(e))
+    assert said and all("holds out none of the 6 wells" in s for s in said)
+
+
 @pytest.mark.parametrize(
     "spec, words",
     {
@@ -582,6 +625,13 @@ def test_valid_mask(many):
         "fold=one": ["'one' is not a number"],
         "fold=0/99": ["99 folds are impossible"],
         "fold=-1": ["'-1' is not a number"],
+        "fold=0/0": ["0 parts", "expected 2 or more"],
+        "well=5": ["well 5 is outside 0-4"],
+        "well=3/3": ["well 3 is outside 0-2"],
+        "well=B03": ["'B03' is not a number", "0/5 for the first of five"],
+        "well=1/": ["'1/' is not a number"],
+        "well=0/1": ["1 parts are impossible; expected 2 to 132"],
+        "well=0/999": ["999 parts are impossible"],
         "sirna=3": ["not understood", "experiment=NAME"],
         "HEPG2-07": ["not understood"],
         "plate=": ["not understood"],

@@ -57,7 +57,7 @@ def radam_by_hand(p, grads, lr, wd, beta1=0.9, beta2=0.999, eps=1e-8):
 
 def test_radam_is_the_published_one():
     rng = np.random.default_rng(0)
-    start, grads = rng.standard_normal(5), rng.standard_normal((12, 5))
+    start, grads = rng.standard_normal(5), rng.standard_normal((20, 5))
     w = nn.Parameter(torch.tensor(start))
     opt = radam([[w]], lr=0.01)
     opt.set_hypers(wd=0.1)
@@ -392,8 +392,9 @@ def test_pretraining_keeps_the_body(screen, tmp_path):
 def test_run_with_pretraining_writes_its_folder(screen, tmp_path):
     run = tmp_path / "run"
     train_run(screen, change_recipe(laptop, "controls.epochs=1"), run, say=quiet)
-    assert {p.name for p in run.iterdir()} == {"controls.csv", "history.csv", "recipe.json", "run.json", "model.safetensors"}
-    assert list(pd.read_csv(run / "history.csv").columns) == ["epoch", "train_loss", "accuracy", "time"]
+    assert {p.name for p in run.iterdir()} == {"history.csv", "recipe.json", "run.json", "model.safetensors"}
+    history = pd.read_csv(run / "history.csv")
+    assert list(history.columns) == ["stage", "epoch", "train_loss", "accuracy", "time"] and list(history.stage) == ["controls", "train"]
 
 
 def test_run_comes_back(small_run, small_screen):
