@@ -36,6 +36,18 @@ demo: install ## simulate a screen, pack, train, predict, assign, score; ends wi
 test: install lint check test-nbs ## what CI runs: lint, export and clean without a diff, every notebook, pytest
 	@$(RUN1) python -m pytest -n $(WORKERS) $(ARGS)
 
+.PHONY: bench-recipes
+bench-recipes: install ## the published systems at an equal budget, three seeds, and the blend of four; resumable (ARGS="--seeds 7 8")
+	@$(RUN) python benchmarks/recipes.py $(ARGS)
+
+.PHONY: bench-questions
+bench-questions: install ## augmentations one by one, and ways to use the controls; resumable (ARGS="--seeds 7 8")
+	@$(RUN) python benchmarks/questions.py $(ARGS)
+
+.PHONY: bench-fullsize
+bench-fullsize: install ## one optimiser step of each recipe at full size on two real sites: time and memory
+	@$(RUN) python benchmarks/fullsize.py $(ARGS)
+
 .PHONY: bench-batch-effect
 bench-batch-effect: install ## methods against the batch effect, seeds and strengths; resumable (ARGS="--seeds 7 8 --strengths .35:1.8")
 	@$(RUN) python benchmarks/batch_effect.py $(ARGS)

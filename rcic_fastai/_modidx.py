@@ -697,6 +697,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rcic_fastai.run.held_out': ('run.html#held_out', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run.logger': ('run.html#logger', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run.needs_controls': ('run.html#needs_controls', 'rcic_fastai/run.py'),
+                                 'rcic_fastai.run.submit_run': ('run.html#submit_run', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run.train_run': ('run.html#train_run', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run.training_sites': ('run.html#training_sites', 'rcic_fastai/run.py')},
             'rcic_fastai.screen': { 'rcic_fastai.screen.Screen': ('screen.html#screen', 'rcic_fastai/screen.py'),

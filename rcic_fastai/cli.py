@@ -10,7 +10,7 @@ __all__ = ['one_line_errors', 'rcic_simulate', 'rcic_pack', 'rcic_train', 'rcic_
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai and timm are imported; nothing a user can act on
 
-# %% ../nbs/17_cli.ipynb #a15b60d7
+# %% ../nbs/17_cli.ipynb #b40de978
 import re, signal, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from .checkpoint import TrainingStopped
 from .embed import embedding_report
 from .predict import Predictions, embed_run, predict_run, well_accuracy, write_embeddings
 from .recipe import change_recipe, get_recipe, laptop_recipe, list_recipes
-from .run import blend_runs, find_lr, logger, train_run
+from .run import blend_runs, find_lr, logger, submit_run, train_run
 from .screen import plate_groups, read_screen
 from .simulate import simulate_screen
 from .store import Store, pack_screen, verify_store
@@ -52,7 +52,7 @@ def one_line_errors(
 
 def _say(*args): print(*args, flush=True)
 
-# %% ../nbs/17_cli.ipynb #99f41bfa
+# %% ../nbs/17_cli.ipynb #5225ddca
 @call_parse
 def rcic_simulate(
     out:Annotated[Path, dict(required=True)]=None, # folder to write the screen to
@@ -117,6 +117,7 @@ def rcic_train(
     start:Path=None, # finished run whose network to go on with
     faithful:bool=False, # the recipe as it was published, mistakes included
     log:str=None, # tensorboard or wandb
+    submit:bool=False, # predict the test split and write submission.csv as well
     present_only:bool=False, # use the sites whose files are all there, instead of stopping at a missing one
     laptop:int=None, # shrink the recipe to a small network and so many epochs in all
     list:bool=False, # show the recipes and stop
@@ -137,6 +138,9 @@ def rcic_train(
             p = predict_run(run, screen, 'valid', say=lambda *a: None)
             right, n = well_accuracy(p, screen.wells, target)
             _say(f'Validation, {valid}: {right} of {n} wells right ({right/n:.3f})')
+        if submit:
+            predict_run(run, screen, 'test', say=_say)
+            submit_run(run, screen, say=_say)
         _say(f'Run folder: {run}')
 
 @call_parse
@@ -230,21 +234,8 @@ def rcic_submit(
 ):
     "Plate groups, one-to-one assignment and checks: from predictions to submission.csv."
     with one_line_errors(debug):
-        recipe, info = read_run(run)
-        if info['target']!='sirna': raise ValueError(f'{run} predicts {info["target"]}; a submission needs a run that predicts sirna')
-        p, out = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(out or Path(run)/'submission.csv')
-        screen = read_screen(data or info['data'])
-        groups = None if no_groups else plate_groups(screen.wells)
-        method = assignment or (recipe.inference.assignment if groups is not None and not no_assignment else 'exact')
-        table = assign_predictions(p, groups, one_to_one=not no_assignment, method=method)
-        write_submission(table.id_code, table.sirna, sample or Path(screen.path)/'sample_submission.csv', out)
-        if groups is not None:
-            for e, g in table.groupby('experiment'):
-                mapping = g.drop_duplicates('plate').set_index('plate').group
-                margin = g.mapping_margin.iloc[0]
-                sure = f'better than any other order by {margin:.1f}{" votes" if method!="exact" else ""}' if margin >= .05 else 'a guess: another order scores as well'
-                _say(f'{e}: groups {mapping.tolist()} on plates {mapping.index.tolist()}, {sure}')
-        _say(f'Written: {out}, {len(table):,} wells')
+        screen = read_screen(data or read_run(run)[1]['data'])
+        submit_run(run, screen, out, sample, not no_groups, not no_assignment, assignment, _say)
 
 @call_parse
 def rcic_score(

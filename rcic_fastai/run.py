@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['training_sites', 'control_sites', 'needs_controls', 'PseudoLabels', 'check_no_leak', 'Stages', 'held_out',
-           'train_run', 'logger', 'find_lr', 'blend_runs']
+           'train_run', 'logger', 'find_lr', 'submit_run', 'blend_runs']
 
-# %% ../nbs/11b_run.ipynb #b975904e
+# %% ../nbs/11b_run.ipynb #03b0ab7f
 import difflib, json, os, platform, shutil, tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import xxhash
 from fastai.callback.all import *
 from fastai.learner import Learner
 
+from .assign import assign_predictions, write_submission
 from .augment import ChannelStats
 from .blend import blend_predictions, blend_report, blend_weights
 from .checkpoint import Checkpoint, History, latest_checkpoint, write_text
@@ -324,7 +325,7 @@ def _write_run(learn, recipe, run, screen, sites, mask, common, asked):
     save_model(learn.model, run/'model.safetensors', meta=dict(recipe=recipe.name))
     write_text(run/'run.json', json.dumps(info, indent=1)+'\n')
 
-# %% ../nbs/11b_run.ipynb #ca034586
+# %% ../nbs/11b_run.ipynb #203a3da7
 def logger(
     name:str, # 'tensorboard' or 'wandb'
     run:str|Path, # run folder, which the log goes to
@@ -354,6 +355,7 @@ def find_lr(
 ): # named tuple of suggestions: valley, slide, steep, minimum
     "A learning rate for the main stage, by fastai's `lr_find`: the rate rises from step to step, and the loss says when it is too much."
     import matplotlib.pyplot as plt
+    if steps < 20: raise ValueError(f'steps is {steps}, expected 20 or more: fewer points show no curve')
     sites = training_sites(screen, recipe, present_only=present_only, say=say)
     controls = control_sites(screen, present_only) if needs_controls(recipe) else None
     with tempfile.TemporaryDirectory() as folder:
@@ -365,6 +367,31 @@ def find_lr(
         plt.savefig(path)
         plt.close()
     return found
+
+# %% ../nbs/11b_run.ipynb #e1179bf9
+def submit_run(
+    run:str|Path, # folder of a run, or of a blend, with predictions of the test split
+    screen:Screen, # where the plate groups come from
+    out:str|Path=None, # file to write; by default submission.csv in the run folder
+    sample:str|Path=None, # sample submission that gives ids and order; by default that of the screen
+    groups:bool=True, # use the plate groups?
+    one_to_one:bool=True, # may a siRNA win only one well of an experiment?
+    method:str=None, # 'exact', 'vote' or 'vote_zero'; by default what the recipe says
+    say=print # where notices go
+) -> Path: # the file
+    "Labels for the test wells, as a submission. Raises: ValueError for a run that predicts something else, or wells that do not fit."
+    recipe, info = read_run(run)
+    if info['target']!='sirna': raise ValueError(f'{run} predicts {info["target"]}; a submission needs a run that predicts sirna')
+    p, out = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(out or Path(run)/'submission.csv')
+    method = method or (recipe.inference.assignment if groups and one_to_one else 'exact')
+    table = assign_predictions(p, plate_groups(screen.wells) if groups else None, one_to_one, method)
+    write_submission(table.id_code, table.sirna, sample or Path(screen.path)/'sample_submission.csv', out)
+    for e, g in table.groupby('experiment') if groups else ():
+        mapping, margin = g.drop_duplicates('plate').set_index('plate').group, g.mapping_margin.iloc[0]
+        sure = f'better than any other order by {margin:.1f}{"" if method=="exact" else " votes"}' if margin >= .05 else 'a guess: another order scores as well'
+        say(f'{e}: groups {mapping.tolist()} on plates {mapping.index.tolist()}, {sure}')
+    say(f'Written: {out}, {len(table):,} wells')
+    return out
 
 # %% ../nbs/11b_run.ipynb #1ffe1c09
 def _predicted(run, screen, split, present_only, say):

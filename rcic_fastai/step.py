@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .batchnorm import BatchNormModeCallback
 
-# %% ../nbs/08b_step.ipynb #f4dd43b0
+# %% ../nbs/08b_step.ipynb #624da460
 class TorchOptimizer(OptimWrapper):
     "A PyTorch optimiser for fastai that is quick to schedule, and safe when weights change their memory layout."
     def __init__(self,
@@ -28,7 +28,10 @@ class TorchOptimizer(OptimWrapper):
     ):
         super().__init__(params, opt=opt, **kwargs)
         parts = {short: key.partition('__') for key,short in self.fwd_map.items()} # 'mom' is betas__0
-        self._places = {short: (key, int(i) if i else None) for short,(key,_,i) in parts.items()}
+        # what is a number can be scheduled and logged; flags such as `foreach` stay out of the way
+        places = {short: (key, int(i) if i else None) for short,(key,_,i) in parts.items()}
+        first = self.opt.param_groups[0]
+        self._places = {short: (k,i) for short,(k,i) in places.items() if type(first[k] if i is None else first[k][i]) in (int, float)}
         # weights that can lie in memory in two ways
         self._spatial = [p for g in self.opt.param_groups for p in g['params'] if p.ndim > 3 and p.shape[1] > 1 and p[0, 0].numel() > 1]
         self._aligned = None # layout for which state and gradients were looked at

@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastcore.script import CliError
 
+import rcic_fastai.cli as cli
 from rcic_fastai.data import select_sites
 from rcic_fastai.mix import MixedContext
-from rcic_fastai.predict import embed_run, predict_run, predict_sites, write_embeddings
+from rcic_fastai.predict import Predictions, embed_run, predict_run, predict_sites, well_accuracy, write_embeddings
 from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, small_resnet
 from rcic_fastai.run import control_sites, held_out, train_run, training_sites
 from rcic_fastai.screen import read_screen
@@ -127,6 +129,34 @@ def test_every_published_system_runs_to_predictions(screen, tmp_path):
     assert np.isnan(stored["sirna"]).sum() == len(wells) and x.shape == (len(table), 192 + 2)  # features and the cell type
     with pytest.raises(ValueError, match="as .npz or .h5ad"):
         write_embeddings(x, table, tmp_path / "e.csv")
+
+
+S1 = "efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_crossentropy", "seresnext101_amsoftmax"
+
+
+def test_the_blend_of_four_models_runs_to_a_submission(screen, tmp_path, capsys):
+    "Each by one command: all cell types, then each of them, validated on the same wells; then their blend, and the ten-day log"
+    tiny = ["model.arch_options=" + json.dumps(dict(channels=[8, 8, 8, 8], stem_width=8)), "data.crop=null", "train.lr=1e-3"]
+    common = dict(data=screen.path, laptop=3, valid="experiment=HUVEC-02,RPE-02", submit=True, set=tiny)
+    for name in (*S1, "densenet121_accumulate"):
+        cli.rcic_train(recipe=name, run=tmp_path / name, **common)
+    assert "Validation, experiment=HUVEC-02,RPE-02:" in capsys.readouterr().out
+    _, info = read_run(tmp_path / S1[0])
+    assert info["parts"] == ["HUVEC", "RPE"] and (tmp_path / S1[0] / "all/model.safetensors").exists()
+    cli.rcic_blend(run=[tmp_path / n for n in S1], out=tmp_path / "blend", weights="chosen")
+    cli.rcic_submit(run=tmp_path / "blend")
+    assert read_run(tmp_path / "blend")[0].inference.assignment == "vote"  # as the system did
+    wells = set(screen.wells[(screen.wells.split == "test") & (screen.wells.well_type == "treatment")].id_code)
+    for name in (*S1, "densenet121_accumulate", "blend"):
+        assert set(pd.read_csv(tmp_path / name / "submission.csv").id_code) == wells
+    right = {n: well_accuracy(Predictions.load(tmp_path / n / "predictions/valid.npz"), screen.wells)[0] for n in (*S1, "blend")}
+    assert right["blend"] >= max(right[n] for n in S1)
+    with pytest.raises(ValueError, match="is a blend"):
+        predict_run(tmp_path / "blend", screen, "test")
+    with pytest.raises(CliError, match="at least two runs"):
+        cli.rcic_blend(run=[tmp_path / S1[0]], out=tmp_path / "other")
+    with pytest.raises(CliError, match="holds a run"):
+        cli.rcic_blend(run=[tmp_path / n for n in S1], out=tmp_path / S1[0] / "all")
 
 
 def test_histograms_come_back_with_the_run(screen, tmp_path):
