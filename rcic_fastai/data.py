@@ -553,7 +553,7 @@ class DomainDL(TfmdDL):
     @property
     def _target(self): return 'siRNA' if self.target_name=='sirna' else self.target_name.replace('_', ' ')
 
-# %% ../nbs/04_data.ipynb #44a1bf9a
+# %% ../nbs/04_data.ipynb #d24ab92e
 def _origin(row): return [row['cell_type'], row['experiment'], row['plate'], row.get('well_type', ROLES[0])]
 def _files(row): return row['files']
 
@@ -634,7 +634,7 @@ def screen_dataloaders(
     from rcic_fastai.augment import screen_transforms # numbered higher; a default, so imported late
     sites = sites.reset_index(drop=True)
     if source is not None: sites, controls = (None if t is None else packed_sites(t, source) for t in (sites, controls))
-    mask = np.zeros(len(sites), bool) if valid is None else valid_mask(sites, valid) if isinstance(valid, str) else np.asarray(valid, bool)
+    mask = np.zeros(len(sites), bool) if valid is None else valid_mask(sites, valid, seed) if isinstance(valid, str) else np.asarray(valid, bool)
     if len(mask)!=len(sites): raise ValueError(f'a validation mask of {len(mask)} rows for {len(sites)} sites')
     if mask.all(): raise ValueError('every site is in the validation set; nothing is left to train on')
     if bs < 1: raise ValueError(f'bs is {bs}, expected a batch size of 1 or more')

@@ -320,10 +320,11 @@ def screen_learner(
 
 def _context_encoder(dls): return next(t for t in dls.train_ds.tls[1].tfms if hasattr(t, 'cell_types'))
 
-# %% ../nbs/09_train.ipynb #6d7d3f6d
+# %% ../nbs/09_train.ipynb #50cea9a4
 def stage_callbacks(
     learn:Learner, # from `screen_learner`
-    stage:TrainSettings # says which ones
+    stage:TrainSettings, # says which ones
+    save_best:bool=False # write the best weights to best.safetensors in the folder of the learner?
 ) -> list: # for `fit`
     "The callbacks that a stage asks for."
     train, cbs = learn.dls.train, [StopOnNaN()]
@@ -334,7 +335,7 @@ def stage_callbacks(
     if stage.ema: cbs.append(EMA(stage.ema))
     if stage.average: cbs.append(LastEpochs(stage.average))
     if not len(learn.dls.valid_ds): return cbs
-    if stage.keep=='best': cbs.append(KeepBest('accuracy'))
+    cbs.append(KeepBest('accuracy', learn.path/'best.safetensors' if save_best else None, restore=stage.keep=='best'))
     if stage.validate_steps: cbs.append(ValidateWithin(stage.validate_steps))
     if stage.patience: cbs.append(EarlyStoppingCallback('accuracy', patience=stage.patience))
     return cbs
@@ -350,7 +351,7 @@ def fit_stage(
     learn.opt = None
     learn.model.zero_grad() # a stage before may have ended within a virtual batch
     rates = geometric_rates(stage.lr, stage.lr_ratio, len(learn.splitter(learn.model))) if stage.lr_ratio!=1 else stage.lr
-    own = [*stage_callbacks(learn, stage), *(cbs or []), *([checkpoint] if checkpoint else [])]
+    own = [*stage_callbacks(learn, stage, checkpoint is not None), *(cbs or []), *([checkpoint] if checkpoint else [])]
     with checkpoint.signals() if checkpoint else nullcontext(), learn.added_cbs(own):
         if stage.schedule=='one_cycle': learn.fit_one_cycle(stage.epochs, lr_max=rates, pct_start=stage.pct_start, wd=stage.weight_decay)
         else:

@@ -138,7 +138,7 @@ class LastEpochs(WeightMean):
     def after_epoch(self):
         if self._trains and self.epoch >= self.n_epoch-self.epochs: self.take(1/(self.n+1))
 
-# %% ../nbs/08c_weights.ipynb #78b72a27
+# %% ../nbs/08c_weights.ipynb #13679f69
 class KeepBest(Callback):
     "Keep the weights of the best validation, and end the fit with them if asked to."
     order = 65
@@ -168,7 +168,8 @@ class KeepBest(Callback):
         "Keep the weights as they are now if they are the best so far."
         value = values.get(self.monitor)
         if value is None or not np.isfinite(value) or self.best is not None and self.sign*value <= self.sign*self.best: return
-        self.best, self.weights = float(value), {k: v.detach().cpu().clone() for k,v in self.learn.model.state_dict().items()}
+        self.best = float(value)
+        if self.restore: self.weights = {k: v.detach().cpu().clone() for k,v in self.learn.model.state_dict().items()}
         if self.path:
             try: save_model(self.learn.model, self.path, meta={self.monitor: self.best})
             except OSError as e: print(f'could not write {self.path}: {e.strerror or e}')
