@@ -225,10 +225,10 @@ def change_recipe(
         at[last] = value
     return check_recipe(_from_dict(Recipe(), d))
 
-# %% ../nbs/12_recipe.ipynb #4cf205ed
-# highest learning rates for `small_resnet`, chosen on held-out training experiments (benchmarks/results/batch_effect_rates.csv)
-laptop_rates = dict(efficientnet_b5_amsoftmax=4e-3, densenet201_amsoftmax=4e-3, efficientnet_b2_crossentropy=4e-3, seresnext101_amsoftmax=4e-3,
-                    densenet121_accumulate=4e-3, resnext50_accumulate=4e-3,
+# %% ../nbs/12_recipe.ipynb #244ac77b
+# highest learning rates for `small_resnet`, chosen on held-out training experiments (benchmarks/results/batch_effect_rates.csv, recipe_rates.csv)
+laptop_rates = dict(efficientnet_b5_amsoftmax=1.2e-2, densenet201_amsoftmax=4e-3, efficientnet_b2_crossentropy=4e-3, seresnext101_amsoftmax=3.6e-2,
+                    densenet121_accumulate=4e-3, resnext50_accumulate=1.2e-2,
                     laptop=1.2e-2, densenet121_domain_bn=4e-3, densenet161_first_place=1.5e-3, densenet161_domain_batches=1.2e-2)
 small_resnet = dict(arch='resnet10t', arch_options=dict(channels=[24, 48, 96, 192], stem_width=16)) # 0.7 million weights
 
