@@ -325,7 +325,7 @@ def _write_run(learn, recipe, run, screen, sites, mask, common, asked):
     save_model(learn.model, run/'model.safetensors', meta=dict(recipe=recipe.name))
     write_text(run/'run.json', json.dumps(info, indent=1)+'\n')
 
-# %% ../nbs/11b_run.ipynb #203a3da7
+# %% ../nbs/11b_run.ipynb #535a0e68
 def logger(
     name:str, # 'tensorboard' or 'wandb'
     run:str|Path, # run folder, which the log goes to
@@ -342,7 +342,13 @@ def logger(
     except ImportError as e: raise ValueError(f'log {name!r} needs a package that is not installed ({e}): pip install {name}') from None
     Path(run).mkdir(parents=True, exist_ok=True)
     wandb.init(dir=run, name=Path(run).name, config=asdict(recipe), resume='allow')
-    return WandbCallback(log_preds=False, log_model=False)
+    class RecipeToWandb(WandbCallback):
+        name = 'wandb'
+        def before_fit(self):
+            self.learn.gather_args = dict # the recipe is the configuration; fastai's guess at one stumbles over paths
+            super().before_fit()
+            del self.learn.gather_args
+    return RecipeToWandb(log_preds=False, log_model=False)
 
 def find_lr(
     screen:Screen, # from `read_screen`

@@ -207,3 +207,13 @@ def test_tensorboard_gets_a_log(screen, tmp_path):
     assert events and events[0].stat().st_size > 500
     with pytest.raises(ValueError, match="log is 'mlflow', expected 'tensorboard' or 'wandb'"):
         logger("mlflow", tmp_path, recipe)
+
+
+def test_weights_and_biases_gets_the_recipe(screen, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install rcic_fastai[logging]")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    recipe = replace(small, train=TrainSettings(epochs=1))
+    train_run(screen, recipe, tmp_path / "run", say=lambda *a: None, cbs=[logger("wandb", tmp_path / "run", recipe)])
+    assert wandb.run.config["train"]["epochs"] == 1 and list((tmp_path / "run/wandb").glob("offline-run-*"))
+    wandb.finish()
