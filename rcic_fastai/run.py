@@ -118,7 +118,7 @@ class PseudoLabels(Callback):
         new.to(self.dls.device)
         self.learn.dls.loaders[0] = new
 
-# %% ../nbs/11b_run.ipynb #79a34a88
+# %% ../nbs/11b_run.ipynb #c255725e
 _free = ('checkpoint.steps', 'checkpoint.keep', 'data.workers', 'data.cache') # change nothing of what is computed
 
 def _check_same(started, recipe, asked, run):
@@ -151,7 +151,7 @@ class Stages:
     ):
         self.run, self.recipe, self.cbs, self.say, self.trained = run, recipe, list(cbs), say, set(trained)
         self.extra, self.history = dict(recipe=asdict(recipe), asked=asked), History(run/'history.csv')
-        for p in [*run.glob('.*.*'), *run.glob('checkpoints/.*.*')]: p.unlink() # of a process that was killed while it wrote
+        for p in [*run.glob('.*.[0-9]*'), *run.glob('checkpoints/.*.[0-9]*')]: p.unlink() # of a process that was killed while it wrote
         self.resume = latest_checkpoint(run/'checkpoints', say)
         if self.resume is None: return
         _check_same(self.resume['extra'], recipe, asked, run)

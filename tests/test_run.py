@@ -54,8 +54,14 @@ def test_the_learner_follows_its_schedule(screen, schedule):
         fit_stage(learn, stage)
     rates, n = learn.recorder.lrs, len(learn.dls.train)
     assert len(rates) == 2 * n
-    if schedule != "one_cycle":
-        np.testing.assert_allclose(rates, [schedule_function(stage)(i / (2 * n)) for i in range(2 * n)])
+    at = np.arange(2 * n) / (2 * n)
+    if schedule == "one_cycle":  # two half cosines: from lr/25 to lr in the first quarter, then to lr/100,000
+        up, down = at / stage.pct_start, (at - stage.pct_start) / (1 - stage.pct_start)
+        half = lambda low, high, x: low + (high - low) * (1 - np.cos(np.pi * x)) / 2  # noqa: E731
+        expected = np.where(at < stage.pct_start, half(0.01 / 25, 0.01, up), half(0.01, 0.01 / 1e5, down))
+    else:
+        expected = [schedule_function(stage)(x) for x in at]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
     assert type(learn.opt.opt) is torch.optim.AdamW
 
 
