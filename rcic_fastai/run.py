@@ -6,7 +6,7 @@
 __all__ = ['training_sites', 'control_sites', 'needs_controls', 'PseudoLabels', 'check_no_leak', 'Stages', 'held_out',
            'train_run', 'logger', 'find_lr', 'submit_run', 'blend_runs']
 
-# %% ../nbs/11b_run.ipynb #03b0ab7f
+# %% ../nbs/11b_run.ipynb #23f84609
 import difflib, json, os, platform, shutil, tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import xxhash
 from fastai.callback.all import *
 from fastai.learner import Learner
+from fastai.torch_core import set_seed
 
 from .assign import assign_predictions, write_submission
 from .augment import ChannelStats
@@ -181,7 +182,7 @@ class Stages:
         with learn.added_cbs([*cbs, checkpoint]): checkpoint.load_done(state)
         return learn
 
-# %% ../nbs/11b_run.ipynb #5b548286
+# %% ../nbs/11b_run.ipynb #165baa39
 def _check_request(screen, run, target, valid, seed):
     "What can be told to be wrong before any file is looked for"
     if (run/'run.json').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
@@ -260,7 +261,10 @@ def train_run(
     stages = Stages(run, asked_recipe, asked, cbs, trained, say)
     common = dict(dict(target=target, cell_types=screen.cell_types, experiments=screen.experiments, channels=screen.channels, path=run), **taken)
     dls = recipe_dataloaders(sites, recipe, mask, controls=controls, **known, **common)
-    model = None if start is None else load_weights(recipe_model(recipe, len(dls.vocab), len(screen.channels), len(common['cell_types'])), Path(start)/'model.safetensors')
+    model = None
+    if start is not None:
+        set_seed(recipe.seed)
+        model = load_weights(recipe_model(recipe, len(dls.vocab), len(screen.channels), len(common['cell_types'])), Path(start)/'model.safetensors')
     if recipe.controls.epochs and not stages.past('controls'):
         say(f'Pretraining on the controls, {recipe.controls.epochs} epochs')
         learn = pretrain_on_controls(screen, recipe, present_only, run, say, set(sites.id_code[mask]), lambda learn, stage: stages.fit(learn, 'controls', stage),

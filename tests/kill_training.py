@@ -111,8 +111,8 @@ def main(folder, kills):
     assert attempt(screen, folder / "whole", None, answer)
     steps = json.loads(answer.read_text())
     stages = list(dict.fromkeys((a, b) for a, b, _ in steps))
-    # one in each stage of each network, the rest anywhere
-    chosen = [rng.choice([s for s in steps if tuple(s[:2]) == stage]) for stage in stages]
+    # the first step of each stage of each network, before anything of it is saved; the rest anywhere
+    chosen = [[*stage, 1] for stage in stages]
     chosen += rng.sample([s for s in steps if s not in chosen], max(0, kills - len(chosen)))
     killed = []
     for where in sorted(chosen, key=steps.index):
