@@ -167,7 +167,7 @@ class StopOnNaN(Callback):
         raise FloatingPointError(f'the loss is {loss} at step {step+1}{stage} (epoch {self.epoch}), learning rate {self.opt.hypers[-1]["lr"]:.3g}; '
                                  + (f'the last good checkpoint is {last[0]}' if last else 'there is no checkpoint yet'))
 
-# %% ../nbs/08d_checkpoint.ipynb #81997e2f
+# %% ../nbs/08d_checkpoint.ipynb #cab38c87
 class TrainingStopped(KeyboardInterrupt):
     "A signal arrived, and the training saved itself."
     def __init__(self,
@@ -339,7 +339,8 @@ class Checkpoint(Callback):
         def ask(signum, frame):
             if self.signum is not None: raise KeyboardInterrupt
             self.signum = signum
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        # who has a signal ignored, as nohup does, wants it ignored
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s)!=signal.SIG_IGN}
         try: yield
         finally:
             for s,handler in before.items(): signal.signal(s, handler)
