@@ -37,13 +37,12 @@ from rcic_fastai.model import param_groups, plain  # noqa: E402
 from rcic_fastai.recipe import change_recipe, get_recipe, small_resnet  # noqa: E402
 from rcic_fastai.screen import read_screen, site_files  # noqa: E402
 from rcic_fastai.simulate import simulate_screen  # noqa: E402
+from rcic_fastai.step import TorchOptimizer, fast_precision  # noqa: E402
 from rcic_fastai.train import (  # noqa: E402
     LossSettings,
     ModelSettings,
-    TorchOptimizer,
     TrainSettings,
     accuracy,
-    fast_precision,
     fit_stage,
     recipe_dataloaders,
     recipe_model,

@@ -309,3 +309,11 @@ def test_a_simulated_index_opens(script, tmp_path):
     store = Store(tmp_path / "s")
     assert store.sites.site_id.is_unique and store.rows(table.site_id[-2:]).tolist() == [4998, 4999]
     assert table.groupby("experiment").plate.nunique().max() == 4 and (table.offset[:256].diff()[1:] == table.length[:255].to_numpy()).all()
+
+
+def test_a_training_epoch_is_compared(script, tmp_path):
+    "The loop section in small: all contestants train, and the ratios are numbers"
+    ratios = script("training").main(["--quick", "--repeats", "1", "--sections", "loop", "--out", str(tmp_path / "training.md")])
+    text = (tmp_path / "training.md").read_text()
+    assert all(name in text for name in ("bare PyTorch, our DataLoaders", "ours", "fastai's Learner and AdamW"))
+    assert len(ratios) == 1 and all(0 < r < 100 for r in ratios.values())
