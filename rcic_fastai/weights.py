@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['geometric_rates', 'last_layer', 'FreezeBody', 'WeightMean', 'EMA', 'LastEpochs', 'KeepBest', 'ValidateWithin']
 
-# %% ../nbs/08c_weights.ipynb #d424f202
+# %% ../nbs/08c_weights.ipynb #94bc3ec0
 import numpy as np
 import torch
 from fastai.callback.all import *
-from fastai.callback.progress import ProgressCallback
 from torch import nn
 
 from .batchnorm import reestimate_batchnorm
-from .model import plain, save_model
+from .model import save_model
 
 # %% ../nbs/08c_weights.ipynb #e902eeb1
 def geometric_rates(
