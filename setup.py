@@ -22,7 +22,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "phenomics", "zarr", "logging", "bench")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "phenomics", "zarr", "stack", "logging", "bench")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

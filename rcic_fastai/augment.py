@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['rcic_stats', 'D4_INVERSE', 'ChannelStats', 'channel_stats', 'Standardize', 'channel_histograms', 'normal_scores',
            'MatchHistograms', 'RandBatchTransform', 'dihedral', 'dihedral_batch', 'D4', 'RandomCrop',
-           'RandomResizedSquareCrop', 'ChannelIntensity', 'Cutout', 'screen_transforms']
+           'RandomResizedSquareCrop', 'perspective_matrices', 'Warp', 'ChannelIntensity', 'Brightness', 'Cutout',
+           'screen_transforms']
 
 # %% ../nbs/05_augment.ipynb #086fdb49
 import math
@@ -342,6 +343,54 @@ class RandomResizedSquareCrop(RandBatchTransform):
         windows = (pixels[i, None, :, top:top+n, left:left+n] for i, (n, (top, left)) in enumerate(zip(self.sides.tolist(), self.corners.T.tolist())))
         return torch.cat([F.interpolate(w.float(), size, mode='bilinear', antialias=True) for w in windows])
 
+# %% ../nbs/05_augment.ipynb #6116f526
+def perspective_matrices(
+    corners:Tensor, # float (B, 4, 2): where the corners (-1, -1), (1, -1), (-1, 1), (1, 1) take their pixels from, as (x, y)
+) -> Tensor: # float64 (B, 3, 3): times (x, y, 1), up to a factor, is the place to take the pixel from
+    "The perspective map that takes the corners of the square to four given points."
+    x, y = torch.tensor([[-1., 1, -1, 1], [-1, -1, 1, 1]], dtype=torch.float64, device=corners.device)
+    to = corners.double()
+    ones, zeros, (px, py) = torch.ones_like(to[..., 0]), torch.zeros_like(to[..., 0]), to.unbind(-1)
+    row = lambda *columns: torch.stack([c.expand_as(ones) for c in columns], -1)
+    a = torch.cat([row(x, y, ones, zeros, zeros, zeros, -x*px, -y*px), row(zeros, zeros, zeros, x, y, ones, -x*py, -y*py)], 1)
+    m = torch.linalg.solve(a, torch.cat([px, py], 1))
+    return torch.cat([m, ones[:, :1]], 1).view(-1, 3, 3)
+
+class Warp(RandBatchTransform):
+    """A random perspective of each training image, the same in all its channels; bilinear, reflected at the border.
+
+    Shape: (B, C, H, W), uint8 or float; uint8 to float32 in the same units, floats keep their dtype.
+    Raises: ValueError if `magnitude` is not in [0, .25).
+    """
+    order = 8 # after crops, symmetries and the resize, before Standardize
+    def __init__(self,
+        magnitude=.1, # largest step of a corner in x and in y, as a share of the side, below .25
+        p=1., # probability that an image is changed
+        seed=None, # int: a generator of its own; None: torch's global one
+    ):
+        if not 0 <= magnitude < .25: raise ValueError(f'magnitude is {magnitude}, expected a share of the side, 0 <= magnitude < .25')
+        super().__init__(p=p, seed=seed)
+        self.magnitude = magnitude
+
+    def draw(self, x, split_idx):
+        u = self.rand(9, len(x))
+        self.rows = (u[8] < self.p).nonzero()[:, 0]
+        # the square has a side of 2 here, so a share of it counts twice
+        steps = (u[:8].T.reshape(-1, 4, 2)*2-1)*2*self.magnitude
+        self.matrices = perspective_matrices(steps + torch.tensor([[-1., -1], [1, -1], [-1, 1], [1, 1]]))
+
+    def encodes(self, x:TensorImage):
+        pixels, rows = x.as_subclass(Tensor), self.rows.to(x.device)
+        out = pixels.clone() if x.is_floating_point() else pixels.float()
+        if len(rows):
+            # centres of the pixels, the borders of the image at -1 and 1
+            ys, xs = ((torch.arange(n, device=x.device)*2+1)/n-1 for n in x.shape[-2:])
+            grid = torch.stack([xs.expand(len(ys), -1), ys[:, None].expand(-1, len(xs)), torch.ones(len(ys), len(xs), device=x.device)], -1)
+            at = grid.flatten(0, 1) @ self.matrices[self.rows].float().to(x.device).transpose(1, 2) # (rows, H*W, 3)
+            at = (at[..., :2]/at[..., 2:]).view(-1, *x.shape[-2:], 2)
+            out[rows] = F.grid_sample(pixels[rows].float(), at, mode='bilinear', padding_mode='reflection', align_corners=False).to(out.dtype)
+        return out.as_subclass(type(x))
+
 # %% ../nbs/05_augment.ipynb #7e871e73
 class ChannelIntensity(RandBatchTransform):
     """x*a + b with a ~ N(1, sigma_a), b ~ N(0, sigma_b), drawn for each image and channel; training only.
@@ -371,6 +420,34 @@ class ChannelIntensity(RandBatchTransform):
         x = x.as_subclass(Tensor)
         a, b = (t.to(x.device, x.dtype) for t in (self.a, self.b))
         return torch.addcmul(b, x, a)
+
+# %% ../nbs/05_augment.ipynb #de58d4d9
+class Brightness(RandBatchTransform):
+    """x*a + b with log a and b uniform in ±max_change, drawn for each image and shared by its channels; training only.
+
+    Shape: standardised float (B, C, H, W).
+    Raises: ValueError on integer images, or if `max_change` is negative.
+    """
+    order = 19 # after Standardize, which would undo it
+    def __init__(self,
+        max_change=.2, # largest change: of the log of the gain, and of the offset in standard deviations of the channel
+        p=1., # probability that an image is changed
+        seed=None, # int: a generator of its own; None: torch's global one
+    ):
+        if not max_change >= 0: raise ValueError(f'max_change is {max_change}, expected at least 0')
+        super().__init__(p=p, seed=seed)
+        self.max_change = max_change
+
+    def draw(self, x, split_idx):
+        if not x.is_floating_point(): raise ValueError(f'Brightness changes standardised float images, got {x.dtype}; Standardize comes first')
+        u = self.rand(3, len(x), 1, 1, 1)
+        log_a, self.b = (u[:2]*2-1)*self.max_change*(u[2] < self.p)
+        self.a = log_a.exp()
+
+    def encodes(self, x:TensorImage):
+        pixels = x.as_subclass(Tensor)
+        a, b = (t.to(x.device, x.dtype) for t in (self.a, self.b))
+        return torch.addcmul(b, pixels, a).as_subclass(type(x))
 
 # %% ../nbs/05_augment.ipynb #200f433e
 class Cutout(RandBatchTransform):
@@ -407,7 +484,7 @@ class Cutout(RandBatchTransform):
         covered = (rows[..., None] & cols[:, :, None]).any(1, keepdim=True)  # (B, 1, H, W)
         return x.masked_fill(covered.as_subclass(Tensor), self.value)
 
-# %% ../nbs/05_augment.ipynb #349bf4b1
+# %% ../nbs/05_augment.ipynb #4367cae4
 def screen_transforms(
     size:int=None, # side of the images the network sees, pixels: resized from random windows; None: no resizing
     crop:int=None, # side of a random window at native scale, pixels, taken before resizing; None: the whole image
@@ -420,15 +497,19 @@ def screen_transforms(
     counts:Tensor=None, # from `channel_histograms`, for `match`
     scale=(.5, 1.), # random windows that are resized, as a share of the area; with `crop` the crop is resized whole
     seed:int=None, # None: draw from torch's global generator
+    warp=0., # largest step of a corner in a random perspective, as a share of the side; 0: off
+    brightness=0., # largest change of the gain and offset that all channels of an image share; 0: off
 ) -> list: # batch transforms, for `batch_tfms` of a DataBlock or `after_batch` of a DataLoader
-    "Batch transforms of a screen: crops, symmetries, standardising, intensity, cutout."
+    "Batch transforms of a screen: crops, symmetries, warp, standardising, brightness, intensity, cutout."
     def seeded(i): return None if seed is None else seed+i
     tfms = []
     if crop: tfms.append(RandomCrop(crop, seed=seeded(0)))
     if d4: tfms.append(D4(seed=seeded(1)))
     if size: tfms.append(RandomResizedSquareCrop(size, scale=(1., 1.) if crop else scale, seed=seeded(2)))
+    if warp: tfms.append(Warp(warp, seed=seeded(5)))
     if match: tfms.append(MatchHistograms(match, counts))
     if standardize: tfms.append(Standardize(standardize, *(stats or ())))
+    if brightness: tfms.append(Brightness(brightness, seed=seeded(6)))
     if intensity: tfms.append(ChannelIntensity(intensity, intensity, seed=seeded(3)))
     if cutout: tfms.append(Cutout(cutout, seed=seeded(4)))
     return tfms

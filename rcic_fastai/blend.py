@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BLEND_SPACES', 'aligned', 'check_members', 'blend_predictions', 'agreement', 'blend_weights', 'blend_report']
 
-# %% ../nbs/10a_blend.ipynb #d7e99596
+# %% ../nbs/10a_blend.ipynb #7428124e
 import numpy as np
 import pandas as pd
-from scipy.special import softmax
+from scipy.special import expit, logit, softmax
 
 from .predict import Predictions, well_accuracy
 
@@ -44,8 +44,8 @@ def aligned(
     rows, cols = pd.Index(p.ids).get_indexer(like.ids), pd.Index(p.classes).get_indexer(like.classes)
     return Predictions(like.ids, like.classes, p.logits[np.ix_(rows, cols)], p.made)
 
-# %% ../nbs/10a_blend.ipynb #1c907d28
-_SAME = ('level', 'split', 'target') # what `made` must not contradict
+# %% ../nbs/10a_blend.ipynb #bc40d5bd
+_SAME = ('level', 'split', 'target', 'activation') # what `made` must not contradict
 
 def _check_member(p, name):
     if p.made.get('level') not in ('site', 'well'):
@@ -83,7 +83,7 @@ def _aligned_wells(members):
     first = next(iter(members.values()))
     return {name: p if p is first else aligned(p, first) for name, p in members.items()}
 
-# %% ../nbs/10a_blend.ipynb #8d89faf8
+# %% ../nbs/10a_blend.ipynb #7c21e2f6
 BLEND_SPACES = ('probability', 'logit')
 
 def _centred(p):
@@ -94,7 +94,9 @@ def _centred(p):
 
 def _part(p, space):
     "What is averaged: float64 (N, K)"
-    if space=='probability': return softmax(p.logits.astype(np.float64), 1)
+    x = p.logits.astype(np.float64)
+    if p.activation=='sigmoid': return expit(x) if space=='probability' else x # each class for itself, so that its scale says something
+    if space=='probability': return softmax(x, 1)
     x, s = _centred(p)
     return x/s
 
@@ -120,7 +122,7 @@ def _normalised(weights, names):
     # what sums to 1 already stays as it is to the last bit, so that chosen weights do exactly what they were chosen for
     return w if abs(w.sum()-1) < 1e-9 else w/w.sum()
 
-# %% ../nbs/10a_blend.ipynb #7e2e1dd7
+# %% ../nbs/10a_blend.ipynb #1bcd7b71
 def _common(members):
     "What all members say of how they were made"
     first, *others = (p.made for p in members.values())
@@ -141,7 +143,8 @@ def blend_predictions(
     members = _aligned_wells(members)
     w = _normalised(weights, list(members))
     mean = _mean((_part(p, space) for p in members.values()), w)
-    if space=='logit': logits = mean*sum(x*_centred(p)[1] for x, p in zip(w, members.values()))
+    if next(iter(members.values())).activation=='sigmoid': logits = mean if space=='logit' else logit(mean.clip(1e-12, 1-1e-12))
+    elif space=='logit': logits = mean*sum(x*_centred(p)[1] for x, p in zip(w, members.values()))
     # relative to the best class, because float32 is finest near 0: members that are certain of different classes do not end in a tie
     else: logits = np.log(np.maximum(mean/mean.max(1, keepdims=True), np.finfo(np.float64).tiny))
     first = next(iter(members.values()))

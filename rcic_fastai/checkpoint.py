@@ -167,7 +167,7 @@ class StopOnNaN(Callback):
         raise FloatingPointError(f'the loss is {loss} at step {step+1}{stage} (epoch {self.epoch}), learning rate {self.opt.hypers[-1]["lr"]:.3g}; '
                                  + (f'the last good checkpoint is {last[0]}' if last else 'there is no checkpoint yet'))
 
-# %% ../nbs/08d_checkpoint.ipynb #cab38c87
+# %% ../nbs/08d_checkpoint.ipynb #87e39eda
 class TrainingStopped(KeyboardInterrupt):
     "A signal arrived, and the training saved itself."
     def __init__(self,
@@ -189,7 +189,8 @@ def _storable(o):
 
 def _attributes(o, names): return {n: getattr(o, n) for n in names if hasattr(o, n)}
 
-def _metric_state(m): return {k: v for k,v in vars(m).items() if isinstance(v, (int, float, Tensor))}
+def _metric_state(m): # numbers, and lists of tensors where a metric looks at all predictions of an epoch
+    return {k: v for k,v in vars(m).items() if isinstance(v, (int, float, Tensor)) or isinstance(v, list) and all(isinstance(o, Tensor) for o in v)}
 
 def _callback_states(cbs):
     own = {cb.name: cb.state() for cb in cbs if hasattr(cb, 'load_state')}

@@ -10,7 +10,7 @@ __all__ = ['one_line_errors', 'rcic_simulate', 'rcic_pack', 'rcic_train', 'rcic_
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai and timm are imported; nothing a user can act on
 
-# %% ../nbs/17_cli.ipynb #b40de978
+# %% ../nbs/17_cli.ipynb #ad05e77f
 import re, signal, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,8 @@ from fastcore.script import CliError, call_parse
 from .assign import accuracy_ladder, assign_predictions, score_submission, score_table, write_submission
 from .checkpoint import TrainingStopped
 from .embed import embedding_report
+from .hpa import Atlas, fit_thresholds, label_score_table, submit_labels, validation_sentence
+from .multilabel import score_label_submission
 from .predict import Predictions, embed_run, predict_run, well_accuracy, write_embeddings
 from .recipe import change_recipe, get_recipe, laptop_recipe, list_recipes
 from .run import blend_runs, find_lr, logger, submit_run, train_run
@@ -52,7 +54,7 @@ def one_line_errors(
 
 def _say(*args): print(*args, flush=True)
 
-# %% ../nbs/17_cli.ipynb #5225ddca
+# %% ../nbs/17_cli.ipynb #79e0066b
 @call_parse
 def rcic_simulate(
     out:Annotated[Path, dict(required=True)]=None, # folder to write the screen to
@@ -111,7 +113,7 @@ def rcic_train(
     recipe:str=None, # name of a system or a JSON file; by default `laptop`, a small network for a CPU
     run:Path=Path('runs/latest'), # folder to write; a run that was killed goes on with the same command
     set:Annotated[str, dict(action='append')]=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
-    target:str='sirna', # column of the wells to predict
+    target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
     wells:str='treatments', # treatments, controls or all
     valid:str=None, # wells to set aside: experiment=HUVEC-07,RPE-07 or plate=4 or fold=0/3 (experiments) or well=0/5 (at random)
     start:Path=None, # finished run whose network to go on with
@@ -133,14 +135,19 @@ def rcic_train(
         settings = get_recipe(recipe or 'laptop', faithful)
         settings = change_recipe(settings if laptop is None else laptop_recipe(settings, laptop), *(set or []))
         screen, valid = read_screen(data), valid or settings.valid
+        target = target or screen.target
         train_run(screen, settings, run, target, wells, valid, present_only, _say, [] if log is None else [logger(log, run, settings)], start)
         if valid is not None:
             p = predict_run(run, screen, 'valid', say=lambda *a: None)
-            right, n = well_accuracy(p, screen.wells, target)
-            _say(f'Validation, {valid}: {right} of {n} wells right ({right/n:.3f})')
+            if p.activation=='softmax':
+                right, n = well_accuracy(p, screen.wells, target)
+                _say(f'Validation, {valid}: {right} of {n} wells right ({right/n:.3f})')
+            elif not submit: # which says it too
+                method = settings.inference.thresholds
+                _say(f'Validation, {valid}: {validation_sentence(p, screen, fit_thresholds(p, screen, method)[1], method)}')
         if submit:
             predict_run(run, screen, 'test', say=_say)
-            submit_run(run, screen, say=_say)
+            (submit_labels if isinstance(screen, Atlas) else submit_run)(run, screen, say=_say)
         _say(f'Run folder: {run}')
 
 @call_parse
@@ -148,7 +155,7 @@ def rcic_find_lr(
     data:Annotated[Path, dict(required=True)]=None, # folder of the screen
     recipe:str='laptop', # name of a system or a JSON file
     set:Annotated[str, dict(action='append')]=None, # change a setting of the recipe; may be repeated
-    target:str='sirna', # column of the wells to predict
+    target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
     steps:int=100, # steps of the test, in which the learning rate rises from 1e-7 to 10
     out:Path=Path('lr_find.png'), # picture of the loss against the learning rate
     present_only:bool=False, # use the sites whose files are all there, instead of stopping at a missing one
@@ -171,7 +178,7 @@ def rcic_predict(
     domain:str=None, # what statistics are pooled over: cell_type, experiment or plate; by default that of the training batches
     bagging:str=None, # batch sizes of repeated passes for batchnorm 'batch', separated by commas
     postprocess:str=None, # centers, center_plate, center_experiment, sphering or tvn: cosines of embeddings to class centres
-    tta:int=None, # views per site, 1 to 8; by default what the recipe says
+    tta:str=None, # views per site, 1 to 64, or the name of a group: d4, s4, hpa_first_place; by default what the recipe says
     present_only:bool=False, # use the sites whose files are all there
     debug:bool=False, # show the traceback of an error
 ):
@@ -179,7 +186,8 @@ def rcic_predict(
     with one_line_errors(debug):
         _, info = read_run(run)
         sizes = [int(b) for b in bagging.split(',')] if bagging else None
-        p = predict_run(run, read_screen(data or info['data']), split, batchnorm, tta, present_only=present_only or None, say=_say,
+        views = int(tta) if tta and tta.isdigit() else tta
+        p = predict_run(run, read_screen(data or info['data']), split, batchnorm, views, present_only=present_only or None, say=_say,
                         domain=domain, bagging=sizes, postprocess=postprocess)
         _say(p)
         _say(f'Written: {Path(run)/"predictions"/f"{split}.npz"}')
@@ -229,22 +237,30 @@ def rcic_submit(
     sample:Path=None, # sample submission that gives ids and order; by default that of the screen
     no_groups:bool=False, # leave the plate groups out
     no_assignment:bool=False, # let a siRNA win several wells of an experiment
+    thresholds:str=None, # where there are several labels: how thresholds are chosen, such as repeated_f1_shrunk or share; by default what the recipe says
     assignment:str=None, # exact, vote (plates vote for their groups, each well on its own) or vote_zero; by default what the recipe says
     debug:bool=False, # show the traceback of an error
 ):
     "Plate groups, one-to-one assignment and checks: from predictions to submission.csv."
     with one_line_errors(debug):
         screen = read_screen(data or read_run(run)[1]['data'])
+        if isinstance(screen, Atlas):
+            if no_groups or no_assignment or assignment: raise ValueError('an atlas has no plate groups and no assignment; --thresholds says how scores become labels')
+            return submit_labels(run, screen, out, sample, thresholds, _say)
+        if thresholds: raise ValueError('--thresholds is for several labels per image, and this is a screen of siRNAs')
         submit_run(run, screen, out, sample, not no_groups, not no_assignment, assignment, _say)
 
 @call_parse
 def rcic_score(
-    submission:Annotated[Path, dict(required=True)]=None, # CSV file with id_code, sirna
-    truth:Annotated[Path, dict(required=True)]=None, # CSV file with id_code, sirna
+    submission:Annotated[Path, dict(required=True)]=None, # CSV file with id_code, sirna; or with Id, Predicted
+    truth:Annotated[Path, dict(required=True)]=None, # CSV file with id_code, sirna; or with Id, Target
     debug:bool=False, # show the traceback of an error
 ):
-    "Accuracy of a submission per experiment, and over all wells on the last line."
+    "Accuracy of a submission per experiment, and over all wells on the last line; of several labels macro-F1, and F1 per class."
     with one_line_errors(debug):
+        if 'Id' in pd.read_csv(truth, nrows=0):
+            _say(label_score_table(submission, truth).to_string(float_format=lambda v: f'{v:.4f}'))
+            return _say(f'{score_label_submission(submission, truth):.6f}')
         score = score_submission(submission, truth)
         _say(score_table(submission, truth).to_string(float_format=lambda v: f'{v:.4f}'))
         _say(f'{score:.6f}')

@@ -47,7 +47,7 @@ def _rows(inp, targ):
         y,mask = y.long().clamp_min(0), y >= 0
     return torch.where(mask[:,None], x, x.new_zeros(())), y, mask
 
-# %% ../nbs/07_loss.ipynb #0e2e2de2
+# %% ../nbs/07_loss.ipynb #8e134ccf
 class ScreenLoss(BaseLoss):
     "Base of the losses: hard or soft targets, masked rows, float32 at least; a subclass defines `row_loss`."
     axis,y_int = -1,True # y_int: fastai's MixUp mixes the losses of both integer targets
@@ -75,7 +75,10 @@ class ScreenLoss(BaseLoss):
     )->Tensor: # Scalar, or (B,) if `reduction` is 'none'
         "Loss of a batch. Raises: `ValueError` if the shapes do not fit or a class does not exist."
         x,y,mask = _rows(inp, targ)
-        loss = torch.where(mask, self.row_loss(x, y), x.new_zeros(()))
+        return self._reduce(self.row_loss(x, y), mask)
+
+    def _reduce(self, loss, mask):
+        loss = torch.where(mask, loss, loss.new_zeros(()))
         if self.reduction == 'none': return loss
         return loss.sum() / mask.sum().clamp_min(1) if self.reduction == 'mean' else loss.sum()
 
@@ -236,12 +239,13 @@ class CrossEntropyArcFaceLoss(ScreenLoss):
 losses = dict(am_softmax=AMSoftmaxLoss, arcface=ArcFaceLoss, cross_entropy=SoftmaxCrossEntropyLoss,
               ce_arcface=CrossEntropyArcFaceLoss, one_hot_bce=OneHotBCELoss)
 
-# %% ../nbs/07_loss.ipynb #bff258da
+# %% ../nbs/07_loss.ipynb #5fe94a4c
 def create_loss(
     name:str, # A key of `losses`
     **kwargs, # Parameters of that loss
 )->ScreenLoss:
     "Loss by name. Raises: `ValueError` naming the nearest name, or the parameters the loss has."
+    if name not in losses: import rcic_fastai.multilabel_loss # numbered higher, it adds its losses to the table
     if name not in losses:
         near = get_close_matches(str(name).lower().replace('-', '_'), losses, n=1, cutoff=.4)
         raise ValueError(f"there is no loss {name!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(losses)})")

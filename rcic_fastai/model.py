@@ -362,11 +362,11 @@ class Head(nn.Module):
         "Logits, or cosines if the classifier is `CosineLinear`."
         return self.classifier(self.embed(features, context))
 
-# %% ../nbs/06_model.ipynb #84c3a369
+# %% ../nbs/06_model.ipynb #7d6dd055
 classifiers = {'linear': nn.Linear, 'cosine': CosineLinear, 'linear_cosine': LinearCosine}
-head_kinds = (*classifiers, 'neck', 'controls')
+head_kinds = (*classifiers, 'batchnorm', 'neck', 'controls')
 
-# %% ../nbs/06_model.ipynb #4f318e71
+# %% ../nbs/06_model.ipynb #f3fc5be8
 def _check_head(kind, classifier, cell_type, dropout, n_classes, n_cell_types):
     for name,value,known in ('head', kind, head_kinds), ('classifier', classifier, classifiers), ('cell_type', cell_type, cell_type_kinds):
         if value not in known: raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
@@ -375,12 +375,12 @@ def _check_head(kind, classifier, cell_type, dropout, n_classes, n_cell_types):
     if n_cell_types < 0: raise ValueError(f"n_cell_types is {n_cell_types}, expected 0 or more")
 
 def create_head(
-    kind:str, # A key of `classifiers`, 'neck' (BN-FC-ReLU-BN-FC-BN, then `classifier`) or 'controls' (comparison, BN, then `classifier`)
+    kind:str, # A key of `classifiers`, or what comes before `classifier`: 'batchnorm' (BN), 'neck' (BN-FC-ReLU-BN-FC-BN), 'controls' (comparison, BN)
     n_features:int, # F
     n_classes:int, # K
     n_hidden:int=1024, # Width of both layers of the neck
     dropout:float=0., # Before every fully connected layer of the neck; without a neck, before the classifier
-    classifier:str='linear', # After a neck or the controls: 'linear', 'cosine', or 'linear_cosine' (both while training)
+    classifier:str='linear', # After one of those: 'linear', 'cosine', or 'linear_cosine' (both while training)
     n_cell_types:int=0, # Condition on the cell type
     cell_type:str='one_hot', # How: 'one_hot', or 'embedding' in 16 learned dimensions
 )->Head: # Its `config` holds these arguments
@@ -392,7 +392,7 @@ def create_head(
     if kind == 'neck': neck,n_out = nn.Sequential(
         nn.BatchNorm1d(n_in), nn.Dropout(dropout), nn.Linear(n_in, n_hidden), nn.ReLU(),
         nn.BatchNorm1d(n_hidden), nn.Dropout(dropout), nn.Linear(n_hidden, n_hidden), nn.BatchNorm1d(n_hidden)), n_hidden
-    elif kind == 'controls': neck,n_out = nn.Sequential(nn.BatchNorm1d(n_in), nn.Dropout(dropout)), n_in
+    elif kind in ('batchnorm', 'controls'): neck,n_out = nn.Sequential(nn.BatchNorm1d(n_in), nn.Dropout(dropout)), n_in
     else: neck,n_out,classifier = nn.Dropout(dropout),n_in,kind
     head = Head(neck, classifiers[classifier](n_out, n_classes), n_cell_types, cell_type, kind == 'controls')
     head.config = config
@@ -449,18 +449,18 @@ class ScreenModel(nn.Module):
         self.head = create_head(**{**self.head.config, 'n_classes': n_classes}).to(p.device, p.dtype).train(self.training)
         return self
 
-# %% ../nbs/06_model.ipynb #f0b43b3a
+# %% ../nbs/06_model.ipynb #4e8ba002
 def create_model(
     arch:str, # One of `seresnext_layers`, or any timm architecture
     n_classes:int, # K
     n_channels:int=6, # C
     pool:str='avg', # 'avg', 'concat' or 'gem'
-    head:str='cosine', # 'linear', 'cosine', 'linear_cosine', 'neck' or 'controls'
+    head:str='cosine', # One of `head_kinds`
     pretrained:bool|str|Path=False, # Published ImageNet weights, or a file of weights for RGB
     init:str|None=None, # First convolution; None is 'mean' for pretrained weights, else 'random'
     n_hidden:int=1024, # Width of a neck
     dropout:float=0., # Dropout of the head
-    classifier:str='linear', # After a neck or controls: 'linear', 'cosine' or 'linear_cosine'
+    classifier:str='linear', # After 'batchnorm', 'neck' or 'controls': 'linear', 'cosine' or 'linear_cosine'
     n_cell_types:int=0, # Condition the head on the cell type
     cell_type:str='one_hot', # How: 'one_hot' or 'embedding'
     **kwargs, # To `timm.create_model`

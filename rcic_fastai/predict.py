@@ -6,7 +6,7 @@
 __all__ = ['Predictions', 'well_accuracy', 'embed_sites', 'predict_sites', 'predict_with', 'predict_run', 'embed_run',
            'write_embeddings']
 
-# %% ../nbs/10_predict.ipynb #6a3416f8
+# %% ../nbs/10_predict.ipynb #21e74bae
 import json, os, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,58 +15,92 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fasttransform import Pipeline
+from scipy.special import expit, softmax
+from torch import nn
 from tqdm.auto import tqdm
 
-from .augment import RandomCrop, dihedral
 from .batchnorm import BatchNormMode, batchnorm_modes
 from .data import DOMAINS, domain_keys, select_sites
 from .embed import postprocess_embeddings, postprocess_names, to_anndata, well_means
 from .model import plain
+from .multilabel_loss import MultiLabelLoss
 from .screen import Screen
 from .train import Recipe, complete_stats, load_run, read_run
+from .tta import TTA, ViewTransform, check_views, combine_views, image_keys, tta_group
 
-# %% ../nbs/10_predict.ipynb #8f449be0
+# %% ../nbs/10_predict.ipynb #33e07053
 @dataclass
 class Predictions:
     "Scores of sites or wells for every class."
     ids:np.ndarray # (N,) str: site_id or id_code
     classes:np.ndarray # (K,) int or str
     logits:np.ndarray # (N, K) float32
-    made:dict=field(default_factory=dict) # how: run, batchnorm, tta ...
+    made:dict=field(default_factory=dict) # how: run, batchnorm, tta, activation ('softmax' if not said) ...
+    views:np.ndarray|None=None # (V, N, K) float32: logits of each view, if they were kept
+    view_names:Sequence[str]=() # V names
 
     def __post_init__(self):
         self.ids, self.classes, self.logits = np.asarray(self.ids).astype(str), np.asarray(self.classes), np.asarray(self.logits, np.float32)
         if self.logits.shape!=(len(self.ids), len(self.classes)):
             raise ValueError(f'logits of shape {self.logits.shape} for {len(self.ids)} ids and {len(self.classes)} classes')
+        if self.views is None: return
+        self.views, self.view_names = np.asarray(self.views, np.float32), list(map(str, self.view_names))
+        if self.views.shape!=(expected := (len(self.view_names), *self.logits.shape)):
+            raise ValueError(f'views of shape {self.views.shape}, expected {expected}: named views, ids, classes')
 
-    def __repr__(self): return f'{len(self.ids):,} x {len(self.classes):,} logits, {", ".join(f"{k}={v}" for k,v in self.made.items())}'
+    def __repr__(self):
+        kept = '' if self.views is None else f', {len(self.views)} views kept'
+        return f'{len(self.ids):,} x {len(self.classes):,} logits, {", ".join(f"{k}={v}" for k,v in self.made.items())}{kept}'
 
     @property
     def labels(self) -> np.ndarray: # (N,)
         "The class with the highest score."
         return self.classes[self.logits.argmax(1)]
 
+    @property
+    def activation(self) -> str:
+        "'softmax' where an image has one class, 'sigmoid' where it has several labels."
+        return self.made.get('activation', 'softmax')
+
+    @property
+    def probabilities(self) -> np.ndarray: # float32 (N, K)
+        "Softmax or sigmoid of the logits, as the network was trained."
+        return (expit(self.logits) if self.activation=='sigmoid' else softmax(self.logits, 1)).astype(np.float32)
+
+    def combine(self, tta:int|str|TTA) -> 'Predictions':
+        "The kept views combined in another way, as if predicted with `tta`. Raises: ValueError if one of its views was not kept."
+        if self.views is None: raise ValueError('these predictions keep no views: predict with keep_views=True')
+        group, place = tta_group(tta), {n: i for i, n in enumerate(self.view_names)}
+        names = [v.name for v in group.views()]
+        if lost := [n for n in names if n not in place]:
+            raise ValueError(f'{len(lost)} of {len(names)} views of tta {_tta_setting(tta)!r} were not kept, such as {lost[0]!r}: kept are those of tta {self.made.get("tta")!r}')
+        logits = combine_views(torch.from_numpy(self.views[[place[n] for n in names]]), group, self.activation).numpy()
+        return replace(self, logits=logits, made={**self.made, 'tta': _tta_setting(tta)})
+
     def only(self, classes) -> 'Predictions':
         "Without the scores of other classes, such as those of control siRNAs."
         keep = np.isin(self.classes, np.asarray(list(classes)))
         if not keep.any(): raise ValueError(f'none of the {len(self.classes)} predicted classes is among those to keep')
-        return Predictions(self.ids, self.classes[keep], self.logits[:, keep], self.made)
+        return replace(self, classes=self.classes[keep], logits=self.logits[:, keep], views=None if self.views is None else self.views[..., keep])
 
     def wells(self) -> 'Predictions':
         "Mean over the sites of each well, in the order in which the wells first appear."
         if self.made.get('level')=='well': return self
         codes, first = pd.factorize(pd.Series(self.ids).str.rsplit('_', n=1).str[0])
-        total = np.zeros((len(first), len(self.classes)))
-        np.add.at(total, codes, self.logits)
-        return Predictions(np.asarray(first), self.classes, total/np.bincount(codes)[:, None], {**self.made, 'level': 'well'})
+        def mean(y):
+            total = np.zeros((len(first), len(self.classes)))
+            np.add.at(total, codes, y)
+            return total/np.bincount(codes)[:, None]
+        views = None if self.views is None else np.stack([mean(v) for v in self.views])
+        return replace(self, ids=np.asarray(first), logits=mean(self.logits), made={**self.made, 'level': 'well'}, views=views)
 
     def save(self, path:str|Path) -> Path:
         "Write an `.npz` file, under a temporary name first."
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-        with open(temporary, 'wb') as f: np.savez(f, ids=self.ids, classes=self.classes, logits=self.logits, made=json.dumps(self.made))
+        views = {} if self.views is None else dict(views=self.views, view_names=np.array(self.view_names, str))
+        with open(temporary, 'wb') as f: np.savez(f, ids=self.ids, classes=self.classes, logits=self.logits, made=json.dumps(self.made), **views)
         os.replace(temporary, path)
         return path
 
@@ -76,7 +110,11 @@ class Predictions:
         try: f = np.load(path, allow_pickle=False)
         except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist; rcic-predict writes it') from None
         except (OSError, ValueError) as e: raise ValueError(f'{path} is no file of predictions: {e}') from None
-        with f: return cls(f['ids'], f['classes'], f['logits'], json.loads(str(f['made'])))
+        with f: return cls(f['ids'], f['classes'], f['logits'], json.loads(str(f['made'])), *((f['views'], f['view_names'].tolist()) if 'views' in f else ()))
+
+def _tta_setting(tta):
+    "A number or name as it was given, a group as its settings: what JSON can hold"
+    return tta_group(tta).changes() if isinstance(tta, (TTA, dict)) else tta
 
 # %% ../nbs/10_predict.ipynb #a83dd596
 def well_accuracy(
@@ -90,40 +128,33 @@ def well_accuracy(
     known = truth.notna().to_numpy()
     return int((truth[known].to_numpy()==p.labels[known]).sum()), int(known.sum())
 
-# %% ../nbs/10_predict.ipynb #ff779efa
+# %% ../nbs/10_predict.ipynb #31106e5e
 def _prepare(learn):
-    "Function from raw uint8 images, their context and the number of the view to what the network gets"
-    tfms = list(learn.dls.train.after_batch.fs)
-    crops = [t for t in tfms if isinstance(t, RandomCrop)]
-    rest = Pipeline([t for t in tfms if not isinstance(t, RandomCrop)], split_idx=1)
-    def prepare(x, context, view):
-        for t in crops: x = _window(x, t.size, view)
-        x, context = rest((x, context))
-        return dihedral(x, view % 8).contiguous(), context
-    return prepare
+    "Function from raw uint8 images, their context, the view and keys of the images to what the network gets"
+    return ViewTransform(learn.dls.train.after_batch.fs)
 
-def _window(x, size, view):
-    room = torch.tensor(x.shape[-2:]) - size
-    if (room < 0).any(): raise ValueError(f'windows of {size} pixels do not fit into images of {x.shape[-2]}x{x.shape[-1]}')
-    share = torch.rand(2, generator=torch.Generator().manual_seed(view)) if view else torch.full((2,), .5)
-    top, left = (share*(room+1)).long().minimum(room).tolist()
-    return x[..., top:top+size, left:left+size]
+def _raw_batches(learn, sites, bs):
+    "Raw batches of the sites in their order: images, context, keys of the images"
+    keys, at = image_keys(sites.site_id), 0
+    for x, context, *_ in learn.dls.test_dl(sites.reset_index(drop=True), after_batch=[], bs=bs, domain=None, shuffle=False, device=torch.device('cpu')):
+        yield x, context, keys[at:at+len(x)]
+        at += len(x)
 
-# %% ../nbs/10_predict.ipynb #94efcdd8
+# %% ../nbs/10_predict.ipynb #836cc6f0
 def _forward(learn, view, embed=False):
     "Function from a raw batch to logits, or to what the classifier sees, in the precision of the recipe"
     prepare, device = _prepare(learn), learn.dls.device
     dtype = learn.auto_mixed_precision.dtype if hasattr(learn, 'auto_mixed_precision') else torch.float32
     net, scale = (learn.model.embed, 1.) if embed else (learn.model, getattr(learn.loss_func, 's', 1.)) # cosines to logits
-    def forward(x, context, *_):
-        x, context = map(plain, prepare(x.to(device), context.to(device), view))
+    def forward(x, context, keys):
+        x, context = map(plain, prepare(x.to(device), context.to(device), view, keys))
         # the network alone: what transforms and loaders keep for later is kept as ordinary tensors
         with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype!=torch.float32): return net(x, context).float()*scale
     return forward
 
 def _beside(forward, reference):
     "`forward` on batches that hold the sites of `reference`, a raw batch, too"
-    return lambda x, context, *_: forward(torch.cat([x, reference[0]]), torch.cat([context, reference[1]]))[:len(x)]
+    return lambda *b: forward(*(torch.cat(pair) for pair in zip(b, reference)))[:len(b[0])]
 
 def _compares_with_controls(model): return (getattr(getattr(model, 'head', None), 'config', None) or {}).get('kind')=='controls'
 
@@ -147,7 +178,7 @@ def _controls_of(sites, controls, domain):
 def _check_prediction(sites, batchnorm, domain, tta, bagging, postprocess, head_weight, controls):
     if batchnorm not in batchnorm_modes: raise ValueError(f'batchnorm is {batchnorm!r}, expected one of {", ".join(map(repr, batchnorm_modes))}')
     if domain not in (*DOMAINS, 'screen'): raise ValueError(f'domain is {domain!r}, expected one of {", ".join(map(repr, DOMAINS[1:]))}, \'screen\' or None')
-    if not 1 <= tta <= 64: raise ValueError(f'tta is {tta}, expected a number of views from 1 to 64')
+    tta_group(tta)
     if bagging and batchnorm!='batch': raise ValueError(f"bagging repeats passes over batches, which changes nothing with batchnorm {batchnorm!r}: use 'batch'")
     if any(b < 2 for b in bagging): raise ValueError(f'bagging is {list(bagging)}, expected batch sizes of 2 or more')
     if postprocess is not None and postprocess not in postprocess_names: raise ValueError(f'postprocess is {postprocess!r}, expected one of {", ".join(map(repr, postprocess_names))}')
@@ -155,71 +186,84 @@ def _check_prediction(sites, batchnorm, domain, tta, bagging, postprocess, head_
     if not 0 <= head_weight <= 1: raise ValueError(f'head_weight is {head_weight}, expected a share from 0 to 1')
     if not len(sites): raise ValueError('there are no sites to predict')
 
-# %% ../nbs/10_predict.ipynb #e2df7eee
-def _outputs(learn, sites, batchnorm, domain, tta, controls, pool_sites, bs, progress, bagging=(), seed=0, embed=False):
-    "Mean output of the network over views and passes, float32 (N, K) or (N, E), domain by domain"
-    domain = domain or learn.dls.train.domain or 'experiment'
-    load = lambda s, n=bs: learn.dls.test_dl(s.reset_index(drop=True), after_batch=[], bs=n, domain=None, shuffle=False, device=torch.device('cpu'))
+# %% ../nbs/10_predict.ipynb #64151030
+def _activation(learn):
+    "'sigmoid' for networks trained on several labels per image"
+    loss = learn.loss_func
+    return 'sigmoid' if isinstance(loss, MultiLabelLoss) or isinstance(getattr(loss, 'func', loss), nn.BCEWithLogitsLoss) else 'softmax' # fastai's losses have a `func`
+
+def _combiner(learn, group, embed, keep_views):
+    "Function from the outputs of all views, each (B, K), to (B, K); embeddings are averaged, and views to be kept come as (B, V, K)"
+    if keep_views: return lambda y: torch.stack(list(y), 1)
+    if embed: group = replace(group, combine='mean', space='logit')
+    return lambda y: combine_views(y, group, _activation(learn))
+
+def _outputs(learn, sites, batchnorm, domain, tta, controls, pool_sites, bs, progress, bagging=(), seed=0, embed=False, keep_views=False):
+    "Output of the network over views and passes, float32 (N, K) or (N, E), domain by domain; the single views (N, V, K) if they are to be kept"
+    domain, group = domain or learn.dls.train.domain or 'experiment', tta_group(tta)
+    load = lambda s, n=bs: _raw_batches(learn, s, n)
     groups, out = _domains(sites, domain, batchnorm, learn.model), None
     bar = tqdm(total=len(sites), desc=f'{"Embedding" if embed else "Predicting"}, {batchnorm} statistics', unit='site',
                disable=None if progress and not os.environ.get('TQDM_DISABLE') else True) # None: only where a terminal or notebook shows it
     complete_stats(learn.dls, sites, seed)
+    if same := check_views(group, ViewTransform(learn.dls.train.after_batch.fs)): warnings.warn(same)
     learn.model.to(learn.dls.device)
+    combine = _combiner(learn, group, embed, keep_views)
     with torch.no_grad(), bar:
         for rows in groups:
             own = sites.iloc[rows]
-            forwards = [_forward(learn, v, embed) for v in range(tta)]
+            forwards = [_forward(learn, v, embed) for v in group.views()]
             if _compares_with_controls(learn.model):
-                reference = list(load(_sample(_controls_of(own, controls, 'experiment'), 32), 32))[0]
+                reference = next(load(_sample(_controls_of(own, controls, 'experiment'), 32), 32))
                 forwards = [_beside(f, reference) for f in forwards]
             if batchnorm!='running' and own.id_code.nunique()==1 and controls is None:
                 warnings.warn(f'{own.id_code.iloc[0]} is the only well of its {domain}: statistics of one well are its own content, and take part of its phenotype away')
-            if batchnorm=='batch': y = _batch_outputs(forwards, learn.model, own, load, bagging or [bs], bool(bagging), seed)
-            else: y = _domain_outputs(forwards, learn.model, own, batchnorm, domain, controls, pool_sites, load)
-            if out is None: out = np.zeros((len(sites), y.shape[1]), np.float32)
+            if batchnorm=='batch': y = _batch_outputs(forwards, learn.model, own, load, bagging or [bs], bool(bagging), seed, combine)
+            else: y = _domain_outputs(forwards, learn.model, own, batchnorm, domain, controls, pool_sites, load, combine)
+            if out is None: out = np.zeros((len(sites), *y.shape[1:]), np.float32)
             out[rows] = y
             bar.update(len(own))
     return out
 
 def _sample(sites, n): return sites.iloc[np.linspace(0, len(sites)-1, min(n, len(sites))).round().astype(int)]
 
-def _batch_outputs(forwards, model, sites, load, sizes, shuffle, seed):
+def _batch_outputs(forwards, model, sites, load, sizes, shuffle, seed, combine):
     "Mean over passes with batches of `sizes`, each batch with its own statistics; shuffled if there are several passes"
     out, n, rng = 0, len(sites), np.random.default_rng(seed)
     for size in sizes:
         rows = rng.permutation(n) if shuffle else np.arange(n)
         even = -(-n//-(-n//size)) # no small batch at the end, whose statistics would be poor
         batches = list(load(sites.iloc[rows], even))
-        with BatchNormMode(model, 'batch'): y = torch.stack([torch.cat([f(*b) for b in batches]) for f in forwards]).mean(0).cpu()
+        with BatchNormMode(model, 'batch'): y = combine(torch.stack([torch.cat([f(*b) for b in batches]) for f in forwards])).cpu()
         out = out + y[torch.as_tensor(np.argsort(rows))]
     return (out/len(sizes)).numpy()
 
-def _domain_outputs(forwards, model, sites, batchnorm, domain, controls, pool_sites, load):
-    "Mean over views under statistics of the domain, of its controls, or running ones"
+def _domain_outputs(forwards, model, sites, batchnorm, domain, controls, pool_sites, load, combine):
+    "Combined views under statistics of the domain, of its controls, or running ones"
     beside = [] if controls is None or batchnorm!='domain' else list(load(_controls_of(sites, controls, domain)))
     if batchnorm=='domain' and (pool_sites is None or pool_sites >= len(sites)): # the pooling pass has the outputs already
         batches = list(load(sites))
         out = [torch.cat(BatchNormMode(model, batchnorm).pool(batches+beside, f)[:len(batches)]).cpu() for f in forwards]
-        return torch.stack(out).mean(0).numpy()
+        return combine(torch.stack(out)).numpy()
     modes = [BatchNormMode(model, batchnorm) for _ in forwards]
     if batchnorm in ('domain', 'controls'):
         pool = sites if batchnorm=='domain' else _controls_of(sites, controls, domain)
         reference = list(load(_sample(pool, pool_sites or len(pool))))
         for bn, f in zip(modes, forwards): bn.pool(reference+beside, f)
-    def mean(b):
-        out = 0
+    def outputs(b):
+        views = []
         for bn, f in zip(modes, forwards):
-            with bn: out = out + f(*b)
-        return (out/len(forwards)).cpu()
-    return torch.cat([mean(b) for b in load(sites)]).numpy() # batch by batch: nothing has to be kept
+            with bn: views.append(f(*b))
+        return combine(views).cpu()
+    return torch.cat([outputs(b) for b in load(sites)]).numpy() # batch by batch: nothing has to be kept
 
-# %% ../nbs/10_predict.ipynb #6716c16c
+# %% ../nbs/10_predict.ipynb #c14d92fe
 def embed_sites(
     learn, # from `screen_learner`, `train_run` or `load_run`
     sites:pd.DataFrame, # sites, labelled or not
     batchnorm:str='domain', # 'running', 'batch', 'domain' or 'controls'
     domain:str|None=None, # 'cell_type', 'experiment', 'plate' or 'screen' (all sites together); by default that of the training batches, else 'experiment'
-    tta:int=1, # views per site, whose embeddings are averaged
+    tta:int|str|TTA=1, # views per site, whose embeddings are averaged: a number, a name among `tta_presets`, or a group
     controls:pd.DataFrame=None, # control sites, for batchnorm 'controls' or to be pooled with the domain
     pool_sites:int=None, # pool statistics over at most so many sites of a domain; None: all
     bs:int=64, # batch size
@@ -253,13 +297,13 @@ def _postprocessed(learn, name, sites, reference, controls, **kwargs):
     scores[:, [column[c] for c in classes[known].tolist()]] = found[:, known]
     return scores
 
-# %% ../nbs/10_predict.ipynb #c40b07e8
+# %% ../nbs/10_predict.ipynb #6a20e865
 def predict_sites(
     learn, # from `screen_learner`, `train_run` or `load_run`
     sites:pd.DataFrame, # sites, labelled or not
     batchnorm:str='domain', # 'running', 'batch', 'domain' or 'controls'
     domain:str|None=None, # 'cell_type', 'experiment', 'plate' or 'screen' (all sites together); by default that of the training batches, else 'experiment'
-    tta:int=1, # views per site
+    tta:int|str|TTA=1, # views per site: a number, a name among `tta_presets`, or a group
     controls:pd.DataFrame=None, # control sites: for batchnorm 'controls', pooled with the domain for 'domain', or for 'tvn' and 'sphering'
     pool_sites:int=None, # pool statistics over at most so many sites of a domain; None: all
     bs:int=64, # batch size; changes nothing but memory, except for batchnorm 'batch'
@@ -268,7 +312,8 @@ def predict_sites(
     postprocess:str=None, # 'centers', 'center_plate', 'center_experiment', 'sphering' or 'tvn': cosines to class centres; None: scores of the head
     reference:pd.DataFrame=None, # labelled sites for the class centres; by default those of the learner
     head_weight:float=0., # share of the head's scores beside those of `postprocess`
-    seed:int=0 # of the shuffles of `bagging`
+    seed:int=0, # of the shuffles of `bagging`
+    keep_views:bool=False # keep the logits of each view, for `Predictions.combine`?
 ) -> Predictions: # of the sites, in their order
     """Scores of sites under named BatchNorm statistics.
 
@@ -277,16 +322,21 @@ def predict_sites(
     """
     _check_prediction(sites, batchnorm, domain, tta, bagging, postprocess, head_weight, controls)
     common = dict(batchnorm=batchnorm, domain=domain, tta=tta, pool_sites=pool_sites, bs=bs, progress=progress)
-    logits = None
-    if postprocess is None or head_weight: logits = _outputs(learn, sites, controls=controls, bagging=bagging, seed=seed, **common)
+    if keep_views and (bagging or postprocess): raise ValueError(f'keep_views keeps one pass of the head: not with {"bagging" if bagging else "postprocess"}')
+    logits = views = None
+    if postprocess is None or head_weight: logits = _outputs(learn, sites, controls=controls, bagging=bagging, seed=seed, keep_views=keep_views, **common)
+    if keep_views:
+        views = np.ascontiguousarray(logits.swapaxes(0, 1))
+        logits = combine_views(torch.from_numpy(views), tta_group(tta), _activation(learn)).numpy()
     if postprocess is not None:
         scores = _postprocessed(learn, postprocess, sites, _labelled(learn) if reference is None else reference, controls, **common)
         # cosines come to the scale of the logits they are mixed with
         if logits is not None: logits = head_weight*logits + (1-head_weight)*scores*(logits.std()/max(scores.std(), 1e-6))
         else: logits = scores*getattr(learn.loss_func, 's', 16.)
-    made = dict(level='site', batchnorm=batchnorm, domain=domain or learn.dls.train.domain or 'experiment', tta=tta)
+    made = dict(level='site', batchnorm=batchnorm, domain=domain or learn.dls.train.domain or 'experiment', tta=_tta_setting(tta))
     made.update({k: v for k,v in dict(bagging=list(bagging), postprocess=postprocess, head_weight=head_weight).items() if v})
-    return Predictions(sites.site_id, list(learn.dls.vocab), logits, made)
+    if _activation(learn)!='softmax': made['activation'] = _activation(learn)
+    return Predictions(sites.site_id, list(learn.dls.vocab), logits, made, views, [v.name for v in tta_group(tta).views()] if keep_views else ())
 
 def predict_with(
     learn, # from `screen_learner`, `train_run` or `load_run`
@@ -302,7 +352,7 @@ def predict_with(
     return predict_sites(learn, sites, **{**dict(batchnorm=i.batchnorm, domain=i.domain or recipe.data.domain, tta=i.tta, controls=controls if uses_controls else None,
                          pool_sites=i.pool_sites, bagging=i.bagging, postprocess=i.postprocess, head_weight=i.head_weight, seed=recipe.seed), **kwargs})
 
-# %% ../nbs/10_predict.ipynb #9691898a
+# %% ../nbs/10_predict.ipynb #8d28fda9
 def _run_sites(info, screen, split, wells, present_only, say):
     "The sites to predict"
     sites = select_sites(screen, 'train' if split=='valid' else split, wells, present_only, say)
@@ -323,21 +373,24 @@ def _predict_parts(run, info, screen, split, settings, **kwargs):
         if len(wells): parts.append(predict_run(Path(run)/name, replace(screen, wells=wells), split, **kwargs, **settings))
     if any(list(q.classes)!=list(parts[0].classes) for q in parts): raise ValueError(f'{run}: its cell types have different classes, so their predictions cannot be put together')
     ids, logits = np.concatenate([q.ids for q in parts]), np.concatenate([q.logits for q in parts])
+    views = None if parts[0].views is None else np.concatenate([q.views for q in parts], 1)
     place = {s: i for i, s in enumerate(screen.sites().site_id)}
     order = np.argsort([place[i] for i in ids], kind='stable')
-    return Predictions(ids[order], parts[0].classes, logits[order], {k: v for k,v in parts[0].made.items() if k not in ('run', 'recipe', 'split')})
+    made = {k: v for k,v in parts[0].made.items() if k not in ('run', 'recipe', 'split')}
+    return Predictions(ids[order], parts[0].classes, logits[order], made, None if views is None else views[:, order], parts[0].view_names)
 
 def predict_run(
     run:str|Path, # folder of a finished run
     screen:Screen, # where the sites are
     split:str='test', # 'test', 'train', or 'valid' for the wells that training set aside
     batchnorm:str=None, # by default what the recipe says
-    tta:int=None, # by default what the recipe says
+    tta:int|str|TTA=None, # by default what the recipe says
     wells:str=None, # 'treatments', 'controls' or 'all'; by default what was trained on
     present_only:bool=None, # leave out sites with missing files? by default as in training
     device=None, # by default fastai's default device
     progress:bool=True, # show a progress bar?
     say=print, # where notices go
+    keep_views:bool=False, # keep the logits of each view, in the file too?
     **inference # other settings of `recipe.inference`: domain, pool_sites, bagging, postprocess, head_weight
 ) -> Predictions: # of the sites; also in `predictions/SPLIT.npz` of the run
     """Predict a split with a finished run and keep the result in its folder; control siRNAs are left out of the classes of treated wells.
@@ -349,7 +402,8 @@ def predict_run(
     settings = {k: v for k,v in dict(batchnorm=batchnorm, tta=tta, **inference).items() if v is not None}
     present_only = info['present_only'] if present_only is None else present_only
     if split=='valid' and not info['valid_wells']: raise ValueError(f'{run} set no wells aside: train it with a validation set')
-    if 'parts' in info: p = _predict_parts(run, info, screen, split, settings, wells=wells, present_only=present_only, device=device, progress=progress, say=say)
+    if 'parts' in info: p = _predict_parts(run, info, screen, split, settings, wells=wells, present_only=present_only, device=device, progress=progress, say=say,
+                                       keep_views=keep_views)
     else:
         i = replace(recipe.inference, **settings)
         if settings.get('batchnorm', 'batch')!='batch' and 'bagging' not in settings: i = replace(i, bagging=[])
@@ -358,7 +412,7 @@ def predict_run(
         if i.postprocess or recipe.data.controls or recipe.model.head=='controls' or i.batchnorm=='controls':
             reference, controls = _run_references(info, screen, {'train', sites.split.iloc[0]}, present_only)
         learn = load_run(run, pd.concat([s for s in (sites, reference, controls) if s is not None], ignore_index=True), device)
-        p = predict_with(learn, sites, recipe, controls, reference=reference, progress=progress)
+        p = predict_with(learn, sites, recipe, controls, reference=reference, progress=progress, keep_views=keep_views)
         treated = screen.wells[(screen.wells.well_type=='treatment') & (screen.wells.split=='train')].sirna.dropna().unique() if info['target']=='sirna' else []
         if (sites.well_type=='treatment').all() and np.isin(p.classes, treated).any(): p = p.only(treated)
     p.made = dict(run=Path(run).name, recipe=recipe.name, split=split, **p.made)

@@ -6,7 +6,7 @@
 __all__ = ['recipes', 'laptop_rates', 'small_resnet', 'list_recipes', 'check_recipe', 'recipe_from_json', 'recipe_to_json',
            'get_recipe', 'change_recipe', 'laptop_recipe']
 
-# %% ../nbs/12_recipe.ipynb #3cc15eb0
+# %% ../nbs/12_recipe.ipynb #0652408f
 import difflib, json, types, typing
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -14,10 +14,13 @@ from pathlib import Path
 import pandas as pd
 
 from .embed import postprocess_names
+from .loss import losses
+from .multilabel_loss import multilabel_losses
 from .train import DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, compare_recipes
 from .step import optimizers
+from .tta import tta_group
 
-# %% ../nbs/12_recipe.ipynb #afda8bc6
+# %% ../nbs/12_recipe.ipynb #813afdb4
 # what several recipes share
 def _one_experiment(batch_size): return DataSettings(domain='experiment', batch_size=batch_size, standardize='image')
 _falling = TrainSettings(epochs=20, lr=1e-4, schedule='exponential', decay=.95, weight_decay=0.)
@@ -74,6 +77,18 @@ recipes = {r.name: r for r in (
            loss=LossSettings('am_softmax', dict(m=.3, s=16.)),
            train=TrainSettings(epochs=90, lr=1e-3, weight_decay=1e-2),
            inference=InferenceSettings(batchnorm='domain', tta=8, postprocess='center_plate', pool_sites=128)),
+    Recipe(name='hpa_seresnext50_focal', source='Human Protein Atlas 2018, 8th place', score='private macro-F1 .563',
+           data=DataSettings(domain=None, batch_size=16, read_size=512, size=512, min_scale=.5, standardize='screen', intensity=0., brightness=.1, warp=.1),
+           model=ModelSettings(arch='se_resnext50_32x4d', pretrained=True, pool='concat', head='batchnorm', dropout=.5),
+           loss=LossSettings('multilabel_focal', dict(gamma=2.)),
+           head=TrainSettings(epochs=2, lr=1e-2, find_lr=100, accumulate=4),
+           train=TrainSettings(epochs=25, lr=1e-2, find_lr=100, lr_ratio=16., accumulate=4),
+           finetune=TrainSettings(epochs=12, lr=1e-4, lr_ratio=16., schedule='constant', accumulate=4, loss='lsep', average=10),
+           valid='fold=0/5', inference=InferenceSettings(batchnorm='running', tta='s4', thresholds='repeated_f1')),
+    Recipe(name='hpa_resnet50_arcface', source='Human Protein Atlas 2018, metric learning of the 1st place', score='+.03',
+           data=DataSettings(domain=None, batch_size=32, read_size=512, size=512, min_scale=.5, standardize='screen', intensity=0., brightness=.1, warp=.1),
+           model=ModelSettings(arch='resnet50', pretrained=True, head='batchnorm', classifier='cosine'),
+           loss=LossSettings('arcface', dict(m=.5, s=30.)), train=TrainSettings(epochs=50, lr=1e-3, lr_ratio=16.), inference=InferenceSettings(batchnorm='running')),
 )}
 
 def list_recipes() -> pd.DataFrame: # one row per recipe
@@ -81,7 +96,7 @@ def list_recipes() -> pd.DataFrame: # one row per recipe
     return pd.DataFrame([dict(recipe=r.name, arch=r.model.arch, loss=r.loss.name, batches=r.data.domain or 'mixed', epochs=r.train.epochs,
                               source=r.source, score=r.score) for r in recipes.values()]).set_index('recipe')
 
-# %% ../nbs/12_recipe.ipynb #781cb65b
+# %% ../nbs/12_recipe.ipynb #d6023849
 def _nearest(key, known):
     close = difflib.get_close_matches(key, known, n=1, cutoff=.5)
     return f'; did you mean {close[0]!r}?' if close else f'; there are {", ".join(known)}'
@@ -106,11 +121,11 @@ def _from_dict(default, d, where=''):
                                for k,v in d.items()})
 
 _domains = (None, 'cell_type', 'experiment', 'plate')
-_stages = ('controls', 'train', 'finetune', 'cell_type')
+_stages = ('controls', 'head', 'train', 'finetune', 'cell_type')
 _choices = {('data', 'domain'): _domains, ('data', 'standardize'): (None, 'image', 'plate', 'experiment', 'screen'),
-            ('model', 'pool'): ('avg', 'concat', 'gem'), ('model', 'head'): ('linear', 'cosine', 'neck', 'controls'),
+            ('model', 'pool'): ('avg', 'concat', 'gem'), ('model', 'head'): ('linear', 'cosine', 'batchnorm', 'neck', 'controls'),
             ('model', 'classifier'): ('linear', 'cosine', 'linear_cosine'), ('model', 'cell_type'): (None, 'one_hot', 'embedding'),
-            ('model', 'first_conv'): (None, 'mean', 'repeat', 'zero', 'random'), ('loss', 'name'): ('am_softmax', 'arcface', 'cross_entropy', 'one_hot_bce', 'ce_arcface'),
+            ('model', 'first_conv'): (None, 'mean', 'repeat', 'zero', 'random'), ('loss', 'name'): tuple(losses), **{(s, 'loss'): (None, *losses) for s in _stages},
             ('device', 'precision'): ('auto', 'fp32', 'bf16', 'fp16'), ('inference', 'batchnorm'): ('running', 'batch', 'domain', 'controls'),
             ('inference', 'domain'): (*_domains, 'screen'), ('inference', 'postprocess'): (None, *postprocess_names),
             ('data', 'statistics'): ('all', 'controls'), ('data', 'match_histograms'): (None, 'plate', 'experiment'), ('data', 'control_classes'): (None, 'train', 'all'),
@@ -119,10 +134,10 @@ _choices = {('data', 'domain'): _domains, ('data', 'standardize'): (None, 'image
             **{(s, 'schedule'): ('one_cycle', 'cosine', 'steps', 'exponential', 'constant') for s in _stages}}
 
 _at_least = {('data', 'batch_size'): 1, ('data', 'domains_per_batch'): 1, ('data', 'controls'): 0, ('data', 'workers'): 0, ('controls', 'epochs'): 0, ('train', 'epochs'): 1,
-             ('finetune', 'epochs'): 0, ('cell_type', 'epochs'): 0, ('checkpoint', 'steps'): 0, ('checkpoint', 'keep'): 1, ('inference', 'tta'): 1, ('pseudo', 'every'): 1, **{(s, 'accumulate'): 1 for s in _stages}, **{(s, 'lr'): 1e-12 for s in _stages},
-             **{(s, 'lr_ratio'): 1 for s in _stages}, **{(s, k): 0 for s in _stages for k in ('freeze_epochs', 'ema', 'average', 'validate_steps', 'patience', 'weight_decay')}}
+             ('finetune', 'epochs'): 0, ('cell_type', 'epochs'): 0, ('checkpoint', 'steps'): 0, ('checkpoint', 'keep'): 1, ('pseudo', 'every'): 1, **{(s, 'accumulate'): 1 for s in _stages}, **{(s, 'lr'): 1e-12 for s in _stages},
+             **{(s, 'lr_ratio'): 1 for s in _stages}, **{(s, k): 0 for s in _stages for k in ('find_lr', 'freeze_epochs', 'ema', 'average', 'validate_steps', 'patience', 'weight_decay')}}
 
-def _margin_head(model): return model.head=='cosine' or model.head=='neck' and model.classifier=='cosine'
+def _margin_head(model): return model.head=='cosine' or model.head in ('batchnorm', 'neck') and model.classifier=='cosine'
 
 # setting and value, what must hold for the recipe, and why
 _combinations = (
@@ -143,6 +158,20 @@ def _check_stage(name, stage):
     if stage.average and stage.patience: raise ValueError(f'{name}.average needs the last epochs, which {name}.patience may leave out')
     if 0 < stage.epochs < stage.freeze_epochs: raise ValueError(f'{name}.freeze_epochs is {stage.freeze_epochs}, expected at most the {stage.epochs} epochs of the stage')
 
+def _check_labels(recipe):
+    "What does not go with several labels"
+    several = recipe.loss.name in multilabel_losses
+    for name in _stages:
+        stage = getattr(recipe, name)
+        if stage.loss and several!=(stage.loss in multilabel_losses): raise ValueError(f'{name}.loss is {stage.loss!r}, but loss.name {recipe.loss.name!r}: one is for one label per image, the other for several')
+        if stage.loss and _margins(stage.loss)!=_margins(recipe.loss.name): raise ValueError(f'{name}.loss is {stage.loss!r}, which does not fit the head of {recipe.loss.name!r}')
+        if stage.mix and several: raise ValueError(f'{name}.mix {stage.mix!r} mixes two labels, not two sets of them')
+        if 0 < stage.find_lr < 20: raise ValueError(f'{name}.find_lr is {stage.find_lr}, expected 20 steps or more: fewer points show no curve')
+    if several and recipe.pseudo.start is not None: raise ValueError('pseudo-labels are for one label per image')
+    tta_group(recipe.inference.tta)
+
+def _margins(loss): return loss if loss in ('am_softmax', 'arcface', 'ce_arcface') else None
+
 def check_recipe(
     recipe:Recipe # settings
 ) -> Recipe: # the same
@@ -158,7 +187,8 @@ def check_recipe(
     if recipe.per_cell_type and recipe.cell_type.epochs: raise ValueError('per_cell_type trains each cell type from the start, which leaves nothing for a last stage cell_type: choose one')
     if recipe.data.domains_per_batch > 1 and recipe.data.domain is None: raise ValueError('data.domains_per_batch needs data.domain, whose domains those are')
     if recipe.data.batch_size % recipe.data.domains_per_batch: raise ValueError(f'data.batch_size is {recipe.data.batch_size}, expected a multiple of data.domains_per_batch, {recipe.data.domains_per_batch}')
-    dual = recipe.model.classifier=='linear_cosine' and recipe.model.head=='neck'
+    _check_labels(recipe)
+    dual = recipe.model.classifier=='linear_cosine' and recipe.model.head in ('batchnorm', 'neck')
     if (recipe.loss.name in ('am_softmax', 'arcface'))!=_margin_head(recipe.model) or (recipe.loss.name=='ce_arcface')!=dual:
         raise ValueError(f'loss {recipe.loss.name!r} and head {recipe.model.head!r} do not fit: margin losses need the cosine head (or a neck with that classifier), '
                          "'ce_arcface' a neck with the classifier 'linear_cosine', the others a head that returns logits")
@@ -225,7 +255,7 @@ def change_recipe(
         at[last] = value
     return check_recipe(_from_dict(Recipe(), d))
 
-# %% ../nbs/12_recipe.ipynb #244ac77b
+# %% ../nbs/12_recipe.ipynb #5225c798
 # highest learning rates for `small_resnet`, chosen on held-out training experiments (benchmarks/results/batch_effect_rates.csv, recipe_rates.csv)
 laptop_rates = dict(efficientnet_b5_amsoftmax=1.2e-2, densenet201_amsoftmax=4e-3, efficientnet_b2_crossentropy=4e-3, seresnext101_amsoftmax=3.6e-2,
                     densenet121_accumulate=4e-3, resnext50_accumulate=1.2e-2,
@@ -245,9 +275,9 @@ def laptop_recipe(
     short = lambda n: max(1, round(n*epochs/total)) if n else 0
     bs = min(recipe.data.batch_size, virtual_batch)
     factor = (lr or laptop_rates.get(recipe.name.removesuffix('-faithful'), recipe.train.lr))/recipe.train.lr
-    stages = {k: replace(s, epochs=short(s.epochs), lr=s.lr*factor, accumulate=max(1, min(s.accumulate, virtual_batch//bs)),
+    stages = {k: replace(s, epochs=short(s.epochs), lr=s.lr*factor, find_lr=0, average=min(s.average, short(s.epochs)), accumulate=max(1, min(s.accumulate, virtual_batch//bs)),
                            freeze_epochs=max(0, min(s.freeze_epochs, short(s.epochs)-1)), validate_steps=min(s.validate_steps, 50)) for k,s in stages.items()}
     pseudo = recipe.pseudo if recipe.pseudo.start is None else replace(recipe.pseudo, start=min(short(recipe.pseudo.start), stages['train'].epochs-1))
-    return check_recipe(replace(recipe, name=f'{recipe.name}-laptop', data=replace(recipe.data, batch_size=bs, cache=True, workers=0),
+    return check_recipe(replace(recipe, name=f'{recipe.name}-laptop', data=replace(recipe.data, batch_size=bs, cache=True, workers=0, read_size=recipe.data.read_size and 64),
                                 model=replace(recipe.model, **{'pretrained': False, **(model or small_resnet)}), pseudo=pseudo,
                                 inference=replace(recipe.inference, pool_sites=None), **stages))

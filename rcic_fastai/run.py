@@ -6,7 +6,7 @@
 __all__ = ['training_sites', 'control_sites', 'needs_controls', 'PseudoLabels', 'check_no_leak', 'Stages', 'held_out',
            'train_run', 'logger', 'find_lr', 'submit_run', 'blend_runs']
 
-# %% ../nbs/11b_run.ipynb #23f84609
+# %% ../nbs/11b_run.ipynb #0d379cf7
 import difflib, json, os, platform, shutil, tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,11 +25,13 @@ from .blend import blend_predictions, blend_report, blend_weights
 from .checkpoint import Checkpoint, History, latest_checkpoint, write_text
 from .data import select_sites
 from .model import load_weights, save_model
+from .multilabel_loss import multilabel_losses
 from .predict import Predictions, predict_run, predict_with
 from .pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites, pseudo_to_json, select_pseudo_labels
 from .screen import Screen, plate_groups, valid_mask
+from .target import is_multilabel
 from .train import (PseudoSettings, Recipe, TrainSettings, _plain_log, compare_recipes, fit_stage, new_head, pretrain_on_controls, read_run,
-                               recipe_dataloaders, recipe_from_dict, recipe_model, screen_learner)
+                               recipe_dataloaders, recipe_from_dict, recipe_model, screen_learner, suggest_lr)
 
 # %% ../nbs/11b_run.ipynb #d6c0d1e6
 def _usable_domain(sites, recipe, target, say):
@@ -119,7 +121,7 @@ class PseudoLabels(Callback):
         new.to(self.dls.device)
         self.learn.dls.loaders[0] = new
 
-# %% ../nbs/11b_run.ipynb #c255725e
+# %% ../nbs/11b_run.ipynb #74a137af
 _free = ('checkpoint.steps', 'checkpoint.keep', 'data.workers', 'data.cache') # change nothing of what is computed
 
 def _check_same(started, recipe, asked, run):
@@ -141,7 +143,7 @@ def check_no_leak(
 
 class Stages:
     "The stages of a run: each is saved while it trains, and gone on with where a checkpoint says so."
-    order = ('controls', 'train', 'finetune')
+    order = ('controls', 'head', 'train', 'finetune')
     def __init__(self,
         run:Path, # folder
         recipe:Recipe, # settings
@@ -160,14 +162,14 @@ class Stages:
         say(f'Going on with {run}: stage {self.resume["stage"]}, {at}')
 
     def past(self,
-        name:str # 'controls', 'train' or 'finetune'
+        name:str # one of `order`
     ) -> bool:
         "Does the checkpoint belong to a later stage?"
         return self.resume is not None and self.order.index(self.resume['stage']) > self.order.index(name)
 
     def fit(self,
         learn:Learner, # from `screen_learner`
-        name:str, # 'controls', 'train' or 'finetune'
+        name:str, # one of `order`
         stage:TrainSettings, # epochs, learning rate ...
         cbs=() # further callbacks
     ) -> Learner: # the same, trained
@@ -177,12 +179,24 @@ class Stages:
         self.trained |= set(items.id_code[~items.pseudo.fillna(False).astype(bool)] if 'pseudo' in items else items.id_code)
         if len(learn.dls.valid_ds): check_no_leak(self.trained, learn.dls.valid_ds.items.id_code, name)
         state, self.resume, self.history.stage = self.resume, None, name
+        if stage.find_lr: stage = replace(stage, lr=self._found_lr(learn, name, stage))
         checkpoint, cbs = Checkpoint(self.run/'checkpoints', name, settings.steps, settings.keep, state, self.extra, self.say), [self.history, *cbs]
         if state is None or not state['done']: return fit_stage(learn, stage, [*cbs, *self.cbs], checkpoint)
         with learn.added_cbs([*cbs, checkpoint]): checkpoint.load_done(state)
         return learn
 
-# %% ../nbs/11b_run.ipynb #165baa39
+    def _found_lr(self, learn, name, stage):
+        "What `lr_find` suggests, looked for once: a run that goes on takes what is written"
+        path, key = self.run/'learning_rates.json', xxhash.xxh3_64_hexdigest(json.dumps(self.extra, default=str).encode())
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if found.get('recipe')!=key: found = dict(recipe=key)
+        if name not in found:
+            found[name] = suggest_lr(learn, stage)
+            write_text(path, json.dumps(found)+'\n')
+        self.say(f'Stage {name}: learning rate {found[name]:.2e}, found in {stage.find_lr} steps')
+        return found[name]
+
+# %% ../nbs/11b_run.ipynb #3065f013
 def _check_request(screen, run, target, valid, seed):
     "What can be told to be wrong before any file is looked for"
     if (run/'run.json').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
@@ -205,6 +219,14 @@ def held_out(
     if recipe.data.control_classes=='all': return sites, mask & ~control
     keep = ~(mask & control)
     return sites[keep].reset_index(drop=True), mask[keep]
+
+def _check_losses(sites, recipe, target):
+    "One label or several?"
+    several, stages = is_multilabel(sites[target]), (recipe.head, recipe.train, recipe.finetune)
+    for name in [recipe.loss.name, *(s.loss for s in stages if s.epochs and s.loss)]:
+        if several==(name in multilabel_losses): continue
+        if several: raise ValueError(f'{target} is a set of labels, and {name!r} is a loss of one label; recipes of several labels have one of {", ".join(multilabel_losses)}')
+        raise ValueError(f'{target} is one label, and {name!r} is a loss of several')
 
 def _pseudo_callback(screen, recipe, sites, mask, loaders, controls, present_only, path, say):
     "The callback for unlabelled wells: those of the test split and those held out"
@@ -233,7 +255,7 @@ def train_run(
     screen:Screen, # from `read_screen`
     recipe:Recipe, # settings
     run:str|Path, # folder to write, such as 'runs/first'; one that was killed goes on
-    target:str='sirna', # column of the wells to predict
+    target:str=None, # column of the wells to predict
     wells:str='treatments', # 'treatments', 'controls' or 'all'
     valid=None, # wells to set aside: a sentence for `valid_mask`, such as 'experiment=HUVEC-07', or id_codes; None: what the recipe says
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
@@ -246,12 +268,13 @@ def train_run(
     Raises: FileExistsError if the folder holds a finished run; ValueError, FileNotFoundError for what is wrong with the data, or if the
     run was started otherwise; TrainingStopped for a signal, FloatingPointError for a loss that is no number, both with what is saved intact.
     """
-    run, valid = Path(run), recipe.valid if valid is None else valid
+    run, valid, target = Path(run), recipe.valid if valid is None else valid, target or screen.target
     _check_request(screen, run, target, valid, recipe.seed)
     if len(screen.cell_types) > 1 and (recipe.per_cell_type or recipe.cell_type.epochs):
         return _train_parts(screen, recipe, run, target, wells, valid, present_only, say, cbs)
     sites, asked_recipe = training_sites(screen, recipe, wells, present_only, say), recipe
     recipe = _usable_domain(sites, recipe, target, say)
+    _check_losses(sites, recipe, target)
     sites, mask = held_out(sites, valid, recipe)
     if not mask.any() and 'best' in (recipe.train.keep, recipe.finetune.keep): say('No wells are set aside: training ends with its last weights, not with the best')
     controls = control_sites(screen, present_only) if needs_controls(recipe) else None
@@ -260,6 +283,7 @@ def train_run(
     asked = dict(target=target, wells=wells, start=None if start is None else str(start), training_wells=_digest(sites.id_code[~mask]), validation_wells=_digest(sites.id_code[mask]))
     stages = Stages(run, asked_recipe, asked, cbs, trained, say)
     common = dict(dict(target=target, cell_types=screen.cell_types, experiments=screen.experiments, channels=screen.channels, path=run), **taken)
+    if is_multilabel(sites[target]) and 'classes' not in taken: common['classes'] = getattr(screen, 'classes', None) # those without an image count too
     dls = recipe_dataloaders(sites, recipe, mask, controls=controls, **known, **common)
     model = None
     if start is not None:
@@ -279,9 +303,13 @@ def train_run(
     say(f'Training {recipe.model.arch} on {len(dls.train_ds):,} sites, {len(dls.vocab):,} classes, {recipe.train.epochs} epochs, '
         f'{str(learn.auto_mixed_precision.dtype).removeprefix("torch.")} on {dls.device}')
     _plain_log(learn, say)
+    if recipe.head.epochs and not stages.past('head'):
+        say(f'The head alone, {recipe.head.epochs} epochs')
+        stages.fit(learn, 'head', replace(recipe.head, freeze_epochs=recipe.head.epochs))
     stages.fit(learn, 'train', recipe.train, pseudo)
     if recipe.finetune.epochs:
-        say(f'Fine-tuning, {recipe.finetune.epochs} epochs' + (f' with {recipe.finetune.mix}' if recipe.finetune.mix else ''))
+        how = [o for o in (recipe.finetune.mix, recipe.finetune.loss) if o]
+        say(f'Fine-tuning, {recipe.finetune.epochs} epochs' + (f' with {" and ".join(how)}' if how else ''))
         for cb in pseudo: cb.over = True # the set stays as it is
         stages.fit(learn, 'finetune', recipe.finetune, pseudo)
     written = dict(target=target, wells=wells, valid=valid if isinstance(valid, str) else None, present_only=present_only, start=asked['start'])
@@ -329,7 +357,7 @@ def _write_run(learn, recipe, run, screen, sites, mask, common, asked):
     save_model(learn.model, run/'model.safetensors', meta=dict(recipe=recipe.name))
     write_text(run/'run.json', json.dumps(info, indent=1)+'\n')
 
-# %% ../nbs/11b_run.ipynb #535a0e68
+# %% ../nbs/11b_run.ipynb #3449f743
 def logger(
     name:str, # 'tensorboard' or 'wandb'
     run:str|Path, # run folder, which the log goes to
@@ -357,7 +385,7 @@ def logger(
 def find_lr(
     screen:Screen, # from `read_screen`
     recipe:Recipe, # settings
-    target:str='sirna', # column of the wells to predict
+    target:str=None, # column of the wells to predict; by default siRNAs, of an atlas its labels
     steps:int=100, # steps of the test
     path:str|Path=None, # picture of the loss against the learning rate
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
@@ -366,7 +394,8 @@ def find_lr(
     "A learning rate for the main stage, by fastai's `lr_find`: the rate rises from step to step, and the loss says when it is too much."
     import matplotlib.pyplot as plt
     if steps < 20: raise ValueError(f'steps is {steps}, expected 20 or more: fewer points show no curve')
-    sites = training_sites(screen, recipe, present_only=present_only, say=say)
+    sites, target = training_sites(screen, recipe, present_only=present_only, say=say), target or screen.target
+    _check_losses(sites, recipe, target)
     controls = control_sites(screen, present_only) if needs_controls(recipe) else None
     with tempfile.TemporaryDirectory() as folder:
         dls = recipe_dataloaders(sites, _usable_domain(sites, recipe, target, say), controls=controls, target=target, cell_types=screen.cell_types,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WELL_COLUMNS', 'WELL_TYPES', 'CELL_TYPES', 'PLATE_ROWS', 'LAYOUTS', 'CHANNELS', 'read_table', 'parse_wells',
            'kaggle_wells', 'metadata_sites', 'screen_layout', 'plate_groups', 'plate_rotations', 'check_screen',
-           'well_sites', 'site_files', 'check_files', 'present_sites', 'plate_map', 'Screen', 'read_screen',
-           'split_experiments', 'experiment_folds', 'valid_mask']
+           'well_sites', 'is_optional', 'site_files', 'check_files', 'present_sites', 'plate_map', 'Screen',
+           'read_screen', 'split_experiments', 'experiment_folds', 'valid_mask']
 
 # %% ../nbs/00_screen.ipynb #af96df93
 import csv, difflib, hashlib, html, os, re, warnings, zlib
@@ -154,20 +154,24 @@ def _require_unique(table, column):
     def again(r): return f'{column} {r[column]} is already in {_where(table[table[column] == r[column]].iloc[0])}'
     _require(table, ~table[column].duplicated(), again)
 
-# %% ../nbs/00_screen.ipynb #3b72b758
-LAYOUTS = ('kaggle', 'rxrx1', 'wilds')
+# %% ../nbs/00_screen.ipynb #b4871cfd
+LAYOUTS = ('kaggle', 'rxrx1', 'wilds', 'hpa')
 
 def _is_wilds(metadata):
     if re.search(r'(^|,)val(,|\r?$)', metadata.read_text(encoding='utf-8-sig', errors='replace'), re.M): return True
     with metadata.open(newline='', encoding='utf-8-sig', errors='replace') as f: r = next(csv.DictReader(f), {})
     return (metadata.parent/f"images/{r.get('experiment')}/Plate{r.get('plate')}/{r.get('well')}_s{r.get('site')}.png").is_file()
 
+def _is_hpa(table):
+    with table.open(newline='', encoding='utf-8-sig', errors='replace') as f: return 'Target' in next(csv.reader(f), [])
+
 def _find_screen(path, layout=None):
     "The folder of the tables, and the layout."
     path = Path(path).expanduser()
     if layout not in (None, *LAYOUTS): raise ValueError(f'layout {layout!r} is unknown{_nearest(layout, LAYOUTS)}')
     if not path.is_dir(): raise FileNotFoundError(f'{path} is not a folder')
-    if layout == 'kaggle' or layout is None and (path/'train.csv').is_file(): return path, 'kaggle'
+    if layout in ('kaggle', 'hpa'): return path, layout
+    if layout is None and (path/'train.csv').is_file(): return path, 'hpa' if _is_hpa(path/'train.csv') else 'kaggle'
     tables = [path/'metadata.csv', path/'rxrx1_v1.0'/'metadata.csv', path/'rxrx1'/'metadata.csv']
     found = next((t for t in tables if t.is_file()), None)
     if found is None:
@@ -269,7 +273,7 @@ def check_screen(
     _require(t, ~t.duplicated(key), lambda r: f'siRNA {r.sirna} is repeated in {r.experiment}: it is already in {_where(first(r))}')
     plate_groups(wells)
 
-# %% ../nbs/00_screen.ipynb #97385a3a
+# %% ../nbs/00_screen.ipynb #7b028fe8
 _PLATE_FOLDER = dict(kaggle='{0}/{1}/Plate{2}', rxrx1='images/{1}/Plate{2}', wilds='images/{1}/Plate{2}')
 
 def well_sites(
@@ -282,7 +286,7 @@ def well_sites(
 
     Raises: `ValueError` for an unknown layout, or a well without a site in the table given.
     Source: WILDS, wilds/datasets/rxrx1_dataset.py (file names and the official split)."""
-    if layout not in LAYOUTS: raise ValueError(f'layout {layout!r} is unknown{_nearest(layout, LAYOUTS)}')
+    if layout not in _PLATE_FOLDER: raise ValueError(f'layout {layout!r} is unknown{_nearest(layout, _PLATE_FOLDER)}')
     if 'site_id' in wells: raise ValueError('these are sites already; expected one row per well')
     if isinstance(sites, pd.DataFrame):
         table = wells.merge(sites[['id_code', 'site']].sort_values(['id_code', 'site']), on='id_code', how='left')
@@ -299,11 +303,17 @@ def well_sites(
     if layout == 'wilds': table.loc[(table.split == 'train') & (table.site == 2), 'split'] = 'id_test'
     return table
 
-# %% ../nbs/00_screen.ipynb #a1143e80
+# %% ../nbs/00_screen.ipynb #cee18d67
 CHANNELS = (1, 2, 3, 4, 5, 6)  # nucleus, endoplasmic reticulum, actin, nucleoli and RNA, mitochondria, Golgi and plasma membrane
 
 def _expand(pattern, channels):
-    return [pattern.replace('{channel}', str(c)) for c in channels] if '{channel}' in pattern else [pattern]
+    return [pattern.replace('{channel}', str(c).removesuffix('?')) for c in channels] if '{channel}' in pattern else [pattern]
+
+def is_optional(
+    channel:int|str,  # number or name
+)->bool:              # does the name end with a question mark, such as 'yellow?'
+    "May the file of a channel be missing, so that zeros take its place?"
+    return str(channel).endswith('?')
 
 def site_files(
     files:str,                        # path with or without `{channel}`, as in the column `files` of sites
@@ -312,7 +322,7 @@ def site_files(
     "Paths of the image files of one site."
     return [Path(p) for p in _expand(files, channels)]
 
-# %% ../nbs/00_screen.ipynb #6ae4da2a
+# %% ../nbs/00_screen.ipynb #8edb5a07
 def _missing_files(sites, channels):
     "For each site, the paths that do not exist."
     listed, missing = {}, []
@@ -322,7 +332,8 @@ def _missing_files(sites, channels):
             continue
         folder, _, name = pattern.rpartition('/')
         if folder not in listed: listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
-        missing.append([f'{folder}/{n}' for n in _expand(name, channels) if n not in listed[folder]])
+        needed = [c for c in channels if not is_optional(c)]
+        missing.append([f'{folder}/{n}' for n in _expand(name, needed) if n not in listed[folder]])
     return missing
 
 def check_files(
@@ -391,7 +402,7 @@ def plate_map(
     for side in ax.spines.values(): side.set_visible(False)
     return ax
 
-# %% ../nbs/00_screen.ipynb #737ac092
+# %% ../nbs/00_screen.ipynb #276a4066
 @dataclass(eq=False, repr=False)
 class Screen:
     "Tables of one screen, the same for every layout; made by `read_screen`."
@@ -401,6 +412,7 @@ class Screen:
     channels:tuple[int,...]=CHANNELS # numbers of the channels a site has
     site_rows:pd.DataFrame=None     # `id_code` and `site` of every site; None: sites 1 and 2 of every well
     packed:pd.Series=None           # `files` by `site_id`, if the folder is a store of packed sites
+    target = 'sirna'                # column of the wells that is to be predicted
 
     def sites(self,
         wells:pd.DataFrame=None,    # wells of this screen, filtered or with more columns; None: all
@@ -417,7 +429,7 @@ class Screen:
     @property
     def cell_types(self)->list[str]: return sorted(self.wells.cell_type.unique())
 
-# %% ../nbs/00_screen.ipynb #3d4bc3bc
+# %% ../nbs/00_screen.ipynb #56aa6a32
 def _packed_files(root):
     "What stands for the files of the sites in a store, see `rcic_fastai.store`."
     ids = pd.read_parquet(root/'sites.parquet', columns=['site_id']).site_id
@@ -434,6 +446,9 @@ def read_screen(
     if (Path(path)/'packing.json').is_file():
         raise FileNotFoundError(f'{path} holds no finished store: packing was interrupted; run the same rcic-pack to go on')
     root, layout = _find_screen(path, layout)
+    if layout == 'hpa':
+        from rcic_fastai.hpa import read_hpa # numbered higher; only where there is an atlas
+        return read_hpa(root)
     if layout == 'kaggle': rows, site_rows = kaggle_wells(root, check), None
     else:
         rows = metadata_sites(root/'metadata.csv')
@@ -553,7 +568,7 @@ def experiment_folds(
         folds |= {e: (start + i) % n_folds for i, e in enumerate(experiments)}
     return pd.Series(folds, name='fold', dtype='int64').rename_axis('experiment').sort_index()
 
-# %% ../nbs/00_screen.ipynb #cc013960
+# %% ../nbs/00_screen.ipynb #7d32a66c
 _VALID = 'experiment=NAME,..., plate=NUMBER,..., cell_type=NAME,..., split=NAME, fold=NUMBER/FOLDS or well=NUMBER/PARTS'
 
 def _part_of(spec, column, text):
@@ -567,6 +582,9 @@ def _part_of(spec, column, text):
 
 def _fold_mask(wells, spec, text, seed):
     fold, n_folds = _part_of(spec, 'fold', text)
+    if 'labels' in wells:
+        from rcic_fastai.hpa import atlas_folds # numbered higher; only where there are several labels
+        return atlas_folds(wells, n_folds, seed) == fold
     try: folds = experiment_folds(wells, n_folds, seed)
     except ValueError as e: raise ValueError(f'valid {spec!r}: {e}') from e
     return (wells.experiment.map(folds) == fold).to_numpy(bool)

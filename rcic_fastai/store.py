@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'BatchBuffers', 'read_ahead', 'DamagedSite', 'Store', 'write_index', 'pack_sites', 'pack_screen',
            'read_packed', 'open_store', 'verify_store']
 
-# %% ../nbs/03_store.ipynb #6a2b2899
+# %% ../nbs/03_store.ipynb #52f4e5b9
 import errno, io, json, math, mmap, os, platform, shutil, threading, weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import xxhash
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .image import read_site
+from .image import read_site, resize_site
 from .screen import CHANNELS, WELL_COLUMNS, Screen, check_files, present_sites
 
 # %% ../nbs/03_store.ipynb #23a15fce
@@ -368,9 +367,10 @@ class Store:
         "Batches, read by threads while the caller works."
         return read_ahead(batches, self.read_into, self._buffers[pin_memory].take, threads, ahead)
 
-# %% ../nbs/03_store.ipynb #0b55f045
+# %% ../nbs/03_store.ipynb #91fd8257
 _PLAN, _PARTS = 'packing.json', 'parts'
-_TABLES = 'train.csv', 'train_controls.csv', 'test.csv', 'test_controls.csv', 'sample_submission.csv', 'truth.csv', 'metadata.csv'
+_TABLES = ('train.csv', 'train_controls.csv', 'test.csv', 'test_controls.csv', 'sample_submission.csv', 'truth.csv', 'metadata.csv',
+           'external.csv', 'groups.csv') # the last two of an atlas
 _INDEX_COLUMNS = ['site_id', *WELL_COLUMNS, 'site']
 
 def _write(path, data):
@@ -387,11 +387,9 @@ def _write(path, data):
         raise
 
 def _downscale(x, size):
-    "Area average of an image (C, H, W) with a shorter side of `size` pixels, rounded"
     c, h, w = x.shape
     if min(h, w) < size: raise ValueError(f'images of {h}x{w} pixels cannot be reduced to {size}')
-    to = (round(h*size/min(h, w)), round(w*size/min(h, w)))
-    return F.interpolate(torch.from_numpy(x)[None].float(), size=to, mode='area')[0].round().to(torch.uint8).numpy()
+    return resize_site(x, size)
 
 def _source_image(row, channels, size):
     "Pixels of a site as a store keeps them"

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DataSettings', 'ModelSettings', 'LossSettings', 'TrainSettings', 'PseudoSettings', 'DeviceSettings',
            'CheckpointSettings', 'InferenceSettings', 'Recipe', 'compare_recipes', 'schedule_function',
-           'SkipEmptyValidation', 'LeaveOutControls', 'accuracy', 'recipe_model', 'new_head', 'ScreenLearner',
-           'SmoothLoss', 'LossOnDevice', 'screen_learner', 'stage_callbacks', 'fit_stage', 'sample_sites',
-           'measure_stats', 'measure_histograms', 'stats_with', 'histograms_with', 'complete_stats',
-           'recipe_dataloaders', 'pretrain_on_controls', 'recipe_from_dict', 'read_run', 'load_run']
+           'SkipEmptyValidation', 'LeaveOutControls', 'accuracy', 'loss_metrics', 'recipe_model', 'new_head',
+           'ScreenLearner', 'SmoothLoss', 'LossOnDevice', 'screen_learner', 'stage_callbacks', 'suggest_lr',
+           'fit_stage', 'sample_sites', 'measure_stats', 'measure_histograms', 'stats_with', 'histograms_with',
+           'complete_stats', 'recipe_dataloaders', 'pretrain_on_controls', 'recipe_from_dict', 'read_run', 'load_run']
 
-# %% ../nbs/09_train.ipynb #e766c6de
+# %% ../nbs/09_train.ipynb #23896608
 import json, math, sys, warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,22 +23,26 @@ import torch
 from fastai.callback.all import *
 from fastai.callback.core import event
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
+from fastai.metrics import AccumMetric
 from fastai.torch_core import num_distrib, set_seed
 from fastcore.imports import IN_NOTEBOOK
 
 from .augment import ChannelStats, MatchHistograms, Standardize, channel_histograms, channel_stats, screen_transforms
 from .batchnorm import DomainSlices
-from .checkpoint import Checkpoint, History, StopOnNaN
+from .checkpoint import Checkpoint, History, StopOnNaN, random_state, set_random_state
 from .data import screen_dataloaders, select_sites
 from .image import MultiChannelImage
 from .loss import create_loss
 from .mix import create_mix
 from .model import create_head, create_model, load_weights, param_groups, plain
+from .multilabel import average_precision, macro_f1
+from .multilabel_loss import MultiLabelLoss, multilabel_losses
 from .screen import Screen
 from .step import AutoMixedPrecision, ChannelsLast, InferenceMode, adam, adamw, fast_precision, optimizers, radam
+from .target import is_multilabel
 from .weights import EMA, FreezeBody, KeepBest, LastEpochs, ValidateWithin, geometric_rates
 
-# %% ../nbs/09_train.ipynb #a8158211
+# %% ../nbs/09_train.ipynb #13168855
 @dataclass(frozen=True)
 class DataSettings:
     "From sites to batches."
@@ -48,12 +52,16 @@ class DataSettings:
     controls:int=0 # control sites added to each domain of a batch; they shape the BatchNorm statistics and stay out of the loss
     statistics:str='all' # rows of a batch that shape the statistics: 'all' or 'controls'
     control_classes:str|None=None # control wells as classes of their own: null, 'train', or 'all' with those of the test split, whose siRNAs are known
+    read_size:int|None=None # shorter side that images are brought to when they are read, in pixels; for images of several sizes. null: as they are
     size:int|None=None # side that windows are resized to, in pixels; null: as they are
     crop:int|None=None # side of random windows at native scale, in pixels; smaller images are taken whole; null: the whole image
     match_histograms:str|None=None # 'plate' or 'experiment': grey values become normal scores within it; null: off
     standardize:str|None='image' # whose mean and standard deviation: 'image', 'plate', 'experiment' or 'screen'; null: histograms that match are enough
     d4:bool=True # random symmetries of the square
     intensity:float=.1 # random gain and offset per channel, in standard deviations; 0: off
+    brightness:float=0. # random gain and offset of all channels alike, at most; 0: off
+    warp:float=0. # random change of perspective, at most so large a share of the side; 0: off
+    min_scale:float=.5 # smallest window that is resized, as a share of the area of the image
     cutout:int=0 # random rectangles
     epoch_sites:int=0 # an epoch shows at least so many; sites are repeated where there are fewer
     workers:int=0 # threads that read the next batches
@@ -67,9 +75,9 @@ class ModelSettings:
     pretrained:bool|str=False # true, or a file of weights
     first_conv:str|None=None # how RGB weights become those of the channels: 'mean', 'repeat', 'zero' or 'random'; null: 'mean' if pretrained
     pool:str='avg' # 'avg' or 'concat'
-    head:str='cosine' # 'linear', 'cosine', 'neck', or 'controls' (features times those of the controls of the experiment)
+    head:str='cosine' # 'linear', 'cosine', 'batchnorm', 'neck', or 'controls' (features times those of the controls of the experiment)
     hidden:int=1024 # width of a neck
-    classifier:str='linear' # after a neck: 'linear', 'cosine' or 'linear_cosine'
+    classifier:str='linear' # after 'batchnorm' or 'neck': 'linear', 'cosine' or 'linear_cosine'
     dropout:float=0. # before the classifier
     cell_type:str|None=None # how the head sees the cell type: null, 'one_hot' or 'embedding'
 
@@ -84,6 +92,7 @@ class TrainSettings:
     "One stage of training."
     epochs:int=8 # passes over the sites; 0 leaves the stage out
     lr:float=2e-3 # highest learning rate
+    find_lr:int=0 # steps of `lr_find` before the stage, whose suggestion takes the place of `lr`; 0: off
     optimizer:str='radam' # 'radam', 'adam' (weight decay as an L2 penalty) or 'adamw'
     schedule:str='one_cycle' # 'one_cycle', 'cosine', 'steps', 'exponential' or 'constant'
     pct_start:float=.25 # share of a one-cycle in which the learning rate rises
@@ -91,6 +100,8 @@ class TrainSettings:
     decay:float=.1 # factor of 'steps', or that of 'exponential' per epoch
     weight_decay:float=1e-2 # decoupled, except for 'adam'
     accumulate:int=1 # batches whose gradients are added before a step
+    loss:str|None=None # another loss for this stage; null: that of the recipe
+    loss_options:dict=field(default_factory=dict) # its parameters
     mix:str|None=None # null, 'mixup', 'cutmix' or 'lisa' (same siRNA, other experiment)
     mix_alpha:float|None=None # of the Beta distribution of the weights; null: the usual one
     lr_ratio:float=1. # learning rate of the head over that of the stem; geometric in between
@@ -126,13 +137,14 @@ class CheckpointSettings:
 class InferenceSettings:
     "From a trained network to scores."
     batchnorm:str='domain' # statistics of the BatchNorms: 'running', 'batch', 'domain' or 'controls'
-    tta:int=1 # views per site, 1 to 8
+    tta:int|str=1 # views per site, 1 to 64, or the name of a group of views in `tta_presets`
     pool_sites:int|None=None # sites of a domain whose statistics are pooled; null: all
     domain:str|None=None # what statistics are pooled over; null: the domain of the training batches
     bagging:list=field(default_factory=list) # batch sizes of repeated shuffled passes, for 'batch'
     postprocess:str|None=None # how embeddings become scores, such as 'center_plate'; null: the scores of the head
     head_weight:float=0. # share of the head's scores beside those of `postprocess`, 0 to 1
     assignment:str='exact' # from scores to labels: 'exact' (plate groups and one-to-one), 'vote' (plates vote for their groups, each well on its own) or 'vote_zero' (other groups count as 0)
+    thresholds:str='repeated_f1_shrunk' # from scores to several labels: a name for `create_threshold`
 
 @dataclass(frozen=True)
 class Recipe:
@@ -144,6 +156,7 @@ class Recipe:
     model:ModelSettings=ModelSettings()
     loss:LossSettings=LossSettings()
     controls:TrainSettings=TrainSettings(epochs=0) # pretraining on the control wells
+    head:TrainSettings=TrainSettings(epochs=0) # a first stage that trains the BatchNorms and the last layer alone
     train:TrainSettings=TrainSettings()
     finetune:TrainSettings=TrainSettings(epochs=0) # a second stage on the same sites, such as MixUp
     pseudo:PseudoSettings=PseudoSettings()
@@ -180,7 +193,7 @@ def schedule_function(
     if stage.schedule not in kinds: raise ValueError(f'schedule is {stage.schedule!r}, expected one of one_cycle, {", ".join(kinds)}')
     return kinds[stage.schedule]
 
-# %% ../nbs/09_train.ipynb #221457cb
+# %% ../nbs/09_train.ipynb #a926a838
 class SkipEmptyValidation(Callback):
     "Where there is no validation set, leave validation out and log the accuracy on the training batches."
     order = -20
@@ -218,7 +231,16 @@ def accuracy(
     right = known & (scores.argmax(1)==(targ.argmax(1) if targ.ndim==2 else targ))
     return right.sum()/known.sum() # an index by `known` would make a GPU wait
 
-# %% ../nbs/09_train.ipynb #ca324a0c
+def loss_metrics(
+    loss # from `create_loss`
+) -> list: # metrics; the first one says which weights are best
+    "What is logged beside a loss: the accuracy; where there are several labels, macro average precision, which needs no thresholds, and macro-F1 at .5."
+    if not isinstance(loss, MultiLabelLoss): return [accuracy]
+    known = lambda y: (y >= 0).all(1)
+    return [AccumMetric(lambda y, p: average_precision(y[known(y)] > .5, p[known(y)]), activation='sigmoid', to_np=True, invert_arg=True, flatten=False, name='average_precision'),
+            AccumMetric(lambda y, p: macro_f1(y[known(y)] > .5, p[known(y)] > .5), activation='sigmoid', to_np=True, invert_arg=True, flatten=False, name='macro_f1')]
+
+# %% ../nbs/09_train.ipynb #0b1c554f
 def _head_options(recipe, n_cell_types):
     m = recipe.model
     return dict(n_hidden=m.hidden, dropout=m.dropout, classifier=m.classifier, n_cell_types=n_cell_types if m.cell_type else 0, cell_type=m.cell_type or 'one_hot')
@@ -315,12 +337,13 @@ def screen_learner(
     callbacks = [AutoMixedPrecision(device.precision), SkipEmptyValidation(), LossOnDevice(), *_statistics_callbacks(recipe.data)]
     if device.channels_last: callbacks.append(ChannelsLast(device.channels_last))
     if device.compile: _compile(model, recipe)
-    return ScreenLearner(dls, model, loss_func=create_loss(recipe.loss.name, **recipe.loss.options), opt_func=optimizers[recipe.train.optimizer], metrics=accuracy,
+    loss = create_loss(recipe.loss.name, **recipe.loss.options)
+    return ScreenLearner(dls, model, loss_func=loss, opt_func=optimizers[recipe.train.optimizer], metrics=loss_metrics(loss),
                    splitter=param_groups, path=path, cbs=callbacks+list(cbs or []), **kwargs)
 
 def _context_encoder(dls): return next(t for t in dls.train_ds.tls[1].tfms if hasattr(t, 'cell_types'))
 
-# %% ../nbs/09_train.ipynb #50cea9a4
+# %% ../nbs/09_train.ipynb #c781580b
 def stage_callbacks(
     learn:Learner, # from `screen_learner`
     stage:TrainSettings, # says which ones
@@ -335,10 +358,44 @@ def stage_callbacks(
     if stage.ema: cbs.append(EMA(stage.ema))
     if stage.average: cbs.append(LastEpochs(stage.average))
     if not len(learn.dls.valid_ds): return cbs
-    cbs.append(KeepBest('accuracy', learn.path/'best.safetensors' if save_best else None, restore=stage.keep=='best'))
+    monitor = learn.metrics[0].name
+    cbs.append(KeepBest(monitor, learn.path/'best.safetensors' if save_best else None, restore=stage.keep=='best'))
     if stage.validate_steps: cbs.append(ValidateWithin(stage.validate_steps))
-    if stage.patience: cbs.append(EarlyStoppingCallback('accuracy', patience=stage.patience))
+    if stage.patience: cbs.append(EarlyStoppingCallback(monitor, patience=stage.patience))
     return cbs
+
+def _begin_stage(learn, stage):
+    "No traces of a stage before"
+    if learn.opt_func in optimizers.values(): learn.opt_func = optimizers[stage.optimizer] # anything else was somebody's choice
+    learn.opt = None
+    learn.model.zero_grad() # a stage before may have ended within a virtual batch
+
+@contextmanager
+def _loss_of(learn, stage):
+    "The loss of a stage instead of that of the learner"
+    own = learn.loss_func
+    if stage.loss: learn.loss_func = create_loss(stage.loss, **stage.loss_options)
+    try: yield
+    finally: learn.loss_func = own
+
+def suggest_lr(
+    learn:Learner, # from `screen_learner`
+    stage:TrainSettings # its `find_lr` says in how many steps; what it freezes is frozen
+) -> float: # fastai's `valley`
+    "The learning rate that `lr_find` suggests for a stage; network, random numbers and order of the batches stay as they were."
+    state, train = random_state(), learn.dls.train
+    epoch, freeze = train.epoch, [FreezeBody(sys.maxsize)] if stage.freeze_epochs else []
+    _begin_stage(learn, stage)
+    for cb in freeze:
+        cb.learn = learn
+        cb._let_move(False)
+    try:
+        with learn.no_bar(), learn.no_logging(), _loss_of(learn, stage): found = learn.lr_find(num_it=stage.find_lr, suggest_funcs=valley, show_plot=False).valley
+    finally:
+        for cb in freeze: cb._let_move(True)
+        train.epoch = epoch
+        set_random_state(state)
+    return float(found)
 
 def fit_stage(
     learn:Learner, # from `screen_learner`
@@ -346,13 +403,11 @@ def fit_stage(
     cbs=None, # further callbacks
     checkpoint:Checkpoint=None # saves the stage, and goes on from what it was given to resume
 ) -> Learner: # the same, trained
-    "Train one stage with the optimiser, schedule, accumulation and mixing it asks for."
-    if learn.opt_func in optimizers.values(): learn.opt_func = optimizers[stage.optimizer] # anything else was somebody's choice
-    learn.opt = None
-    learn.model.zero_grad() # a stage before may have ended within a virtual batch
+    "Train one stage with the loss, optimiser, schedule, accumulation and mixing it asks for."
+    _begin_stage(learn, stage)
     rates = geometric_rates(stage.lr, stage.lr_ratio, len(learn.splitter(learn.model))) if stage.lr_ratio!=1 else stage.lr
     own = [*stage_callbacks(learn, stage, checkpoint is not None), *(cbs or []), *([checkpoint] if checkpoint else [])]
-    with checkpoint.signals() if checkpoint else nullcontext(), learn.added_cbs(own):
+    with checkpoint.signals() if checkpoint else nullcontext(), _loss_of(learn, stage), learn.added_cbs(own):
         if stage.schedule=='one_cycle': learn.fit_one_cycle(stage.epochs, lr_max=rates, pct_start=stage.pct_start, wd=stage.weight_decay)
         else:
             schedule = schedule_function(stage)
@@ -450,7 +505,7 @@ def complete_stats(
             dls.counts = histograms_with(dls, sites, t.by, dls.counts, seed)
             t.set_counts(dls.counts)
 
-# %% ../nbs/09_train.ipynb #177be287
+# %% ../nbs/09_train.ipynb #346e7fa2
 def recipe_dataloaders(
     sites:pd.DataFrame, # labelled sites
     recipe:Recipe, # settings
@@ -464,13 +519,15 @@ def recipe_dataloaders(
     d = recipe.data
     n_train = len(sites) if valid is None or isinstance(valid, str) else int((~np.asarray(valid, bool)).sum())
     make = partial(screen_dataloaders, sites, valid=valid, domain=d.domain, bs=d.batch_size, num_workers=d.workers, seed=recipe.seed,
-                   cache=d.cache, domains_per_batch=d.domains_per_batch, pairs=recipe.train.mix=='lisa', controls=controls, n_controls=d.controls if controls is not None else 0,
+                   cache=d.cache, read_size=d.read_size, multilabel=recipe.loss.name in multilabel_losses, domains_per_batch=d.domains_per_batch, pairs=recipe.train.mix=='lisa', controls=controls, n_controls=d.controls if controls is not None else 0,
                    repeats=max(1, math.ceil(d.epoch_sites/max(n_train, 1))), **kwargs)
     raw = make(transforms=[])
     if d.standardize not in (None, 'image'): stats = stats_with(raw, sites, d.standardize, stats, recipe.seed)
     if d.match_histograms: counts = histograms_with(raw, sites, d.match_histograms, counts, recipe.seed)
     side = min(raw.train_ds[0][0].shape[-2:])
-    dls = make(transforms=screen_transforms(size=d.size, crop=d.crop if d.crop and d.crop < side else None, d4=d.d4, intensity=d.intensity, cutout=d.cutout,
+    # a window is cut out of larger images only, and nothing is resized to more pixels than it has
+    dls = make(transforms=screen_transforms(size=d.size and min(d.size, side), crop=d.crop if d.crop and d.crop < side else None, d4=d.d4, intensity=d.intensity,
+                                            cutout=d.cutout, brightness=d.brightness, warp=d.warp, scale=(d.min_scale, 1.),
                                             standardize=d.standardize, stats=stats, match=d.match_histograms, counts=counts))
     dls.stats, dls.counts = stats, counts
     return dls
@@ -507,7 +564,12 @@ def pretrain_on_controls(
     _plain_log(learn, say)
     return fit(learn, recipe.controls)
 
-# %% ../nbs/09_train.ipynb #e14f4af3
+# %% ../nbs/09_train.ipynb #903f8d38
+def _known_classes(values, classes):
+    "The values of a target that a network knows; others become unknown"
+    if not is_multilabel(values): return values.where(values.isin(classes))
+    return values.map(lambda v: v if isinstance(v, tuple) and set(v) <= set(classes) else None)
+
 def recipe_from_dict(
     d:dict # as `asdict(recipe)` gives it
 ) -> Recipe:
@@ -547,7 +609,7 @@ def load_run(
         warnings.warn(f'{run} was trained on images of {" x ".join(map(str, info["image_size"]))} pixels, these have {" x ".join(map(str, side))}')
     recipe = replace(recipe, data=replace(recipe.data, controls=0, domains_per_batch=1, statistics='all'), train=TrainSettings(), # nothing is trained
                      model=replace(recipe.model, pretrained=False), device=replace(recipe.device, compile=False))
-    sites = sites.assign(**{info['target']: sites[info['target']].where(sites[info['target']].isin(info['classes']))}) # others are unknown classes
+    sites = sites.assign(**{info['target']: _known_classes(sites[info['target']], info['classes'])})
     experiments = info['experiments'] + sorted(set(sites.experiment)-set(info['experiments']))
     common = dict(target=info['target'], classes=info['classes'], cell_types=info['cell_types'], experiments=experiments,
                   channels=info['channels'], device=device, path=Path(run))

@@ -9,19 +9,23 @@ import torch.nn.functional as F
 from fastai.data.core import Datasets
 from fastai.torch_core import TensorBase, TensorCategory
 from fastai.vision.core import TensorImage
+from scipy.ndimage import map_coordinates
 
 from rcic_fastai.augment import (
     D4,
     D4_INVERSE,
+    Brightness,
     ChannelIntensity,
     ChannelStats,
     Cutout,
     RandomCrop,
     RandomResizedSquareCrop,
     Standardize,
+    Warp,
     channel_stats,
     dihedral,
     dihedral_batch,
+    perspective_matrices,
     rcic_stats,
     screen_transforms,
 )
@@ -269,7 +273,74 @@ def test_validation_windows_are_centred():
     assert torch.equal(RandomResizedSquareCrop(32, p=0)(x, split_idx=0), x[..., 8:40].float())
 
 
+# Warp
+
+SQUARE = torch.tensor([[-1., -1], [1, -1], [-1, 1], [1, 1]])
+
+
+def test_a_perspective_takes_the_corners_where_they_should_go():
+    corners = SQUARE + torch.rand(50, 4, 2, generator=torch.Generator().manual_seed(0))*.98-.49  # up to just below a quarter of the side
+    m = perspective_matrices(corners)
+    at = torch.cat([SQUARE, torch.ones(4, 1)], 1).double() @ m.transpose(1, 2)
+    torch.testing.assert_close(at[..., :2]/at[..., 2:], corners.double())
+    assert at[..., 2].min() > 0  # and between them, as it is linear: nothing passes through infinity
+    torch.testing.assert_close(perspective_matrices(SQUARE[None])[0], torch.eye(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('shape', [(24, 24), (20, 32)])
+def test_a_warp_agrees_with_scipy(shape):
+    x, context, target = batch(6, 3, shape)
+    warp = Warp(.2, seed=1)
+    y, c, t = warp((x, context, target), split_idx=0)
+    assert y.dtype == torch.float32 and type(y) is SomeImage and c is context and t is target
+    h, w = shape
+    size = np.array([w, h])
+    for i in range(6):
+        source = torch.cat([SQUARE, torch.ones(4, 1)], 1).double() @ warp.matrices[i].T
+        moved = (source[:, :2]/source[:, 2:]).numpy()
+        assert (abs(moved-SQUARE.numpy()) <= .4+1e-6).all()  # .2 of a side of 2
+        px = lambda p: (p+1)*size/2-.5  # pixel centres, the border at -.5
+        rows = [r for (u, v), (a, b) in zip(px(SQUARE.numpy()), px(moved)) for r in ([u, v, 1, 0, 0, 0, -u*a, -v*a, -a], [0, 0, 0, u, v, 1, -u*b, -v*b, -b])]
+        m = np.linalg.svd(rows)[2][-1].reshape(3, 3)  # the map in pixels, from the four pairs
+        q = m @ np.stack([*np.meshgrid(np.arange(w), np.arange(h)), np.ones(shape)]).reshape(3, -1)
+        at = (q[:2]/q[2])[::-1]
+        for channel in range(3):
+            want = map_coordinates(numpy(x[i, channel]).astype(float), at, order=1, mode='reflect').reshape(shape)
+            np.testing.assert_allclose(numpy(y[i, channel]), want, atol=.01)
+
+
+def test_warps_differ_reach_their_limit_and_leave_the_rest_untouched():
+    x, *_ = batch(400, 1, (8, 8))
+    warp = Warp(.1, p=.5, seed=0)
+    y = warp(x, split_idx=0)
+    rest = torch.ones(400, dtype=torch.bool)
+    rest[warp.rows] = False
+    assert torch.equal(y[rest], x[rest].float()) and rest.float().mean().item() == pytest.approx(.5, abs=.08)
+    assert (y[~rest] != x[~rest]).flatten(1).any(1).all()
+    at = torch.cat([SQUARE, torch.ones(4, 1)], 1).double() @ warp.matrices.transpose(1, 2)
+    steps = at[..., :2]/at[..., 2:]-SQUARE
+    assert steps.abs().max() <= .2+1e-6 and (steps.amax(0) > .18).all() and (steps.amin(0) < -.18).all()
+    torch.testing.assert_close(Warp(0.)(x, split_idx=0).as_subclass(torch.Tensor), x.as_subclass(torch.Tensor).float(), atol=1e-3, rtol=0)
+    half = x.half()
+    assert Warp(seed=0)(half, split_idx=0).dtype == torch.float16 and torch.equal(half, x.half())
+    assert torch.equal(Warp(p=0)(x, split_idx=0), x.float())
+
+
 # Intensity and cutout
+
+def test_brightness_is_shared_by_the_channels_of_an_image():
+    x = TensorImage(torch.randn(500, 4, 8, 8))
+    tfm = Brightness(.3, seed=0)
+    y = tfm(x, split_idx=0)
+    a, b = tfm.a, tfm.b
+    assert a.shape == b.shape == (500, 1, 1, 1)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), x.as_subclass(torch.Tensor)*a+b)
+    for u in (a.log(), b): assert u.abs().max() <= .3 and u.std().item() == pytest.approx(.3/3**.5, rel=.06) and abs(u.mean().item()) < .02
+    assert abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < .1
+    half = Brightness(p=.5, seed=0)(x, split_idx=0)
+    assert (half == x).all((1, 2, 3)).float().mean().item() == pytest.approx(.5, abs=.07)
+    assert Brightness()(x.half(), split_idx=0).dtype == torch.float16
+
 
 def test_each_channel_of_each_image_gets_its_own_gain_and_offset():
     x = TensorImage(torch.randn(500, 6, 8, 8))
@@ -304,7 +375,7 @@ def test_cutout_covers_rectangles_in_all_channels():
 # Rules that hold for all of them
 
 MAKE = {"D4": lambda **k: D4(**k), "RandomCrop": lambda **k: RandomCrop(20, **k), "RandomResizedSquareCrop": lambda **k: RandomResizedSquareCrop(20, **k),
-            "ChannelIntensity": lambda **k: ChannelIntensity(**k), "Cutout": lambda **k: Cutout(**k)}
+            "ChannelIntensity": lambda **k: ChannelIntensity(**k), "Cutout": lambda **k: Cutout(**k), "Warp": lambda **k: Warp(**k), "Brightness": lambda **k: Brightness(**k)}
 
 
 @pytest.mark.parametrize('name', MAKE)
@@ -351,6 +422,9 @@ def test_only_images_are_touched(name):
     (lambda: RandomResizedSquareCrop(8, val_scale=0), 'val_scale is 0'),
     (lambda: Cutout(size=(0, .5)), r'size is \(0, 0.5\)'),
     (lambda: ChannelIntensity()(batch()[0], split_idx=0), 'got torch.uint8; Standardize comes first'),
+    (lambda: Brightness()(batch()[0], split_idx=0), 'Brightness changes standardised float images, got torch.uint8'),
+    (lambda: Brightness(-.1), 'max_change is -0.1'),
+    (lambda: Warp(.25), 'magnitude is 0.25, expected a share of the side, 0 <= magnitude < .25'),
 ])
 def test_wrong_settings_are_explained(make, message):
     with pytest.raises(ValueError, match=message): make()
@@ -373,6 +447,12 @@ def test_the_orders_put_bytes_first():
     assert names(screen_transforms()) == ['D4', 'Standardize', 'ChannelIntensity']
     assert screen_transforms(d4=False, intensity=0, standardize=None) == []
     assert len({t.seed for t in screen_transforms(size=32, crop=40, cutout=1, seed=10) if hasattr(t, 'seed')}) == 5
+    every = screen_transforms(size=32, crop=40, cutout=1, seed=10, warp=.1, brightness=.2)
+    assert names(every) == ['RandomCrop', 'D4', 'RandomResizedSquareCrop', 'Warp', 'Standardize', 'Brightness', 'ChannelIntensity', 'Cutout']
+    seeds = {type(t).__name__: t.seed for t in every if hasattr(t, 'seed')}
+    assert len(set(seeds.values())) == 7
+    for t in screen_transforms(size=32, crop=40, cutout=1, seed=10):  # the new ones leave the draws of the old ones alone
+        if hasattr(t, 'seed'): assert seeds[type(t).__name__] == t.seed
     assert screen_transforms(size=32, crop=40)[2].scale == (1, 1) and screen_transforms(size=32, scale=(.2, .4))[1].scale == (.2, .4)
 
 
@@ -431,3 +511,6 @@ def test_the_same_seed_gives_the_same_augmentation_on_the_gpu():
             for tfm in sorted(screen_transforms(size=24, crop=40, cutout=2, standardize=standardize, stats=stats, seed=0), key=lambda t: t.order): b = tfm(b, split_idx=0)
             out.append(b[0].cpu())
         torch.testing.assert_close(*out, atol=1e-4, rtol=1e-4)
+    x = x.float()
+    for make in (lambda: Warp(.1, p=.7, seed=0), lambda: Brightness(seed=0)):
+        torch.testing.assert_close(make()(x.cuda(), split_idx=0).cpu(), make()(x, split_idx=0), atol=1e-2, rtol=1e-3)

@@ -333,7 +333,7 @@ def test_cell_types():
     with pytest.raises(ValueError, match='row 1 has cell type 2, but the head knows 2'): head(x, c+1)
 
 def test_head_errors():
-    for kw,match in [(dict(kind='mlp'), "head is 'mlp', expected one of linear, cosine, linear_cosine, neck, controls"),
+    for kw,match in [(dict(kind='mlp'), "head is 'mlp', expected one of linear, cosine, linear_cosine, batchnorm, neck, controls"),
                      (dict(classifier='svm'), "is 'svm'"),
                      (dict(dropout=1.), 'dropout is 1.0'), (dict(n_classes=0), 'n_classes is 0'),
                      (dict(n_cell_types=-1), 'n_cell_types is -1'), (dict(cell_type='onehot'), "cell_type is 'onehot'")]:

@@ -1,5 +1,7 @@
 "Predictions under named BatchNorm statistics, views, wells and files."
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,7 @@ from rcic_fastai.model import plain
 from rcic_fastai.predict import Predictions, embed_sites, predict_run, predict_sites, well_accuracy
 from rcic_fastai.screen import read_screen
 from rcic_fastai.train import load_run
+from rcic_fastai.tta import TTA, combine_views, tta_presets
 
 
 @pytest.fixture(scope="module")
@@ -127,19 +130,16 @@ def test_views_are_averaged(learn, sites, monkeypatch):
 
 
 def test_windows_of_large_images(screen, tmp_path):
-    "A network of 32-pixel windows predicts 48-pixel images: view 0 is the middle, other views lie elsewhere."
-    from rcic_fastai.predict import _window
+    "A network of 32-pixel windows predicts 48-pixel images, by number and by group."
     from rcic_fastai.recipe import change_recipe, get_recipe
     from rcic_fastai.run import train_run
 
-    x = torch.arange(48 * 48).reshape(1, 1, 48, 48)
-    assert torch.equal(_window(x, 32, 0), x[..., 8:40, 8:40])
-    corners = {int(_window(x, 32, v)[0, 0, 0, 0]) for v in range(9)}
-    assert len(corners) > 6 and torch.equal(_window(x, 32, 5), _window(x, 32, 5))
     recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.crop=32", "model.arch=resnet10t", "inference.tta=4")
     train_run(screen, recipe, tmp_path / "run", say=lambda *a: None)
     p = predict_run(tmp_path / "run", screen, "test", progress=False)
     assert p.made["tta"] == 4 and np.isfinite(p.logits).all()
+    windows = predict_run(tmp_path / "run", screen, "test", tta=TTA(d4=1, crops=4), keep_views=True, progress=False)
+    assert windows.made["tta"] == dict(d4=1, crops=4) and len({v.tobytes() for v in windows.views}) == 4
 
 
 @pytest.mark.parametrize("kwargs, message", [(dict(batchnorm="adaptive"), "batchnorm is 'adaptive'"), (dict(tta=0), "tta is 0"),
@@ -283,3 +283,101 @@ def test_classes_that_are_not_asked_for_are_left_out():
     assert p.only([7, 0]).classes.tolist() == [0, 7] and p.only([7]).logits.tolist() == [[2.0], [5.0]]
     with pytest.raises(ValueError, match="none of the 3 predicted classes"):
         p.only([9])
+
+
+def test_views_are_kept_and_combined_again(learn, sites, tmp_path):
+    "Each smaller group out of the kept views is what a pass of its own gives; the same call gives the same numbers."
+    few, group = sites.head(4), TTA(d4=2, seeds=3, plain_weight=0.4)
+    p = predict_sites(learn, few, "running", tta=group, keep_views=True, progress=False)
+    assert p.made["tta"] == dict(d4=2, seeds=3, plain_weight=0.4) and p.views.shape == (6, 4, 8) == (len({v.tobytes() for v in p.views}), 4, 8)
+    np.testing.assert_array_equal(predict_sites(learn, few, "running", tta=group, keep_views=True, progress=False).views, p.views)
+    np.testing.assert_allclose(predict_sites(learn, few, "running", tta=group, bs=3, progress=False).logits, p.logits, atol=1e-4)
+    np.testing.assert_allclose(p.logits, 0.4 * p.views[0] + 0.6 * p.views.mean(0), atol=1e-4)
+    for tta in ("none", TTA(d4=2), TTA(d4=1, seeds=3, combine="max")):
+        np.testing.assert_allclose(p.combine(tta).logits, predict_sites(learn, few, "running", tta=tta, progress=False).logits, atol=1e-4)
+    loaded = Predictions.load(p.save(tmp_path / "p.npz"))
+    np.testing.assert_array_equal(loaded.views, p.views)
+    assert loaded.combine(TTA(d4=2)).made["tta"] == dict(d4=2)
+    with pytest.raises(ValueError, match="6 of 8 views of tta 'd4' were not kept, such as 'd4=2 crop=0 seed=0': kept are those of tta {'d4': 2"):
+        loaded.combine("d4")
+    with pytest.raises(ValueError, match="keep no views: predict with keep_views=True"):
+        p.__class__(p.ids, p.classes, p.logits).combine("d4")
+
+
+def test_draws_of_a_site_are_its_own(learn, sites):
+    "Domain statistics see other sites, running ones do not: there neither order nor neighbours change a draw."
+    tta = TTA(d4=1, seeds=2, plain_weight=0.0)
+    p = predict_sites(learn, sites.head(6), "running", tta=tta, keep_views=True, progress=False)
+    order = [4, 1, 5]
+    q = predict_sites(learn, sites.iloc[order].reset_index(drop=True), "running", tta=tta, keep_views=True, bs=2, progress=False)
+    np.testing.assert_allclose(q.views, p.views[:, order], atol=1e-4)
+    assert np.abs(p.views[0] - p.views[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("mode, kwargs", [("domain", {}), ("domain", dict(pool_sites=4)), ("batch", {})])
+def test_kept_views_under_other_statistics(learn, sites, mode, kwargs):
+    few = sites.head(8)
+    p = predict_sites(learn, few, mode, tta=3, keep_views=True, progress=False, **kwargs)
+    np.testing.assert_allclose(p.logits, predict_sites(learn, few, mode, tta=3, progress=False, **kwargs).logits, atol=1e-4)
+    np.testing.assert_allclose(p.views[0], predict_sites(learn, few, mode, progress=False, **kwargs).logits, atol=1e-4)
+
+
+def test_windows_of_a_network_that_saw_whole_images(learn, sites):
+    p = predict_sites(learn, sites.head(2), "running", tta="hpa_first_place", keep_views=True, progress=False)
+    expected = combine_views(torch.from_numpy(p.views), tta_presets["hpa_first_place"])
+    np.testing.assert_allclose(p.logits, expected.numpy(), atol=1e-5)
+    assert len(p.views) == 32 and len({v.tobytes() for v in p.views}) == 32 and "share=0.667" in p.view_names[0]
+    with pytest.raises(ValueError, match="takes 4 windows, but this network sees whole images: give crop_size"):
+        predict_sites(learn, sites.head(4), "running", tta=TTA(crops=4), progress=False)
+
+
+def test_embeddings_of_views_are_averaged(learn, sites):
+    "A maximum is one of scores, never of embeddings"
+    few = sites.head(2)
+    one, eight, most = (embed_sites(learn, few, "running", tta=t, progress=False) for t in (1, "d4", TTA(combine="max")))
+    np.testing.assert_array_equal(eight, most)
+    assert np.abs(one - eight).max() > 1e-4
+
+
+def test_several_labels_per_image(learn, sites, monkeypatch, tmp_path):
+    "A multi-label loss means sigmoid probabilities, which are what views are averaged in."
+    from scipy.special import expit, softmax
+
+    from rcic_fastai.multilabel_loss import MultiLabelBCELoss
+
+    few = sites.head(5)
+    p = predict_sites(learn, few, "running", progress=False)
+    np.testing.assert_allclose(p.probabilities, softmax(p.logits, 1), atol=1e-6)
+    assert p.activation == "softmax" and "activation" not in p.made
+    monkeypatch.setattr(learn, "loss_func", MultiLabelBCELoss())
+    p = predict_sites(learn, few, "running", tta=8, keep_views=True, progress=False)
+    np.testing.assert_allclose(p.probabilities, expit(p.views).mean(0), atol=1e-5)
+    q = Predictions.load(p.save(tmp_path / "p.npz"))
+    assert q.activation == "sigmoid" and q.wells().activation == "sigmoid" and (q.labels == p.classes[p.logits.argmax(1)]).all()
+    np.testing.assert_allclose(q.combine(4).probabilities, expit(p.views[:4]).mean(0), atol=1e-5)
+    monkeypatch.setattr(learn, "loss_func", torch.nn.BCEWithLogitsLoss())
+    assert predict_sites(learn, few, "running", progress=False).activation == "sigmoid"
+
+
+def test_kept_views_follow_ids_and_classes():
+    rng = np.random.default_rng(0)
+    views = rng.standard_normal((3, 4, 2))
+    p = Predictions(["a_1", "a_2", "b_1", "b_2"], [5, 7], views.mean(0), dict(level="site", tta=3), views, [f"d4={v} crop={v} seed=0" for v in range(3)])
+    np.testing.assert_allclose(p.wells().views, views.reshape(3, 2, 2, 2).mean(2), atol=1e-6)
+    np.testing.assert_allclose(p.only([7]).wells().combine(2).logits, views[:2, :, 1:].mean(0).reshape(2, 2, 1).mean(1), atol=1e-6)
+    with pytest.raises(ValueError, match=r"views of shape \(3, 4, 2\), expected \(1, 4, 2\)"):
+        Predictions(p.ids, p.classes, p.logits, {}, views, ["one"])
+
+
+def test_groups_in_a_run(small_run, screen):
+    "A run predicts with a group by name; a wrong name is told with the nearest."
+    p = predict_run(small_run, replace(screen, wells=screen.wells.groupby(["experiment", "well_type"]).head(4)), "valid", tta="d4", keep_views=True, progress=False)
+    assert p.made["tta"] == "d4" and Predictions.load(small_run / "predictions" / "valid.npz").views.shape == p.views.shape == (8, *p.logits.shape)
+    with pytest.raises(ValueError, match="did you mean 'hpa_first_place'"):
+        predict_run(small_run, screen, "valid", tta="hpa_first", progress=False)
+
+
+@pytest.mark.parametrize("kwargs, message", [(dict(batchnorm="batch", bagging=[8]), "not with bagging"), (dict(postprocess="centers"), "not with postprocess")])
+def test_views_of_several_passes_are_not_kept(learn, sites, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        predict_sites(learn, sites, keep_views=True, progress=False, **kwargs)
