@@ -48,6 +48,18 @@ bench-questions: install ## augmentations one by one, and ways to use the contro
 bench-fullsize: install ## one optimiser step of each recipe at full size on two real sites: time and memory
 	@$(RUN) python benchmarks/fullsize.py $(ARGS)
 
+.PHONY: bench-hpa
+bench-hpa: install ## several labels on simulated atlases: thresholds, views, means of weights, stack, retrieval; resumable (ARGS="--seeds 7")
+	@$(RUN) python benchmarks/hpa.py $(ARGS)
+
+.PHONY: bench-thresholds
+bench-thresholds: install ## what thresholds lose on images that did not choose them (ARGS="--help")
+	@$(RUN) python benchmarks/thresholds.py $(ARGS)
+
+.PHONY: bench-duplicates
+bench-duplicates: install ## all pairs of perceptual hashes: time and memory (ARGS="--help")
+	@$(RUN) python benchmarks/duplicates.py $(ARGS)
+
 .PHONY: bench-batch-effect
 bench-batch-effect: install ## methods against the batch effect, seeds and strengths; resumable (ARGS="--seeds 7 8 --strengths .35:1.8")
 	@$(RUN) python benchmarks/batch_effect.py $(ARGS)

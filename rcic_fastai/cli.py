@@ -54,7 +54,7 @@ def one_line_errors(
 
 def _say(*args): print(*args, flush=True)
 
-# %% ../nbs/17_cli.ipynb #79e0066b
+# %% ../nbs/17_cli.ipynb #5725dfa6
 @call_parse
 def rcic_simulate(
     out:Annotated[Path, dict(required=True)]=None, # folder to write the screen to
@@ -115,7 +115,7 @@ def rcic_train(
     set:Annotated[str, dict(action='append')]=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
     target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
     wells:str='treatments', # treatments, controls or all
-    valid:str=None, # wells to set aside: experiment=HUVEC-07,RPE-07 or plate=4 or fold=0/3 (experiments) or well=0/5 (at random)
+    valid:str=None, # wells to set aside: experiment=HUVEC-07,RPE-07 or plate=4 or fold=0/3 (experiments; of an atlas, groups of images) or well=0/5 (at random) or run=FOLDER (those of that run)
     start:Path=None, # finished run whose network to go on with
     faithful:bool=False, # the recipe as it was published, mistakes included
     log:str=None, # tensorboard or wandb

@@ -297,7 +297,7 @@ class DomainControls:
             pool = np.concatenate([pool[first], np.delete(pool, first)])
         return pool[:n]
 
-# %% ../nbs/04_data.ipynb #2d1596d6
+# %% ../nbs/04_data.ipynb #a7e2b018
 class _Batches(list):
     "Row numbers in one list, as `get_preds` wants them, that knows in which batches they come"
     def __init__(self, batches):
@@ -315,7 +315,8 @@ class _BatchSource:
             value, encode = _Target(dl.target_name), tls[2].tfms.fs[-1]
             own = [encode.number(value({dl.target_name: v})) for v in dl.sites[dl.target_name]]
             self.target, self.kind = torch.tensor(own + [encode.number(None)]*(len(self.files)-len(own))), encode.kind
-        self.store = None if self.reader.cache or self.reader.size else self.reader.store(self.files)
+        self.store = None if self.reader.cache else self.reader.store(self.files)
+        if self.store is not None and self.reader.size not in (None, min(self.store.shape[1:])): self.store = None # resized one by one
         if self.store is not None: self.rows = np.array([int(row) if (row := f.rpartition('#')[2]).isdigit() else -1 for f in self.files])
 
     def _read_file(self, i, out):

@@ -20,7 +20,7 @@ from .train import DataSettings, InferenceSettings, LossSettings, ModelSettings,
 from .step import optimizers
 from .tta import tta_group
 
-# %% ../nbs/12_recipe.ipynb #813afdb4
+# %% ../nbs/12_recipe.ipynb #1aade3cf
 # what several recipes share
 def _one_experiment(batch_size): return DataSettings(domain='experiment', batch_size=batch_size, standardize='image')
 _falling = TrainSettings(epochs=20, lr=1e-4, schedule='exponential', decay=.95, weight_decay=0.)
@@ -78,7 +78,7 @@ recipes = {r.name: r for r in (
            train=TrainSettings(epochs=90, lr=1e-3, weight_decay=1e-2),
            inference=InferenceSettings(batchnorm='domain', tta=8, postprocess='center_plate', pool_sites=128)),
     Recipe(name='hpa_seresnext50_focal', source='Human Protein Atlas 2018, 8th place', score='private macro-F1 .563',
-           data=DataSettings(domain=None, batch_size=16, read_size=512, size=512, min_scale=.5, standardize='screen', intensity=0., brightness=.1, warp=.1),
+           data=DataSettings(domain=None, batch_size=16, read_size=512, size=512, min_scale=.5, standardize='image', intensity=0., brightness=.1, warp=.1),
            model=ModelSettings(arch='se_resnext50_32x4d', pretrained=True, pool='concat', head='batchnorm', dropout=.5),
            loss=LossSettings('multilabel_focal', dict(gamma=2.)),
            head=TrainSettings(epochs=2, lr=1e-2, find_lr=100, accumulate=4),
@@ -86,7 +86,7 @@ recipes = {r.name: r for r in (
            finetune=TrainSettings(epochs=12, lr=1e-4, lr_ratio=16., schedule='constant', accumulate=4, loss='lsep', average=10),
            valid='fold=0/5', inference=InferenceSettings(batchnorm='running', tta='s4', thresholds='repeated_f1')),
     Recipe(name='hpa_resnet50_arcface', source='Human Protein Atlas 2018, metric learning of the 1st place', score='+.03',
-           data=DataSettings(domain=None, batch_size=32, read_size=512, size=512, min_scale=.5, standardize='screen', intensity=0., brightness=.1, warp=.1),
+           data=DataSettings(domain=None, batch_size=32, read_size=512, size=512, min_scale=.5, standardize='image', intensity=0., brightness=.1, warp=.1),
            model=ModelSettings(arch='resnet50', pretrained=True, head='batchnorm', classifier='cosine'),
            loss=LossSettings('arcface', dict(m=.5, s=30.)), train=TrainSettings(epochs=50, lr=1e-3, lr_ratio=16.), inference=InferenceSettings(batchnorm='running')),
 )}
@@ -255,10 +255,11 @@ def change_recipe(
         at[last] = value
     return check_recipe(_from_dict(Recipe(), d))
 
-# %% ../nbs/12_recipe.ipynb #5225c798
+# %% ../nbs/12_recipe.ipynb #b1b34ae8
 # highest learning rates for `small_resnet`, chosen on held-out training experiments (benchmarks/results/batch_effect_rates.csv, recipe_rates.csv)
 laptop_rates = dict(efficientnet_b5_amsoftmax=1.2e-2, densenet201_amsoftmax=4e-3, efficientnet_b2_crossentropy=4e-3, seresnext101_amsoftmax=3.6e-2,
                     densenet121_accumulate=4e-3, resnext50_accumulate=1.2e-2,
+                    hpa_seresnext50_focal=2.5e-2, hpa_resnet50_arcface=2e-2, # the last two on a simulated atlas
                     laptop=1.2e-2, densenet121_domain_bn=4e-3, densenet161_first_place=1.5e-3, densenet161_domain_batches=1.2e-2)
 small_resnet = dict(arch='resnet10t', arch_options=dict(channels=[24, 48, 96, 192], stem_width=16)) # 0.7 million weights
 
@@ -271,11 +272,12 @@ def laptop_recipe(
 ) -> Recipe: # checked
     "The same system on a small network and a short schedule, with images kept in memory."
     stages = {s: getattr(recipe, s) for s in _stages}
+    stages['head'] = replace(recipe.head, epochs=0) # nothing is pretrained, so there is no body that a head could wait for
     total = sum(s.epochs for s in stages.values())
     short = lambda n: max(1, round(n*epochs/total)) if n else 0
     bs = min(recipe.data.batch_size, virtual_batch)
     factor = (lr or laptop_rates.get(recipe.name.removesuffix('-faithful'), recipe.train.lr))/recipe.train.lr
-    stages = {k: replace(s, epochs=short(s.epochs), lr=s.lr*factor, find_lr=0, average=min(s.average, short(s.epochs)), accumulate=max(1, min(s.accumulate, virtual_batch//bs)),
+    stages = {k: replace(s, epochs=short(s.epochs), lr=s.lr*factor, find_lr=0, lr_ratio=1., average=min(s.average, short(s.epochs)), accumulate=max(1, min(s.accumulate, virtual_batch//bs)),
                            freeze_epochs=max(0, min(s.freeze_epochs, short(s.epochs)-1)), validate_steps=min(s.validate_steps, 50)) for k,s in stages.items()}
     pseudo = recipe.pseudo if recipe.pseudo.start is None else replace(recipe.pseudo, start=min(short(recipe.pseudo.start), stages['train'].epochs-1))
     return check_recipe(replace(recipe, name=f'{recipe.name}-laptop', data=replace(recipe.data, batch_size=bs, cache=True, workers=0, read_size=recipe.data.read_size and 64),

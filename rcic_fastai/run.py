@@ -6,7 +6,7 @@
 __all__ = ['training_sites', 'control_sites', 'needs_controls', 'PseudoLabels', 'check_no_leak', 'Stages', 'held_out',
            'train_run', 'logger', 'find_lr', 'submit_run', 'blend_runs']
 
-# %% ../nbs/11b_run.ipynb #0d379cf7
+# %% ../nbs/11b_run.ipynb #85ba0951
 import difflib, json, os, platform, shutil, tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from .blend import blend_predictions, blend_report, blend_weights
 from .checkpoint import Checkpoint, History, latest_checkpoint, write_text
 from .data import select_sites
 from .model import load_weights, save_model
+from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
 from .predict import Predictions, predict_run, predict_with
 from .pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites, pseudo_to_json, select_pseudo_labels
@@ -196,7 +197,7 @@ class Stages:
         self.say(f'Stage {name}: learning rate {found[name]:.2e}, found in {stage.find_lr} steps')
         return found[name]
 
-# %% ../nbs/11b_run.ipynb #3065f013
+# %% ../nbs/11b_run.ipynb #6c0ff53e
 def _check_request(screen, run, target, valid, seed):
     "What can be told to be wrong before any file is looked for"
     if (run/'run.json').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
@@ -251,13 +252,20 @@ def _start_of(start, screen, target):
 
 def _digest(ids): return xxhash.xxh3_64_hexdigest('\n'.join(sorted(ids)).encode())
 
+def _wells_of_run(valid):
+    "The wells that another run has set aside, for `run=FOLDER`"
+    if not isinstance(valid, str) or not valid.startswith('run='): return valid
+    wells = read_run(valid.removeprefix('run='))[1]['valid_wells']
+    if not wells: raise ValueError(f'valid {valid!r}: that run set no wells aside')
+    return wells
+
 def train_run(
     screen:Screen, # from `read_screen`
     recipe:Recipe, # settings
     run:str|Path, # folder to write, such as 'runs/first'; one that was killed goes on
     target:str=None, # column of the wells to predict
     wells:str='treatments', # 'treatments', 'controls' or 'all'
-    valid=None, # wells to set aside: a sentence for `valid_mask`, such as 'experiment=HUVEC-07', or id_codes; None: what the recipe says
+    valid=None, # wells to set aside: a sentence for `valid_mask`, such as 'experiment=HUVEC-07'; 'run=FOLDER', those of another run; or id_codes; None: what the recipe says
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
     say=print, # where notices go
     cbs=(), # further callbacks of all stages, such as a logger
@@ -268,7 +276,7 @@ def train_run(
     Raises: FileExistsError if the folder holds a finished run; ValueError, FileNotFoundError for what is wrong with the data, or if the
     run was started otherwise; TrainingStopped for a signal, FloatingPointError for a loss that is no number, both with what is saved intact.
     """
-    run, valid, target = Path(run), recipe.valid if valid is None else valid, target or screen.target
+    run, valid, target = Path(run), _wells_of_run(recipe.valid if valid is None else valid), target or screen.target
     _check_request(screen, run, target, valid, recipe.seed)
     if len(screen.cell_types) > 1 and (recipe.per_cell_type or recipe.cell_type.epochs):
         return _train_parts(screen, recipe, run, target, wells, valid, present_only, say, cbs)
@@ -432,10 +440,17 @@ def submit_run(
     say(f'Written: {out}, {len(table):,} wells')
     return out
 
-# %% ../nbs/11b_run.ipynb #1ffe1c09
+# %% ../nbs/11b_run.ipynb #3c469c5e
 def _predicted(run, screen, split, present_only, say):
     path = Path(run)/'predictions'/f'{split}.npz'
     return Predictions.load(path) if path.exists() else predict_run(run, screen, split, present_only=present_only or None, say=say)
+
+def _precision_report(members, blend, wells):
+    "Weight and average precision of each member, and of the blend, on the images that were set aside"
+    labels = wells.set_index('id_code').labels
+    y = lambda p: label_matrix(labels[p.ids], len(p.classes))
+    rows = {name: dict(weight=blend.made['weights'].get(name, 1.), average_precision=average_precision(y(p), p.probabilities)) for name, p in {**{n: m.wells() for n,m in members.items()}, 'blend': blend}.items()}
+    return pd.DataFrame(rows.values(), index=pd.Index(rows, name='member'))
 
 def blend_runs(
     runs, # folders of finished runs, two or more
@@ -461,11 +476,14 @@ def blend_runs(
     if weights=='chosen' and 'valid' not in splits: raise ValueError(f'weights are chosen on wells that were set aside, and {runs[0]} set none aside')
     if not splits: raise ValueError('there is nothing to blend: no wells were set aside, and the screen has no test split')
     found = {split: {run.name: _predicted(run, screen, split, present_only, say) for run in runs} for split in splits}
+    several = is_multilabel(screen.wells[infos[0]['target']])
+    if weights=='chosen' and several: raise ValueError('weights of several labels are chosen class by class: rcic-hpa-stack does that')
     if weights=='chosen': weights = blend_weights(found['valid'], screen.wells, infos[0]['target'], space=space)
     blends = {split: blend_predictions(members, weights, space) for split, members in found.items()}
     for split, p in blends.items(): p.save(out/'predictions'/f'{split}.npz')
     info = {k: infos[0][k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells')}
     write_text(out/'recipe.json', json.dumps(asdict(replace(recipes[0], name='blend')), indent=2)+'\n')
     write_text(out/'run.json', json.dumps(dict(**info, blend=[str(r) for r in runs], weights=blends[splits[0]].made['weights']), indent=1)+'\n')
+    if 'valid' in splits and several: return _precision_report(found['valid'], blends['valid'], screen.wells)
     if 'valid' in splits: return blend_report(found['valid'], blends['valid'], screen.wells, infos[0]['target'])
     return pd.Series(blends['test'].made['weights'], name='weight').to_frame()

@@ -27,7 +27,7 @@ from .checkpoint import write_text
 from .folds import _group_codes, grouped_folds
 from .multilabel import f1_scores, macro_f1
 
-# %% ../nbs/13_threshold.ipynb #18a331e9
+# %% ../nbs/13_threshold.ipynb #9c63be22
 def _check_scores(p, n_classes=None):
     "As float64 (N, K)"
     p = np.asarray(p, np.float64)
@@ -50,7 +50,7 @@ def _check_labels(y, p):
 class ThresholdEstimator(BaseEstimator):
     """What all methods share: subclasses compute thresholds in `_fit(p, y, groups)`.
 
-    Raises: ValueError for scores outside 0 to 1, labels of another shape or other than 0 and 1, no labels where they are needed, another `empty`.
+    Raises: ValueError for scores outside 0 to 1, labels of another shape or other than 0 and 1, no labels where they are needed.
     """
     needs_labels = True
 
@@ -278,7 +278,7 @@ class SoftF1Threshold(ThresholdEstimator):
         error, slope = lambda t: [soft(t[0])[0]-1, wd*(t[0]-.5)], lambda t: [[soft(t[0])[1]], [wd]]
         return least_squares(error, [min(start, 1)], slope, bounds=(0, 1)).x[0]
 
-# %% ../nbs/13_threshold.ipynb #805dbcb3
+# %% ../nbs/13_threshold.ipynb #f77785a7
 def _check_shares(shares, n_classes, name):
     shares = np.asarray(shares, np.float64)
     if shares.shape!=(n_classes,): raise ValueError(f'{name} has shape {shares.shape}, expected ({n_classes},): one for each class')
@@ -290,7 +290,7 @@ def share_thresholds(
     p, # float (N, K), 0 to 1: scores
     shares # float (K,), 0 to 1: share of images that should get each class
 ) -> np.ndarray: # float64 (K,)
-    """Thresholds that as many images reach as `shares` says, to the nearest count that equal scores allow, at least 1 if the share is above 0.
+    """Thresholds that as many images reach as `shares` says: the nearest count that equal scores allow, 1 at least if the share is above 0.
 
     Raises: ValueError for shares or scores outside 0 to 1, or not one share per class.
     """
@@ -299,7 +299,7 @@ def share_thresholds(
     for s, share in zip(-np.sort(-p.T, axis=1), shares):
         counts = np.append(0, _ends(s)+1)
         if share>0: counts = counts[1:]
-        out.append(_cut(s, counts[abs(counts - max(share*len(s), share>0)).argmin()]))
+        out.append(_cut(s, counts[abs(counts - share*len(s)).argmin()]))
     return np.array(out)
 
 def estimate_shares(
@@ -324,7 +324,7 @@ def estimate_shares(
             if abs(shares[c]-before) <= tol*before: break
     return shares
 
-# %% ../nbs/13_threshold.ipynb #d32ab261
+# %% ../nbs/13_threshold.ipynb #b32c631e
 def _logits(p): return logit(np.clip(p, 1e-6, 1-1e-6))
 
 def _calibrate(p, y):
@@ -357,7 +357,7 @@ class ShareThreshold(ThresholdEstimator):
         if named and self.shares not in ('train', 'em'):
             raise ValueError(f"shares is {self.shares!r}, expected 'train', 'em' or a number for each class")
         if y is None and named and (self.shares=='train' or self.prior is None):
-            raise ValueError('shares of the training set need labels: fit(p, y); or give `shares`, a number for each class, or for `em` a `prior`')
+            raise ValueError('shares of the training set need labels: fit(p, y); or give `shares`, one per class, or for `em` a `prior`')
         self.prior_ = _check_shares(self.prior, p.shape[1], 'prior') if self.prior is not None else None if y is None else y.mean(0)
         em = named and self.shares=='em'
         self.calibration_ = _calibrate(p, y) if em and y is not None and self.calibrate else None
@@ -406,12 +406,12 @@ class ShrunkThreshold(ThresholdEstimator):
         self.thresholds_ = self._mix()
         return self
 
-# %% ../nbs/13_threshold.ipynb #bff1f11b
+# %% ../nbs/13_threshold.ipynb #7e33a027
 threshold_methods = {'constant': ConstantThreshold(), 'global': GlobalThreshold(), 'f1': F1Threshold(),
                      'repeated_f1': RepeatedF1Threshold(), 'soft_f1': SoftF1Threshold(),
                      'share': ShareThreshold(), 'em_share': ShareThreshold('em')}
-threshold_methods |= {f'{name}_shrunk': ShrunkThreshold(threshold_methods[name]) for name in ('f1', 'repeated_f1', 'share')}
-threshold_methods |= {f'{name}_to_share': ShrunkThreshold(threshold_methods[name], towards=ShareThreshold()) for name in ('f1', 'repeated_f1')}
+threshold_methods |= {f'{n}_shrunk': ShrunkThreshold(threshold_methods[n]) for n in ('f1', 'repeated_f1', 'share')}
+threshold_methods |= {f'{n}_to_share': ShrunkThreshold(threshold_methods[n], towards=ShareThreshold()) for n in ('f1', 'repeated_f1')}
 
 def create_threshold(
     name:str, # of `threshold_methods`

@@ -13,9 +13,57 @@ import torch
 from fastai.callback.core import Callback
 from PIL import Image
 
-from rcic_fastai.all import *
+from rcic_fastai.all import (
+    TTA,
+    Atlas,
+    Predictions,
+    Retrieval,
+    atlas_folds,
+    blend_runs,
+    change_recipe,
+    check_files,
+    create_threshold,
+    dihedral,
+    embed_sites,
+    external_keys,
+    f1_floors,
+    find_duplicates,
+    fold_report,
+    get_recipe,
+    hash_distance,
+    hpa_channels,
+    hpa_classes,
+    image_hashes,
+    label_lists,
+    label_matrix,
+    label_score_table,
+    laptop_recipe,
+    load_run,
+    load_weights,
+    pack_screen,
+    predict_run,
+    predict_sites,
+    present_sites,
+    read_channel,
+    read_hpa,
+    read_label_submission,
+    read_run,
+    read_screen,
+    read_site,
+    read_thresholds,
+    recipe_model,
+    resize_site,
+    score_label_submission,
+    screen_dataloaders,
+    simulate_hpa,
+    stack_runs,
+    straddling_groups,
+    submit_labels,
+    threshold_methods,
+    train_run,
+    valid_mask,
+)
 from rcic_fastai.hpa import _image_table
-from rcic_fastai.train import TrainSettings
 
 HPA = Path(__file__).parents[1].parent / "shared" / "hpa"
 real = pytest.mark.skipif(not (HPA / "train.csv").is_file(), reason="the real tables of the Human Protein Atlas are not beside this checkout (shared/hpa)")
@@ -263,27 +311,33 @@ class Watch(Callback):
 @pytest.fixture(scope="module")
 def staged():
     "A recipe with all its stages, on few images"
-    return tiny("head.epochs=1", "head.find_lr=20", "train.find_lr=20", "finetune.epochs=2", "finetune.average=2", "checkpoint.steps=3", "seed=4")
+    return tiny("head.epochs=1", "head.lr=0.01", "head.find_lr=20", "train.find_lr=20", "finetune.epochs=2", "finetune.average=2", "checkpoint.steps=3", "seed=4")
 
 
-def test_stages_train_what_they_should(atlas, staged, tmp_path):
-    watch = Watch()
-    train_run(atlas, staged, tmp_path / "run", say=quiet, cbs=[watch])
+@pytest.fixture(scope="module")
+def whole(atlas, staged, tmp_path_factory):
+    "A run that nobody interrupted, and what was seen of it"
+    path, watch = tmp_path_factory.mktemp("staged") / "whole", Watch()
+    train_run(atlas, staged, path, say=quiet, cbs=[watch])
+    return path, watch
+
+
+def test_stages_train_what_they_should(staged, whole):
+    path, watch = whole
     losses = [s[0] for s in watch.seen]
     n = len(losses) // 4
     assert losses == ["MultiLabelFocalLoss"] * 2 * n + ["LSEPLoss"] * 2 * n
     assert [s[1] for s in watch.seen] == [False] * n + [True] * 3 * n, "the head alone, then all"
-    found = json.loads((tmp_path / "run" / "learning_rates.json").read_text())
+    found = json.loads((path / "learning_rates.json").read_text())
     assert max(s[2] for s in watch.seen[n : 2 * n]) == pytest.approx(found["train"], rel=0.05) and found["head"] != staged.head.lr
-    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    history = pd.read_csv(path / "history.csv")
     assert history.stage.tolist() == ["head", "train", "finetune", "finetune"] and {"average_precision", "macro_f1"} <= set(history)
 
 
 @pytest.mark.parametrize("stop", [2, 13])
-def test_a_run_that_was_interrupted_ends_the_same(atlas, staged, tmp_path, stop):
+def test_a_run_that_was_interrupted_ends_the_same(atlas, staged, whole, tmp_path, stop):
     "Also in the stage whose learning rate was looked for"
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train_run(atlas, staged, whole, say=quiet)
+    whole, broken = whole[0], tmp_path / "broken"
     with pytest.raises(InterruptedError):
         train_run(atlas, staged, broken, say=quiet, cbs=[Watch(stop)])
     torch.rand(7)  # another state of the random numbers, as in a new process
@@ -312,7 +366,7 @@ def test_submission_with_thresholds_and_score(run, atlas, folder, tmp_path):
     assert read_label_submission(path)[test.ids].tolist() == label_lists(stored.predict(test.probabilities))
     table = label_score_table(path, folder / "truth.csv")
     assert table.f1["macro"] == pytest.approx(score_label_submission(path, folder / "truth.csv"))
-    twins = pd.read_csv(folder / "twins.csv").Id
+    twins = pd.read_csv(folder / "twins.csv")[["Id", "twin"]].to_numpy().ravel()
     left = label_score_table(path, folder / "truth.csv", exclude=twins)
     assert left.support["macro"] < table.support["macro"]
 
@@ -331,7 +385,7 @@ def test_without_images_set_aside_shares_are_matched(atlas, tmp_path):
 
 def test_stack_and_mean_of_two_runs(run, atlas, tmp_path):
     other = tmp_path / "other"
-    train_run(atlas, tiny("loss.name=focal_lovasz", "loss.options={}", "seed=5"), other, say=quiet)
+    train_run(atlas, tiny("loss.name=focal_lovasz", "loss.options={}", "seed=5"), other, valid=f"run={run}", say=quiet)
     report = stack_runs([run, other], atlas, tmp_path / "stack", min_positives=10**6, progress=False, say=quiet)
     assert {"focal", "other", "stack"} <= set(report.index)
     path = submit_labels(tmp_path / "stack", atlas, method="global", say=quiet)

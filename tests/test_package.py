@@ -66,7 +66,7 @@ def test_setup_is_what_the_settings_say(monkeypatch):
     assert (given["name"], given["version"], given["license"]) == (cfg["lib_name"], cfg["version"], cfg["license"])
     assert given["python_requires"] == ">=" + cfg["min_python"]
     assert given["install_requires"] == cfg["requirements"].split()
-    assert given["extras_require"] == {e: cfg[f"{e}_requirements"].split() for e in ("dev", "phenomics", "zarr", "logging", "bench")}
+    assert given["extras_require"] == {e: cfg[f"{e}_requirements"].split() for e in ("dev", "phenomics", "zarr", "stack", "logging", "bench")}
     assert dict(s.split("=") for s in given["entry_points"]["console_scripts"]) == scripts()
     assert given["packages"] == ["rcic_fastai"]
 
@@ -215,7 +215,7 @@ def test_readme_converter(readme, tmp_path):
 
 def test_the_public_environment_is_enough():
     "Modules import nothing that only the development environment has (nbdev's index aside)"
-    dev = {Requirement(r).name.replace("-", "_") for r in settings()["dev_requirements"].split()} - {"zarr"} | {"IPython", "nbconvert"}
+    dev = {Requirement(r).name.replace("-", "_") for r in settings()["dev_requirements"].split()} - {"zarr", "lightgbm"} | {"IPython", "nbconvert"}
     for name in MODULES:
         tree = ast.parse((ROOT / "rcic_fastai" / f"{name}.py").read_text(encoding="utf-8"))
         tops = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
@@ -224,6 +224,6 @@ def test_the_public_environment_is_enough():
         foreign = tops - set(sys.stdlib_module_names) - {"rcic_fastai"}
         known = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn"}
         # the extra, and what a function looks for and does without
-        optional = {Requirement(r).name for e in ("phenomics", "zarr", "logging") for r in settings()[f"{e}_requirements"].split()} | {"umap"}
+        optional = {Requirement(r).name for e in ("phenomics", "zarr", "stack", "logging") for r in settings()[f"{e}_requirements"].split()} | {"umap"}
         declared = {Requirement(r).name for r in settings()["requirements"].split()} | optional
         assert {known.get(f, f) for f in foreign} <= declared, f"{name}.py imports what settings.ini does not require: {sorted(foreign)}"
