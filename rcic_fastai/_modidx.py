@@ -1052,6 +1052,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rcic_fastai.run._check_request': ('run.html#_check_request', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._check_same': ('run.html#_check_same', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._digest': ('run.html#_digest', 'rcic_fastai/run.py'),
+                                 'rcic_fastai.run._labelled': ('run.html#_labelled', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._precision_report': ('run.html#_precision_report', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._predicted': ('run.html#_predicted', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._pseudo_callback': ('run.html#_pseudo_callback', 'rcic_fastai/run.py'),

@@ -197,7 +197,7 @@ class Stages:
         self.say(f'Stage {name}: learning rate {found[name]:.2e}, found in {stage.find_lr} steps')
         return found[name]
 
-# %% ../nbs/11b_run.ipynb #6c0ff53e
+# %% ../nbs/11b_run.ipynb #0cc5df76
 def _check_request(screen, run, target, valid, seed):
     "What can be told to be wrong before any file is looked for"
     if (run/'run.json').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
@@ -252,6 +252,13 @@ def _start_of(start, screen, target):
 
 def _digest(ids): return xxhash.xxh3_64_hexdigest('\n'.join(sorted(ids)).encode())
 
+def _labelled(sites, target, say):
+    "Without sites whose target is unknown, such as images whose antibody nobody knows"
+    known = sites[target].notna().to_numpy()
+    if known.all() or not known.any(): return sites
+    say(f'{(~known).sum():,} of {len(sites):,} sites have no {target.replace("_", " ")} and are left out')
+    return sites[known].reset_index(drop=True)
+
 def _wells_of_run(valid):
     "The wells that another run has set aside, for `run=FOLDER`"
     if not isinstance(valid, str) or not valid.startswith('run='): return valid
@@ -283,6 +290,7 @@ def train_run(
     sites, asked_recipe = training_sites(screen, recipe, wells, present_only, say), recipe
     recipe = _usable_domain(sites, recipe, target, say)
     _check_losses(sites, recipe, target)
+    sites = _labelled(sites, target, say)
     sites, mask = held_out(sites, valid, recipe)
     if not mask.any() and 'best' in (recipe.train.keep, recipe.finetune.keep): say('No wells are set aside: training ends with its last weights, not with the best')
     controls = control_sites(screen, present_only) if needs_controls(recipe) else None
