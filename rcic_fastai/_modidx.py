@@ -1569,6 +1569,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rcic_fastai.tta.ViewTransform.__init__': ('tta.html#viewtransform.__init__', 'rcic_fastai/tta.py'),
                                  'rcic_fastai.tta.ViewTransform._drawn': ('tta.html#viewtransform._drawn', 'rcic_fastai/tta.py'),
                                  'rcic_fastai.tta.ViewTransform._reseedable': ('tta.html#viewtransform._reseedable', 'rcic_fastai/tta.py'),
+                                 'rcic_fastai.tta.ViewTransform._upright': ('tta.html#viewtransform._upright', 'rcic_fastai/tta.py'),
                                  'rcic_fastai.tta._over_views': ('tta.html#_over_views', 'rcic_fastai/tta.py'),
                                  'rcic_fastai.tta.check_views': ('tta.html#check_views', 'rcic_fastai/tta.py'),
                                  'rcic_fastai.tta.combine_views': ('tta.html#combine_views', 'rcic_fastai/tta.py'),

@@ -140,10 +140,10 @@ def _raw_batches(learn, sites, bs):
         yield x, context, keys[at:at+len(x)]
         at += len(x)
 
-# %% ../nbs/10_predict.ipynb #836cc6f0
-def _forward(learn, view, embed=False):
+# %% ../nbs/10_predict.ipynb #bd8bccff
+def _forward(learn, view, prepare, embed=False):
     "Function from a raw batch to logits, or to what the classifier sees, in the precision of the recipe"
-    prepare, device = _prepare(learn), learn.dls.device
+    device = learn.dls.device
     dtype = learn.auto_mixed_precision.dtype if hasattr(learn, 'auto_mixed_precision') else torch.float32
     net, scale = (learn.model.embed, 1.) if embed else (learn.model, getattr(learn.loss_func, 's', 1.)) # cosines to logits
     def forward(x, context, keys):
@@ -186,7 +186,7 @@ def _check_prediction(sites, batchnorm, domain, tta, bagging, postprocess, head_
     if not 0 <= head_weight <= 1: raise ValueError(f'head_weight is {head_weight}, expected a share from 0 to 1')
     if not len(sites): raise ValueError('there are no sites to predict')
 
-# %% ../nbs/10_predict.ipynb #64151030
+# %% ../nbs/10_predict.ipynb #5fab73ab
 def _activation(learn):
     "'sigmoid' for networks trained on several labels per image"
     loss = learn.loss_func
@@ -212,7 +212,8 @@ def _outputs(learn, sites, batchnorm, domain, tta, controls, pool_sites, bs, pro
     with torch.no_grad(), bar:
         for rows in groups:
             own = sites.iloc[rows]
-            forwards = [_forward(learn, v, embed) for v in group.views()]
+            prepare = _prepare(learn) # shared, because views have steps in common
+            forwards = [_forward(learn, v, prepare, embed) for v in group.views()]
             if _compares_with_controls(learn.model):
                 reference = next(load(_sample(_controls_of(own, controls, 'experiment'), 32), 32))
                 forwards = [_beside(f, reference) for f in forwards]

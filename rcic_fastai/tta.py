@@ -115,7 +115,7 @@ def window(
     top, left = (share*(room+1)).long().minimum(room).tolist()
     return x[..., top:top+size, left:left+size]
 
-# %% ../nbs/09a_tta.ipynb #4cf2fe4c
+# %% ../nbs/09a_tta.ipynb #6dc0ae89
 def image_keys(
     names:Iterable[str] # of the images, such as site_id
 ) -> Tensor: # int64 (B,), the same on every machine
@@ -133,6 +133,7 @@ class ViewTransform:
         drawn = [self._reseedable(t) if isinstance(t, RandTransform) else t for t in rest if not isinstance(t, D4)]
         self.draws = any(isinstance(t, RandTransform) for t in drawn) # is there anything random besides symmetries and windows?
         self.as_validated, self.as_trained = Pipeline(rest, split_idx=1), Pipeline(drawn, split_idx=0)
+        self._kept = None # of the last batch: the symmetries of a window and a draw share all but the last step
 
     @staticmethod
     def _reseedable(t):
@@ -151,12 +152,20 @@ class ViewTransform:
 
         Raises: ValueError if a window does not fit into the images.
         """
+        upright = view._replace(symmetry=0)
+        if keys is None or self._kept is None or self._kept[0] is not keys or self._kept[1]!=upright:
+            self._kept = keys, upright, *self._upright(x, context, view, torch.arange(len(x)) if keys is None else keys)
+        *_, x, context = self._kept
+        return dihedral(x, view.symmetry).contiguous(), context
+
+    def _upright(self, x, context, view, keys):
+        "The batch before it is flipped or turned"
         place = view.crop + 64*view.seed
         for t in self.windows: x = window(x, t.size, place)
-        x, context = self._drawn(x, context, view.seed, torch.arange(len(x)) if keys is None else keys) if view.seed else self.as_validated((x, context))
+        x, context = self._drawn(x, context, view.seed, keys) if view.seed else self.as_validated((x, context))
         # cut after resizing, so that a window has the scale of whole images
         if view.share and not self.windows: x = window(x, max(1, round(view.share*min(x.shape[-2:]))), place)
-        return dihedral(x, view.symmetry).contiguous(), context
+        return x, context
 
     def _drawn(self, x, context, seed, keys):
         rows = []
