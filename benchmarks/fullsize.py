@@ -1,4 +1,4 @@
-"""Each recipe at full size: build its network and take one real optimiser step on two real sites of 6x512x512.
+"""Each recipe at full size: build its network and take one real optimiser step on two real sites of 6x512x512 (those of the Human Protein Atlas: 4x512x512).
 
 `make bench-fullsize`; needs ../shared/rcic beside the checkout (or --data). No weights are downloaded: networks begin at random.
 """
@@ -25,6 +25,7 @@ def one_step(name, data, size):
     import torch
     from fastai.callback.core import Callback
 
+    from rcic_fastai.multilabel_loss import multilabel_losses
     from rcic_fastai.recipe import get_recipe
     from rcic_fastai.screen import present_sites, read_screen
     from rcic_fastai.train import fit_stage, recipe_dataloaders, screen_learner
@@ -45,9 +46,13 @@ def one_step(name, data, size):
     # two sites make a step: nothing is accumulated, nothing frozen, nothing downloaded, no controls that are not there
     stage = replace(recipe.train, epochs=1, accumulate=1, freeze_epochs=0, keep="last")
     recipe = replace(recipe, data=replace(recipe.data, batch_size=2, size=size), model=replace(recipe.model, pretrained=False, first_conv=recipe.model.first_conv), train=stage)
-    n_classes = 1139 if recipe.data.control_classes else 1108
-    sites = sites.assign(sirna=[0, 1])  # the real sites are of one control; two classes make it two examples
-    dls = recipe_dataloaders(sites, recipe, classes=list(range(n_classes)), cell_types=screen.cell_types, experiments=screen.experiments, device=torch.device("cpu"))
+    if name.startswith("hpa_"):  # four of the channels; 12,815 antibodies have images of their own
+        target, channels, n_classes = ("labels", (1, 2, 3, 4), 28) if recipe.loss.name in multilabel_losses else ("antibody", (1, 2, 3, 4), 12815)
+    else:
+        target, channels, n_classes = "sirna", screen.channels, 1139 if recipe.data.control_classes else 1108
+    # the real sites are of one control; two classes make it two examples
+    sites = sites.assign(sirna=[0, 1], antibody=[0, 1], labels=[(0, 25), (7,)])
+    dls = recipe_dataloaders(sites, recipe, target=target, channels=channels, classes=list(range(n_classes)), cell_types=screen.cell_types, experiments=screen.experiments, device=torch.device("cpu"))
     learn, clock = screen_learner(dls, recipe), Clock()
     before = {k: v.clone() for k, v in learn.model.named_parameters()}
     with learn.no_bar(), learn.no_logging():
