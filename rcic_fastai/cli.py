@@ -54,7 +54,7 @@ def one_line_errors(
 
 def _say(*args): print(*args, flush=True)
 
-# %% ../nbs/17_cli.ipynb #5725dfa6
+# %% ../nbs/17_cli.ipynb #764ddb6e
 @call_parse
 def rcic_simulate(
     out:Annotated[Path, dict(required=True)]=None, # folder to write the screen to
@@ -237,7 +237,7 @@ def rcic_submit(
     sample:Path=None, # sample submission that gives ids and order; by default that of the screen
     no_groups:bool=False, # leave the plate groups out
     no_assignment:bool=False, # let a siRNA win several wells of an experiment
-    thresholds:str=None, # where there are several labels: how thresholds are chosen, such as repeated_f1_shrunk or share; by default what the recipe says
+    thresholds:str=None, # where there are several labels: how thresholds are chosen, such as repeated_f1_to_share or share; by default what the recipe says
     assignment:str=None, # exact, vote (plates vote for their groups, each well on its own) or vote_zero; by default what the recipe says
     debug:bool=False, # show the traceback of an error
 ):

@@ -202,7 +202,7 @@ def find_duplicates(
     say(f'{len(pairs):,} pairs of twins; {table.group.nunique():,} groups of {len(table):,} images')
     return label_agreement(atlas.wells.labels.tolist(), twins, atlas.wells.experiment.tolist())
 
-# %% ../nbs/15_hpa.ipynb #2e6351ea
+# %% ../nbs/15_hpa.ipynb #1b390feb
 def label_truth(
     atlas:Atlas, # from `read_hpa`
     ids:Sequence[str] # of labelled images
@@ -219,7 +219,7 @@ def label_truth(
 def fit_thresholds(
     p, # `Predictions` of labelled images that the network did not train on
     atlas:Atlas, # their labels and groups
-    method:str='repeated_f1_shrunk', # of `threshold_methods`
+    method:str='repeated_f1_to_share', # of `threshold_methods`
     **options # of `create_threshold`
 ) -> tuple[ThresholdEstimator, NestedF1]: # fitted; what it is worth out of sample
     "Choose thresholds, and say what macro-F1 they have on images that did not choose them. Raises: as `create_threshold` and `label_truth`."

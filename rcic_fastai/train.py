@@ -42,7 +42,7 @@ from .step import AutoMixedPrecision, ChannelsLast, InferenceMode, adam, adamw, 
 from .target import is_multilabel
 from .weights import EMA, FreezeBody, KeepBest, LastEpochs, ValidateWithin, geometric_rates
 
-# %% ../nbs/09_train.ipynb #13168855
+# %% ../nbs/09_train.ipynb #2e943acb
 @dataclass(frozen=True)
 class DataSettings:
     "From sites to batches."
@@ -144,7 +144,7 @@ class InferenceSettings:
     postprocess:str|None=None # how embeddings become scores, such as 'center_plate'; null: the scores of the head
     head_weight:float=0. # share of the head's scores beside those of `postprocess`, 0 to 1
     assignment:str='exact' # from scores to labels: 'exact' (plate groups and one-to-one), 'vote' (plates vote for their groups, each well on its own) or 'vote_zero' (other groups count as 0)
-    thresholds:str='repeated_f1_shrunk' # from scores to several labels: a name for `create_threshold`
+    thresholds:str='repeated_f1_to_share' # from scores to several labels: a name for `create_threshold`
 
 @dataclass(frozen=True)
 class Recipe:
