@@ -54,7 +54,7 @@ def one_line_errors(
 
 def _say(*args): print(*args, flush=True)
 
-# %% ../nbs/17_cli.ipynb #764ddb6e
+# %% ../nbs/17_cli.ipynb #ff8dcbca
 @call_parse
 def rcic_simulate(
     out:Annotated[Path, dict(required=True)]=None, # folder to write the screen to
@@ -258,7 +258,7 @@ def rcic_score(
 ):
     "Accuracy of a submission per experiment, and over all wells on the last line; of several labels macro-F1, and F1 per class."
     with one_line_errors(debug):
-        if 'Id' in pd.read_csv(truth, nrows=0):
+        if truth.is_file() and 'Id' in pd.read_csv(truth, nrows=0):
             _say(label_score_table(submission, truth).to_string(float_format=lambda v: f'{v:.4f}'))
             return _say(f'{score_label_submission(submission, truth):.6f}')
         score = score_submission(submission, truth)

@@ -1,6 +1,7 @@
 "The commands as a person runs them: help, the road from files to score, and errors of one line."
 
 import configparser
+import importlib
 import os
 import subprocess
 import sys
@@ -29,12 +30,11 @@ def in_process(monkeypatch, capsys, name, *args):
     "The same without a new interpreter; returns exit status, stdout and stderr."
     from fastcore.script import _run_cli
 
-    import rcic_fastai.cli as cli
-
+    module, _, function = scripts[name].partition(":")
     monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
     status, message = 0, ""
     try:
-        _run_cli(getattr(cli, name.replace("-", "_")).__wrapped__, False, None)
+        _run_cli(getattr(importlib.import_module(module), function).__wrapped__, False, None)
     except SystemExit as e:
         status, message = (1, f"{e.code}\n") if isinstance(e.code, str) else (e.code or 0, "")  # Python prints a text and exits with 1
     out = capsys.readouterr()
