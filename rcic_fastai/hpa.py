@@ -101,7 +101,7 @@ class Atlas(Screen):
     def __repr__(self): return f'{self._headline()}\n{self.summary().to_string(float_format=lambda v: f"{v:.2f}")}'
     def _repr_html_(self): return f'<p>{html.escape(self._headline())}</p>' + self.summary().to_html(float_format=lambda v: f'{v:.2f}')
 
-# %% ../nbs/15_hpa.ipynb #746af79f
+# %% ../nbs/15_hpa.ipynb #064cc20d
 _kaggle, _external = ('kaggle', 'train'), ('external', 'train')
 
 def _folder(root, name):
@@ -144,7 +144,8 @@ def read_hpa(
     if external is None: external = (root/'external.csv').is_file() and (packed is not None or (root/'external').is_dir())
     if external:
         more, folders[_external] = read_labels(root/'external.csv'), _folder(root, 'external')
-        tables.append(_image_table(more.index, *_external, more))
+        # a store has the table even if the images were not there to be packed
+        if packed is None or (more.index + '_1').isin(packed.index).any(): tables.append(_image_table(more.index, *_external, more))
     if (root/'sample_submission.csv').is_file():
         folders['kaggle', 'test'] = _folder(root, 'test')
         tables.append(_image_table(read_table(root/'sample_submission.csv', ('Id', 'Predicted')).Id, 'kaggle', 'test'))

@@ -271,6 +271,15 @@ def test_batches_hold_rows_of_labels(atlas, tmp_path, packed):
     assert dls.train.titles((x[:1], context[:1], y[:1]))[0].startswith("labels " + " ".join(map(str, sites.labels[0])))
 
 
+def test_a_list_of_external_images_that_were_not_packed(folder, tmp_path):
+    "The store holds the table of images that nobody had; they are none of its images"
+    without = read_hpa(folder, external=False)
+    pack_screen(without, tmp_path / "store", size=32, workers=1, progress=False, say=quiet)
+    packed = read_screen(tmp_path / "store")
+    assert (tmp_path / "store" / "external.csv").exists() and len(packed.wells) == len(without.wells)
+    check_files(packed.sites(), packed.channels)
+
+
 def test_images_of_two_sizes_need_one(atlas):
     sites = atlas.sites()
     dls = screen_dataloaders(sites[sites.experiment == "external"], target="labels", domain=None, bs=60, channels=atlas.channels, transforms=[])
