@@ -2,6 +2,7 @@
 from .screen import *
 from .simulate import *
 from .image import *
+from .platemap import *
 from .store import *
 from .target import *
 from .data import *

@@ -234,6 +234,7 @@ def _pseudo_callback(screen, recipe, sites, mask, loaders, controls, present_onl
     tables = [sites[mask]]
     if ((screen.wells.split=='test') & (screen.wells.well_type=='treatment')).any(): tables.append(select_sites(screen, 'test', 'treatments', present_only, say))
     unlabelled = pd.concat(tables, ignore_index=True)
+    if screen.replicates: raise ValueError('pseudo-labels are given one to one, and here treatments have several wells within an experiment; --set pseudo.start=null does without')
     if not len(unlabelled): raise ValueError('pseudo-labels need unlabelled wells: the screen has no test split and no wells are set aside')
     own = sites[~mask & (sites.well_type=='treatment').to_numpy()]
     return PseudoLabels(recipe, unlabelled, loaders, plate_groups(own.drop_duplicates('id_code')), controls, path, say)
@@ -438,9 +439,17 @@ def submit_run(
     recipe, info = read_run(run)
     if info['target']!='sirna': raise ValueError(f'{run} predicts {info["target"]}; a submission needs a run that predicts sirna')
     p, out = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(out or Path(run)/'submission.csv')
+    if screen.replicates and (groups or one_to_one):
+        groups = one_to_one = False
+        say('Treatments have several wells within an experiment: each well gets its most likely treatment, without plate groups and one-to-one assignment')
     method = method or (recipe.inference.assignment if groups and one_to_one else 'exact')
     table = assign_predictions(p, plate_groups(screen.wells) if groups else None, one_to_one, method)
-    write_submission(table.id_code, table.sirna, sample or Path(screen.path)/'sample_submission.csv', out)
+    if sample is None and not (Path(screen.path)/'sample_submission.csv').exists(): # of somebody's own screen there is none
+        sample = screen.wells.loc[(screen.wells.split=='test') & (screen.wells.well_type=='treatment'), ['id_code']]
+    write_submission(table.id_code, table.sirna, Path(screen.path)/'sample_submission.csv' if sample is None else sample, out)
+    if 'treatment' in screen.wells: # treatments have names
+        names = screen.wells.dropna(subset='treatment').drop_duplicates('sirna').set_index('sirna').treatment
+        write_text(out, (given := pd.read_csv(out)).assign(treatment=given.sirna.map(names)).to_csv(index=False))
     for e, g in table.groupby('experiment') if groups else ():
         mapping, margin = g.drop_duplicates('plate').set_index('plate').group, g.mapping_margin.iloc[0]
         sure = f'better than any other order by {margin:.1f}{"" if method=="exact" else " votes"}' if margin >= .05 else 'a guess: another order scores as well'

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WELL_COLUMNS', 'WELL_TYPES', 'CELL_TYPES', 'PLATE_ROWS', 'LAYOUTS', 'CHANNELS', 'read_table', 'parse_wells',
            'kaggle_wells', 'metadata_sites', 'screen_layout', 'plate_groups', 'plate_rotations', 'check_screen',
-           'well_sites', 'is_optional', 'site_files', 'check_files', 'present_sites', 'plate_map', 'Screen',
-           'read_screen', 'split_experiments', 'experiment_folds', 'valid_mask']
+           'well_sites', 'channel_name', 'grey_limits', 'is_optional', 'site_files', 'check_files', 'present_sites',
+           'plate_map', 'Screen', 'read_screen', 'split_experiments', 'experiment_folds', 'valid_mask']
 
 # %% ../nbs/00_screen.ipynb #af96df93
 import csv, difflib, hashlib, html, os, re, warnings, zlib
@@ -155,7 +155,7 @@ def _require_unique(table, column):
     _require(table, ~table[column].duplicated(), again)
 
 # %% ../nbs/00_screen.ipynb #b4871cfd
-LAYOUTS = ('kaggle', 'rxrx1', 'wilds', 'hpa')
+LAYOUTS = ('kaggle', 'rxrx1', 'wilds', 'hpa', 'platemap')
 
 def _is_wilds(metadata):
     if re.search(r'(^|,)val(,|\r?$)', metadata.read_text(encoding='utf-8-sig', errors='replace'), re.M): return True
@@ -170,19 +170,21 @@ def _find_screen(path, layout=None):
     path = Path(path).expanduser()
     if layout not in (None, *LAYOUTS): raise ValueError(f'layout {layout!r} is unknown{_nearest(layout, LAYOUTS)}')
     if not path.is_dir(): raise FileNotFoundError(f'{path} is not a folder')
-    if layout in ('kaggle', 'hpa'): return path, layout
+    if layout in ('kaggle', 'hpa', 'platemap'): return path, layout
+    if layout is None and (path/'screen.json').is_file(): return path, 'platemap'
     if layout is None and (path/'train.csv').is_file(): return path, 'hpa' if _is_hpa(path/'train.csv') else 'kaggle'
     tables = [path/'metadata.csv', path/'rxrx1_v1.0'/'metadata.csv', path/'rxrx1'/'metadata.csv']
     found = next((t for t in tables if t.is_file()), None)
     if found is None:
-        looked = ([path/'train.csv'] if layout is None else []) + tables
-        raise FileNotFoundError(f"{path} holds no screen; looked for {', '.join(t.relative_to(path).as_posix() for t in looked)}")
+        looked = ([path/'train.csv', path/'screen.json'] if layout is None else []) + tables
+        hint = '; a folder of your own images needs rcic-describe (describe_screen) once' if layout is None else ''
+        raise FileNotFoundError(f"{path} holds no screen; looked for {', '.join(t.relative_to(path).as_posix() for t in looked)}{hint}")
     return found.parent, layout or ('wilds' if _is_wilds(found) else 'rxrx1')
 
 def screen_layout(
     path:str|Path,  # folder of a screen; the levels `rxrx1_v1.0` and `rxrx1` of the downloads may be left out
-)->str:             # 'kaggle', 'rxrx1' or 'wilds'
-    """Which of the three layouts the folder has.
+)->str:             # 'kaggle', 'rxrx1', 'wilds', 'hpa' or 'platemap'
+    """Which of the layouts the folder has.
 
     Raises: `FileNotFoundError` that lists what was looked for."""
     return _find_screen(path)[1]
@@ -307,7 +309,20 @@ def well_sites(
 CHANNELS = (1, 2, 3, 4, 5, 6)  # nucleus, endoplasmic reticulum, actin, nucleoli and RNA, mitochondria, Golgi and plasma membrane
 
 def _expand(pattern, channels):
-    return [pattern.replace('{channel}', str(c).removesuffix('?')) for c in channels] if '{channel}' in pattern else [pattern]
+    return [pattern.replace('{channel}', channel_name(c)) for c in channels] if '{channel}' in pattern else [pattern]
+
+def channel_name(
+    channel:int|str,  # number or name, such as 1, 'yellow?' or 'DAPI[100-3200]'
+)->str:               # what file names have: '1', 'yellow', 'DAPI'
+    "A channel without the question mark of an optional file and without its grey limits."
+    return re.sub(r'(\[\d+-\d+\])?\??$', '', str(channel))
+
+def grey_limits(
+    channel:int|str,  # number or name, such as 'DAPI[100-3200]'
+)->tuple[int, int]|None: # (100, 3200); None: grey values are of 8 bits and stay as they are
+    "Grey values of the files of a channel that become 0 and 255."
+    found = re.search(r'\[(\d+)-(\d+)\]\??$', str(channel))
+    return found and (int(found[1]), int(found[2]))
 
 def is_optional(
     channel:int|str,  # number or name
@@ -407,9 +422,9 @@ def plate_map(
 class Screen:
     "Tables of one screen, the same for every layout; made by `read_screen`."
     path:Path                       # folder of the tables
-    layout:str                      # 'kaggle', 'rxrx1' or 'wilds'
+    layout:str                      # one of `LAYOUTS`
     wells:pd.DataFrame              # one row per well, columns `WELL_COLUMNS`
-    channels:tuple[int,...]=CHANNELS # numbers of the channels a site has
+    channels:tuple[int|str,...]=CHANNELS # numbers or names of the channels a site has
     site_rows:pd.DataFrame=None     # `id_code` and `site` of every site; None: sites 1 and 2 of every well
     packed:pd.Series=None           # `files` by `site_id`, if the folder is a store of packed sites
     target = 'sirna'                # column of the wells that is to be predicted
@@ -422,6 +437,11 @@ class Screen:
         table = well_sites(wells, self.path, self.layout, (1, 2) if self.site_rows is None else self.site_rows)
         if self.packed is not None: table['files'] = table.site_id.map(self.packed).fillna(f'{self.path.as_posix()}#' + table.site_id)
         return table
+
+    @property
+    def replicates(self)->bool: # then neither plate groups nor one-to-one assignment hold
+        "Does a treatment have several wells within an experiment?"
+        return bool(_labelled(self.wells).duplicated(['experiment', 'sirna']).any())
 
     @property
     def experiments(self)->list[str]: return sorted(self.wells.experiment.unique())
@@ -437,7 +457,7 @@ def _packed_files(root):
 
 def read_screen(
     path:str|Path,      # folder of the screen, or of a store that it was packed into
-    layout:str=None,    # 'kaggle', 'rxrx1' or 'wilds'; None: find out
+    layout:str=None,    # one of `LAYOUTS`; None: find out
     check:bool=True,    # hold the rows against each other, require controls beside treatments; without it only single values are checked
 )->Screen:
     """Read the tables of a screen.
@@ -449,6 +469,9 @@ def read_screen(
     if layout == 'hpa':
         from rcic_fastai.hpa import read_hpa # numbered higher; only where there is an atlas
         return read_hpa(root)
+    if layout == 'platemap':
+        from rcic_fastai.platemap import read_platemap # numbered higher; only where somebody's own screen was described
+        return read_platemap(root)
     if layout == 'kaggle': rows, site_rows = kaggle_wells(root, check), None
     else:
         rows = metadata_sites(root/'metadata.csv')

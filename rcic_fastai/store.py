@@ -10,7 +10,7 @@ __all__ = ['FORMATS', 'BatchBuffers', 'read_ahead', 'DamagedSite', 'Store', 'wri
 import errno, io, json, math, mmap, os, platform, shutil, threading, weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from itertools import islice
@@ -102,7 +102,9 @@ class BatchBuffers:
         shape:Sequence[int], # (C, H, W) of an image
         pin_memory:bool=False, # memory that a GPU copies from while the program goes on?
         keep:int=8 # at most so many unused ones
-    ): self.shape, self.pin_memory, self.keep, self._free, self._lock = tuple(shape), pin_memory, keep, [], threading.RLock()
+    ):
+        self.shape, self.pin_memory, self.keep, self._lock = tuple(shape), pin_memory, keep, threading.RLock()
+        self._free:list[_Memory] = []
 
     def _back(self, memory):
         with self._lock: # the same thread may hold it: memory can be collected at any moment
@@ -136,10 +138,11 @@ def read_ahead(
     ahead:int=2 # batches that are read before they are asked for
 ) -> Iterator[Tensor]: # uint8 (N, C, H, W), one by one in order
     "Batches that threads read before they are asked for, each by all of them, in ascending order of the rows."
-    pool, pending, batches = ThreadPoolExecutor(max(threads, 1)), deque(), iter(batches)
+    pool, batches = ThreadPoolExecutor(max(threads, 1)), iter(batches)
+    pending:deque[tuple[Tensor, Sequence[Future]]] = deque()
     def start():
-        for rows in islice(batches, 1):
-            rows, out = np.asarray(rows, np.int64), take(len(rows))
+        for batch in islice(batches, 1):
+            rows, out = np.asarray(batch, np.int64), take(len(batch))
             array, order = out.numpy(), np.argsort(rows, kind='stable')
             if threads: pending.append((out, [pool.submit(_fill, read_into, rows, p, array) for p in np.array_split(order, threads) if len(p)]))
             else:
@@ -340,7 +343,7 @@ class Store:
         return data.reshape(self.shape)[:, y:y+h, x:x+w].copy()
 
     def read_batch(self,
-        rows:Sequence[int], # int (N,)
+        rows:Sequence[int]|np.ndarray, # int (N,)
         out:Tensor|np.ndarray=None, # uint8 (N, C, H, W), contiguous, such as shared or pinned memory; by default new memory
         threads:int=1 # that read at a time
     ) -> Tensor: # `out`
@@ -370,8 +373,13 @@ class Store:
 # %% ../nbs/03_store.ipynb #91fd8257
 _PLAN, _PARTS = 'packing.json', 'parts'
 _TABLES = ('train.csv', 'train_controls.csv', 'test.csv', 'test_controls.csv', 'sample_submission.csv', 'truth.csv', 'metadata.csv',
-           'external.csv', 'groups.csv') # the last two of an atlas
+           'external.csv', 'groups.csv', 'screen.json') # the last three of an atlas, and of a screen of somebody's own
 _INDEX_COLUMNS = ['site_id', *WELL_COLUMNS, 'site']
+
+def _tables_of(folder):
+    "Names of the tables of a screen, one that screen.json names included"
+    names = [t for t in _TABLES if (folder/t).is_file()]
+    return names + ([json.loads((folder/'screen.json').read_text())['table']] if 'screen.json' in names else [])
 
 def _write(path, data):
     "Bytes to the disk under a temporary name, then renamed; nothing stays behind if the disk is full"
@@ -419,7 +427,7 @@ class _Packer:
 
     def _ahead(self, function, rows):
         "Results in order, computed by the threads, a few more than there are threads at a time"
-        rows, pending = iter(rows), deque()
+        rows, pending = iter(rows), deque[Future]()
         for row in islice(rows, 4*self.pool._max_workers): pending.append(self.pool.submit(function, row))
         while pending:
             yield pending.popleft().result()
@@ -557,7 +565,7 @@ def pack_sites(
     small, before anything is written, or full.
     """
     out, sites = Path(out), sites.sort_values(['experiment', 'plate', 'well', 'site'], kind='stable').reset_index(drop=True)
-    found = [t for t in _TABLES if tables is not None and (Path(tables)/t).is_file()]
+    found = [] if tables is None else _tables_of(Path(tables))
     plan = _plan(sites, out, channels, format, preset, size, shard_sites, found)
     _check_folder(out, plan)
     if (out/_MANIFEST).exists(): # killed between its last two steps
@@ -617,7 +625,7 @@ def read_packed(
 def _opened(path, written): return Store(path)
 
 def open_store(
-    path:str # of a store
+    path:str|Path # of a store
 ) -> Store: # the same one for the same path, until it is packed anew
     "A store that is opened once per process."
     written = Path(path)/_MANIFEST

@@ -1,5 +1,6 @@
 "Screens and runs that several test files share."
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,26 @@ def small_run(small_screen, tmp_path_factory):
     train_run(screen, recipe, run, valid="experiment=HUVEC-03", say=lambda *a: None)
     predict_run(run, screen, "test", progress=False)
     return run
+
+
+def find_chromium():
+    "Path of a Chromium or Chrome: that of the system, or the one that `playwright install chromium` has put aside"
+    names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
+    if found := next(filter(None, map(shutil.which, names)), None): return found
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        return p.chromium.executable_path if Path(p.chromium.executable_path).exists() else None
+
+
+@pytest.fixture
+def chromium():
+    "A headless Chromium of Playwright, without network: `chromium.new_context(offline=True, viewport=...)`"
+    from playwright.sync_api import sync_playwright
+
+    if (path := find_chromium()) is None:
+        pytest.skip("there is no Chromium on this machine: `make browser` gets one")
+    with sync_playwright() as p:  # not for the whole session: its event loop would be in the way of others
+        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()

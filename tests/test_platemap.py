@@ -1,0 +1,234 @@
+"Somebody's own screen: plate maps, names of files, grey values, screen.json."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from rcic_fastai.image import MultiChannelImage, read_channel, read_site
+from rcic_fastai.platemap import describe_screen, find_grey_limits, guess_pattern, plate_map_wells, read_plate_map
+from rcic_fastai.screen import channel_name, grey_limits, read_screen
+from rcic_fastai.store import pack_screen, verify_store
+
+
+def write_table(folder, text, name="wells.csv"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def write_images(folder, names, size=24, deep=True, seed=0):
+    "Images of random grey values, all different"
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        x = rng.integers(300, 3000, (size, size)).astype(np.uint16)
+        Image.fromarray(x if deep else (x // 16).astype(np.uint8)).save(folder / name)
+
+
+# Plate maps
+
+@pytest.mark.parametrize("text", ["Well,Compound\nB2,x\n", "Well;Compound\nB2;x\n", "Well\tCompound\nB2\tx\n", "\ufeffwell position, compound\nb02, x\n"])
+def test_tables_as_people_write_them(tmp_path, text):
+    rows = read_plate_map(write_table(tmp_path, text))
+    wells = plate_map_wells(rows)
+    assert (wells.well.tolist(), wells.treatment.tolist(), wells.sirna.tolist()) == (["B02"], ["x"], [0])
+    assert wells.id_code.tolist() == ["experiment-1_1_B02"]
+
+
+@pytest.mark.parametrize("well, name", [("b2", "B02"), ("B02", "B02"), ("P 24", "P24"), ("r02c02", "B02"), ("R16C24", "P24")])
+def test_names_of_wells(tmp_path, well, name):
+    assert plate_map_wells(read_plate_map(write_table(tmp_path, f"well,treatment\n{well},x\n"))).well.tolist() == [name]
+
+
+@pytest.mark.parametrize("text, columns, message", [
+    ("a,b\n1,2\n", None, "is known to name the well"),
+    ("well,treatment\n", None, "the table is empty"),
+    ("well,treatment\nQ1,x\n", None, "row 2: well 'Q01' is not on a plate"),
+    ("well,treatment\nA1,x\nA01,y\n", None, "row 3: id_code experiment-1_1_A01 is already in wells.csv: row 2"),
+    ("well,treatment,well_type\nA1,x,control\n", None, "well_type 'control' is unknown"),
+    ("well,treatment,split\nA1,x,trian\n", None, "split 'trian' is unknown; did you mean 'train'?"),
+    ("well,batch\nA1,a/b\n", None, "has a slash in its name"),
+    ("well,batch\nA1,\n", None, "row 2: experiment is empty"),
+    ("well,drug\nA1,x\n", dict(treatment="drgu"), "did you mean 'drug'?"),
+    ("well,drug\nA1,x\n", dict(treatmnt="drug"), "did you mean 'treatment'?"),
+])  # fmt: skip
+def test_faults_of_a_table_are_named(tmp_path, text, columns, message):
+    with pytest.raises(ValueError) as e:
+        plate_map_wells(read_plate_map(write_table(tmp_path, text), columns))
+    assert message in str(e.value)
+
+
+def test_plates_treatments_and_controls_are_numbered(tmp_path):
+    text = "batch,barcode,well,gene,dose\n" + "".join(f"b{b},P{p:03},A{w},{g},{w}\n" for b in (1, 2) for p in (7, 30) for w, g in enumerate(("DMSO", "g10", "g9", ""), 1))
+    wells = plate_map_wells(read_plate_map(write_table(tmp_path, text)), negative=["DMSO"])
+    assert wells.groupby("plate_name").plate.unique().map(list).to_dict() == {"P007": [1], "P030": [2]}
+    assert wells.dropna(subset="treatment").drop_duplicates("treatment").set_index("treatment").sirna.to_dict() == {"g9": 0, "g10": 1, "DMSO": 2}
+    assert set(wells[wells.treatment.isna()].split) == {"test"} and set(wells[wells.treatment.notna()].split) == {"train"}
+    assert set(wells[wells.treatment == "DMSO"].well_type) == {"negative_control"}
+    assert wells.dose.tolist() == wells.well.str[-1].tolist()  # other columns are kept
+
+
+# Names of files
+
+@pytest.mark.parametrize("names, pattern", [
+    (["B02_DAPI.tif", "B02_DNA.tif", "B02_ER.tif"], "{well}_{channel}.tif"),
+    (["B02_s1_w1.png", "B02_s1_w2.png", "B02_s2_w1.png", "B02_s2_w2.png"], "{well}_s{site}_w{channel}.png"),
+    (["r02c02f01p01-ch1sk1fk1fl1.tiff", "r02c02f01p01-ch2sk1fk1fl1.tiff"], "{well}f{site}p01-ch{channel}sk1fk1fl1.tiff"),
+    (["deep/P7/B2 DAPI.TIF", "deep/P7/B2 ER.TIF"], "deep/{plate}/{well} {channel}.TIF"),
+    (["b1/B02/ER_field01.tif", "b1/B02/DAPI_field01.tif"], "{experiment}/{well}/{channel}_field{site}.tif"),
+])  # fmt: skip
+def test_names_of_files_are_guessed(tmp_path, names, pattern):
+    write_images(tmp_path, names)
+    rows = read_plate_map(write_table(tmp_path, "batch,plate,well,gene\nb1,P7,B2,x\n"))
+    assert guess_pattern(tmp_path, rows) == pattern
+    screen = describe_screen(tmp_path, say=lambda *a: None)
+    files = {str(p.relative_to(tmp_path)) for f in screen.sites().files for c in screen.channels for p in [type(tmp_path)(f.replace("{channel}", channel_name(c)))]}
+    assert files == set(names)
+
+
+@pytest.mark.parametrize("names, message", [
+    ([], "there are no images in that folder"),
+    (["img_0001.tif", "img_0002.tif"], "no image has the name of a well of wells.csv; there are 2 images, such as img_0001.tif"),
+    (["B02.tif"], "the names of the files cannot be guessed from those of well B2: {well}.tif"),
+])  # fmt: skip
+def test_names_that_cannot_be_guessed(tmp_path, names, message):
+    write_images(tmp_path, names)
+    write_table(tmp_path, "well\nB2\n")
+    with pytest.raises(ValueError) as e: describe_screen(tmp_path)
+    assert message in str(e.value) and "--files" in str(e.value)
+
+
+def test_a_pattern_must_tell_wells_apart(tmp_path):
+    write_images(tmp_path, [f"P{p}/B02_{c}.tif" for p in (1, 2) for c in "xy"])
+    write_table(tmp_path, "plate,well\nP1,B02\nP2,B02\n")
+    with pytest.raises(ValueError, match="row 3: well B02 is there a second time"): describe_screen(tmp_path, files="P1/{well}_{channel}.tif")
+    assert len(describe_screen(tmp_path, files="{plate}/{well}_{channel}.tif", say=lambda *a: None).sites()) == 2
+
+
+# Grey values
+
+def test_one_scale_for_the_whole_screen(tmp_path):
+    "The limits are the percentiles of all images, and every image is scaled by them"
+    rng, planes = np.random.default_rng(1), {}
+    for well, bright in (("A01", 1), ("A02", 4)):
+        planes[well] = (rng.integers(100, 900, (40, 40)) * bright).astype(np.uint16)
+        for c in ("DAPI", "ER"): Image.fromarray(planes[well]).save(tmp_path / f"{well}_{c}.tif")
+    write_table(tmp_path, "well\nA1\nA2\n")
+    screen = describe_screen(tmp_path, say=lambda *a: None)
+    low, high = np.percentile(np.concatenate([p[::2, ::2].ravel() for p in planes.values()]), (0.1, 99.9))
+    assert grey_limits(screen.channels[0]) == (int(np.floor(low)), int(np.ceil(high)))
+    low, high = grey_limits(screen.channels[0])
+    for row in screen.sites().itertuples():
+        expected = np.round((np.clip(planes[row.well], low, high) - low) / (high - low) * 255)
+        np.testing.assert_allclose(read_site(row.files, screen.channels)[0].astype(float), expected, atol=1)
+    assert read_site(screen.sites().files.iloc[0], screen.channels).mean() < read_site(screen.sites().files.iloc[1], screen.channels).mean() / 2
+
+
+def test_eight_bits_stay_as_they_are(tmp_path):
+    write_images(tmp_path, ["A01_1.png", "A01_2.png"], deep=False)
+    write_table(tmp_path, "well\nA1\n")
+    screen = describe_screen(tmp_path, say=lambda *a: None)
+    assert screen.channels == ("1", "2")
+    np.testing.assert_array_equal(read_site(screen.sites().files.iloc[0], screen.channels)[1], np.asarray(Image.open(tmp_path / "A01_2.png")))
+
+
+def test_images_that_cannot_be_channels(tmp_path):
+    write_images(tmp_path, ["a.tif"])
+    stack = [Image.fromarray(np.zeros((4, 4), np.uint16))] * 3
+    stack[0].save(tmp_path / "stack.tif", save_all=True, append_images=stack[1:])
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (4, 4, 3), np.uint8)).save(tmp_path / "rgb.png")
+    Image.fromarray(np.full((4, 4), 7, np.uint16)).save(tmp_path / "flat.tif")
+    write_images(tmp_path, ["eight.png"], deep=False)
+    with pytest.raises(ValueError, match="stack.tif holds 3 images"): find_grey_limits([tmp_path / "stack.tif"])
+    with pytest.raises(ValueError, match="rgb.png: a colour image"): find_grey_limits([tmp_path / "rgb.png"])
+    with pytest.raises(ValueError, match="of one grey value, 7"): find_grey_limits([tmp_path / "flat.tif"])
+    with pytest.raises(ValueError, match="images of a channel must be alike"): find_grey_limits([tmp_path / "a.tif", tmp_path / "eight.png"])
+    with pytest.raises(ValueError, match="the second must be larger"): read_channel(tmp_path / "a.tif", limits=(5, 5))
+
+
+# The screen
+
+@pytest.fixture
+def own(tmp_path):
+    "Two batches of two plates, replicates within a batch, one well to predict, one without images"
+    text, names = "batch,plate,well,gene\n", []
+    for b in (1, 2):
+        for p in (1, 2):
+            for w, g in (("A01", "x"), ("A02", "y"), ("A03", "DMSO")):
+                text += f"b{b},{p},{w},{g}\n"
+                names += [f"b{b}/p{p}/{w}_s{s}_{c}.tif" for s in (1, 2) for c in ("DAPI", "ER")]
+    write_images(tmp_path / "own", names + ["b2/p2/A04_s1_DAPI.tif", "b2/p2/A04_s1_ER.tif", "b2/p2/overview.tif"], size=64)
+    write_table(tmp_path / "own", text + "b2,2,A04,\nb2,2,A05,x\n")
+    return tmp_path / "own"
+
+
+FILES = "{batch}/p{plate}/{well}_s{site}_{channel}.tif"
+
+
+def test_a_described_screen_is_a_screen(own, tmp_path):
+    said = []
+    screen = describe_screen(own, files=FILES, negative=["DMSO"], say=said.append)
+    assert said == [f"25 sites of 13 wells, named {FILES}; 1 wells have no images; 1 images belong to no well"]
+    again = read_screen(own)
+    pd.testing.assert_frame_equal(again.sites(), screen.sites())
+    assert again.replicates and again.layout == "platemap" and len(again.wells) == 14
+    assert json.loads((own / "screen.json").read_text())["treatments"] == ["x", "y", "DMSO"]
+    elsewhere = describe_screen(own, files=FILES, negative=["DMSO"], out=tmp_path / "description", say=said.append)
+    assert [p.name for p in sorted((tmp_path / "description").iterdir())] == ["screen.json", "wells.csv"]
+    np.testing.assert_array_equal(read_site(elsewhere.sites().files.iloc[3], elsewhere.channels), read_site(screen.sites().files.iloc[3], screen.channels))
+
+
+def test_a_store_of_it(own, tmp_path):
+    screen = describe_screen(own, files=FILES, say=lambda *a: None)
+    store = pack_screen(screen, tmp_path / "packed", progress=False)
+    assert not len(verify_store(store, screen.sites(), progress=False))
+    packed = read_screen(tmp_path / "packed")
+    a, b = screen.sites().set_index("site_id"), packed.sites().set_index("site_id")
+    assert set(a.index) == set(b.index) and packed.channels == screen.channels
+    for i in a.index[::7]: np.testing.assert_array_equal(read_site(a.files[i], screen.channels), read_site(b.files[i], packed.channels))
+
+
+def test_a_later_batch_is_read_like_the_first(own, tmp_path):
+    screen = describe_screen(own, files=FILES, negative=["DMSO"], say=lambda *a: None)
+    write_images(tmp_path / "later", ["A01_DAPI.tif", "A01_ER.tif", "A02_DAPI.tif", "A02_ER.tif"], seed=9)
+    write_table(tmp_path / "later", "well,gene\nA01,new\nA02,y\n")
+    later = describe_screen(tmp_path / "later", like=own, say=lambda *a: None)
+    assert later.channels == screen.channels and later.wells.sirna.tolist() == [3, 1]
+    (own / "wells.csv").write_text((own / "wells.csv").read_text().replace("b1,1,A01,x", "b1,1,A01,z"))
+    with pytest.raises(ValueError, match="wells.csv: row 2: treatment 'z' has no number in screen.json"): read_screen(own)
+
+
+def test_faults_of_a_description_are_named(own):
+    with pytest.raises(FileNotFoundError, match="rcic-describe"): read_screen(own)
+    with pytest.raises(ValueError, match="channel 'DPAI' has no images; did you mean 'DAPI'?"): describe_screen(own, files=FILES, channels=["DPAI"])
+    with pytest.raises(FileNotFoundError, match="is not a folder"): describe_screen(own / "nothing")
+    write_table(own, "well\nA1\n", "second.csv")
+    with pytest.raises(ValueError, match="holds 2 CSV files; say which is the plate map"): describe_screen(own, files=FILES)
+    (own / "screen.json").write_text("{}")
+    with pytest.raises(ValueError, match="screen.json: 'table' is missing"): read_screen(own)
+
+
+def test_a_well_is_shown(own):
+    screen = describe_screen(own, files=FILES, say=lambda *a: None)
+    axes = screen.show_well("A02", site=2)
+    assert [a.get_title() for a in axes] == ["together", "1 DAPI", "2 ER"] and axes[0].figure._suptitle.get_text() == "b1_1_A02, site 2, y"
+    with pytest.raises(ValueError, match="has no images of well A05"): screen.show_well("A05")
+    assert MultiChannelImage.create(screen.sites().files.iloc[0], screen.channels).shape == (2, 64, 64)
+
+
+def test_from_a_plate_map_to_a_submission(own, tmp_path):
+    "Replicates: no plate groups and no one-to-one assignment; names of treatments in the submission"
+    from rcic_fastai.predict import predict_run
+    from rcic_fastai.recipe import change_recipe, get_recipe
+    from rcic_fastai.run import submit_run, train_run
+
+    screen, said = describe_screen(own, files=FILES, negative=["DMSO"], say=lambda *a: None), []
+    recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=4")
+    train_run(screen, recipe, tmp_path / "run", say=said.append)
+    predict_run(tmp_path / "run", screen, "test", batchnorm="running", progress=False)  # one well is no domain
+    submission = pd.read_csv(submit_run(tmp_path / "run", screen, say=said.append))
+    assert submission.columns.tolist() == ["id_code", "sirna", "treatment"] and submission.id_code.tolist() == ["b2_2_A04"]
+    assert submission.treatment[0] == ["x", "y"][submission.sirna[0]]
+    assert any("several wells within an experiment" in s for s in said)
