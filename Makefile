@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 
 PYTHON ?= python3
+OLDEST ?= python3.10
 VENV ?= .venv
 # one thread per process, one process per core, at most four (each holds a torch of about 1 GB)
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(4, os.cpu_count() or 1)))')
@@ -33,8 +34,35 @@ demo: install ## simulate a screen, pack, train, predict, assign, score; ends wi
 	@$(RUN) rcic-demo $(ARGS)
 
 .PHONY: test
-test: install lint check test-nbs ## what CI runs: lint, export and clean without a diff, every notebook, pytest
+test: install lint check browser test-nbs ## what CI runs: lint, export and clean without a diff, every notebook, pytest
 	@$(RUN1) python -m pytest -n $(WORKERS) $(ARGS)
+
+.PHONY: browser
+browser: install ## find or install the Chromium that looks at reports and at the documentation in the tests
+	@$(RUN) python tools/browser.py --optional
+
+.PHONY: types
+types: install ## mypy over the package
+	@$(RUN) mypy rcic_fastai
+
+.PHONY: docs
+docs: install ## the static site of the documentation in _site, from the notebooks with their stored outputs; link-checked
+	@$(RUN) python tools/docs.py $(ARGS)
+
+.PHONY: dist
+dist: install ## wheel and sdist in dist, checked, and the demo on a tiny screen in an environment that has nothing but the wheel
+	rm -rf dist build
+	@$(RUN) python -m build
+	@$(RUN) twine check --strict dist/*
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet dist/*.whl
+	cd build && wheel/bin/rcic-demo --tiny --out tiny
+	rm -rf build
+
+.PHONY: test-oldest
+test-oldest: ## pytest with the oldest releases that settings.ini permits (OLDEST=python3.10)
+	$(OLDEST) tools/oldest.py build/oldest
+	OMP_NUM_THREADS=1 PATH="$$PWD/build/oldest/bin:$$PATH" build/oldest/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .PHONY: bench-recipes
 bench-recipes: install ## the published systems at an equal budget, three seeds, and the blend of four; resumable (ARGS="--seeds 7 8")
@@ -138,5 +166,5 @@ notebooks: install ## run every notebook in its own kernel, store its outputs, t
 
 .PHONY: clean
 clean: ## remove caches and build output (keeps .venv, data and runs)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache _proc _site
 	find nbs rcic_fastai tests tools \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

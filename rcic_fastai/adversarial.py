@@ -7,12 +7,14 @@ __all__ = ['auc_interval', 'default_classifier', 'probability_of_test', 'adversa
            'choose_validation']
 
 # %% ../nbs/14a_adversarial.ipynb #5ef10a3f
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import norm, rankdata
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -32,7 +34,7 @@ def _row_aucs(scores, positive):
 def auc_interval(
     scores:np.ndarray, # (N,) any numbers
     positive:np.ndarray, # (N,) bool: which rows should have the larger scores
-    groups=None, # (N,) rows that belong together, on both sides if need be; None: each on its own
+    groups:Sequence|np.ndarray=None, # (N,) rows that belong together, on both sides if need be; None: each on its own
     confidence:float=.95 # of the interval
 ) -> tuple[float, float, float]: # AUC, low, high; 0 to 1
     """Area under the ROC curve with an interval that respects groups.
@@ -52,7 +54,8 @@ def auc_interval(
     pull = np.bincount(codes, (right-auc)/np.where(positive, positive.sum(), (~positive).sum())) # what each group adds to the error
     se = np.sqrt((pull**2).sum()*len(pull)/max(1, len(pull)-1))/(auc*(1-auc)) # of the logit
     low, high = np.log(auc/(1-auc)) + np.array([-1, 1])*norm.ppf((1+confidence)/2)*se
-    return float(auc), *(float(1/(1+np.exp(-v))) for v in (low, high))
+    low, high = (float(1/(1+np.exp(-v))) for v in (low, high))
+    return float(auc), low, high
 
 # %% ../nbs/14a_adversarial.ipynb #5e5479ca
 def _tables(train, test, names):
@@ -70,15 +73,15 @@ def _tables(train, test, names):
             raise ValueError(f'feature {names[col]!r} is {x[row, col]} in {which} row {row}, expected finite numbers')
     return a, b, list(names)
 
-def default_classifier():
+def default_classifier() -> BaseEstimator:
     "A standardised logistic regression that takes both sets for equally likely."
     return make_pipeline(StandardScaler(), LogisticRegression(C=.1, class_weight='balanced', max_iter=2000))
 
 def probability_of_test(
-    train, # (N, F) features of training images: array or table
-    test, # (M, F) features of test images
-    groups=None, # (N+M,) training rows first; None: each on its own
-    model=None, # scikit-learn classifier; None: `default_classifier()`
+    train:ArrayLike, # (N, F) features of training images: array or table
+    test:ArrayLike, # (M, F) features of test images
+    groups:Sequence|np.ndarray=None, # (N+M,) training rows first; None: each on its own
+    model:BaseEstimator=None, # scikit-learn classifier; None: `default_classifier()`
     n_folds:int=5, # of the cross-validation
     seed:int=0 # of its folds
 ) -> np.ndarray: # (N+M,) 0 to 1, training rows first
@@ -93,10 +96,10 @@ def probability_of_test(
     return out
 
 def adversarial_report(
-    train, # (N, F) features of training images: array or table
-    test, # (M, F) features of test images
-    names=None, # of the features; None: the columns of the table, or numbers
-    groups=None, # (N+M,) training rows first; None: each on its own
+    train:ArrayLike, # (N, F) features of training images: array or table
+    test:ArrayLike, # (M, F) features of test images
+    names:Sequence[str]=None, # of the features; None: the columns of the table, or numbers
+    groups:Sequence|np.ndarray=None, # (N+M,) training rows first; None: each on its own
     models:dict|None=None, # scikit-learn classifiers by name; None: a logistic regression
     n_folds:int=5, # for the models
     seed:int=0 # of the folds
@@ -158,14 +161,14 @@ def _told_apart(mask, a, b, codes, model, n_folds, seed):
     return mask.sum(), *auc_interval(p, np.arange(len(both))>=mask.sum(), both)
 
 def choose_validation(
-    train, # (N, F) features of training images: array or table
-    test, # (M, F) features of test images
+    train:ArrayLike, # (N, F) features of training images: array or table
+    test:ArrayLike, # (M, F) features of test images
     share:float=.1, # of the training rows, at most; a group that does not fit is passed over
-    groups=None, # (N+M,) training rows first; None: each on its own
-    y=None, # (N, K) labels 0 or 1: keep every class in both parts
+    groups:Sequence|np.ndarray=None, # (N+M,) training rows first; None: each on its own
+    y:ArrayLike=None, # (N, K) labels 0 or 1: keep every class in both parts
     min_positives:int=1, # images of each class in the validation set
     how:str='nearest', # 'weighted': drawn by odds; 'top': highest scores; 'nearest': the one of these with an AUC nearer .5
-    model=None, # scikit-learn classifier; None: `default_classifier()`
+    model:BaseEstimator=None, # scikit-learn classifier; None: `default_classifier()`
     n_folds:int=5, # of the cross-validation
     n_random:int=3, # random sets to compare with
     seed:int=0 # of folds and draws

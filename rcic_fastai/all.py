@@ -36,3 +36,8 @@ from .hpa_cells import *
 from .simulate_hpa import *
 from .retrieval import *
 from .hpa_stack import *
+from .judge import *
+from .report import *
+from .report_labels import *
+from .kaggle import build_kernel, weights_folder
+from .download import download_competition, download_rxrx1

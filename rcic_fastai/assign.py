@@ -10,6 +10,7 @@ __all__ = ['ASSIGN_METHODS', 'assign_classes', 'plate_group_values', 'PlateGroup
 
 # %% ../nbs/11_assign.ipynb #bc5e0a35
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
@@ -24,7 +26,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from .predict import Predictions
 
 # %% ../nbs/11_assign.ipynb #c0efc442
-def _as_scores(scores):
+def _as_scores(scores) -> np.ndarray:
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2: raise ValueError(f'scores has shape {scores.shape}, expected (wells, classes)')
     if not np.isfinite(scores).all():
@@ -33,7 +35,7 @@ def _as_scores(scores):
                          '(forbid a pair with `allowed`, not with an infinite score)')
     return scores
 
-def _as_allowed(allowed, shape):
+def _as_allowed(allowed, shape) -> np.ndarray:
     allowed = np.asarray(allowed)
     if allowed.shape != shape or allowed.dtype != bool:
         raise ValueError(f'allowed has shape {allowed.shape} and dtype {allowed.dtype}, expected {shape} and bool')
@@ -46,8 +48,8 @@ def _why_infeasible(allowed):
             f'(row {left_over[0]} of scores is left over; it has {allowed[left_over[0]].sum()} allowed classes)')
 
 def assign_classes(
-    scores, # (W, K) float: score of every class for every well, higher is better
-    allowed=None, # (W, K) bool: False makes a pair impossible; None allows all
+    scores:ArrayLike, # (W, K) float: score of every class for every well, higher is better
+    allowed:ArrayLike=None, # (W, K) bool: False makes a pair impossible; None allows all
 ) -> np.ndarray: # (W,) int: class of each well, no class twice
     """Give each well a class of its own so that the sum of the scores is the largest possible.
 
@@ -63,18 +65,18 @@ def assign_classes(
     except ValueError: raise ValueError(_why_infeasible(allowed)) from None
 
 # %% ../nbs/11_assign.ipynb #9591bf45
-def _as_vector(values, n, name, of):
+def _as_vector(values, n, name, of) -> np.ndarray:
     values = np.asarray(values)
     if values.shape != (n,): raise ValueError(f'{name} has shape {values.shape}, expected ({n},): one entry per {of} of scores')
     return values
 
-def _as_groups(groups, n_classes):
+def _as_groups(groups, n_classes) -> np.ndarray:
     groups = _as_vector(groups, n_classes, 'groups', 'class')
     if groups.dtype.kind not in 'iu' or groups.min(initial=0) < -1:
         raise ValueError(f'groups must be integers, -1 for a class without group, got {groups.dtype} with minimum {groups.min()}')
     return groups
 
-def _usable(known, n_classes):
+def _usable(known, n_classes) -> np.ndarray:
     "(K,) bool: classes that are not already known elsewhere in the experiment."
     known = np.asarray([] if known is None else list(known))
     if len(known) and (known.dtype.kind not in 'iu' or known.min() < 0 or known.max() >= n_classes):
@@ -88,10 +90,10 @@ def _plate_group_table(plates, groups, fill):
     return pd.DataFrame(fill, index=index, columns=columns)
 
 def plate_group_values(
-    scores, # (W, K) float, higher is better
-    plates, # (W,) plate number of each well
-    groups, # (K,) int: group of each class, -1 for a class that may be on any plate
-    known=None, # class numbers that other wells of this experiment already have; they cannot win
+    scores:ArrayLike, # (W, K) float, higher is better
+    plates:ArrayLike, # (W,) plate number of each well
+    groups:ArrayLike, # (K,) int: group of each class, -1 for a class that may be on any plate
+    known:Iterable[int]=None, # class numbers that other wells of this experiment already have; they cannot win
 ) -> pd.DataFrame: # plates x groups: value of the best assignment of that plate's wells to that group's classes
     """Value of every plate with every group; `-inf` where a plate has more wells than the group has classes."""
     scores = _as_scores(scores)
@@ -113,10 +115,10 @@ class PlateGroups(NamedTuple):
     margin: float # value (or votes, where they decided) of the best minus the second-best mapping; inf if there is no other
 
 def allowed_classes(
-    plates, # (W,) plate number of each well
-    groups, # (K,) int: group of each class, -1 for a class that may be on any plate
-    mapping, # dict plate -> group
-    known=None, # class numbers that cannot win
+    plates:ArrayLike, # (W,) plate number of each well
+    groups:ArrayLike, # (K,) int: group of each class, -1 for a class that may be on any plate
+    mapping:dict, # dict plate -> group
+    known:Iterable[int]=None, # class numbers that cannot win
 ) -> np.ndarray: # (W, K) bool
     "The pairs of well and class that a mapping of plates to groups permits."
     plates, groups = np.asarray(plates), np.asarray(groups)
@@ -166,10 +168,10 @@ def _why_no_mapping(table, plates, groups, known):
     return f'no mapping of plates to groups fits: the plates have {wells} wells, the groups {classes} usable classes'
 
 def infer_plate_groups(
-    scores, # (W, K) float, higher is better
-    plates, # (W,) plate number of each well of one experiment
-    groups, # (K,) int: group of each class, -1 for a class that may be on any plate
-    known=None, # class numbers that other wells of this experiment already have; they cannot win
+    scores:ArrayLike, # (W, K) float, higher is better
+    plates:ArrayLike, # (W,) plate number of each well of one experiment
+    groups:ArrayLike, # (K,) int: group of each class, -1 for a class that may be on any plate
+    known:Iterable[int]=None, # class numbers that other wells of this experiment already have; they cannot win
 ) -> PlateGroups: # (mapping, margin)
     """Find the mapping of plates to groups whose best assignment has the largest value; no group is used twice.
 
@@ -190,10 +192,10 @@ def _value(scores, labels): return float(np.asarray(scores, dtype=np.float64)[np
 
 # %% ../nbs/11_assign.ipynb #0882eb40
 def plate_group_votes(
-    scores, # (W, K) float, higher is better
-    plates, # (W,) plate number of each well
-    groups, # (K,) int: group of each class, -1 for a class that may be on any plate
-    known=None, # class numbers that other wells of this experiment already have; nobody votes for them
+    scores:ArrayLike, # (W, K) float, higher is better
+    plates:ArrayLike, # (W,) plate number of each well
+    groups:ArrayLike, # (K,) int: group of each class, -1 for a class that may be on any plate
+    known:Iterable[int]=None, # class numbers that other wells of this experiment already have; nobody votes for them
 ) -> pd.DataFrame: # plates x groups, int: wells of that plate whose best class is in that group
     "Votes of every plate for every group; a well whose best class has no group does not vote."
     scores = _as_scores(scores)
@@ -213,10 +215,10 @@ def _best_sums(scores, plates, groups, known):
     return sums.to_numpy()
 
 def vote_plate_groups(
-    scores, # (W, K) float, higher is better
-    plates, # (W,) plate number of each well of one experiment
-    groups, # (K,) int: group of each class, -1 for a class that may be on any plate
-    known=None, # class numbers that other wells of this experiment already have; nobody votes for them
+    scores:ArrayLike, # (W, K) float, higher is better
+    plates:ArrayLike, # (W,) plate number of each well of one experiment
+    groups:ArrayLike, # (K,) int: group of each class, -1 for a class that may be on any plate
+    known:Iterable[int]=None, # class numbers that other wells of this experiment already have; nobody votes for them
 ) -> PlateGroups: # (mapping, margin in votes; 0 for a tie)
     """Find the mapping of plates to groups that gets most votes; among equals, the one whose best scores sum to most.
 
@@ -249,8 +251,8 @@ class Assignment:
         return f'Assignment({len(self.labels)} wells, value {self.value:.4g}{groups})'
 
 def argmax_classes(
-    scores, # (W, K) float, higher is better
-    allowed=None, # (W, K) bool: False makes a pair impossible; None allows all
+    scores:ArrayLike, # (W, K) float, higher is better
+    allowed:ArrayLike=None, # (W, K) bool: False makes a pair impossible; None allows all
 ) -> np.ndarray: # (W,) int: class of each well; a class may occur many times
     """The best allowed class of each well on its own: the baseline of `assign_classes`.
 
@@ -263,9 +265,9 @@ def argmax_classes(
     return np.where(allowed, scores, -np.inf).argmax(1)
 
 def class_margins(
-    scores, # (W, K) float
-    labels, # (W,) int: class of each well
-    allowed, # (W, K) bool: classes that compete
+    scores:ArrayLike, # (W, K) float
+    labels:np.ndarray, # (W,) int: class of each well
+    allowed:ArrayLike, # (W, K) bool: classes that compete
 ) -> np.ndarray: # (W,) float, inf where nothing competes
     "Score of each well's class minus the score of the best other allowed class."
     rows = np.arange(len(labels))
@@ -281,12 +283,12 @@ def _check_method(method, groups):
         raise ValueError(f"method {method!r} votes on plate groups, but there are none: pass `groups`, or use 'exact'")
 
 def assign_experiment(
-    scores, # (W, K) float: one experiment's wells, higher is better; logits rather than probabilities
-    plates, # (W,) plate number of each well
-    groups=None, # (K,) int: group of each class, -1 for a class that may be on any plate; None: no plate groups
-    known=None, # class numbers that other wells of this experiment already have; they cannot win
-    one_to_one=True, # of 'exact' only. False: the best allowed class of each well on its own (the baseline)
-    method='exact', # plate groups by value ('exact') or by vote, then the best class there ('vote') or with zeros elsewhere ('vote_zero')
+    scores:ArrayLike, # (W, K) float: one experiment's wells, higher is better; logits rather than probabilities
+    plates:ArrayLike, # (W,) plate number of each well
+    groups:ArrayLike=None, # (K,) int: group of each class, -1 for a class that may be on any plate; None: no plate groups
+    known:Iterable[int]=None, # class numbers that other wells of this experiment already have; they cannot win
+    one_to_one:bool=True, # of 'exact' only. False: the best allowed class of each well on its own (the baseline)
+    method:str='exact', # plate groups by value ('exact') or by vote, then the best class there ('vote') or with zeros elsewhere ('vote_zero')
 ) -> Assignment:
     """Label the wells of one experiment: infer which group is on which plate, then assign one-to-one within the groups.
 
@@ -309,13 +311,13 @@ def assign_experiment(
 
 # %% ../nbs/11_assign.ipynb #482d1b61
 def assign_screen(
-    scores, # (W, K) float: all wells, higher is better
-    experiments, # (W,) str: experiment of each well
-    plates, # (W,) plate number of each well
-    groups=None, # (K,) int: group of each class, -1 for a class that may be on any plate; None: no plate groups
-    known=None, # dict experiment -> class numbers that other wells of that experiment already have
-    one_to_one=True, # of 'exact' only. False: the best allowed class of each well on its own (the baseline)
-    method='exact', # 'exact', 'vote' or 'vote_zero', see `assign_experiment`
+    scores:ArrayLike, # (W, K) float: all wells, higher is better
+    experiments:ArrayLike, # (W,) str: experiment of each well
+    plates:ArrayLike, # (W,) plate number of each well
+    groups:ArrayLike=None, # (K,) int: group of each class, -1 for a class that may be on any plate; None: no plate groups
+    known:dict=None, # dict experiment -> class numbers that other wells of that experiment already have
+    one_to_one:bool=True, # of 'exact' only. False: the best allowed class of each well on its own (the baseline)
+    method:str='exact', # 'exact', 'vote' or 'vote_zero', see `assign_experiment`
 ) -> pd.DataFrame: # W rows in the order of `scores`: experiment, plate, label, margin, group (<NA> without groups), mapping_margin
     """`assign_experiment` for every experiment of a screen.
 
@@ -371,10 +373,10 @@ def _check_labels(labels, ids, name):
     return numbers.astype(int)
 
 def write_submission(
-    id_codes, # (W,) str: wells, in any order
-    sirnas, # (W,) int: siRNA number of each well (a class number, if classes are numbered like the siRNAs)
-    sample_submission, # CSV file or DataFrame whose id_code column gives the wells and their order
-    path, # file to write
+    id_codes:ArrayLike, # (W,) str: wells, in any order
+    sirnas:ArrayLike, # (W,) int: siRNA number of each well (a class number, if classes are numbered like the siRNAs)
+    sample_submission:str|Path|pd.DataFrame, # CSV file or DataFrame whose id_code column gives the wells and their order
+    path:str|Path, # file to write
 ) -> Path: # the file written
     """Write `id_code,sirna` in the order of the sample submission, all of it or nothing.
 
@@ -409,8 +411,8 @@ def _hits(submission, truth):
     return pd.DataFrame({'id_code': true_ids, 'experiment': experiment, 'cell_type': cell_type, 'right': labels == true.to_numpy()})
 
 def score_submission(
-    submission, # CSV file or DataFrame with id_code, sirna
-    truth, # CSV file or DataFrame with at least id_code, sirna
+    submission:str|Path|pd.DataFrame, # CSV file or DataFrame with id_code, sirna
+    truth:str|Path|pd.DataFrame, # CSV file or DataFrame with at least id_code, sirna
 ) -> float: # accuracy, 0 to 1
     """Share of the wells whose siRNA is right.
 
@@ -419,9 +421,9 @@ def score_submission(
     return float(_hits(submission, truth)['right'].mean())
 
 def score_table(
-    submission, # CSV file or DataFrame with id_code, sirna
-    truth, # CSV file or DataFrame with at least id_code, sirna
-    by='experiment', # 'experiment' or 'cell_type', both taken from the id_code (`HUVEC-17_1_B03`)
+    submission:str|Path|pd.DataFrame, # CSV file or DataFrame with id_code, sirna
+    truth:str|Path|pd.DataFrame, # CSV file or DataFrame with at least id_code, sirna
+    by:str='experiment', # 'experiment' or 'cell_type', both taken from the id_code (`HUVEC-17_1_B03`)
 ) -> pd.DataFrame: # index `by`, columns wells, right, accuracy; a last row `all`
     "Accuracy per experiment or cell type."
     if by not in ('experiment', 'cell_type'): raise ValueError(f"by is {by!r}, expected 'experiment' or 'cell_type'")

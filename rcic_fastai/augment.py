@@ -10,6 +10,7 @@ __all__ = ['rcic_stats', 'D4_INVERSE', 'ChannelStats', 'channel_stats', 'Standar
 
 # %% ../nbs/05_augment.ipynb #086fdb49
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -34,15 +35,17 @@ def _check_by(by, choices):
     if by not in choices: raise ValueError(f'by is {by!r}, expected one of {", ".join(map(repr, choices))}')
 
 def channel_stats(
-    batches, # iterable of (image, context, ...): image uint8 (B, C, H, W), context int (B, 3) or wider, as a loader without batch transforms yields them
-    by='experiment', # 'screen', 'experiment' or 'plate'
+    batches:Iterable, # iterable of (image, context, ...): image uint8 (B, C, H, W), context int (B, 3) or wider, as a loader without batch transforms yields them
+    by:str='experiment', # 'screen', 'experiment' or 'plate'
 ) -> ChannelStats: # on the CPU, indexed like the context; the arguments `mean` and `std` of `Standardize`
     """Mean and standard deviation per domain and channel, pooled exactly over all pixels.
 
     Raises: ValueError if an image is not uint8, or there is no batch.
     """
     _check_by(by, _context_columns)
-    count, total, square = {}, {}, {}
+    count:dict[tuple, int] = {} # pixels of each domain
+    total:dict[tuple, Tensor] = {}
+    square:dict[tuple, Tensor] = {}
     for image, context, *_ in batches:
         if image.dtype != torch.uint8: raise ValueError(f'channel_stats needs uint8 images, from before the batch transforms, got {image.dtype}')
         x = image.as_subclass(Tensor).int()
@@ -88,10 +91,10 @@ class Standardize(ItemTransform):
     """
     order = 10 # after crops and symmetries, which are cheaper on uint8
     def __init__(self,
-        by='image', # whose mean and standard deviation: 'image' (each its own), 'plate', 'experiment' or 'screen'
-        mean=None, # statistics from `channel_stats`; by image only the brightness to show; by screen `rcic_stats` if not given
-        std=None, # the same shape as `mean`
-        eps=1e-3, # smallest standard deviation to divide by, in grey values
+        by:str='image', # whose mean and standard deviation: 'image' (each its own), 'plate', 'experiment' or 'screen'
+        mean:Tensor=None, # statistics from `channel_stats`; by image only the brightness to show; by screen `rcic_stats` if not given
+        std:Tensor=None, # the same shape as `mean`
+        eps:float=1e-3, # smallest standard deviation to divide by, in grey values
     ):
         _check_by(by, ('image', *_context_columns))
         super().__init__()
@@ -107,9 +110,9 @@ class Standardize(ItemTransform):
 
     def __repr__(self): return f'Standardize(by={self.by!r})'
     def encodes(self, x:TensorImage): return self._encode(x, None)
-    def encodes(self, b:list): return self._replace_image(b, self._encode)
+    def encodes(self, b:list): return self._replace_image(b, self._encode) # type: ignore[no-redef] # one definition per type
     def decodes(self, x:TensorImage): return self._decode(x, None)
-    def decodes(self, b:list): return self._replace_image(b, self._decode)
+    def decodes(self, b:list): return self._replace_image(b, self._decode) # type: ignore[no-redef]
 
     def _replace_image(self, b, f): return _replace_image(b, f)
 
@@ -141,15 +144,15 @@ class Standardize(ItemTransform):
 
 # %% ../nbs/05_augment.ipynb #4daa49da
 def channel_histograms(
-    batches, # iterable of (image, context, ...): image uint8 (B, C, H, W), context int (B, 3) or wider, as a loader without batch transforms yields them
-    by='experiment', # 'experiment' or 'plate'
+    batches:Iterable, # iterable of (image, context, ...): image uint8 (B, C, H, W), context int (B, 3) or wider, as a loader without batch transforms yields them
+    by:str='experiment', # 'experiment' or 'plate'
 ) -> Tensor: # int64 (experiments, C, 256) or (experiments, plates, C, 256), zero where there were no images
     """How often each grey value occurs, per domain and channel.
 
     Raises: ValueError if an image is not uint8, or there is no batch.
     """
     _check_by(by, _context_columns.keys()-{'screen'})
-    counts = {}
+    counts:dict[tuple, Tensor] = {}
     for image, context, *_ in batches:
         if image.dtype != torch.uint8: raise ValueError(f'channel_histograms needs uint8 images, from before the batch transforms, got {image.dtype}')
         for x, key in zip(image.as_subclass(Tensor).cpu(), map(tuple, context.as_subclass(Tensor)[:, _context_columns[by]].tolist())):
@@ -183,8 +186,8 @@ class MatchHistograms(ItemTransform):
     """
     order = 9 # before Standardize, after crops and symmetries
     def __init__(self,
-        by, # 'experiment' or 'plate'
-        counts, # int64 from `channel_histograms`
+        by:str, # 'experiment' or 'plate'
+        counts:Tensor, # int64 from `channel_histograms`
     ):
         super().__init__()
         _check_by(by, ('experiment', 'plate'))
@@ -196,7 +199,7 @@ class MatchHistograms(ItemTransform):
     def set_counts(self, counts): self.known, self.scores = counts.sum((-1, -2)) > 0, normal_scores(counts)
     def __repr__(self): return f'MatchHistograms(by={self.by!r})'
     def encodes(self, x:TensorImage): return self._encode(x, None)
-    def encodes(self, b:list): return _replace_image(b, self._encode)
+    def encodes(self, b:list): return _replace_image(b, self._encode) # type: ignore[no-redef] # one definition per type
 
     def _encode(self, x, context):
         if self.scores.device != x.device: self.known, self.scores = self.known.to(x.device), self.scores.to(x.device)
@@ -215,8 +218,8 @@ class RandBatchTransform(RandTransform):
     Raises: ValueError if the image is not a batch (B, C, H, W).
     """
     def __init__(self,
-        p=1., # probability that an image is changed, 0-1
-        seed=None, # int: draw from a generator of its own; None: from torch's global one (`torch.manual_seed`, `set_seed`)
+        p:float=1., # probability that an image is changed, 0-1
+        seed:int=None, # int: draw from a generator of its own; None: from torch's global one (`torch.manual_seed`, `set_seed`)
         **kwargs
     ):
         if not 0 <= p <= 1: raise ValueError(f'p is {p}, expected a probability from 0 to 1')
@@ -288,8 +291,8 @@ class RandomCrop(RandBatchTransform):
     split_idx, order = None, 5
     def __init__(self,
         size:int, # side of the window, pixels
-        p=1., # probability of a random window in training; the others take the centre
-        seed=None, # int: a generator of its own; None: torch's global one
+        p:float=1., # probability of a random window in training; the others take the centre
+        seed:int=None, # int: a generator of its own; None: torch's global one
     ):
         super().__init__(p=p, seed=seed)
         self.size = size
@@ -316,10 +319,10 @@ class RandomResizedSquareCrop(RandBatchTransform):
     split_idx, order = None, 7
     def __init__(self,
         size:int, # side of the result, pixels
-        scale=(.5, 1.), # smallest and largest window in training, as a share of the area of the largest square
-        val_scale=1., # the same for the centred window of validation; 1: the whole image, if it is square
-        p=1., # probability of a random window in training; the others take the one of validation
-        seed=None, # int: a generator of its own; None: torch's global one
+        scale:tuple[float, float]=(.5, 1.), # smallest and largest window in training, as a share of the area of the largest square
+        val_scale:float=1., # the same for the centred window of validation; 1: the whole image, if it is square
+        p:float=1., # probability of a random window in training; the others take the one of validation
+        seed:int=None, # int: a generator of its own; None: torch's global one
     ):
         lo, hi = scale
         if not 0 < lo <= hi <= 1: raise ValueError(f'scale is {scale}, expected shares of the area with 0 < smallest <= largest <= 1')
@@ -364,9 +367,9 @@ class Warp(RandBatchTransform):
     """
     order = 8 # after crops, symmetries and the resize, before Standardize
     def __init__(self,
-        magnitude=.1, # largest step of a corner in x and in y, as a share of the side, below .25
-        p=1., # probability that an image is changed
-        seed=None, # int: a generator of its own; None: torch's global one
+        magnitude:float=.1, # largest step of a corner in x and in y, as a share of the side, below .25
+        p:float=1., # probability that an image is changed
+        seed:int=None, # int: a generator of its own; None: torch's global one
     ):
         if not 0 <= magnitude < .25: raise ValueError(f'magnitude is {magnitude}, expected a share of the side, 0 <= magnitude < .25')
         super().__init__(p=p, seed=seed)
@@ -401,10 +404,10 @@ class ChannelIntensity(RandBatchTransform):
     """
     order = 20 # after Standardize
     def __init__(self,
-        sigma_a=.1, # standard deviation of the gain
-        sigma_b=.1, # standard deviation of the offset, in standard deviations of the channel
-        p=1., # probability that an image is changed
-        seed=None, # int: a generator of its own; None: torch's global one
+        sigma_a:float=.1, # standard deviation of the gain
+        sigma_b:float=.1, # standard deviation of the offset, in standard deviations of the channel
+        p:float=1., # probability that an image is changed
+        seed:int=None, # int: a generator of its own; None: torch's global one
     ):
         super().__init__(p=p, seed=seed)
         self.sigma_a, self.sigma_b = sigma_a, sigma_b
@@ -430,9 +433,9 @@ class Brightness(RandBatchTransform):
     """
     order = 19 # after Standardize, which would undo it
     def __init__(self,
-        max_change=.2, # largest change: of the log of the gain, and of the offset in standard deviations of the channel
-        p=1., # probability that an image is changed
-        seed=None, # int: a generator of its own; None: torch's global one
+        max_change:float=.2, # largest change: of the log of the gain, and of the offset in standard deviations of the channel
+        p:float=1., # probability that an image is changed
+        seed:int=None, # int: a generator of its own; None: torch's global one
     ):
         if not max_change >= 0: raise ValueError(f'max_change is {max_change}, expected at least 0')
         super().__init__(p=p, seed=seed)
@@ -459,11 +462,11 @@ class Cutout(RandBatchTransform):
     """
     order = 30 # after Standardize, so that 0 is the mean
     def __init__(self,
-        n=1, # rectangles per image
-        size=(.1, .3), # smallest and largest side, as a share of the image's; height and width are drawn apart
-        p=1., # probability that an image is changed
-        value=0, # grey value, or standardised value, of the rectangles
-        seed=None, # int: a generator of its own; None: torch's global one
+        n:int=1, # rectangles per image
+        size:tuple[float, float]=(.1, .3), # smallest and largest side, as a share of the image's; height and width are drawn apart
+        p:float=1., # probability that an image is changed
+        value:float=0, # grey value, or standardised value, of the rectangles
+        seed:int=None, # int: a generator of its own; None: torch's global one
     ):
         lo, hi = size
         if not 0 < lo <= hi <= 1: raise ValueError(f'size is {size}, expected shares of the side with 0 < smallest <= largest <= 1')
@@ -489,16 +492,16 @@ def screen_transforms(
     size:int=None, # side of the images the network sees, pixels: resized from random windows; None: no resizing
     crop:int=None, # side of a random window at native scale, pixels, taken before resizing; None: the whole image
     d4:bool=True, # the 8 symmetries of the square
-    intensity=.1, # sigma of the gain and offset per channel; 0: off
-    cutout=0, # number of rectangles; 0: off
-    standardize='image', # 'image', 'plate', 'experiment' or 'screen'; None: leave it to the caller, or to `match`
+    intensity:float=.1, # sigma of the gain and offset per channel; 0: off
+    cutout:int=0, # number of rectangles; 0: off
+    standardize:str|None='image', # 'image', 'plate', 'experiment' or 'screen'; None: leave it to the caller, or to `match`
     stats:ChannelStats=None, # from `channel_stats`, for plate, experiment and screen
     match:str=None, # 'plate' or 'experiment': match histograms before standardising
     counts:Tensor=None, # from `channel_histograms`, for `match`
-    scale=(.5, 1.), # random windows that are resized, as a share of the area; with `crop` the crop is resized whole
+    scale:tuple[float, float]=(.5, 1.), # random windows that are resized, as a share of the area; with `crop` the crop is resized whole
     seed:int=None, # None: draw from torch's global generator
-    warp=0., # largest step of a corner in a random perspective, as a share of the side; 0: off
-    brightness=0., # largest change of the gain and offset that all channels of an image share; 0: off
+    warp:float=0., # largest step of a corner in a random perspective, as a share of the side; 0: off
+    brightness:float=0., # largest change of the gain and offset that all channels of an image share; 0: off
 ) -> list: # batch transforms, for `batch_tfms` of a DataBlock or `after_batch` of a DataLoader
     "Batch transforms of a screen: crops, symmetries, warp, standardising, brightness, intensity, cutout."
     def seeded(i): return None if seed is None else seed+i

@@ -9,8 +9,10 @@ __all__ = ['batchnorm_modes', 'batchnorm_layers', 'LayerStats', 'layer_stats', '
 # %% ../nbs/08_batchnorm.ipynb #5844f88f
 import threading, warnings
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from fastai.callback.core import Callback
 # %% ../nbs/08_batchnorm.ipynb #4ae3d555
 def batchnorm_layers(
     model:nn.Module, # Any model
-)->dict[str, nn.Module]: # Layer by name; a layer used in several places appears once
+)->dict[str, _BatchNorm]: # Layer by name; a layer used in several places appears once
     "The BatchNorm layers of a model: 1d, 2d, 3d, Sync, and subclasses such as timm's."
     return {name or type(m).__name__: m for name,m in model.named_modules() if isinstance(m, _BatchNorm)}
 
@@ -58,8 +60,8 @@ def pool_stats(
     "Statistics of all batches together, as if they were one."
     n = sum(s.n for s in stats)
     with torch.inference_mode(False), torch.no_grad(): # an inference tensor could not meet a gradient later
-        mean = sum(s.mean*s.n for s in stats)/n
-        return LayerStats(n, mean, sum((s.var + (s.mean-mean).square())*s.n for s in stats)/n)
+        mean = reduce(add, (s.mean*s.n for s in stats))/n
+        return LayerStats(n, mean, reduce(add, ((s.var + (s.mean-mean).square())*s.n for s in stats))/n)
 
 # %% ../nbs/08_batchnorm.ipynb #00889b55
 def _thread_state():
@@ -206,7 +208,7 @@ class BatchNormMode:
             raise ValueError(f"the model has no BatchNorm, so mode {mode!r} would change nothing: use 'running'")
         _check_reachable(model)
         self.stats:dict[str, list[LayerStats]] = {} # pooled, by layer; one entry per call in a forward
-        self._open = []
+        self._open:list = [] # what `with` entered
 
     def __repr__(self):
         return f"{type(self).__name__}({type(self.model).__name__}, {self.mode!r}): {len(self.layers)} layers, {len(self.stats)} pooled"
@@ -244,8 +246,8 @@ class BatchNormMode:
     def __exit__(self, *exc): return self._open.pop().__exit__(*exc)
 
     def pool(self,
-        batches, # Iterable of inputs, or of tuples of arguments, on the model's device; all of one domain
-        forward=None, # Function run on each batch instead of `model`, calling the same BatchNorms for each
+        batches:Iterable, # Iterable of inputs, or of tuples of arguments, on the model's device; all of one domain
+        forward:Callable=None, # Function run on each batch instead of `model`, calling the same BatchNorms for each
     )->list: # Outputs in the order of `batches`, under the pooled statistics
         """Exact statistics over all `batches` for every BatchNorm; kept in `stats` for `with`.
 
@@ -264,9 +266,9 @@ class BatchNormMode:
         return outputs
 
     def predict(self,
-        batches, # Iterable of inputs or tuples of arguments, all of one domain
-        controls=None, # The same for the domain's controls; read in mode 'controls' only
-        forward=None, # Function run on each batch instead of `model`
+        batches:Iterable, # Iterable of inputs or tuples of arguments, all of one domain
+        controls:Iterable=None, # The same for the domain's controls; read in mode 'controls' only
+        forward:Callable=None, # Function run on each batch instead of `model`
     )->list: # Outputs in the order of `batches`
         "Outputs for the batches of one domain, whatever the mode needs for it."
         if self.mode == 'domain': return self.pool(batches, forward)
@@ -278,8 +280,8 @@ class BatchNormMode:
 # %% ../nbs/08_batchnorm.ipynb #bc8295a7
 def reestimate_batchnorm(
     model:nn.Module, # Changed in place
-    batches, # Iterable of inputs or tuples of arguments, all in memory at once: a few hundred images are enough
-    forward=None, # Function run on each batch instead of `model`
+    batches:Iterable, # Iterable of inputs or tuples of arguments, all in memory at once: a few hundred images are enough
+    forward:Callable=None, # Function run on each batch instead of `model`
 )->nn.Module: # The same model
     "Set the running statistics of every BatchNorm to the pooled ones of `batches`; layers not called keep their own, with a warning."
     bn,batches = BatchNormMode(model, 'domain'),list(batches)
@@ -308,7 +310,8 @@ class BatchNormModeCallback(Callback):
     ):
         if mode not in ('batch','running'):
             raise ValueError(f"BatchNorm mode is {mode!r}, expected 'batch' or 'running' while a Learner validates")
-        self.mode,self._wrapped = mode,None
+        self.mode = mode
+        self._wrapped:tuple = None # model, its forward, and the one of its own if it had one
 
     def _forward(self, *args, **kwargs):
         model,forward = self._wrapped[:2]
@@ -365,17 +368,17 @@ class _DomainRows:
         if marks.shape != ids.shape[:1] or marks.dtype != torch.bool:
             raise ValueError(f"reference has shape {tuple(marks.shape)} and type {marks.dtype}, expected bool of shape ({len(ids)},), "
                              "one per row of domains")
-        rows,marks = defaultdict(list),marks.tolist()
+        rows,marked = defaultdict(list),marks.tolist()
         for i,d in enumerate(ids.tolist()): rows[tuple(d) if ids.ndim == 2 else d].append(i)
         order = [i for r in rows.values() for i in r]
         contiguous = order == list(range(len(ids)))
         self.order = None if contiguous else torch.tensor(order, device=device)
         self.back = None if contiguous else self.order.argsort()
         self.n,self.names,self.sizes = len(ids),list(rows),[len(r) for r in rows.values()]
-        used = [[j for j,i in enumerate(r) if marks[i]] for r in rows.values()]
+        used = [[j for j,i in enumerate(r) if marked[i]] for r in rows.values()]
         self.counts,self.share = [len(u) for u in used],None
         self.used = [self._index(u, n, device) for u,n in zip(used, self.sizes)]
-        self.plain = len(rows) == 1 and all(marks) # nothing to keep apart
+        self.plain = len(rows) == 1 and all(marked) # nothing to keep apart
 
     @staticmethod
     def _index(used, n, device):
@@ -443,7 +446,7 @@ def domain_slices(
     model:nn.Module, # Any model with BatchNorm layers; not inside `torch.compile`, and what was compiled in place runs uncompiled
     domains:Tensor, # Domain of every row: int (B,) of any values, or (B, k) such as experiment and plate; contiguous or not
     reference:Tensor=None, # bool (B,): rows whose statistics their whole domain is normalised by, such as controls; all by default
-):
+)->Iterator[None]:
     """While open, every BatchNorm of `model` that uses batch statistics takes those of each domain in the batch from its own rows.
 
     Gradients flow through the statistics; in training the running statistics move once per forward, by the pooled ones of all rows used.
@@ -458,7 +461,7 @@ def domain_slices(
         for name,layer in layers.items():
             own = layer.__dict__.get('forward')
             if isinstance(own, partial) and own.func is _sliced_forward: raise ValueError("domain_slices is open on this model already")
-            layer.forward = partial(_sliced_forward, rows, name, layer, layer.forward)
+            vars(layer)['forward'] = partial(_sliced_forward, rows, name, layer, layer.forward)
             stack.callback(_restore_forward, layer, own)
         yield
 
@@ -477,7 +480,8 @@ class DomainSlices(Callback):
     ):
         if by not in _domain_columns: raise ValueError(f"by is {by!r}, expected one of {', '.join(map(repr, _domain_columns))}")
         if reference not in ('all','controls'): raise ValueError(f"reference is {reference!r}, expected 'all' or 'controls'")
-        self.by,self.reference,self._wrapped = by,reference,None
+        self.by,self.reference = by,reference
+        self._wrapped:tuple = None # as of `BatchNormModeCallback`
 
     def _rows(self):
         "Domains (B, k) and reference rows (B,) of the batch"

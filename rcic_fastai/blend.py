@@ -6,6 +6,8 @@
 __all__ = ['BLEND_SPACES', 'aligned', 'check_members', 'blend_predictions', 'agreement', 'blend_weights', 'blend_report']
 
 # %% ../nbs/10a_blend.ipynb #7428124e
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from scipy.special import expit, logit, softmax
@@ -130,7 +132,7 @@ def _common(members):
 
 def blend_predictions(
     members:dict[str, Predictions], # of sites or wells, by name
-    weights=None, # one number >= 0 for each member, in their order or as a dict by name; None: all the same
+    weights:Sequence[float]|dict[str, float]=None, # one number >= 0 for each member, in their order or as a dict by name; None: all the same
     space:str='probability' # what is averaged: 'probability' or 'logit'
 ) -> Predictions: # of the wells of the first member, in its order; `made` holds the names with their weights, which sum to 1
     """Weighted mean of several networks' predictions of the same wells.

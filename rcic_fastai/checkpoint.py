@@ -8,14 +8,16 @@ __all__ = ['write_bytes', 'write_text', 'checkpoint_files', 'save_checkpoint', '
 
 # %% ../nbs/08d_checkpoint.ipynb #2d268b89
 import io, os, pickle, random, re, signal, threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
 import torch
 import xxhash
-from fastai.callback.all import *
+from fastai.callback.all import Callback, EarlyStoppingCallback, GradientAccumulation, ReduceLROnPlateau, TrackerCallback
 from fastcore.foundation import L
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from .model import plain
 # %% ../nbs/08d_checkpoint.ipynb #a5df5417
 def write_bytes(
     path:str|Path, # file to write or replace
-    data # bytes, or a buffer of them
+    data:bytes|bytearray|memoryview # bytes, or a buffer of them
 ):
     "Write a file so that nobody ever sees half of it, even after a power cut. Raises: OSError, and leaves what was there."
     path = Path(path)
@@ -88,7 +90,7 @@ def read_checkpoint(
 
 def latest_checkpoint(
     folder:str|Path, # of checkpoints; it need not exist
-    say=print # where notices go
+    say:Callable=print # where notices go
 ) -> dict|None: # None if there is none
     "The state of the newest checkpoint that is whole; says which ones are not."
     for path in reversed(checkpoint_files(folder)):
@@ -99,7 +101,7 @@ def latest_checkpoint(
 # %% ../nbs/08d_checkpoint.ipynb #f94f4773
 def random_state() -> dict: # tensors and plain values
     "Where all random number generators are."
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = cast(tuple, np.random.get_state()) # NumPy's stubs allow for its other form, a dictionary
     return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                 numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), python=random.getstate())
 
@@ -120,10 +122,12 @@ class History(Callback):
     def __init__(self,
         path:str|Path, # CSV file
         stage:str='train' # in the first column
-    ): self.path, self.stage, self.rows = Path(path), stage, []
+    ):
+        self.path, self.stage = Path(path), stage
+        self.rows:list[dict] = []
 
     def state(self) -> dict: return dict(rows=self.rows)
-    def load_state(self, state):
+    def load_state(self, state:dict):
         self.rows = state['rows']
         if self.rows: self.write()
 
@@ -142,7 +146,9 @@ class StopOnNaN(Callback):
     order, run_valid = -15, False
     def __init__(self,
         every:int=20 # steps between two looks, on a GPU
-    ): self.every, self.first = every, None
+    ):
+        self.every = every
+        self.first:Tensor = None # number of the first step that was bad, -1 if none was; on the device
 
     def before_train(self): self.first = None
     def after_loss(self):
@@ -222,7 +228,7 @@ class Checkpoint(Callback):
         keep:int=2, # the newest so many files stay
         resume:dict=None, # state to go on from, see `latest_checkpoint`
         extra:dict=None, # kept beside the state, such as the recipe
-        say=print # where notices go
+        say:Callable=print # where notices go
     ):
         self.folder, self.stage, self.every, self.keep, self.resume = Path(folder), stage, every, keep, resume
         self.extra, self.say, self.signum, self._middle, self._batch, self._validates = dict(extra or {}), say, None, None, 0, False
@@ -245,7 +251,7 @@ class Checkpoint(Callback):
                     recorder=dict(lrs=rec.lrs, iters=rec.iters, values=rec.values,
                                             losses=torch.stack([plain(o.detach()).cpu() for o in rec.losses]) if rec.losses else None)))
 
-    def save(self, batch=0, done=False) -> Path|None: # None if it could not be written
+    def save(self, batch:int=0, done:bool=False) -> Path|None: # None if it could not be written
         "Write a checkpoint; where the disk is full, say so and go on."
         watch = next((cb for cb in self.learn.cbs if isinstance(cb, StopOnNaN)), None)
         if watch is not None:
@@ -253,6 +259,7 @@ class Checkpoint(Callback):
             if not all(torch.isfinite(p).all() for p in self.learn.model.parameters()): watch.stop(self.learn.train_iter-1, float('nan'))
         try: return save_checkpoint(self.folder, self.capture(batch, done), self.keep)
         except OSError as e: self.say(f'checkpoint of epoch {self.learn.epoch} not written ({e.strerror or e}); the training goes on, the one before stays')
+        return None
 
     def finish(self):
         "Save the end of a stage; a signal that came too late to be seen stops here."
@@ -332,7 +339,7 @@ class Checkpoint(Callback):
         self._place(state)
 
     @contextmanager
-    def signals(self):
+    def signals(self) -> Iterator[None]:
         "Ctrl-C and SIGTERM let the running step end, save and stop; a second one stops at once."
         if threading.current_thread() is not threading.main_thread():
             yield

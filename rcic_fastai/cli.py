@@ -10,8 +10,9 @@ __all__ = ['one_line_errors', 'rcic_simulate', 'rcic_describe', 'rcic_show', 'rc
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai and timm are imported; nothing a user can act on
 
-# %% ../nbs/17_cli.ipynb #ca7c3079
+# %% ../nbs/17_cli.ipynb #b50b93a6
 import re, signal, sys, time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -28,25 +29,26 @@ from .multilabel import score_label_submission
 from .platemap import describe_screen
 from .predict import embed_run, predict_run, well_accuracy, write_embeddings
 from .recipe import change_recipe, get_recipe, laptop_recipe, list_recipes
+from .report import make_report
 from .run import blend_runs, find_lr, logger, submit_run, train_run
 from .screen import plate_groups, read_screen
 from .simulate import simulate_screen
 from .store import Store, pack_screen, verify_store
 from .train import read_run
 
-# %% ../nbs/17_cli.ipynb #2a8bc653
+# %% ../nbs/17_cli.ipynb #52f479aa
 @contextmanager
 def one_line_errors(
     debug:bool # let exceptions through, with their traceback?
-):
+) -> Iterator[None]:
     "Turn an exception into the message of a command."
     try: yield
     except CliError: raise
     except KeyboardInterrupt as e:
         if debug: raise
-        stopped = isinstance(e, TrainingStopped)
-        print(f'{Path(sys.argv[0]).name}: {f"{e}; the same command goes on" if stopped else "interrupted"}', file=sys.stderr)
-        raise SystemExit(128+(e.signum if stopped else signal.SIGINT)) from None
+        said, signum = (f'{e}; the same command goes on', e.signum) if isinstance(e, TrainingStopped) else ('interrupted', signal.SIGINT)
+        print(f'{Path(sys.argv[0]).name}: {said}', file=sys.stderr)
+        raise SystemExit(128+signum) from None
     except Exception as e:
         if debug: raise
         expected = isinstance(e, (ValueError, OSError, FloatingPointError))
@@ -78,7 +80,7 @@ def rcic_simulate(
                         n_sites=sites, effect=effect, batch_effect=batch_effect, seed=seed, workers=workers)
         _say(read_screen(out))
 
-# %% ../nbs/17_cli.ipynb #48f9db7a
+# %% ../nbs/17_cli.ipynb #b4037f79
 def _pairs(options, name):
     "`well=Position` as a dictionary"
     bad = [o for o in options or [] if '=' not in o]
@@ -115,12 +117,12 @@ def rcic_show(
     "A picture of a well: all stains in colour, then each in grey."
     with one_line_errors(debug):
         with plt.ioff():
-            fig = read_screen(data).show_well(well, site)[0].figure
+            fig = read_screen(data).show_well(well, site)[0].figure # type: ignore[attr-defined] # patched in 02_image
             out.parent.mkdir(parents=True, exist_ok=True)
             fig.savefig(out, dpi=150, bbox_inches='tight')
         _say(f'Written: {out}, {fig._suptitle.get_text()}')
 
-# %% ../nbs/17_cli.ipynb #bcc2478c
+# %% ../nbs/17_cli.ipynb #10789587
 @call_parse
 def rcic_pack(
     data:Path=None, # folder of the screen; not needed to verify checksums
@@ -187,12 +189,13 @@ def rcic_train(
             if p.activation=='softmax':
                 right, n = well_accuracy(p, screen.wells, target)
                 _say(f'Validation, {valid}: {right} of {n} wells right ({right/n:.3f})')
-            elif not submit: # which says it too
+            elif isinstance(screen, Atlas) and not submit: # which says it too
                 method = settings.inference.thresholds
                 _say(f'Validation, {valid}: {validation_sentence(p, screen, fit_thresholds(p, screen, method)[1], method)}')
         if submit:
             predict_run(run, screen, 'test', say=_say)
-            (submit_labels if isinstance(screen, Atlas) else submit_run)(run, screen, say=_say)
+            if isinstance(screen, Atlas): submit_labels(run, screen, say=_say)
+            else: submit_run(run, screen, say=_say)
         _say(f'Run folder: {run}')
 
 @call_parse
@@ -255,10 +258,10 @@ def rcic_embed(
         _say(f'Written: {write_embeddings(x, wells, out or Path(run)/"embeddings"/f"{split}.npz")}, {x.shape[0]:,} wells x {x.shape[1]:,}')
         _say(embedding_report(x, wells).to_string(float_format=lambda v: f'{v:.3f}'))
 
-# %% ../nbs/17_cli.ipynb #2db91157
+# %% ../nbs/17_cli.ipynb #16cdaf82
 @call_parse
 def rcic_blend(
-    run:Annotated[Path, dict(required=True, action='append')]=None, # folder of a finished run; at least two
+    run:Annotated[list[Path], dict(type=Path, metavar='(path)', required=True, action='append')]=None, # folder of a finished run; at least two
     out:Path=Path('runs/blend'), # folder to write; rcic-submit takes it like a run
     weights:str=None, # numbers separated by commas, or `chosen` (on the wells that were set aside); by default all the same
     space:str='probability', # what is averaged: probability or logit
@@ -323,11 +326,10 @@ def rcic_report(
 ):
     "A page about a run, in one HTML file: curves, what each step brings, plates, confusions, worst wells, embeddings, calibration."
     with one_line_errors(debug):
-        from rcic_fastai.report import make_report
         if (folder or run) is None: raise ValueError('which run? rcic-report runs/NAME')
         _say(f'Written: {make_report(folder or run, out, data, truth, template, say=_say)}')
 
-# %% ../nbs/17_cli.ipynb #ba8938d8
+# %% ../nbs/17_cli.ipynb #7a7e540f
 @call_parse
 def rcic_demo(
     out:Path=Path('runs/demo'), # folder for the screen and the run; kept if it holds a simulated screen already
@@ -340,9 +342,10 @@ def rcic_demo(
     "All of it on a simulated screen: simulate, pack, train, predict, assign, submit, score, report."
     with one_line_errors(debug):
         start, out = time.time(), Path(out)/('tiny' if tiny else f'seed{seed}') if out==Path('runs/demo') else Path(out)
-        size = dict(n_sirnas=8, n_train=3, n_test=1, cell_types=('HUVEC',), image_size=48) if tiny else dict(n_sirnas=sirnas)
+        size:dict = dict(n_train=3, n_test=1, cell_types=('HUVEC',), image_size=48) if tiny else {}
+        if tiny: sirnas = 8
         recipe = change_recipe(get_recipe('laptop'), 'name=demo', f'seed={seed}', *(['train.epochs=3', 'data.batch_size=16'] if tiny else []), *(set or []))
-        screen = read_screen(simulate_screen(out/'screen', seed=seed, **size))
+        screen = read_screen(simulate_screen(out/'screen', sirnas, seed=seed, **size))
         _say(screen)
         if not (out/'packed'/'manifest.json').exists(): _say(pack_screen(screen, out/'packed'))
         screen, run = read_screen(out/'packed'), out/'run'
@@ -353,8 +356,7 @@ def rcic_demo(
         submission = write_submission(table.id_code, table.sirna, screen.path/'sample_submission.csv', run/'submission.csv')
         ladder = accuracy_ladder({'running BatchNorm': running, 'domain BatchNorm': domain}, truth, groups)
         _say(f'\nAccuracy on {screen.wells[screen.wells.split=="test"].experiment.nunique()} test experiments that training never saw '
-             f'({recipe.model.arch}, {size["n_sirnas"]} siRNAs, chance {1/size["n_sirnas"]:.3f}):\n')
+             f'({recipe.model.arch}, {sirnas} siRNAs, chance {1/sirnas:.3f}):\n')
         _say(ladder.to_string(float_format=lambda v: f'{v:.3f}'))
-        from rcic_fastai.report import make_report
         report = make_report(run, say=_say)
         _say(f'\nSubmission: {submission}\nTruth:      {truth}\nRun folder: {run}\nReport:     {report}\n{time.time()-start:.0f} s')

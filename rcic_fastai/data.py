@@ -11,7 +11,7 @@ __all__ = ['WELLS', 'ROLES', 'DOMAINS', 'select_sites', 'ScreenContext', 'Contex
 # %% ../nbs/04_data.ipynb #7aff504a
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.all import *
+from fastai.data.all import (DataBlock, DataLoaders, Datasets, DisplayedTransform, TensorCategory, TfmdDL, ToTensor, TransformBlock, delegates,
+                             is_listy, merge, test_set, to_device)
 from fastai.torch_core import TensorBase
 from fastai.vision.data import get_grid
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .image import MultiChannelImage, read_site, resize_site
@@ -43,7 +45,7 @@ def select_sites(
     split:str='train', # 'train', 'test', or another that the layout has
     wells:str='treatments', # 'treatments', 'controls' (positive and negative) or 'all'
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
-    warn=print # what to do with the sentence that says how many were left out
+    warn:Callable=print # what to do with the sentence that says how many were left out
 ) -> pd.DataFrame: # sites
     """Sites of one split and one kind of well, with all their files.
 
@@ -96,7 +98,7 @@ class ContextEncoder(DisplayedTransform):
         return ScreenContext([self._cell_type.get(cell_type, -1), self._experiment.get(experiment, -1), int(plate)-1, _role(*well_type or ROLES[:1])])
 
     def describe(self,
-        context # three or four integers
+        context:Iterable[int] # three or four integers
     ) -> str:
         "Names instead of numbers, for a title; a control is called one."
         c, e, p, *role = map(int, context)
@@ -107,7 +109,7 @@ class ContextEncoder(DisplayedTransform):
 def ContextBlock(
     cell_types:Sequence[str], # names of the cell types
     experiments:Sequence[str] # names of the experiments
-):
+) -> TransformBlock:
     "A `TransformBlock` for the origin of a site."
     return TransformBlock(type_tfms=ContextEncoder(cell_types, experiments))
 
@@ -115,10 +117,12 @@ def ContextBlock(
 class SiteReader(DisplayedTransform):
     "Path pattern of a site to `MultiChannelImage`."
     def __init__(self,
-        channels:Sequence=CHANNELS, # numbers or names of the channels to read
+        channels:Sequence[int|str]=CHANNELS, # numbers or names of the channels to read
         cache:bool=False, # keep what was read in memory, C*H*W bytes per site?
         size:int=None # shorter side that images are brought to, in pixels; None: as they are
-    ): self.channels, self.cache, self.size, self._images = tuple(channels), cache, size, {}
+    ):
+        self.channels, self.cache, self.size = tuple(channels), cache, size
+        self._images:dict[str, np.ndarray] = {}
 
     def pixels(self,
         files:str # path pattern
@@ -145,14 +149,14 @@ class SiteReader(DisplayedTransform):
     def __getstate__(self): return {**self.__dict__, '_images': {}}
 
 def MultiChannelImageBlock(
-    channels:Sequence[int]=CHANNELS, # numbers of the channels, in the order they are to have
+    channels:Sequence[int|str]=CHANNELS, # numbers or names of the channels, in the order they are to have
     cache:bool=False, # keep what was read in memory, C*H*W bytes per site?
     size:int=None # shorter side that images are brought to, in pixels; None: as they are
-):
+) -> TransformBlock:
     "A `TransformBlock` for images whose channels lie in files of their own."
     return TransformBlock(type_tfms=SiteReader(channels, cache, size))
 
-def SixChannelImageBlock():
+def SixChannelImageBlock() -> TransformBlock:
     "A `TransformBlock` for the six stains of an RCIC site."
     return MultiChannelImageBlock(CHANNELS)
 
@@ -200,11 +204,12 @@ def several_domains(
     epoch:int=0 # number of the epoch
 ) -> list[list[np.ndarray]]: # batches, each a list of parts of different domains
     "Put parts of different domains into each batch, as far as there are as many."
-    rng, left, batches = np.random.default_rng([seed, epoch, 2]), {}, []
+    rng, batches = np.random.default_rng([seed, epoch, 2]), []
+    left:dict[int, list[np.ndarray]] = {} # parts of each domain that are in no batch yet
     for p in parts: left.setdefault(int(domains[p[0]]), []).append(p)
     for _ in range(-(-len(parts)//n)):
-        batch = {}
-        while left and sum(map(len, batch.values())) < n:
+        batch:dict[int, list[np.ndarray]] = {}
+        while left and sum(len(p) for p in batch.values()) < n:
             choice = rng.permutation([d for d in left if d not in batch] or list(left))
             d = int(max(choice, key=lambda d: len(left[d])))
             batch.setdefault(d, []).append(left[d].pop())
@@ -224,17 +229,18 @@ def _pair(rows, experiments, rng):
 
 def paired_sites(
     domains:np.ndarray, # int (N,): domain of each site; both of a pair are of the same
-    targets:Sequence, # (N,) class of each site, or missing
-    experiments:Sequence[str], # (N,)
+    targets:ArrayLike, # (N,) class of each site, or missing
+    experiments:ArrayLike, # (N,) str
     seed:int=0, # of the choice
     epoch:int=0 # number of the epoch
 ) -> np.ndarray: # int64 (M, 2): pairs of row numbers in which every row occurs, most of them once
     "Match each site with one of the same class from another experiment, as far as there is one."
-    rng, pairs, alone = np.random.default_rng([seed, epoch, 1]), [], {}
-    experiments, classes = pd.factorize(np.asarray(experiments))[0], pd.factorize(pd.Series(targets).reset_index(drop=True))[0]
+    rng, pairs = np.random.default_rng([seed, epoch, 1]), []
+    alone:dict[int, list[np.ndarray]] = {} # rows of each domain that have no partner
+    origins, classes = pd.factorize(np.asarray(experiments))[0], pd.factorize(pd.Series(targets).reset_index(drop=True))[0]
     for (d, c), rows in pd.DataFrame(dict(d=domains, c=classes)).groupby(['d', 'c']).indices.items():
-        if c < 0 or len(set(experiments[rows]))==1: alone.setdefault(d, []).append(rows)
-        else: pairs.append(_pair(rows, experiments, rng))
+        if c < 0 or len(set(origins[rows]))==1: alone.setdefault(d, []).append(rows)
+        else: pairs.append(_pair(rows, origins, rng))
     for d, rows in alone.items():
         rows = rng.permutation(np.concatenate(rows))
         if len(rows)%2: # beside any other site of the domain
@@ -257,7 +263,8 @@ def control_pools(
 
     Raises: ValueError naming a domain that has none; a plate without controls has those of its experiment, with a warning.
     """
-    rows, pools = {}, []
+    rows:dict[tuple, list[int]] = {}
+    pools = []
     for names in (_domain_names(controls, d) for d in {domain, 'experiment' if domain=='plate' else domain}):
         for i, name in enumerate(names): rows.setdefault(name, []).append(i)
     for name in sorted(set(_domain_names(sites, domain))):
@@ -326,13 +333,13 @@ class _BatchSource:
 
     def _start(self):
         "Shape of an image, memory for batches, and what reads into it"
-        store, places = self.store, slice(None)
+        store = self.store
         if store is None: shape, self.read_into = self.reader.pixels(self.files[0]).shape, self._read_file
         else:
-            if not store.manifest['composite']: places = store.places(self.reader.channels)
-            shape = store.shape if places==slice(None) else (len(places), *store.shape[1:])
+            places = slice(None) if store.manifest['composite'] else store.places(self.reader.channels)
+            shape = store.shape if isinstance(places, slice) else (len(places), *store.shape[1:])
             def some_channels(i, out): out[...] = store.read(i)[places]
-            self.read_into = store.read_into if places==slice(None) else some_channels
+            self.read_into = store.read_into if isinstance(places, slice) else some_channels
         self.buffers = BatchBuffers(shape, self.pin_memory)
 
     def read(self, batches, threads):
@@ -350,7 +357,7 @@ class _BatchSource:
 
 class _HostCopies:
     "Batches that a GPU is still copying, whose memory must not be used again yet"
-    def __init__(self): self.running = deque()
+    def __init__(self): self.running:deque[tuple] = deque() # event that says when the copy is done, batch
     def to_device(self, b, device):
         if device is None: return b
         if device.type!='cuda': return to_device(b, device)
@@ -368,7 +375,7 @@ class DomainDL(TfmdDL):
     """
     @delegates(TfmdDL.__init__)
     def __init__(self,
-        dataset, # fastai `Datasets` over a table of sites
+        dataset:Datasets, # fastai `Datasets` over a table of sites
         domain:str|None=None, # None, 'cell_type', 'experiment' or 'plate'
         seed:int=0, # of the order
         repeats:int=1, # how often a site is seen per training epoch
@@ -380,7 +387,8 @@ class DomainDL(TfmdDL):
     ):
         super().__init__(dataset, **kwargs)
         self.domain, self.seed, self.repeats, self.epoch, self.start = domain, seed, repeats, 0, 0
-        self.n_controls, self.domains_per_batch, self.pairs, self._source = n_controls, domains_per_batch, pairs, None
+        self.n_controls, self.domains_per_batch, self.pairs = n_controls, domains_per_batch, pairs
+        self._source:_BatchSource = None
         self.sites = getattr(dataset, 'items', dataset)
         self.keys = domain_keys(self.sites, domain) if len(self.sites) else np.zeros(0, np.int64)
         self.vocab, self.target_name = getattr(dataset, 'vocab', None), getattr(dataset, 'target_name', 'class')
@@ -493,8 +501,8 @@ class DomainDL(TfmdDL):
         for rows in batches: yield self.do_batch([o for i in rows if (o := self.do_item(int(i))) is not None])
 
     def titles(self,
-        b, # decoded batch: image, context and perhaps target
-        targets=None # one string per image, instead of those of the batch
+        b:Sequence, # decoded batch: image, context and perhaps target
+        targets:Sequence[str]=None # one string per image, instead of those of the batch
     ) -> list[str]:
         "What a person wants to know of each image: target, cell type, experiment, plate, and whether it is a control."
         encoder = self._transform(ContextEncoder)
@@ -546,9 +554,9 @@ def screen_block(
     experiments:Sequence[str], # names, in the order of their numbers
     classes:Sequence, # values of the target, in the order of their numbers
     target:str='sirna', # column to predict
-    channels:Sequence[int]=CHANNELS, # numbers of the channels
-    batch_tfms=None, # from `screen_transforms`
-    splitter=None, # function from the table to (training rows, validation rows)
+    channels:Sequence[int|str]=CHANNELS, # numbers or names of the channels
+    batch_tfms:list=None, # from `screen_transforms`
+    splitter:Callable=None, # function from the table to (training rows, validation rows)
     cache:bool=False, # keep the images in memory once they are read?
     read_size:int=None, # shorter side that images are brought to when they are read, in pixels; None: as they are
     multilabel:bool=False # are the values of the target tuples of classes?
@@ -591,10 +599,10 @@ def screen_dataloaders(
     bs:int=32, # sites per training batch; controls come on top
     val_bs:int=None, # of validation batches, which are of one domain too; by default 4 times `bs`, at least 64
     classes:Sequence=None, # values of the target in order; by default those of the training sites
-    transforms=None, # batch transforms; by default `screen_transforms()`
+    transforms:list=None, # batch transforms; by default `screen_transforms()`
     cell_types:Sequence[str]=None, # names in order; by default those of `sites`
     experiments:Sequence[str]=None, # names in order; by default those of `sites`
-    channels:Sequence[int]=CHANNELS, # numbers of the channels
+    channels:Sequence[int|str]=CHANNELS, # numbers or names of the channels
     repeats:int=1, # how often a site is seen per epoch; more than one where there are few large sites and small crops
     controls:pd.DataFrame=None, # control sites of any split, for `n_controls`
     n_controls:int=0, # how many of them follow the sites of each domain in a batch, of the same domain and with masked targets
@@ -606,7 +614,7 @@ def screen_dataloaders(
     multilabel:bool=None, # are the values of the target tuples of classes? None: look at them
     source:Store|str|Path=None, # packed store to read from, instead of the files of the sites
     seed:int=0, # of the order of the sites
-    device=None, # where batches go; by default fastai's default device
+    device:str|torch.device=None, # where batches go; by default fastai's default device
     path:str|Path='.' # folder of the learner
 ) -> DataLoaders: # batches (image, context, target)
     """DataLoaders of a screen, in batches of one domain.

@@ -255,18 +255,18 @@ def parse_external_id(
     return ExternalId(int(m['antibody']), m['plate'], m['well'], int(m['fov']), m['mark'] or '')
 
 def external_keys(
-    ids:Sequence # external ids and UUIDs of the competition, in any order
+    ids:Sequence[str]|np.ndarray # external ids and UUIDs of the competition, in any order
 ) -> pd.DataFrame: # a row per id: antibody Int64, plate, well, fov Int64, plate_well; missing for a UUID
     """Antibody, plate and well of each image, for `join_groups`.
 
     Raises: ValueError naming the first id that is neither.
     """
-    ids = pd.Series(list(ids), dtype='string')
-    keys = ids.str.extract(f'^{_external.pattern}$')
-    wrong = np.flatnonzero(keys.antibody.isna() & ~ids.str.fullmatch(_uuid.pattern).fillna(False).astype(bool))
+    text = pd.Series(list(ids), dtype='string')
+    keys = text.str.extract(f'^{_external.pattern}$')
+    wrong = np.flatnonzero(keys.antibody.isna() & ~text.str.fullmatch(_uuid.pattern).fillna(False).astype(bool))
     if len(wrong):
         row = wrong[0]
-        raise ValueError(f'row {row}: id {ids[row]!r} is neither {{antibody}}_{{plate}}_{{well}}_{{fov}}, such as 10580_1610_C1_1, nor a UUID')
+        raise ValueError(f'row {row}: id {text[row]!r} is neither {{antibody}}_{{plate}}_{{well}}_{{fov}}, such as 10580_1610_C1_1, nor a UUID')
     return pd.DataFrame(dict(antibody=keys.antibody.astype('Int64'), plate=keys.plate, well=keys.well, fov=keys.fov.astype('Int64'),
                              plate_well=keys.plate+'_'+keys.well))
 
@@ -280,7 +280,7 @@ def _key_edges(key, n, start):
     return rows, start+codes[rows], start+len(values)
 
 def join_groups(
-    *keys:Sequence, # each (N,): names or numbers such as antibodies or wells; equal values join, missing ones (None, NaN, '') do not
+    *keys:Sequence|np.ndarray, # each (N,): names or numbers such as antibodies or wells; equal values join, missing ones (None, NaN, '') do not
     pairs:np.ndarray|pd.DataFrame=(), # (M, 2) row numbers that belong together, or the table of `find_twins`
     n:int=None # number of images, where there is no key
 ) -> np.ndarray: # int64 (N,), numbered from 0 on in the order of their first images
@@ -310,7 +310,7 @@ def _pairs_by_source(key, source, names):
     np.fill_diagonal(p, (np.diag(p)-m.sum(0))//2)
     return p
 
-def _checked_labels(labels, groups, source):
+def _checked_labels(labels, groups, source) -> tuple[list, np.ndarray, np.ndarray]:
     "Labels as a list, groups, sources; one of each per image"
     labels, groups = list(labels), np.asarray(groups)
     source = np.full(len(labels), 'all', object) if source is None else np.asarray(source, object)
@@ -323,7 +323,7 @@ def _checked_labels(labels, groups, source):
 def label_agreement(
     labels:Sequence, # tuple of class numbers of each image, None where unknown
     groups:np.ndarray, # (N,) group of twins of each image, as `join_groups(pairs=..., n=...)` gives it
-    source:Sequence|None=None # (N,) the table each image comes from
+    source:Sequence|np.ndarray=None # (N,) the table each image comes from
 ) -> pd.DataFrame: # a row per pair of sources that has twins, and 'all': pairs, agree, share
     """How many pairs of twins carry the same labels.
 
@@ -357,7 +357,7 @@ def resolve_labels(
     labels:Sequence, # tuple of class numbers of each image, None where unknown
     groups:np.ndarray, # (N,) group of twins of each image; of twins alone: images of one antibody need not look alike
     policy:str='keep', # 'keep', 'union', 'intersection', 'majority' (more than half of the twins), 'train' (the labels of that source win), 'drop'
-    source:Sequence|None=None, # (N,) the table each image comes from; needed for 'train'
+    source:Sequence|np.ndarray=None, # (N,) the table each image comes from; needed for 'train'
     train:str='train' # the source whose labels win; where several of its images disagree, their union
 ) -> list: # tuple of class numbers of each image; None where unknown, and with 'drop' where twins disagree
     """Labels after twins that disagree are resolved; groups in which all agree, and unknown labels, stay as they are.
@@ -368,7 +368,7 @@ def resolve_labels(
     if policy=='train' and source is None: raise ValueError("policy 'train' needs the source of each image")
     labels, groups, source = _checked_labels(labels, groups, source)
     if policy=='keep': return labels
-    members = {}
+    members:dict[int, list[int]] = {} # rows of each group
     for row, (v, g) in enumerate(zip(labels, groups.tolist())):
         if v is not None: members.setdefault(g, []).append(row)
     for rows in members.values():
@@ -402,7 +402,7 @@ def _read_cache(path, columns, made):
 
 def hash_sites(
     sites:pd.DataFrame, # a row per image, with the columns `files` and `id`
-    channels:Sequence, # numbers or names of the channels to put into `files`
+    channels:Sequence[int|str], # numbers or names of the channels to put into `files`
     cache:str|Path=None, # file to keep hashes in, and to go on from
     id:str='site_id', # column of the ids, unique
     read:Callable=read_site, # reads (C, H, W) pixels from an entry of `files` and the channels; zeros for a missing channel

@@ -9,13 +9,15 @@ __all__ = ['postprocess_names', 'center_by', 'well_means', 'Sphering', 'TVN', 'C
 
 # %% ../nbs/08a_embed.ipynb #f7a904c5
 import warnings
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.covariance import ledoit_wolf
@@ -25,7 +27,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.validation import check_is_fitted
 
 # %% ../nbs/08a_embed.ipynb #9370070b
-def _as_rows(x, name='x', features=None):
+def _as_rows(x, name='x', features=None)->np.ndarray:
     "`x` as a float array of two dimensions without nan; float32 stays float32"
     x = np.asarray(x)
     if x.ndim!=2: raise ValueError(f'{name} has shape {x.shape}, expected (rows, features)')
@@ -34,7 +36,7 @@ def _as_rows(x, name='x', features=None):
     if len(bad := np.flatnonzero(~np.isfinite(x).all(1))): raise ValueError(f'{name}: row {bad[0]} holds nan or inf ({len(bad):,} such rows of {len(x):,})')
     return x
 
-def _as_labels(labels, n, name):
+def _as_labels(labels, n, name)->np.ndarray:
     "One label per row, none missing: int64, or str"
     labels = pd.Series(labels).infer_objects().reset_index(drop=True)
     if len(labels)!=n: raise ValueError(f'{name} has {len(labels):,} entries for {n:,} rows of the embeddings')
@@ -42,11 +44,11 @@ def _as_labels(labels, n, name):
     whole = pd.api.types.is_float_dtype(labels) and (labels%1==0).all() # integers that a missing value elsewhere made floats
     return labels.to_numpy(np.int64) if whole or pd.api.types.is_integer_dtype(labels) else labels.astype(str).to_numpy().astype(str)
 
-def _column(sites, name, n):
+def _column(sites, name, n)->np.ndarray:
     if name not in sites: raise ValueError(f'the table of sites has no column {name!r}, only {", ".join(map(str, sites.columns))}')
     return _as_labels(sites[name], n, name)
 
-def _plates(sites, n):
+def _plates(sites, n)->np.ndarray:
     "Plate 1 of one experiment is not plate 1 of another"
     return np.char.add(np.char.add(_column(sites, 'experiment', n).astype(str), '/'), _column(sites, 'plate', n).astype(str))
 
@@ -57,8 +59,8 @@ def _group_means(x, codes, n_groups):
 
 # %% ../nbs/08a_embed.ipynb #9b656345
 def center_by(
-    x, # (N, F) float embeddings
-    groups, # (N,) label of each row, e.g. its plate
+    x:ArrayLike, # (N, F) float embeddings
+    groups:ArrayLike, # (N,) label of each row, e.g. its plate
 )->np.ndarray: # (N, F), dtype of `x`
     """Subtract from every row the mean of its group.
 
@@ -69,8 +71,8 @@ def center_by(
     return (x - _group_means(x, codes, len(found))[codes]).astype(x.dtype)
 
 def well_means(
-    x, # (S, F) float embeddings of sites
-    ids, # (S,) well of each site (`sites.id_code`)
+    x:ArrayLike, # (S, F) float embeddings of sites
+    ids:ArrayLike, # (S,) well of each site (`sites.id_code`)
 )->tuple[np.ndarray, np.ndarray]: # (W, F) means, dtype of `x`; (W,) ids of the wells in order of first appearance
     "Mean over the sites of each well; `sites.drop_duplicates('id_code')` is the table of the result."
     x = _as_rows(x)
@@ -100,7 +102,7 @@ class _InverseRoot(NamedTuple):
 def _positive(value, name):
     if not value>0: raise ValueError(f'{name} is {value}, expected a number above 0')
 
-def _as_controls(x):
+def _as_controls(x)->np.ndarray:
     x = _as_rows(x, 'controls').astype(np.float64)
     if len(x)<2: raise ValueError(f'{len(x)} rows of controls have no covariance; at least 2 are needed, and many more are better')
     return x
@@ -114,20 +116,20 @@ class Sphering(TransformerMixin, BaseEstimator):
     Source: Kessy, Lewin and Strimmer 2018 (ZCA), doi:10.1080/00031305.2016.1277159; on controls of image-based profiles:
     Moshkov et al. 2024, doi:10.1038/s41467-024-45999-1, and pycytominer's `Spherize`."""
     def __init__(self,
-        regularization=1e-2, # ridge, as a share of the mean variance of a feature among the controls; above 0
+        regularization:float=1e-2, # ridge, as a share of the mean variance of a feature among the controls; above 0
     ): self.regularization = regularization
 
     def fit(self,
-        controls, # (C, F) float embeddings of control wells
-        y=None, # ignored; the signature of scikit-learn
-    ):
+        controls:ArrayLike, # (C, F) float embeddings of control wells
+        y:ArrayLike=None, # ignored; the signature of scikit-learn
+    )->'Sphering':
         "Measure mean and covariance of the controls."
         _positive(self.regularization, 'regularization')
         self.root_ = _InverseRoot.fit(_as_controls(controls), self.regularization, relative=True)
         return self
 
     def transform(self,
-        x, # (N, F) float embeddings
+        x:ArrayLike, # (N, F) float embeddings
     )->np.ndarray: # (N, F)
         "Whiten any embeddings by the statistics of the controls."
         check_is_fitted(self)
@@ -143,14 +145,14 @@ class TVN(BaseEstimator):
     Raises: ValueError for lengths that differ, nan, too few controls.
     Source: Ando, McLean and Berndl 2017, doi:10.1101/161422; the alignment is CORAL, Sun, Feng and Saenko 2016, arXiv:1511.05547."""
     def __init__(self,
-        regularization=.5, # added to the diagonal of every batch's covariance, whose own size is about 1
-        n_components=None, # principal components to keep; None: all that the controls span
+        regularization:float=.5, # added to the diagonal of every batch's covariance, whose own size is about 1
+        n_components:int=None, # principal components to keep; None: all that the controls span
     ): self.regularization, self.n_components = regularization, n_components
 
     def fit(self,
-        controls, # (C, F) float embeddings of controls
-        batch, # (C,) batch of each, e.g. its experiment
-    ):
+        controls:ArrayLike, # (C, F) float embeddings of controls
+        batch:ArrayLike, # (C,) batch of each, e.g. its experiment
+    )->'TVN':
         "Fit the common steps on all controls, and the alignment of each batch."
         _positive(self.regularization, 'regularization')
         x = _as_controls(controls)
@@ -160,13 +162,14 @@ class TVN(BaseEstimator):
         rank = max(int((s > max(x.shape)*np.finfo(np.float32).eps*s[0]).sum()), 1) # beyond it: rounding, which step 3 would blow up
         std = np.maximum(s/np.sqrt(len(x)-1), np.finfo(float).tiny)
         self.components_ = (axes/std[:,None])[:min(self.n_components or rank, rank)]
-        self.all_, self.batches_ = _InverseRoot.fit(self._components(x), self.regularization), {}
+        self.all_ = _InverseRoot.fit(self._components(x), self.regularization)
+        self.batches_:dict[str, _InverseRoot] = {}
         return self.fit_batches(controls, batch)
 
     def fit_batches(self,
-        controls, # (C, F) float embeddings of controls
-        batch, # (C,) batch of each; one that is known already is fitted anew
-    ):
+        controls:ArrayLike, # (C, F) float embeddings of controls
+        batch:ArrayLike, # (C,) batch of each; one that is known already is fitted anew
+    )->'TVN':
         "Learn the alignment of more batches; the common steps stay as they are."
         check_is_fitted(self, 'components_')
         controls = _as_rows(controls, 'controls', len(self.mean_))
@@ -178,8 +181,8 @@ class TVN(BaseEstimator):
     def _components(self, x): return ((x-self.mean_)/self.scale_)@self.components_.T
 
     def transform(self,
-        x, # (N, F) float embeddings
-        batch, # (N,) batch of each row
+        x:ArrayLike, # (N, F) float embeddings
+        batch:ArrayLike, # (N,) batch of each row
     )->np.ndarray: # (N, R)
         "Normalise any embeddings; rows do not influence each other."
         check_is_fitted(self, 'components_')
@@ -204,10 +207,10 @@ class ClassCentres(BaseEstimator):
     Raises: ValueError for lengths that differ, missing labels, nan.
     Source: 2nd place of kaggle.com/c/recursion-cellular-image-classification, cosine to the class centres of each cell type."""
     def fit(self,
-        x, # (N, F) float embeddings
-        y, # (N,) class of each row, int or str
-        strata=None, # (N,) stratum of each row, e.g. its cell type; None: one for all
-    ):
+        x:ArrayLike, # (N, F) float embeddings
+        y:ArrayLike, # (N,) class of each row, int or str
+        strata:ArrayLike=None, # (N,) stratum of each row, e.g. its cell type; None: one for all
+    )->'ClassCentres':
         "Average the embeddings of each class in each stratum."
         x = _as_rows(x)
         if not len(x): raise ValueError('x has no rows: there are no classes to average')
@@ -221,11 +224,11 @@ class ClassCentres(BaseEstimator):
             centres[found] = _unit(_group_means(x[strata==s], local, len(found)))
         return self
 
-    def _strata(self, strata, n): return np.full(n, '') if strata is None else _as_labels(strata, n, 'strata').astype(str)
+    def _strata(self, strata, n)->np.ndarray: return np.full(n, '') if strata is None else _as_labels(strata, n, 'strata').astype(str)
 
     def decision_function(self,
-        x, # (N, F) float embeddings
-        strata=None, # (N,) stratum of each row
+        x:ArrayLike, # (N, F) float embeddings
+        strata:ArrayLike=None, # (N,) stratum of each row
     )->np.ndarray: # (N, K) float64 cosines
         "Score of every class for every row."
         check_is_fitted(self, 'centres_')
@@ -235,8 +238,8 @@ class ClassCentres(BaseEstimator):
         return scores
 
     def predict(self,
-        x, # (N, F) float embeddings
-        strata=None, # (N,) stratum of each row
+        x:ArrayLike, # (N, F) float embeddings
+        strata:ArrayLike=None, # (N,) stratum of each row
     )->np.ndarray: # (N,) class
         "The class with the nearest centre."
         return self.classes_[self.decision_function(x, strata).argmax(1)]
@@ -251,7 +254,7 @@ def _check_postprocess(name):
 
 def embedding_correction(
     name:str, # one of `postprocess_names`; 'centers' leaves embeddings as they are
-    control_x=None, # (C, F) float embeddings of controls, for 'sphering' and 'tvn'
+    control_x:np.ndarray=None, # (C, F) float embeddings of controls, for 'sphering' and 'tvn'
     control_sites:pd.DataFrame|None=None, # (C,) table with `experiment`, for 'tvn'
 )->Callable: # function of (x, sites) that returns corrected (N, F') embeddings
     """A correction of embeddings by its name, ready to be applied to any table of sites or wells.
@@ -271,11 +274,11 @@ def embedding_correction(
 
 def postprocess_embeddings(
     name:str, # one of `postprocess_names`
-    x, # (N, F) float embeddings to score
+    x:np.ndarray, # (N, F) float embeddings to score
     sites:pd.DataFrame, # their N rows: `cell_type`, `experiment`, `plate`
-    train_x, # (M, F) float embeddings with known siRNA
+    train_x:np.ndarray, # (M, F) float embeddings with known siRNA
     train_sites:pd.DataFrame, # their M rows, with `sirna`
-    control_x=None, # (C, F) float embeddings of controls, best of all experiments of both tables
+    control_x:np.ndarray=None, # (C, F) float embeddings of controls, best of all experiments of both tables
     control_sites:pd.DataFrame|None=None, # their C rows
 )->tuple[np.ndarray, np.ndarray]: # (N, K) cosines; (K,) classes, the sorted siRNAs of `train_sites`
     """Correct both tables the same way and score every siRNA by the cosine to its centre in the cell type; rows in, rows out.
@@ -304,11 +307,11 @@ def _linear_probe(x, y, test):
     return classes[(test@w - .5*(centres.T*w).sum(0) + np.log(np.bincount(y)/len(y))).argmax(1)]
 
 def batch_probe(
-    x, # (N, F) float embeddings
-    labels, # (N,) what to tell: plate, experiment, cell type
-    folds=5, # of cross-validation; fewer if a label has fewer groups
-    seed=0, # of the folds
-    groups=None, # (N,) rows that stay together and share a label, e.g. `sites.id_code`; None: every row on its own
+    x:ArrayLike, # (N, F) float embeddings
+    labels:ArrayLike, # (N,) what to tell: plate, experiment, cell type
+    folds:int=5, # of cross-validation; fewer if a label has fewer groups
+    seed:int=0, # of the folds
+    groups:ArrayLike=None, # (N,) rows that stay together and share a label, e.g. `sites.id_code`; None: every row on its own
 )->BatchProbe:
     """Cross-validated accuracy with which standardised embeddings tell a label, by linear discriminant analysis.
 
@@ -374,7 +377,7 @@ def _map(found, sites):
     return ReplicateMAP(float(table.mAP.mean()), table)
 
 def replicate_map(
-    x, # (N, F) float embeddings, one row per well (`well_means`)
+    x:ArrayLike, # (N, F) float embeddings, one row per well (`well_means`)
     sites:pd.DataFrame, # their N rows: `sirna` (all known), `experiment`
 )->ReplicateMAP: # mean over the siRNAs, and one row per siRNA
     """Mean average precision of retrieving a well's siRNA by cosine among all wells of other experiments.
@@ -391,9 +394,9 @@ def _recall(found, k):
     return pd.DataFrame({'recall': [(found.first<=i).mean() for i in k], 'chance': [1-miss(i).mean() for i in k]}, index=pd.Index(k, name='k'))
 
 def knn_recall(
-    x, # (N, F) float embeddings, one row per well
+    x:ArrayLike, # (N, F) float embeddings, one row per well
     sites:pd.DataFrame, # their N rows: `sirna` (all known), `experiment`
-    k=(1, 5, 10), # numbers of neighbours
+    k:Sequence[int]=(1, 5, 10), # numbers of neighbours
 )->pd.DataFrame: # index k: `recall`, `chance`
     """Share of wells whose k nearest neighbours outside their own experiment include the same siRNA.
 
@@ -403,10 +406,10 @@ def knn_recall(
 
 # %% ../nbs/08a_embed.ipynb #7f548581
 def embedding_report(
-    x, # (N, F) float embeddings, one row per well or site
+    x:ArrayLike, # (N, F) float embeddings, one row per well or site
     sites:pd.DataFrame, # their N rows: `id_code`, `cell_type`, `experiment`, `plate`, `sirna`
-    folds=5, # of the probes' cross-validation
-    seed=0, # of their folds
+    folds:int=5, # of the probes' cross-validation
+    seed:int=0, # of their folds
 )->pd.DataFrame: # index `metric`: `value`, `chance`; nan where the table has no answer (one cell type, say)
     """Replicate mAP, kNN recall and the probes for plate, experiment and cell type; sites of a well stay in one fold.
 
@@ -427,10 +430,10 @@ def embedding_report(
 
 # %% ../nbs/08a_embed.ipynb #e975beef
 def to_anndata(
-    x, # (N, F) float embeddings
+    x:ArrayLike, # (N, F) float embeddings
     sites:pd.DataFrame, # their N rows, any columns
     **uns, # what else to keep, e.g. run='runs/NAME'
-): # AnnData: X float32, obs all text, obs_names unique
+)->Any: # AnnData: X float32, obs all text, obs_names unique
     """Embeddings and their table as `AnnData`; rows are named `site_id` if there is one, else `id_code`, numbered where it repeats.
 
     Raises: ImportError if anndata is not installed; ValueError if the lengths differ."""
@@ -446,7 +449,7 @@ def to_anndata(
 
 # %% ../nbs/08a_embed.ipynb #1b026212
 def project_2d(
-    x, # (N, F) float embeddings
+    x:ArrayLike, # (N, F) float embeddings
     method:str='pca', # 'pca', 'tsne' or 'umap' (if umap-learn is installed)
     seed:int=0, # the same seed gives the same picture
 )->np.ndarray: # (N, 2) float64
@@ -464,12 +467,12 @@ def project_2d(
     return UMAP(n_neighbors=min(15, len(x)-1), random_state=seed).fit_transform(pcs).astype(np.float64)
 
 def plot_embedding(
-    xy, # (N, 2) float, from `project_2d`
-    labels, # (N,) what colours show
-    ax=None, # matplotlib axes; None: new ones
+    xy:ArrayLike, # (N, 2) float, from `project_2d`
+    labels:ArrayLike, # (N,) what colours show
+    ax:plt.Axes=None, # matplotlib axes; None: new ones
     title:str|None=None, # above the plot
     max_legend:int=12, # with more labels than this the legend only says how many
-): # the axes
+)->plt.Axes: # the axes
     "Scatter plot coloured by label."
     xy = _as_rows(xy, 'xy', 2)
     labels = _as_labels(labels, len(xy), 'labels')
@@ -478,7 +481,7 @@ def plot_embedding(
     cmap = plt.get_cmap('tab10' if len(names)<=10 else 'tab20' if len(names)<=20 else 'nipy_spectral')
     for i,name in enumerate(names):
         color = cmap(i) if len(names)<=20 else cmap((i+.5)/len(names))
-        ax.scatter(*xy[labels==name].T, s=8, color=color, alpha=.8, linewidths=0, label=str(name))
+        ax.scatter(xy[labels==name, 0], xy[labels==name, 1], s=8, color=color, alpha=.8, linewidths=0, label=str(name))
     if len(names)<=max_legend: ax.legend(fontsize=7, markerscale=1.5, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     else: ax.text(.99, .01, f'{len(names)} labels', transform=ax.transAxes, ha='right', va='bottom', fontsize=7)
     ax.set(xticks=[], yticks=[], title=title)

@@ -62,7 +62,7 @@ def _deal(counts, sizes, n_folds, rng):
 
 def grouped_folds(
     y:np.ndarray, # (N, K) of 0 and 1: labels of each image
-    groups:Sequence|None=None, # (N,) names or numbers; rows of one group stay together, a missing one is alone; None: all are
+    groups:Sequence|np.ndarray=None, # (N,) names or numbers; rows of one group stay together, a missing one is alone; None: all are
     n_folds:int=5, # 2 to the number of groups
     seed:int=0 # decides the order of equals
 ) -> np.ndarray: # int64 (N,), 0 to n_folds-1
@@ -91,7 +91,7 @@ def _divided(codes, folds):
     return divided
 
 def straddling_groups(
-    groups:Sequence, # (N,) names or numbers; a missing one is alone
+    groups:Sequence|np.ndarray, # (N,) names or numbers; a missing one is alone
     folds:np.ndarray # (N,) fold of each row
 ) -> list: # names of the groups that are in more than one fold
     """Groups that are divided among folds.
@@ -106,7 +106,7 @@ def fold_report(
     y:np.ndarray, # (N, K) of 0 and 1
     folds:np.ndarray, # (N,) fold of each row
     names:Sequence|None=None, # of the K classes; by default their numbers
-    groups:Sequence|None=None # (N,) to be counted as well
+    groups:Sequence|np.ndarray=None # (N,) to be counted as well
 ) -> pd.DataFrame: # a row per class; `attrs['straddling']` holds the number of all groups that are in more than one fold, if groups are given
     """Positives of each class: in all, in each fold, the fewest and most, their spread relative to the expected, and folds without any (`empty`).
 
@@ -130,7 +130,7 @@ def fold_report(
 
 # %% ../nbs/12b_folds.ipynb #45172574
 def check_no_straddling(
-    groups:Sequence, # (N,) names or numbers; a missing one is alone
+    groups:Sequence|np.ndarray, # (N,) names or numbers; a missing one is alone
     *parts:np.ndarray # row numbers or masks (N,) of each part, such as training and validation
 ):
     """Refuse parts that share a group.

@@ -42,7 +42,8 @@ def read_labels(
 
     Raises: FileNotFoundError; ValueError naming file and row for a missing column, an id that is missing or occurs twice, or labels that are none.
     """
-    table, known, seen = read_table(path, ('Id', column)), {}, {}
+    table, known = read_table(path, ('Id', column)), {}
+    seen:dict[str, int] = {} # row of each id
     for r in table.itertuples():
         where = f'{r.file}: row {r.row}'
         if not r.Id: raise ValueError(f'{where}: there is no Id')
@@ -206,7 +207,7 @@ def find_duplicates(
 # %% ../nbs/15_hpa.ipynb #1b390feb
 def label_truth(
     atlas:Atlas, # from `read_hpa`
-    ids:Sequence[str] # of labelled images
+    ids:Sequence[str]|np.ndarray # of labelled images
 ) -> tuple[np.ndarray, np.ndarray]: # uint8 (N, K), groups int64 (N,), in the order of `ids`
     """Labels and groups of images.
 
@@ -218,7 +219,7 @@ def label_truth(
     return label_matrix(wells.labels, len(atlas.class_names)), wells.group.to_numpy(np.int64)
 
 def fit_thresholds(
-    p, # `Predictions` of labelled images that the network did not train on
+    p:Predictions, # of labelled images that the network did not train on
     atlas:Atlas, # their labels and groups
     method:str='repeated_f1_to_share', # of `threshold_methods`
     **options # of `create_threshold`
@@ -230,7 +231,7 @@ def fit_thresholds(
     return clone(estimator).fit(p.probabilities, y, groups), nested_macro_f1(estimator, p.probabilities, y, groups, min(5, len(set(groups))))
 
 def validation_sentence(
-    p, # `Predictions` of labelled images that the network did not train on
+    p:Predictions, # of labelled images that the network did not train on
     atlas:Atlas, # their labels and groups
     found:NestedF1, # from `fit_thresholds`
     method:str # how it is called

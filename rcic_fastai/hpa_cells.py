@@ -6,6 +6,7 @@
 __all__ = ['hpa_patterns', 'CellField', 'Stain', 'antibody_stain', 'protein_image']
 
 # %% ../nbs/15a_hpa_cells.ipynb #bedc6f43
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ class CellField:
         self.centres = cell_centres(rng, size, radius, crowding)
         self.n = n = len(self.centres)
         self.angle = rng.uniform(0, 2*np.pi, n)
-        grid = np.stack(np.mgrid[:size, :size], -1).reshape(-1, 2) + .5
+        grid = np.moveaxis(np.mgrid[:size, :size], 0, -1).reshape(-1, 2) + .5
         dist, near = cKDTree(self.centres).query(grid, k=2)
         self.own = near[:, 0].reshape(size, size)
         self.dist, self.gap = self._image(dist[:, 0]/radius), self._image((dist[:, 1]-dist[:, 0])/radius)
@@ -99,7 +100,7 @@ class CellField:
     def disc(self,
         size:float, # standard deviation across
         long:float=1. # how much longer it is along
-    ): # function of (along, across)
+    ) -> Callable: # function of (along, across)
         "A spot or rod with soft edges, never smaller than a pixel can show."
         size = max(size, .55/self.radius)
         return lambda along, across: np.exp(-.5*((along/(long*size))**2+(across/size)**2))
@@ -107,7 +108,7 @@ class CellField:
     def ring(self,
         size:float, # its radius
         width:float=.03 # half the thickness of the line
-    ): # function of (along, across)
+    ) -> Callable: # function of (along, across)
         "A circle."
         width = max(width, .45/self.radius)
         return lambda along, across: np.exp(-.5*((np.hypot(along, across)-size)/width)**2)
@@ -116,7 +117,7 @@ class CellField:
         cell:np.ndarray, # cell of every organelle (n,)
         u:np.ndarray, # where in the frame of its cell (n,)
         v:np.ndarray, # likewise (n,)
-        shape, # function of (along, across), such as `disc(.1)`
+        shape:Callable, # function of (along, across), such as `disc(.1)`
         reach:float, # half the side of the window drawn
         turn:np.ndarray|float=0., # direction of `along` in the frame of the cell
         strength:np.ndarray|float=1., # brightness of every organelle (n,)

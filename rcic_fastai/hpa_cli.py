@@ -61,7 +61,7 @@ def rcic_hpa_duplicates(
 
 @call_parse
 def rcic_hpa_stack(
-    run:Annotated[Path, dict(required=True, action='append')]=None, # folder of a finished run that set images aside; may be repeated
+    run:Annotated[list[Path], dict(type=Path, metavar='(path)', required=True, action='append')]=None, # folder of a finished run that set images aside; may be repeated
     out:Path=Path('runs/stack'), # folder to write; rcic-submit takes it like a run
     data:Path=None, # folder of the atlas; by default the one of the first run
     repeats:int=1, # of the outer folds; 20 in the 8th place's solution

@@ -83,7 +83,7 @@ def stack_runs(
     values = dict(valid=stack.oof_, test=stack.predict(p['test'], table['test']))
     for split, v in values.items():
         made = dict(run=out.name, recipe='stack', split=split, level='well', activation='sigmoid')
-        Predictions(ids[split], atlas.classes, logit(np.clip(v, 1e-6, 1-1e-6)), made).save(out/'predictions'/f'{split}.npz')
+        Predictions(ids[split], np.asarray(atlas.classes), logit(np.clip(v, 1e-6, 1-1e-6)), made).save(out/'predictions'/f'{split}.npz')
     write_text(out/'recipe.json', json.dumps(asdict(replace(read_run(runs[0])[0], name='stack')), indent=2)+'\n')
     kept = {k: info[k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells')}
     write_text(out/'run.json', json.dumps(dict(**kept, blend=[str(r) for r in runs], stack=dict(repeats=repeats, combine=combine, min_positives=min_positives, params=params, seed=seed)), indent=1)+'\n')

@@ -88,7 +88,7 @@ def _optional_channel(path, channel):
         if not is_optional(channel): raise
 
 def read_site(
-    files:str|Sequence, # path pattern with `{channel}`, one composite, the paths of the channels, or a packed site such as 'store#17'
+    files:str|Path|Sequence, # path pattern with `{channel}`, one composite, the paths of the channels, or a packed site such as 'store#17'
     channels:Sequence=CHANNELS # numbers or names to put into the pattern; 'yellow?' may be missing and is zeros then; of 'DAPI[100-3200]' the grey values 100 to 3200 become 0 to 255
 ) -> np.ndarray: # uint8 (C, H, W)
     """Read all channels of one site; channels named after a colour may be pictures in that colour, or of 16 bits.
@@ -117,7 +117,7 @@ class MultiChannelImage(TensorImage):
     @classmethod
     def create(cls,
         files:str|Path|Sequence|np.ndarray|Tensor, # path pattern, paths of the channels, or the pixels (C, H, W)
-        channels:Sequence[int]=CHANNELS # numbers to put into the pattern
+        channels:Sequence[int|str]=CHANNELS # numbers or names to put into the pattern
     ) -> 'MultiChannelImage':
         "From a path pattern with `{channel}`, from a list of paths, or from an array."
         x = files if isinstance(files, (np.ndarray, Tensor)) else read_site(files, channels)
@@ -160,7 +160,7 @@ def channel_limits(
 ) -> np.ndarray: # (C, 2); 0 and 1 for a channel without a number
     "Low and high value of each channel, for `stains_to_rgb`."
     x = _float_array(x)
-    planes = (c[np.isfinite(c)] for c in np.moveaxis(x, -3, 0))
+    planes = (c[np.isfinite(c)] for c in np.moveaxis(np.asarray(x), -3, 0))
     return np.array([np.percentile(c, percentiles) if len(c) else (0, 1) for c in planes])
 
 def stains_to_rgb(

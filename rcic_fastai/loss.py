@@ -65,6 +65,8 @@ class ScreenLoss(BaseLoss):
     def row_loss(self,
         x:Tensor, # Scores (B, K), float32 or float64
         y:Tensor, # (B,) int64 or (B, K) weights
+        *args, # What else the `__call__` of a subclass hands on, such as which rows count
+        **kwargs, # The same
     )->Tensor: # (B,)
         "Loss of every row."
         raise NotImplementedError

@@ -62,7 +62,7 @@ def context_domains(
     domain:str|None, # None, 'cell_type', 'experiment' or 'plate'
 )->Tensor: # (B,) int64: the same number for rows of the same domain, comparable within a batch
     "Domain of every row; of the first image where two are mixed."
-    context = getattr(context, 'context', context).as_subclass(Tensor).long()
+    context = (context.context if isinstance(context, MixedContext) else context).as_subclass(Tensor).long()
     return sum((context[:,c] << 20*i for i,c in enumerate(_columns[domain])), torch.zeros_like(context[:,0]))
 
 def mix_partners(
@@ -140,7 +140,7 @@ class ScreenMixUp(Callback):
     Raises: `ValueError` for settings out of range, and in training for batches of another form.
     Source: Zhang et al. 2018, https://arxiv.org/abs/1710.09412"""
     order,run_valid = 60,False
-    domains = DOMAINS # what `within` may be
+    domains:tuple[str|None, ...] = DOMAINS # what `within` may be
     def __init__(self,
         alpha:float=.4, # Weights are drawn from Beta(alpha, alpha): small ones leave most images nearly alone, 1 is uniform
         within:str|None=None, # Partners share the 'cell_type', 'experiment' or 'plate'; None: any row of the batch
@@ -153,7 +153,7 @@ class ScreenMixUp(Callback):
 
     def __repr__(self): return f"{type(self).__name__}(alpha={self.alpha}, within={self.within!r}, p={self.p})"
 
-    def draw(self, n):
+    def draw(self, n:int)->Tensor:
         "Weights (n,) on the CPU; 1 where an image is to stay"
         weight = Beta(self.alpha, self.alpha).sample((n,))
         return torch.where(torch.rand(n) < self.p, weight, 1.)

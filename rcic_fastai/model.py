@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from http.client import HTTPException
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import timm, torch
 import torch.nn.functional as F
@@ -250,7 +251,7 @@ pools = {'avg': (lambda: nn.AdaptiveAvgPool2d(1), 1), 'concat': (AdaptiveConcatP
 class Body(nn.Module):
     "Backbone and pool: images `(B, C, H, W)` to features `(B, F)`."
     def __init__(self,
-        backbone:nn.Module, # Maps (B, F, h, w), with `n_features`
+        backbone:Backbone, # Maps (B, F, h, w), with `n_features`
         pool:str='avg', # 'avg', 'concat' (max and mean: 2F features) or 'gem'
     ):
         super().__init__()
@@ -317,7 +318,7 @@ def condition_on_controls(
 )->Tensor: # (B, 4F), float32 at least
     "`x, x*p, x*n, x*p*n` with the mean positive and negative control of each experiment. Raises: `ValueError` where one has none."
     if context is None: raise ValueError("this head compares with controls and needs the context of the batch, got None")
-    context = getattr(context, 'context', context).as_subclass(Tensor)
+    context = (context.context if isinstance(context, MixedContext) else context).as_subclass(Tensor)
     role = context[:,3] if context.shape[1] > 3 else torch.zeros_like(context[:,0])
     with torch.autocast(x.device.type, enabled=False): # products of three features overflow fp16
         x = x if x.dtype == torch.float64 else x.float()
@@ -337,7 +338,8 @@ class Head(nn.Module):
         controls:bool=False, # Compare with the controls in the batch, see `condition_on_controls`
     ):
         super().__init__()
-        self.neck,self.classifier,self.n_cell_types,self.controls,self.config = neck,classifier,n_cell_types,controls,None
+        self.neck,self.classifier,self.n_cell_types,self.controls = neck,classifier,n_cell_types,controls
+        self.config:dict = None # arguments of `create_head`, if it made this head
         embedded = n_cell_types and cell_type == 'embedding'
         self.cell_type_table = nn.Parameter(torch.randn(n_cell_types, cell_type_kinds[cell_type](n_cell_types))) if embedded else None
 
@@ -388,6 +390,7 @@ def create_head(
     config = dict(locals())
     _check_head(kind, classifier, cell_type, dropout, n_classes, n_cell_types)
     n_in = n_features*(4 if kind == 'controls' else 1) + cell_type_kinds[cell_type](n_cell_types)
+    neck:nn.Module
     # dropout of 0 stays in place, so that the names of the weights do not depend on it
     if kind == 'neck': neck,n_out = nn.Sequential(
         nn.BatchNorm1d(n_in), nn.Dropout(dropout), nn.Linear(n_in, n_hidden), nn.ReLU(),
@@ -400,8 +403,8 @@ def create_head(
 
 # %% ../nbs/06_model.ipynb #13930c7d
 def plain(
-    x, # Any tensor, such as a `TensorImage`; what is no tensor stays as it is
-): # The same memory
+    x:Any, # Any tensor, such as a `TensorImage`; what is no tensor stays as it is
+)->Any: # The same memory
     "A tensor without fastai's type."
     return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
 
@@ -409,8 +412,8 @@ def plain(
 class ScreenModel(nn.Module):
     "Body and head: images and context to logits."
     def __init__(self,
-        body:nn.Module, # (B, C, H, W) to (B, F), with `n_features`
-        head:nn.Module, # (B, F) and context to (B, K), with `embed`
+        body:Body, # (B, C, H, W) to (B, F), with `n_features`
+        head:Head, # (B, F) and context to (B, K), with `embed`
     ):
         super().__init__()
         self.body,self.head = body,head
@@ -480,14 +483,14 @@ def param_groups(
     model:nn.Module, # A `ScreenModel`
 )->list[list[nn.Parameter]]: # [stem and early half, later half, head]; every parameter once
     "Parameters by depth, a `splitter` for fastai's `Learner`."
-    model = _bare(model)
-    net = getattr(model.body.backbone, 'net', model.body.backbone)
+    bare = _bare(model)
+    net = getattr(bare.body.backbone, 'net', bare.body.backbone)
     blocks = list(_blocks(net))
     depth = list(accumulate(sum(p.ndim > 1 for p in b.parameters()) for b in blocks))
     cut = 1 + min(range(len(blocks)-1), key=lambda i: abs(depth[i] - depth[-1]/2), default=0)
-    later = {id(p) for b in blocks[cut:] for p in b.parameters()} | {id(p) for p in model.body.pool.parameters()}
-    body = list(model.body.parameters())
-    return [[p for p in body if id(p) not in later], [p for p in body if id(p) in later], list(model.head.parameters())]
+    later = {id(p) for b in blocks[cut:] for p in b.parameters()} | {id(p) for p in bare.body.pool.parameters()}
+    body = list(bare.body.parameters())
+    return [[p for p in body if id(p) not in later], [p for p in body if id(p) in later], list(bare.head.parameters())]
 
 # %% ../nbs/06_model.ipynb #74eee599
 def save_model(

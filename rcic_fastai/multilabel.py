@@ -10,6 +10,7 @@ __all__ = ['parse_labels', 'format_labels', 'label_matrix', 'label_lists', 'f1_s
 
 # %% ../nbs/07a_multilabel.ipynb #a8bf5aea
 import os, re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 from matplotlib.colors import PowerNorm
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from sklearn.metrics import average_precision_score
 
@@ -53,14 +55,14 @@ def parse_labels(
     return _check_classes(map(int, parts), n_classes, where)
 
 def format_labels(
-    labels # class numbers, such as (0, 16)
+    labels:Iterable[int] # class numbers, such as (0, 16)
 ) -> str: # with spaces between, sorted: '0 16'
     "The inverse of `parse_labels`."
     return ' '.join(map(str, sorted(labels)))
 
 # %% ../nbs/07a_multilabel.ipynb #16e020f4
 def label_matrix(
-    labels, # N tuples or lists of class numbers; an empty one is an image without labels
+    labels:Iterable[Sequence[int]], # N tuples or lists of class numbers; an empty one is an image without labels
     n_classes:int=28 # K
 ) -> np.ndarray: # uint8 (N, K): 1 where the image has the label
     """Labels of N images as a matrix of zeros and ones.
@@ -72,7 +74,7 @@ def label_matrix(
     y[np.repeat(np.arange(len(labels)), [len(l) for l in labels]), np.array([c for l in labels for c in l], int)] = 1
     return y
 
-def _binary(y, name):
+def _binary(y, name) -> np.ndarray:
     "As uint8 (N, K) of zeros and ones"
     y = np.asarray(y)
     if y.ndim!=2: raise ValueError(f'{name} has shape {y.shape}, expected (images, classes)')
@@ -82,7 +84,7 @@ def _binary(y, name):
     return y.astype(np.uint8)
 
 def label_lists(
-    y # (N, K) of 0 and 1
+    y:ArrayLike # (N, K) of 0 and 1
 ) -> list: # N sorted tuples of class numbers
     "The inverse of `label_matrix`."
     y = _binary(y, 'y')
@@ -90,7 +92,7 @@ def label_lists(
     return [tuple(classes[a:b]) for a, b in zip([0, *ends], ends)]
 
 # %% ../nbs/07a_multilabel.ipynb #4768a8a1
-def _check_pair(y, pred):
+def _check_pair(y, pred) -> tuple[np.ndarray, np.ndarray]:
     y, pred = _binary(y, 'y'), _binary(pred, 'pred')
     if y.shape!=pred.shape: raise ValueError(f'y has shape {y.shape} and pred {pred.shape}, expected the same')
     return y, pred
@@ -101,8 +103,8 @@ def _share(part, whole):
     return np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole>0)
 
 def f1_scores(
-    y, # (N, K) of 0 and 1: labels
-    pred # (N, K) of 0 and 1: predicted labels
+    y:ArrayLike, # (N, K) of 0 and 1: labels
+    pred:ArrayLike # (N, K) of 0 and 1: predicted labels
 ) -> np.ndarray: # float64 (K,), 0 to 1
     """F1 of each class; 0 for a class that neither occurs nor is predicted.
 
@@ -112,15 +114,15 @@ def f1_scores(
     return _share(2*(y & pred).sum(0), y.sum(0)+pred.sum(0))
 
 def macro_f1(
-    y, # (N, K) of 0 and 1: labels
-    pred # (N, K) of 0 and 1: predicted labels
+    y:ArrayLike, # (N, K) of 0 and 1: labels
+    pred:ArrayLike # (N, K) of 0 and 1: predicted labels
 ) -> float: # 0 to 1
     "Mean of `f1_scores` over all classes, rare ones as much as frequent ones."
     return float(f1_scores(y, pred).mean())
 
 # %% ../nbs/07a_multilabel.ipynb #07cf51c8
 def f1_floors(
-    y # (N, K) of 0 and 1: labels
+    y:ArrayLike # (N, K) of 0 and 1: labels
 ) -> pd.Series: # float64: macro-F1 by what is always answered
     "Macro-F1 of three constant answers: all classes, the most frequent class, the two most frequent ones."
     y = _binary(y, 'y')
@@ -157,9 +159,9 @@ def _reflected(score, resampled):
     return float(np.clip(2*score-high, 0, 1)), float(np.clip(2*score-low, 0, 1))
 
 def macro_f1_interval(
-    y, # (N, K) of 0 and 1: labels
-    pred, # (N, K) of 0 and 1: predicted labels
-    groups=None, # (N,) what is drawn as a whole, such as the antibody of each image; None: images are drawn one by one
+    y:ArrayLike, # (N, K) of 0 and 1: labels
+    pred:ArrayLike, # (N, K) of 0 and 1: predicted labels
+    groups:ArrayLike=None, # (N,) what is drawn as a whole, such as the antibody of each image; None: images are drawn one by one
     n_boot:int=200, # resamples
     seed:int=0 # of the draws
 ) -> tuple: # float low, float high
@@ -172,18 +174,18 @@ def macro_f1_interval(
     return _reflected(macro_f1(y, pred), _resampled_f1(y, pred, groups, n_boot, seed).mean(1))
 
 # %% ../nbs/07a_multilabel.ipynb #4632d169
-def _check_names(names, n_classes):
+def _check_names(names, n_classes) -> list:
     names = list(range(n_classes)) if names is None else list(names)
     if len(names)!=n_classes: raise ValueError(f'there are {len(names)} names for {n_classes} classes')
     if len(set(names))<len(names): raise ValueError(f'the name {next(n for n in names if names.count(n)>1)!r} is given to two classes')
     return names
 
 def f1_table(
-    y, # (N, K) of 0 and 1: labels
-    pred, # (N, K) of 0 and 1: predicted labels
-    names=None, # K names of classes; None: their numbers
-    thresholds=None, # (K,) or one number: shown beside the scores
-    groups=None, # (N,) what is drawn as a whole, such as the antibody of each image; None: images are drawn one by one
+    y:ArrayLike, # (N, K) of 0 and 1: labels
+    pred:ArrayLike, # (N, K) of 0 and 1: predicted labels
+    names:Sequence[str]=None, # K names of classes; None: their numbers
+    thresholds:ArrayLike=None, # (K,) or one number: shown beside the scores
+    groups:ArrayLike=None, # (N,) what is drawn as a whole, such as the antibody of each image; None: images are drawn one by one
     n_boot:int=200, # resamples; 0: no intervals
     seed:int=0 # of the draws
 ) -> pd.DataFrame: # a row per class, then 'macro': support, [groups,] predicted, precision, recall, f1, low, high[, threshold]
@@ -220,11 +222,11 @@ def _without(ids, exclude, n):
     return keep
 
 def label_report(
-    y, # (N, K) of 0 and 1: labels
-    pred, # (N, K) of 0 and 1: predicted labels
-    ids=None, # (N,) id of each image; only needed for `exclude`
-    exclude=None, # ids of images that have a twin in the training set; those that are not among `ids` do not matter
-    groups=None, # (N,) what is drawn as a whole for the intervals, such as the antibody of each image
+    y:ArrayLike, # (N, K) of 0 and 1: labels
+    pred:ArrayLike, # (N, K) of 0 and 1: predicted labels
+    ids:ArrayLike=None, # (N,) id of each image; only needed for `exclude`
+    exclude:Iterable=None, # ids of images that have a twin in the training set; those that are not among `ids` do not matter
+    groups:ArrayLike=None, # (N,) what is drawn as a whole for the intervals, such as the antibody of each image
     n_boot:int=200, # resamples
     seed:int=0 # of the draws
 ) -> pd.DataFrame: # rows 'all images', 'without duplicates' if any are to be excluded, and `f1_floors`: images, macro_f1, low, high
@@ -243,10 +245,10 @@ def label_report(
 
 # %% ../nbs/07a_multilabel.ipynb #7fe63b08
 def average_precision(
-    y, # (N, K) of 0 and 1: labels; a row of -1 is unknown and left out
-    p, # (N, K) float: probabilities or logits, higher is more certain
+    y:ArrayLike, # (N, K) of 0 and 1: labels; a row of -1 is unknown and left out
+    p:np.ndarray, # (N, K) float: probabilities or logits, higher is more certain
     average:str|None='macro' # None: a value for each class
-): # float: mean over the classes with a positive image, nan if there is none; or float64 (K,) with nan for classes without
+) -> float|np.ndarray: # float: mean over the classes with a positive image, nan if there is none; or float64 (K,) with nan for classes without
     """Average precision over the classes that occur, as scikit-learn computes it.
 
     Raises: ValueError if shapes differ, a label is neither 0 nor 1, or a score is not finite.
@@ -265,8 +267,8 @@ def average_precision(
 
 # %% ../nbs/07a_multilabel.ipynb #8368881a
 def co_occurrence(
-    y, # (N, K) of 0 and 1: labels
-    names=None, # K names of classes; None: their numbers
+    y:ArrayLike, # (N, K) of 0 and 1: labels
+    names:Sequence[str]=None, # K names of classes; None: their numbers
     share:bool=False # of the images of the row's class, the share that has the column's, too; False: the number of images
 ) -> pd.DataFrame: # (K, K), a class in rows and columns: int, or float 0 to 1 (nan for a class without images)
     "In how many images two classes occur together; on the diagonal, in how many a class occurs."
@@ -276,10 +278,10 @@ def co_occurrence(
     return table.div(table.to_numpy().diagonal(), axis=0) if share else table
 
 def plot_co_occurrence(
-    y, # (N, K) of 0 and 1: labels
-    names=None, # K names of classes; None: their numbers
-    ax=None # matplotlib axes; None: new ones
-): # matplotlib axes
+    y:ArrayLike, # (N, K) of 0 and 1: labels
+    names:Sequence[str]=None, # K names of classes; None: their numbers
+    ax:plt.Axes=None # matplotlib axes; None: new ones
+) -> plt.Axes: # matplotlib axes
     "A map of the shares of `co_occurrence`: of the images of the row's class, how many have the column's, too; beside the name, images of the class."
     table, counts = co_occurrence(y, names, share=True), _binary(y, 'y').sum(0)
     k = len(table)
@@ -295,8 +297,8 @@ def plot_co_occurrence(
 
 # %% ../nbs/07a_multilabel.ipynb #479a55fe
 def class_graph(
-    y, # (N, K) of 0 and 1: labels
-    names=None, # K names of classes; None: their numbers
+    y:np.ndarray, # (N, K) of 0 and 1: labels
+    names:Sequence[str]=None, # K names of classes; None: their numbers
     min_count:int=10, # images with both classes that an edge needs
     min_lift:float=1.2 # times as often together as by chance, at least
 ) -> nx.Graph: # a node for each class with `count`; edges with `count`, `lift` and `phi`
@@ -323,8 +325,8 @@ def _circle(graph):
 
 def plot_class_graph(
     graph:nx.Graph, # from `class_graph`
-    ax=None # matplotlib axes; None: new ones
-): # matplotlib axes
+    ax:plt.Axes=None # matplotlib axes; None: new ones
+) -> plt.Axes: # matplotlib axes
     "Classes on a circle, related ones near each other: larger with more images, edges wider with more lift, grey without relations."
     if ax is None: ax = plt.subplots(figsize=(5.6, 5.6))[1]
     order = _circle(graph)
@@ -388,10 +390,10 @@ def _check_predictions(labels, ids, n_classes, allow_empty):
     return pd.Series(labels, index=ids.to_numpy(), dtype=object)
 
 def write_label_submission(
-    ids, # (N,) str: id of each image, in any order
-    labels, # N lists of class numbers, such as `label_lists` makes of a matrix
-    sample, # sample submission, a CSV file or a DataFrame: its `id_column` gives the images and their order
-    path, # file to write
+    ids:ArrayLike, # (N,) str: id of each image, in any order
+    labels:Iterable[Sequence[int]], # N lists of class numbers, such as `label_lists` makes of a matrix
+    sample:str|Path|pd.DataFrame, # sample submission, a CSV file or a DataFrame: its `id_column` gives the images and their order
+    path:str|Path, # file to write
     id_column:str='Id', # name of the first column
     column:str='Predicted', # name of the second
     n_classes:int=28, # classes are 0 to n_classes-1
@@ -404,9 +406,9 @@ def write_label_submission(
     """
     rows, name = _read_rows(sample, 'sample')
     order, ids = _check_ids(_column(rows, name, [id_column]), name), _check_ids(pd.Series(np.asarray(ids, dtype=object)), 'submission')
-    labels = _check_predictions(labels, ids, n_classes, allow_empty)
+    checked = _check_predictions(labels, ids, n_classes, allow_empty)
     _compare_ids(ids, 'submission', order, name)
-    out, path = pd.DataFrame({id_column: order, column: labels[order.to_numpy()].map(format_labels).to_numpy()}), Path(path)
+    out, path = pd.DataFrame({id_column: order, column: checked[order.to_numpy()].map(format_labels).to_numpy()}), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -428,7 +430,7 @@ def _read_labels(table, name, id_columns, columns, n_classes, allow_empty):
     return pd.Series(labels, index=pd.Index(ids.to_numpy(), name='id'), name='labels', dtype=object)
 
 def read_label_submission(
-    path, # CSV file, or a DataFrame whose labels are text or tuples
+    path:str|Path|pd.DataFrame, # CSV file, or a DataFrame whose labels are text or tuples
     id_column:str='Id', # name of the column of ids
     column:str='Predicted', # name of the column of labels
     n_classes:int=28 # classes are 0 to n_classes-1
@@ -440,8 +442,8 @@ def read_label_submission(
     return _read_labels(path, 'submission', [id_column], [column], n_classes, True)
 
 def score_label_submission(
-    submission, # CSV file or DataFrame: Id (or id), and Predicted (or Target or labels)
-    truth, # CSV file or DataFrame: Id (or id), and Target (or labels or Predicted)
+    submission:str|Path|pd.DataFrame, # CSV file or DataFrame: Id (or id), and Predicted (or Target or labels)
+    truth:str|Path|pd.DataFrame, # CSV file or DataFrame: Id (or id), and Target (or labels or Predicted)
     n_classes:int=28 # classes are 0 to n_classes-1
 ) -> float: # macro-F1, 0 to 1
     """Macro-F1 of a submission over all classes.

@@ -54,7 +54,7 @@ def image_statistics(
 # %% ../nbs/13a_pixel_statistics.ipynb #257a0ac1
 def site_statistics(
     files:Sequence, # one entry per site, as `read_site` takes it
-    channels:Sequence[int]=CHANNELS, # to put into the patterns
+    channels:Sequence[int|str]=CHANNELS, # to put into the patterns
     names:Sequence[str]|None=None, # of the channels
     size:bool=False, # height and width too?
     workers:int=2, # threads

@@ -162,7 +162,9 @@ def find_sites(
     def key(values): return tuple(_well_name(v) if f=='well' else _same(v) for f, v in zip(fields, values))
     keys = pd.Series([key(v) for v in rows[fields].astype(str).itertuples(index=False)], index=rows.index)
     _require(rows, ~keys.duplicated(), lambda r: f'well {r.well} is there a second time, and files {files!r} cannot tell them apart: put {{plate}} or another column into it')
-    row_of, channels, found, other = dict(zip(keys, rows.index)), {}, {}, 0
+    row_of, other = dict(zip(keys, rows.index)), 0
+    channels:dict[str, set] = {}
+    found:dict[tuple, None] = {}
     for path in _image_files(root):
         m = regex.fullmatch(path)
         row = m and row_of.get(key(m[_group(f)] for f in fields))

@@ -8,13 +8,14 @@ __all__ = ['Predictions', 'well_accuracy', 'embed_sites', 'predict_sites', 'pred
 
 # %% ../nbs/10_predict.ipynb #21e74bae
 import json, os, warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from fastai.learner import Learner
 from scipy.special import expit, softmax
 from torch import nn
 from tqdm.auto import tqdm
@@ -77,7 +78,7 @@ class Predictions:
         logits = combine_views(torch.from_numpy(self.views[[place[n] for n in names]]), group, self.activation).numpy()
         return replace(self, logits=logits, made={**self.made, 'tta': _tta_setting(tta)})
 
-    def only(self, classes) -> 'Predictions':
+    def only(self, classes:Iterable) -> 'Predictions':
         "Without the scores of other classes, such as those of control siRNAs."
         keep = np.isin(self.classes, np.asarray(list(classes)))
         if not keep.any(): raise ValueError(f'none of the {len(self.classes)} predicted classes is among those to keep')
@@ -99,7 +100,7 @@ class Predictions:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-        views = {} if self.views is None else dict(views=self.views, view_names=np.array(self.view_names, str))
+        views:dict = {} if self.views is None else dict(views=self.views, view_names=np.array(self.view_names, str))
         with open(temporary, 'wb') as f: np.savez(f, ids=self.ids, classes=self.classes, logits=self.logits, made=json.dumps(self.made), **views)
         os.replace(temporary, path)
         return path
@@ -230,7 +231,7 @@ def _sample(sites, n): return sites.iloc[np.linspace(0, len(sites)-1, min(n, len
 
 def _batch_outputs(forwards, model, sites, load, sizes, shuffle, seed, combine):
     "Mean over passes with batches of `sizes`, each batch with its own statistics; shuffled if there are several passes"
-    out, n, rng = 0, len(sites), np.random.default_rng(seed)
+    out, n, rng = torch.zeros(()), len(sites), np.random.default_rng(seed)
     for size in sizes:
         rows = rng.permutation(n) if shuffle else np.arange(n)
         even = -(-n//-(-n//size)) # no small batch at the end, whose statistics would be poor
@@ -260,7 +261,7 @@ def _domain_outputs(forwards, model, sites, batchnorm, domain, controls, pool_si
 
 # %% ../nbs/10_predict.ipynb #c14d92fe
 def embed_sites(
-    learn, # from `screen_learner`, `train_run` or `load_run`
+    learn:Learner, # from `screen_learner`, `train_run` or `load_run`
     sites:pd.DataFrame, # sites, labelled or not
     batchnorm:str='domain', # 'running', 'batch', 'domain' or 'controls'
     domain:str|None=None, # 'cell_type', 'experiment', 'plate' or 'screen' (all sites together); by default that of the training batches, else 'experiment'
@@ -300,7 +301,7 @@ def _postprocessed(learn, name, sites, reference, controls, **kwargs):
 
 # %% ../nbs/10_predict.ipynb #6a20e865
 def predict_sites(
-    learn, # from `screen_learner`, `train_run` or `load_run`
+    learn:Learner, # from `screen_learner`, `train_run` or `load_run`
     sites:pd.DataFrame, # sites, labelled or not
     batchnorm:str='domain', # 'running', 'batch', 'domain' or 'controls'
     domain:str|None=None, # 'cell_type', 'experiment', 'plate' or 'screen' (all sites together); by default that of the training batches, else 'experiment'
@@ -337,10 +338,10 @@ def predict_sites(
     made = dict(level='site', batchnorm=batchnorm, domain=domain or learn.dls.train.domain or 'experiment', tta=_tta_setting(tta))
     made.update({k: v for k,v in dict(bagging=list(bagging), postprocess=postprocess, head_weight=head_weight).items() if v})
     if _activation(learn)!='softmax': made['activation'] = _activation(learn)
-    return Predictions(sites.site_id, list(learn.dls.vocab), logits, made, views, [v.name for v in tta_group(tta).views()] if keep_views else ())
+    return Predictions(sites.site_id, np.asarray(list(learn.dls.vocab)), logits, made, views, [v.name for v in tta_group(tta).views()] if keep_views else ())
 
 def predict_with(
-    learn, # from `screen_learner`, `train_run` or `load_run`
+    learn:Learner, # from `screen_learner`, `train_run` or `load_run`
     sites:pd.DataFrame, # sites, labelled or not
     recipe:Recipe, # whose `inference` settings count
     controls:pd.DataFrame=None, # control sites of the same experiments
@@ -388,9 +389,9 @@ def predict_run(
     tta:int|str|TTA=None, # by default what the recipe says
     wells:str=None, # 'treatments', 'controls' or 'all'; by default what was trained on
     present_only:bool=None, # leave out sites with missing files? by default as in training
-    device=None, # by default fastai's default device
+    device:str|torch.device=None, # by default fastai's default device
     progress:bool=True, # show a progress bar?
-    say=print, # where notices go
+    say:Callable=print, # where notices go
     keep_views:bool=False, # keep the logits of each view, in the file too?
     **inference # other settings of `recipe.inference`: domain, pool_sites, bagging, postprocess, head_weight
 ) -> Predictions: # of the sites; also in `predictions/SPLIT.npz` of the run
@@ -428,9 +429,9 @@ def embed_run(
     batchnorm:str=None, # by default what the recipe says
     wells:str='all', # 'treatments', 'controls' or 'all'
     present_only:bool=None, # leave out sites with missing files? by default as in training
-    device=None, # by default fastai's default device
+    device:str|torch.device=None, # by default fastai's default device
     progress:bool=True, # show a progress bar?
-    say=print # where notices go
+    say:Callable=print # where notices go
 ) -> tuple[np.ndarray, pd.DataFrame]: # float32 (wells, E), mean over the sites; the wells
     """Embeddings of the wells of a split.
 

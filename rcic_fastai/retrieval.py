@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, clone
 
 from .folds import grouped_folds
@@ -18,7 +19,7 @@ from .multilabel import label_lists, macro_f1
 
 # %% ../nbs/15c_retrieval.ipynb #02fe6823
 def unit_rows(
-    x, # (N, E) embeddings
+    x:ArrayLike, # (N, E) embeddings
     what:str='embeddings' # what they are, for the message
 ) -> np.ndarray: # float32 (N, E) of length 1, or 0 where `x` is
     """Embeddings brought to length 1.
@@ -70,10 +71,10 @@ def nearest_rows(
 
 # %% ../nbs/15c_retrieval.ipynb #00187e79
 def apply_prior(
-    p, # (M, K) probabilities
-    prior, # (M, K) labels of the neighbours, 0 to 1
+    p:ArrayLike, # (M, K) probabilities
+    prior:ArrayLike, # (M, K) labels of the neighbours, 0 to 1
     weight:float, # share of the prior, 0 to 1
-    near # bool (M,): which images have a neighbour that is near enough
+    near:ArrayLike # bool (M,): which images have a neighbour that is near enough
 ) -> np.ndarray: # float (M, K)
     """Probabilities moved towards a prior where there is one.
 
@@ -85,7 +86,7 @@ def apply_prior(
     return np.where(near[:, None], (1-weight)*p + weight*prior, p).astype(p.dtype)
 
 # %% ../nbs/15c_retrieval.ipynb #2bb003b5
-def _known_rows(y):
+def _known_rows(y) -> tuple[np.ndarray, np.ndarray]:
     "Labels as a float32 matrix, and which rows are known: no -1 and no NaN"
     y = np.asarray(y, np.float32)
     if y.ndim!=2: raise ValueError(f'labels have shape {y.shape}, expected (images, classes)')
@@ -114,7 +115,7 @@ class Retrieval(BaseEstimator):
         threshold:float|None=None, # smallest cosine of a near image; None: chosen in `fit`
         weight:float|None=None, # share of the prior; None: chosen in `fit`, .5 without probabilities
         precision:float=.8, # share of right labels that a threshold chosen without probabilities has to reach
-        decision=.5, # thresholds of the probabilities, one number or (K,); None: `score` gets the probabilities
+        decision:float|Sequence[float]|np.ndarray=.5, # thresholds of the probabilities, one number or (K,); None: `score` gets the probabilities
         score:Callable=macro_f1, # function of labels and decisions (N, K) that is to be high
         own_group:bool=False, # may an image find others of its own group?
         block:int=1024, # images compared at a time
@@ -124,11 +125,11 @@ class Retrieval(BaseEstimator):
         self.own_group, self.block, self.device = own_group, block, device
 
     def fit(self,
-        x, # (N, E) embeddings of the gallery
-        y, # (N, K) labels 0 or 1; a row with -1 or NaN is unknown and left out
-        groups:Sequence|None=None, # (N,) antibody of each image, or whatever the test images do not share; a missing one is alone; None: all are
-        p=None # (N, K) the classifier's probabilities, out of fold; rows of NaN take no part in the choice
-    ):
+        x:ArrayLike, # (N, E) embeddings of the gallery
+        y:ArrayLike, # (N, K) labels 0 or 1; a row with -1 or NaN is unknown and left out
+        groups:Sequence|np.ndarray=None, # (N,) antibody of each image, or whatever the test images do not share; a missing one is alone; None: all are
+        p:ArrayLike=None # (N, K) the classifier's probabilities, out of fold; rows of NaN take no part in the choice
+    ) -> 'Retrieval':
         "Keep the gallery; choose threshold and weight on its own images."
         (y, known), x = _known_rows(y), unit_rows(x, 'embeddings of the gallery')
         if len(x)!=len(y): raise ValueError(f'{len(x)} embeddings for {len(y)} rows of labels')
@@ -184,8 +185,8 @@ class Retrieval(BaseEstimator):
         self.weight_ = .5 if self.weight is None else self.weight
 
     def kneighbors(self,
-        x, # (M, E) embeddings
-        groups:Sequence|None=None, # (M,) their groups, whose images they do not find; None: they may find all
+        x:ArrayLike, # (M, E) embeddings
+        groups:Sequence|np.ndarray=None, # (M,) their groups, whose images they do not find; None: they may find all
         k:int|None=None # neighbours; by default those of the prior
     ) -> tuple[np.ndarray, np.ndarray]: # cosines float32 (M, k); rows of what was given to `fit` int64 (M, k), -1 with cosine -inf where there is none
         "The most similar images of the gallery."
@@ -200,16 +201,17 @@ class Retrieval(BaseEstimator):
         return self._search(x, codes, k)
 
     def predict(self,
-        x, # (M, E) embeddings
-        groups:Sequence|None=None # (M,) their groups, whose images they do not find; None: they may find all
+        x:ArrayLike, # (M, E) embeddings
+        groups:Sequence|np.ndarray=None # (M,) their groups, whose images they do not find; None: they may find all
     ) -> tuple[np.ndarray, np.ndarray]: # prior float32 (M, K), zeros where nothing is near; bool (M,): is something near?
         "Labels of the near neighbours."
-        return _prior(self.labels_, *self._neighbours(x, groups, self.k), self.threshold_)
+        cosines, rows = self._neighbours(x, groups, self.k)
+        return _prior(self.labels_, cosines, rows, self.threshold_)
 
     def apply(self,
-        p, # (M, K) the classifier's probabilities
-        x, # (M, E) embeddings of the same images
-        groups:Sequence|None=None # (M,) their groups, whose images they do not find; None: they may find all
+        p:ArrayLike, # (M, K) the classifier's probabilities
+        x:ArrayLike, # (M, E) embeddings of the same images
+        groups:Sequence|np.ndarray=None # (M,) their groups, whose images they do not find; None: they may find all
     ) -> np.ndarray: # float (M, K)
         "Probabilities with the prior, where there is one."
         prior, near = self.predict(x, groups)
@@ -232,11 +234,11 @@ def _resamples(groups, n, n_boot, seed):
         yield order[np.repeat(starts[drawn]-(np.cumsum(m)-m), m)+np.arange(m.sum())]
 
 def retrieval_report(
-    y, # (N, K) labels 0 or 1; rows with -1 or NaN do not count
-    without, # (N, K) the classifier's probabilities
-    with_prior, # (N, K) the same after retrieval
-    groups:Sequence|None=None, # (N,) what is drawn as a whole, such as the antibody of each image; a missing one is alone; None: all are
-    decision=.5, # thresholds of the probabilities, one number or (K,); None: `score` gets the probabilities
+    y:np.ndarray, # (N, K) labels 0 or 1; rows with -1 or NaN do not count
+    without:ArrayLike, # (N, K) the classifier's probabilities
+    with_prior:ArrayLike, # (N, K) the same after retrieval
+    groups:Sequence|np.ndarray=None, # (N,) what is drawn as a whole, such as the antibody of each image; a missing one is alone; None: all are
+    decision:float|Sequence[float]|np.ndarray=.5, # thresholds of the probabilities, one number or (K,); None: `score` gets the probabilities
     score:Callable=macro_f1, # function of labels and decisions (N, K)
     n_boot:int=200, # resamples of the groups
     seed:int=0 # of the draws
@@ -262,11 +264,11 @@ def retrieval_report(
 # %% ../nbs/15c_retrieval.ipynb #11e9add8
 def held_out_prior(
     retrieval:Retrieval, # settings; fitted anew for each fold
-    x, # (N, E) embeddings
-    y, # (N, K) labels 0 or 1; rows with -1 or NaN keep their probabilities
-    p, # (N, K) the classifier's probabilities, out of fold
-    groups:Sequence|None=None, # (N,) antibody of each image; with `own_group` images are held out one by one
-    folds=None, # (N,) folds to use, -1: only ever in the gallery; None: `grouped_folds`
+    x:ArrayLike, # (N, E) embeddings
+    y:ArrayLike, # (N, K) labels 0 or 1; rows with -1 or NaN keep their probabilities
+    p:ArrayLike, # (N, K) the classifier's probabilities, out of fold
+    groups:Sequence|np.ndarray=None, # (N,) antibody of each image; with `own_group` images are held out one by one
+    folds:np.ndarray=None, # (N,) folds to use, -1: only ever in the gallery; None: `grouped_folds`
     n_folds:int=5, # folds, if none are given
     seed:int=0 # of the folds
 ) -> tuple[np.ndarray, pd.DataFrame]: # (N, K) probabilities with the prior; threshold, weight and share of near images of each fold
@@ -291,10 +293,10 @@ def held_out_prior(
 # %% ../nbs/15c_retrieval.ipynb #2947afdb
 def neighbour_table(
     retrieval:Retrieval, # fitted
-    x, # (M, E) embeddings of the images to look at
-    ids:Sequence, # (M,) their names
-    gallery_ids:Sequence, # (N,) names of the images given to `fit`
-    groups:Sequence|None=None, # (M,) groups whose images are left out; None: none is
+    x:np.ndarray, # (M, E) embeddings of the images to look at
+    ids:Sequence|np.ndarray, # (M,) their names
+    gallery_ids:Sequence|np.ndarray, # (N,) names of the images given to `fit`
+    groups:Sequence|np.ndarray=None, # (M,) groups whose images are left out; None: none is
     k:int=5 # neighbours of each
 ) -> pd.DataFrame: # query, rank (from 1), neighbour, cosine, labels (tuple of class numbers), near (is it above the threshold?)
     """The most similar images of the gallery, by name; an image with the same name is left out.

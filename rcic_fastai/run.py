@@ -8,14 +8,16 @@ __all__ = ['training_sites', 'control_sites', 'needs_controls', 'PseudoLabels', 
 
 # %% ../nbs/11b_run.ipynb #85ba0951
 import difflib, json, os, platform, shutil, tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import xxhash
-from fastai.callback.all import *
+from fastai.callback.all import Callback, minimum, slide, steep, valley
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
@@ -49,7 +51,7 @@ def training_sites(
     recipe:Recipe, # `data.control_classes` adds control wells
     wells:str='treatments', # 'treatments', 'controls' or 'all'
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
-    say=print # where notices go
+    say:Callable=print # where notices go
 ) -> pd.DataFrame: # sites
     "The labelled sites that a recipe trains on."
     sites, extra = select_sites(screen, 'train', wells, present_only, say), recipe.data.control_classes
@@ -82,20 +84,21 @@ class PseudoLabels(Callback):
     def __init__(self,
         recipe:Recipe, # `recipe.pseudo` says when and how many; `recipe.inference` under which statistics
         sites:pd.DataFrame, # sites to label; labels they have are not looked at
-        loaders, # function from a table of further training sites to DataLoaders
-        groups=None, # siRNA -> plate group, from `plate_groups`
+        loaders:Callable, # function from a table of further training sites to DataLoaders
+        groups:pd.Series=None, # siRNA -> plate group, from `plate_groups`
         controls:pd.DataFrame=None, # control sites, for recipes that predict with them
         path:str|Path=None, # JSON file that always holds the set in use
-        say=print # where notices go
+        say:Callable=print # where notices go
     ):
         self.recipe, self.sites, self.loaders, self.groups, self.controls = recipe, sites, loaders, groups, controls
-        self.path, self.say, self.labels, self.log, self.chosen, self.over = path, say, None, [], None, False
+        self.path, self.say, self.labels, self.chosen, self.over = path, say, None, None, False
+        self.log:list[dict] = []
 
     def state(self) -> dict: # JSON can hold it
         "The set in use, the epoch it was chosen for, and the log of all choices."
         return dict(labels=None if self.labels is None else pseudo_to_json(self.labels), log=self.log, chosen=self.chosen)
 
-    def load_state(self, state):
+    def load_state(self, state:dict):
         "The set of a checkpoint joins the training data again."
         self.log, self.chosen = state['log'], state['chosen']
         if state['labels'] is None: return
@@ -134,8 +137,8 @@ def _check_same(started, recipe, asked, run):
     if lines: raise ValueError(f'{run} was started otherwise: {"; ".join(lines)}. Ask for the same to go on with it, or give another folder')
 
 def check_no_leak(
-    trained, # id_codes of wells whose labels some stage trains on
-    validated, # id_codes of wells that are validated on
+    trained:Iterable[str], # id_codes of wells whose labels some stage trains on
+    validated:Iterable[str], # id_codes of wells that are validated on
     stage:str # for the message
 ):
     "Raises: ValueError naming a well that is trained on and validated on."
@@ -149,9 +152,9 @@ class Stages:
         run:Path, # folder
         recipe:Recipe, # settings
         asked:dict, # further arguments that decide what is computed
-        cbs=(), # callbacks of all stages
-        trained=(), # id_codes of wells that were trained on before
-        say=print # where notices go
+        cbs:Iterable[Callback]=(), # callbacks of all stages
+        trained:Iterable[str]=(), # id_codes of wells that were trained on before
+        say:Callable=print # where notices go
     ):
         self.run, self.recipe, self.cbs, self.say, self.trained = run, recipe, list(cbs), say, set(trained)
         self.extra, self.history = dict(recipe=asdict(recipe), asked=asked), History(run/'history.csv')
@@ -172,7 +175,7 @@ class Stages:
         learn:Learner, # from `screen_learner`
         name:str, # one of `order`
         stage:TrainSettings, # epochs, learning rate ...
-        cbs=() # further callbacks
+        cbs:Iterable[Callback]=() # further callbacks
     ) -> Learner: # the same, trained
         "Train a stage, what is left of it, or nothing."
         if self.past(name): return learn
@@ -208,7 +211,7 @@ def _check_request(screen, run, target, valid, seed):
 
 def held_out(
     sites:pd.DataFrame, # from `training_sites`
-    valid, # sentence for `valid_mask`, id_codes of wells, or None
+    valid:str|Iterable[str]|None, # sentence for `valid_mask`, id_codes of wells, or None
     recipe:Recipe # with control classes, controls are never validated on
 ) -> tuple[pd.DataFrame, np.ndarray]: # the sites, without those of no use; mask of the validation rows
     "Set wells aside. The controls of held-out experiments go too, unless the recipe may look at all controls."
@@ -273,10 +276,10 @@ def train_run(
     run:str|Path, # folder to write, such as 'runs/first'; one that was killed goes on
     target:str=None, # column of the wells to predict
     wells:str='treatments', # 'treatments', 'controls' or 'all'
-    valid=None, # wells to set aside: a sentence for `valid_mask`, such as 'experiment=HUVEC-07'; 'run=FOLDER', those of another run; or id_codes; None: what the recipe says
+    valid:str|Iterable[str]=None, # wells to set aside: a sentence for `valid_mask`, such as 'experiment=HUVEC-07'; 'run=FOLDER', those of another run; or id_codes; None: what the recipe says
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
-    say=print, # where notices go
-    cbs=(), # further callbacks of all stages, such as a logger
+    say:Callable=print, # where notices go
+    cbs:Iterable[Callback]=(), # further callbacks of all stages, such as a logger
     start:str|Path=None # finished run whose network to go on with
 ) -> Learner|dict: # trained; the run folder is complete; with networks per cell type a learner for each of them
     """Train a recipe on the training split of a screen and write its run folder.
@@ -406,8 +409,8 @@ def find_lr(
     steps:int=100, # steps of the test
     path:str|Path=None, # picture of the loss against the learning rate
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
-    say=print # where notices go
-): # named tuple of suggestions: valley, slide, steep, minimum
+    say:Callable=print # where notices go
+) -> Any: # named tuple of suggestions: valley, slide, steep, minimum
     "A learning rate for the main stage, by fastai's `lr_find`: the rate rises from step to step, and the loss says when it is too much."
     import matplotlib.pyplot as plt
     if steps < 20: raise ValueError(f'steps is {steps}, expected 20 or more: fewer points show no curve')
@@ -433,7 +436,7 @@ def submit_run(
     groups:bool=True, # use the plate groups?
     one_to_one:bool=True, # may a siRNA win only one well of an experiment?
     method:str=None, # 'exact', 'vote' or 'vote_zero'; by default what the recipe says
-    say=print # where notices go
+    say:Callable=print # where notices go
 ) -> Path: # the file
     "Labels for the test wells, as a submission. Raises: ValueError for a run that predicts something else, or wells that do not fit."
     recipe, info = read_run(run)
@@ -470,13 +473,13 @@ def _precision_report(members, blend, wells):
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name='member'))
 
 def blend_runs(
-    runs, # folders of finished runs, two or more
+    runs:Sequence, # folders of finished runs, two or more
     screen:Screen, # where the sites are
     out:str|Path, # folder to write
-    weights=None, # None: all the same; 'chosen': on the wells that were set aside; or a number per run
+    weights:str|Sequence[float]=None, # None: all the same; 'chosen': on the wells that were set aside; or a number per run
     space:str='probability', # what is averaged: 'probability' or 'logit'
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
-    say=print # where notices go
+    say:Callable=print # where notices go
 ) -> pd.DataFrame: # from `blend_report`, of the wells that were set aside; weights alone if there are none
     """Average the predictions of runs and write them like those of a run.
 
@@ -490,13 +493,14 @@ def blend_runs(
         if info['target']!=infos[0]['target']: raise ValueError(f'{run} predicts {info["target"]}, {runs[0]} {infos[0]["target"]}')
         if set(info['valid_wells'])!=set(infos[0]['valid_wells']): raise ValueError(f'{run} and {runs[0]} set other wells aside: what one validates on, the other has trained on')
     splits = (['valid'] if infos[0]['valid_wells'] else []) + (['test'] if ((screen.wells.split=='test') & (screen.wells.well_type=='treatment')).any() else [])
+    if isinstance(weights, str) and weights!='chosen': raise ValueError(f"weights are {weights!r}, expected 'chosen' or a number per run")
     if weights=='chosen' and 'valid' not in splits: raise ValueError(f'weights are chosen on wells that were set aside, and {runs[0]} set none aside')
     if not splits: raise ValueError('there is nothing to blend: no wells were set aside, and the screen has no test split')
     found = {split: {run.name: _predicted(run, screen, split, present_only, say) for run in runs} for split in splits}
     several = is_multilabel(screen.wells[infos[0]['target']])
     if weights=='chosen' and several: raise ValueError('weights of several labels are chosen class by class: rcic-hpa-stack does that')
-    if weights=='chosen': weights = blend_weights(found['valid'], screen.wells, infos[0]['target'], space=space)
-    blends = {split: blend_predictions(members, weights, space) for split, members in found.items()}
+    given = blend_weights(found['valid'], screen.wells, infos[0]['target'], space=space) if isinstance(weights, str) else weights
+    blends = {split: blend_predictions(members, given, space) for split, members in found.items()}
     for split, p in blends.items(): p.save(out/'predictions'/f'{split}.npz')
     info = {k: infos[0][k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells')}
     write_text(out/'recipe.json', json.dumps(asdict(replace(recipes[0], name='blend')), indent=2)+'\n')

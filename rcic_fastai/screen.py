@@ -322,7 +322,7 @@ def grey_limits(
 )->tuple[int, int]|None: # (100, 3200); None: grey values are of 8 bits and stay as they are
     "Grey values of the files of a channel that become 0 and 255."
     found = re.search(r'\[(\d+)-(\d+)\]\??$', str(channel))
-    return found and (int(found[1]), int(found[2]))
+    return (int(found[1]), int(found[2])) if found else None
 
 def is_optional(
     channel:int|str,  # number or name
@@ -332,7 +332,7 @@ def is_optional(
 
 def site_files(
     files:str,                        # path with or without `{channel}`, as in the column `files` of sites
-    channels:Sequence[int]=CHANNELS,  # numbers of the channels
+    channels:Sequence[int|str]=CHANNELS,  # numbers of the channels
 )->list[Path]:                        # one path per channel, or the one path of a composite
     "Paths of the image files of one site."
     return [Path(p) for p in _expand(files, channels)]
@@ -353,7 +353,7 @@ def _missing_files(sites, channels):
 
 def check_files(
     sites:pd.DataFrame,               # sites
-    channels:Sequence[int]=CHANNELS,  # channels that must be there
+    channels:Sequence[int|str]=CHANNELS,  # channels that must be there
 ):
     """Require every file of the sites.
 
@@ -367,7 +367,7 @@ def check_files(
 
 def present_sites(
     sites:pd.DataFrame,               # sites
-    channels:Sequence[int]=CHANNELS,  # channels that must be there
+    channels:Sequence[int|str]=CHANNELS,  # channels that must be there
 )->tuple[pd.DataFrame, int]:          # the complete sites, and how many were left out
     "The sites whose files are all there."
     keep = np.array([not m for m in _missing_files(sites, channels)], dtype=bool)
@@ -510,10 +510,10 @@ def _headline(screen):
 def _as_text(count): return '-' if pd.isna(count) else f'{count:,}'
 
 @patch
-def __repr__(self:Screen): return _headline(self) + '\n' + self.summary().map(_as_text).to_string()
+def __repr__(self:Screen): return _headline(self) + '\n' + self.summary().map(_as_text).to_string() # type: ignore[attr-defined] # patched above
 
 @patch
-def _repr_html_(self:Screen): return f'<p>{html.escape(_headline(self))}</p>' + self.summary().map(_as_text).to_html()
+def _repr_html_(self:Screen): return f'<p>{html.escape(_headline(self))}</p>' + self.summary().map(_as_text).to_html() # type: ignore[attr-defined]
 
 # %% ../nbs/00_screen.ipynb #9963f205
 @patch
@@ -584,7 +584,7 @@ def experiment_folds(
     most = len(order.get(largest, []))
     if not 2 <= n_folds <= most:
         raise ValueError(f'{n_folds} folds are impossible; expected 2 to {most}, the experiments of the largest cell type ({largest})')
-    folds = {}
+    folds:dict[str, int] = {}
     for c, experiments in order.items():
         # each cell type starts at a fold of its own; else the first folds would take all the remainders
         start = np.random.default_rng([seed, zlib.crc32(c.encode()), 1]).integers(n_folds)

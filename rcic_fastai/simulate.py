@@ -98,7 +98,7 @@ def _cell_frame(rng, size, radius, m):
     "Per pixel: distance to its cell's centre and to the border with the next cell, position (u, v) along the cell's axes, cell number"
     centres = cell_centres(rng, size, radius, m.crowding)
     n = len(centres)
-    grid = np.stack(np.mgrid[:size, :size], -1).reshape(-1, 2) + .5
+    grid = np.moveaxis(np.mgrid[:size, :size], 0, -1).reshape(-1, 2) + .5
     dist, idx = cKDTree(centres).query(grid, k=2)
     own, angle = idx[:, 0], rng.uniform(0, 2*np.pi, n)
     dy, dx = ((grid - centres[own])/radius).T
@@ -223,8 +223,8 @@ def grey_scale(
 ) -> tuple: # level (6,), slope (6,), intercept (6,), as tuples
     "How strong a stain is on untreated cells, and the line that takes it to the grey values of `real_intensity`."
     m, neutral = cell_type_morphology(seed, cell_type), plate_camera(seed, '', 0, strength=0)
-    fields = [draw_cells(named_rng(seed, 'scale', cell_type, i), size, radius, m) for i in range(n)]
-    fields = np.stack([[gaussian_filter(f, s*radius) for f,s in zip(x, neutral.blur)] for x in fields])
+    drawn = (draw_cells(named_rng(seed, 'scale', cell_type, i), size, radius, m) for i in range(n))
+    fields = np.stack([[gaussian_filter(f, s*radius) for f,s in zip(x, neutral.blur)] for x in drawn])
     mean, std = np.array(real_intensity.get(cell_type, other_intensity))
     slope = std/fields.std((2, 3)).mean(0)
     return tuple(fields.mean((0, 2, 3))+2*fields.std((2, 3)).mean(0)), tuple(slope), tuple(mean-slope*fields.mean((0, 2, 3)))

@@ -325,7 +325,7 @@ def simulate_hpa(
     sim = AtlasSimulation(seed, image_size, min(image_size*3/16, 90.) if cell_radius is None else cell_radius, size_shift, gain_shift, contrast, noise)
     sizes = [image_size, image_size*3//2] if external_sizes is None else [int(s) for s in external_sizes]
     if not sizes or min(sizes) < 16: raise ValueError(f'external_sizes is {external_sizes}, expected one size or more of at least 16 pixels')
-    asked = dict(n_images=n_images, n_test=n_test, n_external=n_external, twins=twins, twin_agreement=twin_agreement, duplicates=duplicates,
+    asked:dict = dict(n_images=n_images, n_test=n_test, n_external=n_external, twins=twins, twin_agreement=twin_agreement, duplicates=duplicates,
                  missing_yellow=missing_yellow, frequencies=frequencies, min_positives=min_positives)
     design = design_atlas(**asked, seed=seed)
     _claim(root, dict(asdict(sim), **asked, external_sizes=sizes))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import sklearn
+from numpy.typing import ArrayLike
 from fastcore.basics import store_attr
 from scipy.special import expit, logit
 from sklearn.base import BaseEstimator
@@ -60,7 +61,7 @@ def check_lightgbm_params(
 def _check_members(members):
     "Members by name as float64 (N, K), all alike"
     if not members: raise ValueError('no members: expected the probabilities of one network or more')
-    out = {}
+    out:dict[str, np.ndarray] = {}
     for name, p in members.items():
         p = np.asarray(p, np.float64)
         if p.ndim!=2 or not p.size: raise ValueError(f'{name!r} has shape {p.shape}, expected (images, classes)')
@@ -199,7 +200,7 @@ class Stacker(BaseEstimator):
         members:dict[str, np.ndarray], # probabilities (N, K) of each network, by name, of rows that it was not trained on
         y:np.ndarray, # (N, K) labels, 0 or 1
         statistics:pd.DataFrame|None=None, # (N, F) numbers about the images
-        groups=None, # (N,) rows that belong together; None: each on its own
+        groups:ArrayLike=None, # (N,) rows that belong together; None: each on its own
         folds:np.ndarray|None=None # (repeats, N) outer folds of your own; None: `grouped_folds`
     ) -> 'Stacker':
         "Train all models that `folder` does not hold yet. Raises: ValueError for labels, members, groups, folds or settings that do not fit."
@@ -210,7 +211,8 @@ class Stacker(BaseEstimator):
         self.folds_ = self._outer_folds(y) if folds is None else self._check_folds(folds, len(y))
         x, total = x.to_numpy(np.float64), self.folds_.shape[0]*y.shape[1]*self.n_folds
         self.folder_ = self._open_folder(x, y, candidates)
-        self.models_, self.oof_ = [], np.zeros(y.shape)
+        self.models_:list[dict] = []
+        self.oof_:np.ndarray = np.zeros(y.shape)
         with _bar(total, 'Stacking', 'model', self.progress) as bar:
             for r, f in itertools.product(range(len(self.folds_)), range(self.n_folds)):
                 self._fit_fold(members, x, y, r, f, candidates, bar)
@@ -348,8 +350,8 @@ def crossfit_decisions(
     p:np.ndarray, # (N, K) probabilities
     y:np.ndarray, # (N, K) 0 or 1
     folds:np.ndarray, # (N,) fold of each row
-    threshold=None, # estimator with `fit(p, y, groups)` and `predict(p)`; None: `F1Threshold`, the largest F1 per class
-    groups=None # (N,) for the estimator
+    threshold:BaseEstimator=None, # estimator with `fit(p, y, groups)` and `predict(p)`; None: `F1Threshold`, the largest F1 per class
+    groups:ArrayLike=None # (N,) for the estimator
 ) -> np.ndarray: # uint8 (N, K)
     "Decide each fold by thresholds that were chosen on the others."
     out, groups = np.zeros(y.shape, np.uint8), None if groups is None else np.asarray(groups)
@@ -385,8 +387,8 @@ def stack_report(
     members:dict[str, np.ndarray], # probabilities (N, K) by name
     stacks:dict[str, Stacker], # fitted on the same rows, by name; the folds of the first one choose thresholds
     y:np.ndarray, # (N, K) 0 or 1
-    groups=None, # (N,) to be drawn together; None: those of the first stack
-    threshold=None, # estimator of thresholds, as for `crossfit_decisions`
+    groups:ArrayLike=None, # (N,) to be drawn together; None: those of the first stack
+    threshold:BaseEstimator=None, # estimator of thresholds, as for `crossfit_decisions`
     against:str|None=None, # candidate that gains are counted from; None: the member with the best mean average precision
     classes:Sequence|None=None, # names; None: 0, 1, ...
     n_boot:int=200, # draws for the intervals (95 %)

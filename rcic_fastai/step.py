@@ -8,10 +8,12 @@ __all__ = ['optimizers', 'TorchOptimizer', 'FusedRAdam', 'radam', 'adam', 'adamw
 
 # %% ../nbs/08b_step.ipynb #7c8b6670
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import cast
 
 import torch
-from fastai.callback.all import *
+from fastai.callback.all import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
@@ -22,8 +24,8 @@ from .batchnorm import BatchNormModeCallback
 class TorchOptimizer(OptimWrapper):
     "A PyTorch optimiser for fastai that is quick to schedule, and safe when weights change their memory layout."
     def __init__(self,
-        params, # parameters, or lists of them
-        opt, # makes the PyTorch optimiser
+        params:Iterable, # parameters, or lists of them
+        opt:Callable, # makes the PyTorch optimiser
         **kwargs # of `opt`
     ):
         super().__init__(params, opt=opt, **kwargs)
@@ -70,7 +72,7 @@ class FusedRAdam(torch.optim.AdamW):
     Source: Liu et al., On the Variance of the Adaptive Learning Rate and Beyond (2020).
     """
     def __init__(self,
-        params, # parameters, or groups of them; floating, on a CPU or a CUDA device
+        params:Iterable, # parameters, or groups of them; floating, on a CPU or a CUDA device
         lr:float=1e-3, # learning rate
         betas:tuple=(.9, .999), # decay of both moments
         eps:float=1e-8, # added to the root of the second moment
@@ -89,7 +91,7 @@ class FusedRAdam(torch.optim.AdamW):
 
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        steps = self.state['steps'] # kept, saved and cleared with the rest of the state
+        steps = cast(dict, self.state)['steps'] # kept, saved and cleared with the rest of the state
         own = [{k: g[k] for k in ('lr', 'eps', 'weight_decay')} for g in self.param_groups]
         try:
             for i,g in enumerate(self.param_groups):
@@ -110,7 +112,7 @@ def _make(params, fused, foreach, lr, **kwargs):
     return TorchOptimizer(params, fused if _can_fuse(flat) else foreach, lr=lr, **{'eps': 1e-8, **kwargs})
 
 def radam(
-    params, # parameters, or lists of them
+    params:Iterable, # parameters, or lists of them
     lr:float=1e-3, # learning rate
     **kwargs # betas, eps, weight_decay
 ) -> OptimWrapper: # for `Learner(opt_func=radam)`
@@ -122,7 +124,7 @@ def radam(
 
 # %% ../nbs/08b_step.ipynb #e198225e
 def adam(
-    params, # parameters, or lists of them
+    params:Iterable, # parameters, or lists of them
     lr:float=1e-3, # learning rate
     **kwargs # further ones of `torch.optim.Adam`
 ) -> OptimWrapper: # for `Learner(opt_func=adam)`
@@ -130,7 +132,7 @@ def adam(
     return _make(params, partial(torch.optim.Adam, fused=True), partial(torch.optim.Adam, foreach=True), lr, **kwargs)
 
 def adamw(
-    params, # parameters, or lists of them
+    params:Iterable, # parameters, or lists of them
     lr:float=1e-3, # learning rate
     **kwargs # further ones of `torch.optim.AdamW`
 ) -> OptimWrapper: # for `Learner(opt_func=adamw)`
@@ -164,7 +166,8 @@ class AutoMixedPrecision(MixedPrecision):
         **kwargs # of `torch.amp.GradScaler`
     ):
         if precision not in ('auto', 'fp32', 'bf16', 'fp16'): raise ValueError(f"precision is {precision!r}, expected 'auto', 'fp32', 'bf16' or 'fp16'")
-        self.precision, self.kwargs, self._wrapped = precision, kwargs, None
+        self.precision, self.kwargs = precision, kwargs
+        self._wrapped:tuple = None # model, its forward, the one of its own if it had one, what switches the precision on
 
     @property
     def dtype(self):

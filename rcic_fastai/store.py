@@ -231,7 +231,7 @@ class Store:
     def __setstate__(self, state): self.__dict__.update(state, _local=threading.local())
 
     def places(self,
-        channels:Sequence[int] # numbers of channels
+        channels:Sequence[int|str] # numbers or names of channels
     ) -> slice|list[int]: # index of the first axis of an image
         """Where channels lie in a stored image.
 
@@ -550,7 +550,7 @@ def _begin(out, plan):
 def pack_sites(
     sites:pd.DataFrame, # sites with their files, see `well_sites`
     out:str|Path, # folder to write
-    channels:Sequence[int]=CHANNELS, # numbers of the channels
+    channels:Sequence[int|str]=CHANNELS, # numbers or names of the channels
     format:str='blosc2', # 'blosc2', 'zarr' (read by any program that knows zarr 3, also from object stores) or 'raw' (for memmap)
     preset:str='default', # of blosc2: 'default', 'small', 'fast' or 'windows'
     size:int=None, # shorter side that images are reduced to by area average, in pixels; None: as they are, losslessly
@@ -609,7 +609,7 @@ def pack_screen(
 # %% ../nbs/03_store.ipynb #c286c5dd
 def read_packed(
     files:str, # such as 'store#17', from the column `files` of packed sites
-    channels:Sequence[int]=None # numbers of the channels; None: all that are stored
+    channels:Sequence[int|str]=None # numbers or names of the channels; None: all that are stored
 ) -> np.ndarray: # uint8 (C, H, W)
     """Read one site by its name.
 

@@ -7,6 +7,7 @@ __all__ = ['MASKED', 'MaskedCategorize', 'TargetBlock', 'is_multilabel', 'MultiL
 
 # %% ../nbs/03a_target.ipynb #cdecf693
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from fastai.data.all import CategoryMap, Category, DisplayedTransform, MultiCategory, TensorCategory, TensorMultiCategory, TransformBlock
@@ -24,8 +25,8 @@ class MaskedCategorize(DisplayedTransform):
         self.vocab, self.target_name = CategoryMap(list(vocab), sort=False), target_name
         self.c = len(self.vocab)
     def number(self,
-        o # class, or None
-    ) -> int:
+        o:Any # class, or None
+    ) -> Any: # int; `MultiLabelCategorize` has a row of numbers instead
         """Number of a class, `MASKED` if it is unknown.
 
         Raises: ValueError for a class that does not exist.
@@ -39,7 +40,7 @@ class MaskedCategorize(DisplayedTransform):
 def TargetBlock(
     vocab:Sequence, # classes, in the order of their numbers
     target_name:str='class' # what they are classes of, for titles
-):
+) -> TransformBlock:
     "A `TransformBlock` for a class that may be unknown."
     return TransformBlock(type_tfms=MaskedCategorize(vocab, target_name))
 
@@ -54,7 +55,7 @@ class MultiLabelCategorize(MaskedCategorize):
     "Several classes to a `TensorMultiCategory` float32 (K,) of zeros and ones, and back; None becomes a row of `MASKED`."
     kind = TensorMultiCategory
     def number(self,
-        o # several classes, or None
+        o:Iterable|None # several classes
     ) -> list[float]: # (K,)
         """0 or 1 for each class, `MASKED` for all if they are unknown.
 
@@ -71,6 +72,6 @@ class MultiLabelCategorize(MaskedCategorize):
 def MultiLabelBlock(
     vocab:Sequence, # classes, in the order of their numbers
     target_name:str='classes' # what they are classes of, for titles
-):
+) -> TransformBlock:
     "A `TransformBlock` for a set of classes that may be unknown."
     return TransformBlock(type_tfms=MultiLabelCategorize(vocab, target_name))

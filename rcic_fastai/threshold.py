@@ -10,12 +10,13 @@ __all__ = ['threshold_methods', 'ThresholdEstimator', 'ConstantThreshold', 'best
 
 # %% ../nbs/13_threshold.ipynb #35453f49
 import json, os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 from scipy.special import expit, logit
 from sklearn.base import BaseEstimator, clone
@@ -28,7 +29,7 @@ from .folds import _group_codes, grouped_folds
 from .multilabel import f1_scores, macro_f1
 
 # %% ../nbs/13_threshold.ipynb #9c63be22
-def _check_scores(p, n_classes=None):
+def _check_scores(p, n_classes=None) -> np.ndarray:
     "As float64 (N, K)"
     p = np.asarray(p, np.float64)
     if p.ndim!=2 or not p.size: raise ValueError(f'scores have shape {p.shape}, expected (images, classes) with one of each at least')
@@ -38,7 +39,7 @@ def _check_scores(p, n_classes=None):
         raise ValueError(f'image {row}, class {col} has a score of {p[row, col]}, expected 0 to 1: apply a sigmoid to logits')
     return p
 
-def _check_labels(y, p):
+def _check_labels(y, p) -> np.ndarray:
     "As uint8 of the shape of `p`"
     y = np.asarray(y)
     if y.shape!=p.shape: raise ValueError(f'labels have shape {y.shape}, expected that of the scores, {p.shape}')
@@ -55,10 +56,10 @@ class ThresholdEstimator(BaseEstimator):
     needs_labels = True
 
     def fit(self,
-        p, # float (N, K), 0 to 1: scores
-        y=None, # (N, K) of 0 and 1: labels, where the method needs them
-        groups=None # (N,) names or numbers of groups that a cross-validation inside must not divide
-    ): # self, with `thresholds_` (K,)
+        p:ArrayLike, # float (N, K), 0 to 1: scores
+        y:ArrayLike=None, # (N, K) of 0 and 1: labels, where the method needs them
+        groups:Sequence|np.ndarray=None # (N,) names or numbers of groups that a cross-validation inside must not divide
+    ) -> 'ThresholdEstimator': # self, with `thresholds_` (K,)
         "Choose the thresholds."
         p = _check_scores(p)
         if y is not None: y = _check_labels(y, p)
@@ -70,15 +71,15 @@ class ThresholdEstimator(BaseEstimator):
         return self
 
     def adapt(self,
-        p # float (N, K), 0 to 1: scores of the images to predict, all of them
-    ): # self
+        p:ArrayLike # float (N, K), 0 to 1: scores of the images to predict, all of them
+    ) -> 'ThresholdEstimator': # self
         "Look at unlabelled scores before they are predicted; most methods do not."
         check_is_fitted(self, 'thresholds_')
         _check_scores(p, len(self.thresholds_))
         return self
 
     def predict(self,
-        p # float (N, K), 0 to 1: scores
+        p:ArrayLike # float (N, K), 0 to 1: scores
     )->np.ndarray: # uint8 (N, K)
         "Every class whose score reaches its threshold, and the rule `empty` where none does."
         check_is_fitted(self, 'thresholds_')
@@ -100,8 +101,8 @@ class ConstantThreshold(ThresholdEstimator):
     needs_labels = False
 
     def __init__(self,
-        value=.5, # a number, or (K,) numbers
-        empty='argmax' # 'argmax', 'none' or a class number: what an image gets that reaches no threshold
+        value:float|Sequence[float]|np.ndarray=.5, # a number, or (K,) numbers
+        empty:str|int='argmax' # 'argmax', 'none' or a class number: what an image gets that reaches no threshold
     ): self.value, self.empty = value, empty
 
     def _fit(self, p, y, groups):
@@ -129,8 +130,8 @@ def _best_cut(s, y):
     return _cut(s, last[i]+1), f1[i]
 
 def best_threshold(
-    p, # float (N,), 0 to 1: scores of one class
-    y # (N,) of 0 and 1; a 1 at least
+    p:ArrayLike, # float (N,), 0 to 1: scores of one class
+    y:ArrayLike # (N,) of 0 and 1; a 1 at least
 ) -> tuple: # threshold; F1 that it reaches on these rows
     """The threshold with the highest F1 on these rows, `p >= threshold`.
 
@@ -147,14 +148,14 @@ def _global_cut(p, y, average):
     "The common threshold with the highest macro- or micro-F1"
     if not y.any(): raise ValueError('no class has a positive, so no threshold is better than another')
     if average=='micro': return best_threshold(p.ravel(), y.ravel())[0]
-    scores, steps = [], []
+    cuts, gains = [], []
     for c in np.flatnonzero(y.any(0)):
         order = np.argsort(-p[:, c], kind='stable')
         s = p[order, c]
         last = _ends(s)
         f1 = 2*np.cumsum(y[order, c], dtype=np.int64)[last]/(last+1+int(y[:, c].sum()))
-        scores.append(s[last]); steps.append(np.diff(f1, prepend=0))
-    scores, steps = np.concatenate(scores), np.concatenate(steps)
+        cuts.append(s[last]); gains.append(np.diff(f1, prepend=0))
+    scores, steps = np.concatenate(cuts), np.concatenate(gains)
     order = np.argsort(-scores, kind='stable')
     last = _ends(scores[order])
     return _cut(scores[order], last[np.cumsum(steps[order])[last].argmax()]+1)
@@ -165,8 +166,8 @@ def _check_average(average):
 class GlobalThreshold(ThresholdEstimator):
     "One threshold for all classes, the one with the highest macro-F1 (or micro-F1: over all pairs of image and class)."
     def __init__(self,
-        average='macro', # 'macro' or 'micro'
-        empty='argmax' # 'argmax', 'none' or a class number
+        average:str='macro', # 'macro' or 'micro'
+        empty:str|int='argmax' # 'argmax', 'none' or a class number
     ): self.average, self.empty = average, empty
 
     def _fit(self, p, y, groups):
@@ -182,8 +183,8 @@ def _fill(thresholds, p, y, fallback):
 class F1Threshold(ThresholdEstimator):
     "The threshold with the highest F1 of each class, on the images it is fitted on: `best_threshold`."
     def __init__(self,
-        fallback=None, # threshold of a class without positives; None: that of `GlobalThreshold`
-        empty='argmax' # 'argmax', 'none' or a class number
+        fallback:float=None, # threshold of a class without positives; None: that of `GlobalThreshold`
+        empty:str|int='argmax' # 'argmax', 'none' or a class number
     ): self.fallback, self.empty = fallback, empty
 
     def _fit(self, p, y, groups):
@@ -228,11 +229,11 @@ class RepeatedF1Threshold(ThresholdEstimator):
     Source: the 8th-place solution of the Human Protein Atlas competition (20 repeats of 5 folds).
     """
     def __init__(self,
-        n_repeats=20, # how often to draw folds
-        n_folds=5, # 2 to the number of groups
-        seed=0, # of the folds
-        fallback=None, # threshold of a class without positives; None: that of `GlobalThreshold`
-        empty='argmax' # 'argmax', 'none' or a class number
+        n_repeats:int=20, # how often to draw folds
+        n_folds:int=5, # 2 to the number of groups
+        seed:int=0, # of the folds
+        fallback:float=None, # threshold of a class without positives; None: that of `GlobalThreshold`
+        empty:str|int='argmax' # 'argmax', 'none' or a class number
     ): self.n_repeats, self.n_folds, self.seed, self.fallback, self.empty = n_repeats, n_folds, seed, fallback, empty
 
     def _fit(self, p, y, groups):
@@ -260,11 +261,11 @@ class SoftF1Threshold(ThresholdEstimator):
     Source: known as `fit_val` in public notebooks of the Human Protein Atlas competition (tau .02, weight_decay 1e-5, start .5).
     """
     def __init__(self,
-        tau=.02, # width of the soft step, in probability; above 0
-        weight_decay=1e-5, # pull to .5
-        start=None, # threshold to start from; None: that of `best_threshold`
-        fallback=None, # threshold of a class without positives; None: that of `GlobalThreshold`
-        empty='argmax' # 'argmax', 'none' or a class number
+        tau:float=.02, # width of the soft step, in probability; above 0
+        weight_decay:float=1e-5, # pull to .5
+        start:float=None, # threshold to start from; None: that of `best_threshold`
+        fallback:float=None, # threshold of a class without positives; None: that of `GlobalThreshold`
+        empty:str|int='argmax' # 'argmax', 'none' or a class number
     ): self.tau, self.weight_decay, self.start, self.fallback, self.empty = tau, weight_decay, start, fallback, empty
 
     def _fit(self, p, y, groups):
@@ -279,7 +280,7 @@ class SoftF1Threshold(ThresholdEstimator):
         return least_squares(error, [min(start, 1)], slope, bounds=(0, 1)).x[0]
 
 # %% ../nbs/13_threshold.ipynb #f77785a7
-def _check_shares(shares, n_classes, name):
+def _check_shares(shares, n_classes, name) -> np.ndarray:
     shares = np.asarray(shares, np.float64)
     if shares.shape!=(n_classes,): raise ValueError(f'{name} has shape {shares.shape}, expected ({n_classes},): one for each class')
     if (bad := ~((shares>=0) & (shares<=1))).any():
@@ -287,8 +288,8 @@ def _check_shares(shares, n_classes, name):
     return shares
 
 def share_thresholds(
-    p, # float (N, K), 0 to 1: scores
-    shares # float (K,), 0 to 1: share of images that should get each class
+    p:ArrayLike, # float (N, K), 0 to 1: scores
+    shares:ArrayLike # float (K,), 0 to 1: share of images that should get each class
 ) -> np.ndarray: # float64 (K,)
     """Thresholds that as many images reach as `shares` says: the nearest count that equal scores allow, 1 at least if the share is above 0.
 
@@ -303,8 +304,8 @@ def share_thresholds(
     return np.array(out)
 
 def estimate_shares(
-    p, # float (N, K), 0 to 1: probabilities, as calibrated as can be
-    prior, # float (K,), 0 to 1: shares in the data that these probabilities were calibrated on
+    p:ArrayLike, # float (N, K), 0 to 1: probabilities, as calibrated as can be
+    prior:ArrayLike, # float (K,), 0 to 1: shares in the data that these probabilities were calibrated on
     max_iter:int=1000, # at most, for each class
     tol:float=1e-5 # stop at a relative change of the share below this
 ) -> np.ndarray: # float64 (K,)
@@ -346,10 +347,10 @@ class ShareThreshold(ThresholdEstimator):
     needs_labels = False
 
     def __init__(self,
-        shares='train', # 'train', 'em' or (K,) numbers from 0 to 1
-        prior=None, # for 'em': (K,) shares in training; None: those of the labels
-        calibrate=True, # for 'em': fit scale and offset of the logits to the labels, if there are any?
-        empty='argmax' # 'argmax', 'none' or a class number
+        shares:str|Sequence[float]|np.ndarray='train', # 'train', 'em' or (K,) numbers from 0 to 1
+        prior:ArrayLike=None, # for 'em': (K,) shares in training; None: those of the labels
+        calibrate:bool=True, # for 'em': fit scale and offset of the logits to the labels, if there are any?
+        empty:str|int='argmax' # 'argmax', 'none' or a class number
     ): self.shares, self.prior, self.calibrate, self.empty = shares, prior, calibrate, empty
 
     def _fit(self, p, y, groups):
@@ -363,7 +364,7 @@ class ShareThreshold(ThresholdEstimator):
         self.calibration_ = _calibrate(p, y) if em and y is not None and self.calibrate else None
         return self._match(p)
 
-    def adapt(self, p):
+    def adapt(self, p:ArrayLike) -> 'ThresholdEstimator':
         "Choose the thresholds again, on these scores."
         super().adapt(p)
         self.thresholds_ = self._match(_check_scores(p))
@@ -383,10 +384,10 @@ class ShareThreshold(ThresholdEstimator):
 class ShrunkThreshold(ThresholdEstimator):
     "Thresholds of one estimator, drawn to those of another where a class has few positives: weight n_pos/(n_pos + strength) for the first."
     def __init__(self,
-        estimator=None, # a `ThresholdEstimator`; None: `F1Threshold()`; its own rule for empty predictions is not used
-        strength=10., # positives with which a class gets the mean of both; 0: no shrinking
-        towards=None, # another one, for the classes with few positives; None: `GlobalThreshold()`
-        empty='argmax' # 'argmax', 'none' or a class number
+        estimator:ThresholdEstimator=None, # a `ThresholdEstimator`; None: `F1Threshold()`; its own rule for empty predictions is not used
+        strength:float=10., # positives with which a class gets the mean of both; 0: no shrinking
+        towards:ThresholdEstimator=None, # another one, for the classes with few positives; None: `GlobalThreshold()`
+        empty:str|int='argmax' # 'argmax', 'none' or a class number
     ): self.estimator, self.strength, self.towards, self.empty = estimator, strength, towards, empty
 
     def _fit(self, p, y, groups):
@@ -399,7 +400,7 @@ class ShrunkThreshold(ThresholdEstimator):
 
     def _mix(self): return self.weights_*self.estimator_.thresholds_ + (1-self.weights_)*self.towards_.thresholds_
 
-    def adapt(self, p):
+    def adapt(self, p:ArrayLike) -> 'ThresholdEstimator':
         "Let both look at these scores, and mix again."
         super().adapt(p)
         for e in (self.estimator_, self.towards_): e.adapt(p)
@@ -507,7 +508,7 @@ def _weighted_macro(y, pred, weights):
     true, total = weights@(y & pred).astype(np.float32), weights@y.astype(np.float32) + weights@pred.astype(np.float32)
     return np.divide(2*true, total, out=np.zeros_like(total), where=total>0).mean(1).astype(np.float64)
 
-def _nested(estimator, p, y, groups, folds, weights, level):
+def _nested(estimator, level, p, y, groups, folds, weights):
     pooled = [_pooled(estimator, p, y, groups, f) for f in folds]
     repeats, f1 = np.array([macro_f1(y, pred) for pred in pooled]), np.mean([f1_scores(y, pred) for pred in pooled], 0)
     inside = macro_f1(y, clone(estimator).fit(p, y, groups).predict(p))
@@ -525,10 +526,10 @@ def _setting(p, y, groups, n_folds, n_repeats, seed, n_bootstrap):
     return p, y, None if groups is None else np.asarray(groups), folds, _drawn(groups, len(p), n_bootstrap, seed)
 
 def nested_macro_f1(
-    estimator, # a `ThresholdEstimator`; it stays as it is
-    p, # float (N, K), 0 to 1: scores of images that the network did not train on
-    y, # (N, K) of 0 and 1: labels
-    groups=None, # (N,) names or numbers of groups that stay together; None: every image for itself
+    estimator:ThresholdEstimator, # a `ThresholdEstimator`; it stays as it is
+    p:ArrayLike, # float (N, K), 0 to 1: scores of images that the network did not train on
+    y:ArrayLike, # (N, K) of 0 and 1: labels
+    groups:ArrayLike=None, # (N,) names or numbers of groups that stay together; None: every image for itself
     n_folds:int=5, # 2 to the number of groups
     n_repeats:int=5, # draws of folds
     seed:int=0, # of folds and bootstrap
@@ -539,14 +540,14 @@ def nested_macro_f1(
 
     Raises: ValueError for scores, labels, groups or numbers that do not fit.
     """
-    return _nested(estimator, *_setting(p, y, groups, n_folds, n_repeats, seed, n_bootstrap), level)
+    return _nested(estimator, level, *_setting(p, y, groups, n_folds, n_repeats, seed, n_bootstrap))
 
 # %% ../nbs/13_threshold.ipynb #9ce1fb19
 def compare_thresholds(
-    p, # float (N, K), 0 to 1: scores of images that the network did not train on
-    y, # (N, K) of 0 and 1: labels
-    methods=None, # names of `threshold_methods`, or dict of estimators by name; None: all names
-    groups=None, # (N,) names or numbers of groups that stay together; None: every image for itself
+    p:ArrayLike, # float (N, K), 0 to 1: scores of images that the network did not train on
+    y:ArrayLike, # (N, K) of 0 and 1: labels
+    methods:Iterable[str]|dict[str, ThresholdEstimator]=None, # names of `threshold_methods`, or dict of estimators by name; None: all names
+    groups:ArrayLike=None, # (N,) names or numbers of groups that stay together; None: every image for itself
     n_folds:int=5, # 2 to the number of groups
     n_repeats:int=5, # draws of folds
     seed:int=0, # of folds and bootstrap
@@ -564,7 +565,7 @@ def compare_thresholds(
     if not methods: raise ValueError('there are no methods to compare')
     setting, rows, first = _setting(p, y, groups, n_folds, n_repeats, seed, n_bootstrap), {}, None
     for name, e in tqdm(methods.items(), desc='Thresholds', disable=None if progress and not os.environ.get('TQDM_DISABLE') else True):
-        n = _nested(e, *setting, level)
+        n = _nested(e, level, *setting)
         first = n if first is None else first
         low, high = np.quantile(n.bootstrap-first.bootstrap, [(1-level)/2, (1+level)/2])
         rows[name] = dict(in_sample=n.in_sample, out_of_sample=n.macro_f1, low=n.low, high=n.high, optimism=n.optimism,

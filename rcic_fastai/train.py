@@ -12,6 +12,7 @@ __all__ = ['DataSettings', 'ModelSettings', 'LossSettings', 'TrainSettings', 'Ps
 
 # %% ../nbs/09_train.ipynb #23896608
 import json, math, sys, warnings
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
@@ -20,21 +21,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.all import *
+from fastai.callback.all import (Callback, CancelEpochException, CancelValidException, EarlyStoppingCallback, GradientAccumulation, ParamScheduler,
+                                 ProgressCallback, valley)
 from fastai.callback.core import event
+from fastai.data.core import DataLoaders
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.metrics import AccumMetric
 from fastai.torch_core import num_distrib, set_seed
 from fastcore.imports import IN_NOTEBOOK
+from torch import nn
 
 from .augment import ChannelStats, MatchHistograms, Standardize, channel_histograms, channel_stats, screen_transforms
 from .batchnorm import DomainSlices
 from .checkpoint import Checkpoint, History, StopOnNaN, random_state, set_random_state
 from .data import screen_dataloaders, select_sites
-from .image import MultiChannelImage
-from .loss import create_loss
+from .image import read_site, resize_site
+from .loss import ScreenLoss, create_loss
 from .mix import create_mix
-from .model import create_head, create_model, load_weights, param_groups, plain
+from .model import ScreenModel, create_head, create_model, load_weights, param_groups, plain
 from .multilabel import average_precision, macro_f1
 from .multilabel_loss import MultiLabelLoss, multilabel_losses
 from .screen import Screen
@@ -181,7 +185,7 @@ def compare_recipes(
 # %% ../nbs/09_train.ipynb #499502d3
 def schedule_function(
     stage:'TrainSettings', # says which one
-): # from the share of the stage that is done, 0 to 1, to the learning rate
+) -> Callable[[float], float]: # from the share of the stage that is done, 0 to 1, to the learning rate
     """The learning rate of a stage that is no one-cycle.
 
     Raises: ValueError for an unknown schedule.
@@ -222,8 +226,8 @@ class LeaveOutControls(Callback):
         if self.keep is not None: self._targets()
 
 def accuracy(
-    inp, # (B, K) scores, or a tuple of them of which the first counts
-    targ # (B,) int64, negative where unknown; or (B, K) weights of classes that were mixed
+    inp:torch.Tensor|tuple, # (B, K) scores, or a tuple of them of which the first counts
+    targ:torch.Tensor # (B,) int64, negative where unknown; or (B, K) weights of classes that were mixed
 ) -> torch.Tensor: # scalar; nan if nothing is known
     "Share of the known rows whose class has the highest score; of a mixture, its heavier class."
     scores, targ = plain(inp[0] if isinstance(inp, tuple) else inp), plain(targ)
@@ -232,7 +236,7 @@ def accuracy(
     return right.sum()/known.sum() # an index by `known` would make a GPU wait
 
 def loss_metrics(
-    loss # from `create_loss`
+    loss:ScreenLoss # from `create_loss`
 ) -> list: # metrics; the first one says which weights are best
     "What is logged beside a loss: the accuracy; where there are several labels, macro average precision, which needs no thresholds, and macro-F1 at .5."
     if not isinstance(loss, MultiLabelLoss): return [accuracy]
@@ -250,18 +254,18 @@ def recipe_model(
     n_classes:int, # outputs
     n_channels:int=6, # inputs
     n_cell_types:int=0 # cell types the head can be told, if the recipe wants that
-):
+) -> ScreenModel:
     "The network of a recipe, before training."
     m = recipe.model
     return create_model(m.arch, n_classes, n_channels=n_channels, pretrained=m.pretrained, init=m.first_conv, pool=m.pool, head=m.head,
                         **_head_options(recipe, n_cell_types), **m.arch_options)
 
 def new_head(
-    model, # a `ScreenModel`, changed in place
+    model:ScreenModel, # a `ScreenModel`, changed in place
     recipe:Recipe, # whose head it gets
     n_classes:int, # outputs
     n_cell_types:int=0 # cell types the head can be told, if the recipe wants that
-): # the same model
+) -> ScreenModel: # the same model
     "Keep the body of a network and give it a fresh head of the recipe."
     p = next(model.body.parameters())
     model.head = create_head(recipe.model.head, model.n_features, n_classes, **_head_options(recipe, n_cell_types)).to(p.device, p.dtype)
@@ -295,6 +299,7 @@ class ScreenLearner(Learner):
 
 class SmoothLoss(AvgSmoothLoss):
     "fastai's running mean of the loss, left on the device: a copy would make each step wait for the GPU."
+    val:torch.Tensor
     def accumulate(self, learn):
         if num_distrib() > 1: return super().accumulate(learn)
         self.count += 1
@@ -321,11 +326,11 @@ def _compile(model, recipe):
     getattr(model, 'body', model).compile(**({} if backend is True else dict(backend=backend)))
 
 def screen_learner(
-    dls, # from `screen_dataloaders`
+    dls:DataLoaders, # from `screen_dataloaders`
     recipe:Recipe=Recipe(), # settings
-    model=None, # a network to go on with; by default a new one of the recipe
+    model:nn.Module=None, # a network to go on with; by default a new one of the recipe
     path:str|Path=None, # folder of the learner; by default that of `dls`
-    cbs=None, # further callbacks
+    cbs:Iterable[Callback]=None, # further callbacks
     **kwargs # of `Learner`
 ) -> Learner:
     "A fastai `Learner` as the recipe describes it: `fit_one_cycle`, `lr_find`, `get_preds` and all the rest work on it."
@@ -400,7 +405,7 @@ def suggest_lr(
 def fit_stage(
     learn:Learner, # from `screen_learner`
     stage:TrainSettings, # epochs, learning rate ...
-    cbs=None, # further callbacks
+    cbs:Iterable[Callback]=None, # further callbacks
     checkpoint:Checkpoint=None # saves the stage, and goes on from what it was given to resume
 ) -> Learner: # the same, trained
     "Train one stage with the loss, optimiser, schedule, accumulation and mixing it asks for."
@@ -428,7 +433,7 @@ def sample_sites(
     return (shuffled.groupby(keys).head(n) if keys else shuffled.head(5*n)).sort_index()
 
 def measure_stats(
-    dls, # DataLoaders of the screen
+    dls:DataLoaders, # DataLoaders of the screen
     sites:pd.DataFrame, # sites to measure, labelled or not
     by:str, # 'screen', 'experiment' or 'plate'
     seed:int=0 # of the sample
@@ -438,7 +443,7 @@ def measure_stats(
     return channel_stats(dl, by=by)
 
 def measure_histograms(
-    dls, # DataLoaders of the screen
+    dls:DataLoaders, # DataLoaders of the screen
     sites:pd.DataFrame, # sites to measure, labelled or not
     by:str, # 'experiment' or 'plate'
     seed:int=0 # of the sample
@@ -470,7 +475,7 @@ def _with_new(dls, sites, by, old, known, measure, seed):
     return tuple(_merged(a, b, known) for a,b in zip(old, measure(dls, sites[unknown], by, seed)))
 
 def stats_with(
-    dls, # DataLoaders of the screen
+    dls:DataLoaders, # DataLoaders of the screen
     sites:pd.DataFrame, # sites about to be seen, labelled or not
     by:str, # 'screen', 'experiment' or 'plate'
     stats:ChannelStats=None, # known ones
@@ -481,7 +486,7 @@ def stats_with(
     return stats if by=='screen' else ChannelStats(*_with_new(dls, sites, by, stats, stats.mean.isfinite().all(-1), measure_stats, seed))
 
 def histograms_with(
-    dls, # DataLoaders of the screen
+    dls:DataLoaders, # DataLoaders of the screen
     sites:pd.DataFrame, # sites about to be seen, labelled or not
     by:str, # 'experiment' or 'plate'
     counts:torch.Tensor=None, # known ones
@@ -492,7 +497,7 @@ def histograms_with(
     return _with_new(dls, sites, by, (counts,), counts.sum((-1, -2)) > 0, lambda *a: (measure_histograms(*a),), seed)[0]
 
 def complete_stats(
-    dls, # from `recipe_dataloaders`, changed in place
+    dls:DataLoaders, # from `recipe_dataloaders`, changed in place
     sites:pd.DataFrame, # sites about to be seen, labelled or not
     seed:int=0 # of the sample of pixels
 ):
@@ -509,12 +514,12 @@ def complete_stats(
 def recipe_dataloaders(
     sites:pd.DataFrame, # labelled sites
     recipe:Recipe, # settings
-    valid=None, # mask of validation rows, or a sentence for `valid_mask`
+    valid:np.ndarray|str=None, # mask of validation rows, or a sentence for `valid_mask`
     stats:ChannelStats=None, # of the pixels; measured on `sites` if the recipe needs them
     counts:torch.Tensor=None, # histograms of the pixels; measured on `sites` if the recipe needs them
     controls:pd.DataFrame=None, # control sites, for recipes that put some into every batch
     **kwargs # of `screen_dataloaders`: target, cell_types, experiments, channels, device, path
-):
+) -> DataLoaders:
     "DataLoaders as the recipe describes them; `dls.stats` and `dls.counts` hold the statistics and histograms they standardise by."
     d = recipe.data
     n_train = len(sites) if valid is None or isinstance(valid, str) else int((~np.asarray(valid, bool)).sum())
@@ -548,9 +553,9 @@ def pretrain_on_controls(
     recipe:Recipe, # `recipe.controls` says how long
     present_only:bool=False, # leave out sites with missing files?
     path:str|Path='.', # folder of the learner
-    say=print, # where notices go
-    without=(), # id_codes of wells that are set aside
-    fit=fit_stage, # trains the stage
+    say:Callable=print, # where notices go
+    without:Iterable[str]=(), # id_codes of wells that are set aside
+    fit:Callable=fit_stage, # trains the stage
     **kwargs # of `recipe_dataloaders`
 ) -> Learner: # its model tells controls apart; `model.swap_head(n)` makes it ready for others
     "Train on the control wells of the training experiments."
@@ -592,10 +597,15 @@ def read_run(
     for part in info.get('parts', [] if 'blend' in info else ['.']): need(Path(part)/'model.safetensors')
     return recipe, info
 
+def _side(files, channels, read_size):
+    "Height and width of an image as the recipe reads it"
+    x = read_site(files, channels)
+    return list((resize_site(x, read_size) if read_size else x).shape[-2:])
+
 def load_run(
     run:str|Path, # a run folder
     sites:pd.DataFrame, # sites to make DataLoaders of; labels are not needed
-    device=None # where to; by default fastai's default device
+    device:str|torch.device=None # where to; by default fastai's default device
 ) -> Learner: # ready for `get_preds` and `predict_sites`
     """The learner of a finished run, with DataLoaders for `sites`; experiments it has never seen get the next numbers.
 
@@ -604,7 +614,7 @@ def load_run(
     recipe, info = read_run(run)
     if 'blend' in info: raise ValueError(f'{run} is a blend of {", ".join(info["blend"])} and has no network of its own')
     if 'parts' in info: raise ValueError(f'{run} has a network for each cell type: load {" or ".join(str(Path(run)/p) for p in info["parts"])}')
-    side = list(MultiChannelImage.create(sites.files.iloc[0], info['channels']).shape[-2:]) if info.get('image_size') and len(sites) else None
+    side = _side(sites.files.iloc[0], info['channels'], recipe.data.read_size) if info.get('image_size') and len(sites) else None
     if side and side!=info['image_size']:
         warnings.warn(f'{run} was trained on images of {" x ".join(map(str, info["image_size"]))} pixels, these have {" x ".join(map(str, side))}')
     recipe = replace(recipe, data=replace(recipe.data, controls=0, domains_per_batch=1, statistics='all'), train=TrainSettings(), # nothing is trained

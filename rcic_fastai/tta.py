@@ -133,7 +133,7 @@ class ViewTransform:
         drawn = [self._reseedable(t) if isinstance(t, RandTransform) else t for t in rest if not isinstance(t, D4)]
         self.draws = any(isinstance(t, RandTransform) for t in drawn) # is there anything random besides symmetries and windows?
         self.as_validated, self.as_trained = Pipeline(rest, split_idx=1), Pipeline(drawn, split_idx=0)
-        self._kept = None # of the last batch: the symmetries of a window and a draw share all but the last step
+        self._kept:tuple = None # of the last batch: the symmetries of a window and a draw share all but the last step
 
     @staticmethod
     def _reseedable(t):
@@ -187,6 +187,7 @@ def check_views(
         raise ValueError(f'tta takes {group.crops} windows, but this network sees whole images: give crop_size, their side as a share of the image, such as 2/3')
     if group.seeds > 1 and not transform.draws and not transform.windows:
         return f'tta repeats {group.seeds} draws, but this network was trained without random augmentations besides symmetries: the draws are all the same'
+    return None
 
 # %% ../nbs/09a_tta.ipynb #025bc24a
 def _over_views(logs, group, flip=False):
@@ -197,7 +198,7 @@ def _over_views(logs, group, flip=False):
     return torch.logaddexp(w.log() + logs[0], (1-w).log() + out) if group.plain_weight else out
 
 def combine_views(
-    y, # logits (V, N, K), in the order of `group.views()`; a list of V tensors (N, K) is averaged without a copy of all
+    y:Tensor|list[Tensor], # logits (V, N, K), in the order of `group.views()`; a list of V tensors (N, K) is averaged without a copy of all
     group:TTA, # how
     activation:str='softmax' # 'softmax' (one class per image) or 'sigmoid' (several labels)
 ) -> Tensor: # logits (N, K)
@@ -211,7 +212,7 @@ def combine_views(
     space = group.space or ('probability' if activation=='sigmoid' or group.combine=='max' else 'logit') # logits of two views may differ by a constant
     if space=='logit':
         if group.combine=='max': out = (torch.stack(y) if isinstance(y, list) else y).amax(0)
-        else: out = sum(y)/len(y) if isinstance(y, list) else y.mean(0)
+        else: out = sum(y[1:], y[0])/len(y) if isinstance(y, list) else y.mean(0)
         return group.plain_weight*y[0] + (1-group.plain_weight)*out if group.plain_weight else out
     y = torch.stack(y) if isinstance(y, list) else y
     if activation=='softmax': return _over_views(y.log_softmax(-1), group)

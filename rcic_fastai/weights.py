@@ -6,10 +6,12 @@
 __all__ = ['geometric_rates', 'last_layer', 'FreezeBody', 'WeightMean', 'EMA', 'LastEpochs', 'KeepBest', 'ValidateWithin']
 
 # %% ../nbs/08c_weights.ipynb #94bc3ec0
+from pathlib import Path
+
 import numpy as np
 import torch
-from fastai.callback.all import *
-from torch import nn
+from fastai.callback.all import Callback
+from torch import Tensor, nn
 
 from .batchnorm import reestimate_batchnorm
 from .model import save_model
@@ -76,7 +78,9 @@ class WeightMean(Callback):
     order, run_valid = 70, False # after the recorder, before a checkpoint
     def __init__(self,
         images:int=256 # training images over which BatchNorm statistics are pooled afterwards
-    ): self.images, self.mean, self.n, self._trains = images, None, 0, False
+    ):
+        self.images, self.n, self._trains = images, 0, False
+        self.mean:list[Tensor] = None # of the parameters; None before the first step
 
     def before_fit(self): self.mean, self.n, self._trains = None, 0, False
     def before_train(self): self._trains = not hasattr(self.learn, 'lr_finder')
@@ -85,7 +89,7 @@ class WeightMean(Callback):
         "For a checkpoint."
         return dict(mean=self.mean, n=self.n)
 
-    def load_state(self, state):
+    def load_state(self, state:dict):
         "Back to what `state` returned."
         self.n, device = state['n'], next(self.learn.model.parameters()).device
         self.mean = None if state['mean'] is None else [t.to(device) for t in state['mean']]
@@ -143,12 +147,14 @@ class KeepBest(Callback):
     order = 65
     def __init__(self,
         monitor:str='accuracy', # column of the log; a loss or error is to be small, anything else large
-        path=None, # file to write them to as well, .safetensors
+        path:str|Path=None, # file to write them to as well, .safetensors
         restore:bool=True # end the fit with them?
     ):
         self.monitor, self.path, self.restore = monitor, path, restore
         self.sign = -1 if 'loss' in monitor or 'error' in monitor else 1
-        self.best, self.weights, self._trains = None, None, False
+        self.best:float = None # value of `monitor`
+        self.weights:dict[str, Tensor] = None
+        self._trains = False
 
     def before_fit(self): self.best, self.weights, self._trains = None, None, False
     def before_train(self): self._trains = not hasattr(self.learn, 'lr_finder')
@@ -157,7 +163,7 @@ class KeepBest(Callback):
         "For a checkpoint."
         return dict(best=self.best, weights=self.weights)
 
-    def load_state(self, state):
+    def load_state(self, state:dict):
         "Back to what `state` returned."
         self.best, self.weights = state['best'], state['weights']
 
@@ -187,11 +193,12 @@ class ValidateWithin(Callback):
         steps:int # batches between two validations
     ):
         if steps < 1: raise ValueError(f'steps is {steps}, expected 1 or more')
-        self.steps, self.rows = steps, []
+        self.steps = steps
+        self.rows:list[dict] = [] # epoch, loss and metrics
 
     def before_fit(self): self.rows = []
     def state(self) -> dict: return dict(rows=self.rows)
-    def load_state(self, state): self.rows = state['rows']
+    def load_state(self, state:dict): self.rows = state['rows']
 
     def after_batch(self):
         learn, done = self.learn, self.train_iter % self.n_iter

@@ -1,10 +1,11 @@
 "Screens and runs that several test files share."
 
-import shutil
+import runpy
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
@@ -41,22 +42,12 @@ def small_run(small_screen, tmp_path_factory):
     return run
 
 
-def find_chromium():
-    "Path of a Chromium or Chrome: that of the system, or the one that `playwright install chromium` has put aside"
-    names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
-    if found := next(filter(None, map(shutil.which, names)), None): return found
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as p:
-        return p.chromium.executable_path if Path(p.chromium.executable_path).exists() else None
-
-
 @pytest.fixture
 def chromium():
     "A headless Chromium of Playwright, without network: `chromium.new_context(offline=True, viewport=...)`"
     from playwright.sync_api import sync_playwright
 
-    if (path := find_chromium()) is None:
+    if (path := runpy.run_path(str(ROOT / "tools" / "browser.py"))["find_chromium"]()) is None:
         pytest.skip("there is no Chromium on this machine: `make browser` gets one")
     with sync_playwright() as p:  # not for the whole session: its event loop would be in the way of others
         browser = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])

@@ -13,6 +13,8 @@ import torch
 from fastai.callback.core import Callback
 from PIL import Image
 
+from test_cli import in_process
+
 from rcic_fastai.all import (
     TTA,
     Atlas,
@@ -426,11 +428,12 @@ def command(name, *args, cwd):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_from_files_to_a_score_by_commands(folder, tmp_path):
+def test_from_files_to_a_score_by_commands(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     settings = [o for s in TINY[:-1] for o in ("--set", s)]
-    code, out = command("rcic-train", "--data", folder, "--recipe", "hpa_seresnext50_focal", "--laptop", 3, *settings, "--set", "inference.thresholds=global", "--run", "run", "--submit", cwd=tmp_path)
+    code, out, _ = in_process(monkeypatch, capsys, "rcic-train", "--data", folder, "--recipe", "hpa_seresnext50_focal", "--laptop", 3, *settings, "--set", "inference.thresholds=global", "--run", "run", "--submit")
     assert code == 0 and "macro-F1" in out, out
-    code, out = command("rcic-score", "--submission", "run/submission.csv", "--truth", folder / "truth.csv", cwd=tmp_path)
+    code, out, _ = in_process(monkeypatch, capsys, "rcic-score", "--submission", "run/submission.csv", "--truth", folder / "truth.csv")
     assert code == 0 and 0 < float(out.split()[-1]) < 1, out
-    code, out = command("rcic-submit", "--run", "run", "--thresholds", "share", "--out", "share.csv", cwd=tmp_path)
+    code, out, _ = in_process(monkeypatch, capsys, "rcic-submit", "--run", "run", "--thresholds", "share", "--out", "share.csv")
     assert code == 0 and (tmp_path / "share.csv").exists(), out

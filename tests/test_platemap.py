@@ -1,5 +1,6 @@
 "Somebody's own screen: plate maps, names of files, grey values, screen.json."
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -225,9 +226,12 @@ def test_from_a_plate_map_to_a_submission(own, tmp_path):
     from rcic_fastai.run import submit_run, train_run
 
     screen, said = describe_screen(own, files=FILES, negative=["DMSO"], say=lambda *a: None), []
-    recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=4")
+    recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=4", "data.read_size=48")
     train_run(screen, recipe, tmp_path / "run", say=said.append)
-    predict_run(tmp_path / "run", screen, "test", batchnorm="running", progress=False)  # one well is no domain
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        predict_run(tmp_path / "run", screen, "test", batchnorm="running", progress=False)  # one well is no domain
+    assert not [w for w in caught if "was trained on images of" in str(w.message)]  # they are reduced when they are read, as in training
     submission = pd.read_csv(submit_run(tmp_path / "run", screen, say=said.append))
     assert submission.columns.tolist() == ["id_code", "sirna", "treatment"] and submission.id_code.tolist() == ["b2_2_A04"]
     assert submission.treatment[0] == ["x", "y"][submission.sirna[0]]

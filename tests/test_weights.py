@@ -210,7 +210,7 @@ def test_tensorboard_gets_a_log(screen, tmp_path):
 
 
 def test_weights_and_biases_gets_the_recipe(screen, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install rcic_fastai[logging]")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install rcic_fastai[tracking]")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     recipe = replace(small, train=TrainSettings(epochs=1))

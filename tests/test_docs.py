@@ -1,0 +1,198 @@
+"The site of the documentation: it builds without a warning, every link leads somewhere, and a browser without network shows all of it."
+
+import ast
+import configparser
+import html
+import importlib
+import os
+import re
+import sys
+import tempfile
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import nbformat
+import pytest
+from filelock import FileLock
+
+pytest.importorskip("myst_nb", reason="the site is built by Sphinx 9, which needs Python 3.11")
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(p.stem for p in (ROOT / "rcic_fastai").glob("*.py") if not p.stem.startswith("_") and p.stem != "all")
+PAGES = ["index", "api/screen", "api/loss", "tutorials/walkthrough", "guides/which_recipe", "guides/published_systems", "commands"]
+
+
+@pytest.fixture(scope="module")
+def tools():
+    "`tools/docs.py` as a module"
+    path = list(sys.path)
+    sys.path.insert(0, str(ROOT / "tools"))
+    yield importlib.import_module("docs")
+    sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def site(tools, tmp_path_factory):
+    "Folder of the built site; the workers of a test session build it once"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "docs"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            with redirect_stdout(StringIO()) as out, redirect_stderr(out), warnings.catch_warnings():
+                warnings.simplefilter("ignore", PendingDeprecationWarning)  # of MyST with the newest Sphinx
+                # in one process: this one has threads, and must not fork
+                problems = tools.build(folder / "site", folder / "pages", jobs=1)
+            (folder / "said").write_text(f"{problems}\n{out.getvalue()}")
+    problems, said = (folder / "said").read_text().split("\n", 1)
+    assert problems == "0", said
+    return folder / "site"
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def settings():
+    parser = configparser.ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+def test_every_notebook_has_a_page(site):
+    for folder, where in (("nbs/tutorials", "tutorials"), ("nbs/pages", "guides")):
+        for notebook in (ROOT / folder).glob("*.ipynb"):
+            assert (site / where / f"{notebook.stem}.html").exists(), f"{notebook.name} is not on the site"
+    for name in ("which_recipe", "published_systems", "limits"):
+        assert (site / "guides" / f"{name}.html").exists()
+
+
+def exported(module):
+    "`__all__` of a module, without importing it"
+    tree = ast.parse((ROOT / "rcic_fastai" / f"{module}.py").read_text(encoding="utf-8"))
+    return next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_exported_name_has_an_entry(site, module):
+    page = text_of(site / "api" / f"{module}.html")
+    missing = [n for n in exported(module) if f'id="rcic_fastai.{module}.{n}"' not in page]
+    assert not missing, f"api/{module}.html has no entry for {', '.join(missing)}"
+
+
+def test_an_entry_has_signature_parameters_errors_and_source(site):
+    entry = text_of(site / "api" / "screen.html").split('id="rcic_fastai.screen.read_screen"')[1][:8000]
+    entry = html.unescape(re.sub(r"<[^>]+>", "", entry))
+    for part in ("read_screen(path", "[source]", "folder of the screen", "FileNotFoundError"):
+        assert part in entry
+
+
+def test_every_command_and_option_is_in_the_reference(site):
+    page = text_of(site / "commands.html")
+    for line in settings()["console_scripts"].split():
+        name, target = line.split("=")
+        if not target.startswith("rcic_fastai."):
+            continue
+        assert f'id="{name}"' in page, f"{name} is not in the reference"
+        assert re.search(f'id="cmdoption-{name}-', page), f"{name} has no options in the reference"
+    for option in ("rcic-train-recipe", "rcic-train-valid", "rcic-pack-preset", "rcic-predict-batchnorm"):
+        assert f'id="cmdoption-{option}"' in page
+
+
+def test_nothing_of_the_machine_or_of_the_making_is_left(site):
+    here = [str(ROOT), str(Path.home()) + "/", tempfile.gettempdir() + "/", "site-packages"]
+    for page in site.rglob("*.html"):
+        if "_static" in page.parts:
+            continue
+        text = text_of(page)
+        assert not [h for h in here if h in text], f"{page.name} holds a path of this machine"
+        if "_modules" not in page.parts:
+            shown = html.unescape(re.sub(r"<math.*?</math>|<[^>]+>", "", text, flags=re.S))
+            assert not re.search(r"^#\|", shown, flags=re.M), f"{page.name} holds a directive"
+            assert not re.search(r"\$[^$\n]*\\[a-z]+[^$\n]*\$|\{py:|\{option\}|:::", shown), f"{page.name} holds markup"
+
+
+def test_hidden_cells_are_not_shown_and_outputs_are(site):
+    for notebook, page in ((ROOT / "nbs" / "index.ipynb", "index"), (ROOT / "nbs" / "pages" / "limits.ipynb", "guides/limits")):
+        shown = html.unescape(re.sub(r"<[^>]+>", "", text_of(site / f"{page}.html")))
+        cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+        hidden = [line for c in cells if c.source.startswith("#| hide") for line in c.source.splitlines()[1:] if len(line) > 30]
+        assert hidden and not [line for line in hidden if line in shown]
+    assert "<img" in text_of(site / "index.html")
+
+
+def page_with(tmp_path, body):
+    (tmp_path / "other.html").write_text('<h1 id="there">Other</h1>')
+    (tmp_path / "page.html").write_text(f"<html><body>{body}</body></html>")
+    return tmp_path
+
+
+@pytest.mark.parametrize("body, problem", [
+    ('<a href="gone.html">x</a>', "there is no such file"),
+    ('<a href="other.html#nowhere">x</a>', "there is no such place on the page"),
+    ('<a href="#nowhere">x</a>', "there is no such place on the page"),
+    ('<img src="gone.png">', "there is no such file"),
+    ('<img srcset="other.html 1x, gone.png 2x">', "there is no such file"),
+    ('<script src="https://cdn.example.org/x.js"></script>', "is loaded from the network"),
+    ('<link rel="stylesheet" href="//fonts.example.org/x.css">', "is loaded from the network"),
+    ('<a href="https://exa mple">x</a>', "is no address"),
+    ('<a href="../../outside.html">x</a>', "there is no such file"),
+])  # fmt: skip
+def test_link_check_finds(tools, tmp_path, body, problem):
+    (found,) = tools.broken_links(page_with(tmp_path, body))
+    assert found.startswith("page.html: ") and found.endswith(problem)
+
+
+def test_link_check_accepts(tools, tmp_path):
+    good = '<p id="a b"></p><a href="#a%20b"></a><a href="other.html?q=1#there"></a><a href="https://example.org/x?y#z"></a><img src="data:image/png;base64,AA==">'
+    assert tools.broken_links(page_with(tmp_path, good)) == []
+    assert tools.broken_links(tmp_path / "nothing")[0].endswith("no pages")
+
+
+def test_a_broken_link_in_a_copy_is_found(tools, site, tmp_path):
+    copy = tmp_path / "copy"
+    (copy / "api").mkdir(parents=True)
+    page = re.sub(r'(?:href|src|action)="(?!#|https?:)[^"]*"', "", text_of(site / "api" / "assign.html"))  # its own places and addresses stay
+    (copy / "api" / "assign.html").write_text(page)
+    assert tools.broken_links(copy) == []
+    (copy / "api" / "assign.html").write_text(page.replace('id="rcic_fastai.assign.assign_classes"', ""))
+    assert any("#rcic_fastai.assign.assign_classes" in p for p in tools.broken_links(copy))
+
+
+def test_a_warning_is_an_error(tools, tmp_path):
+    (tmp_path / "index.md").write_text("# Title\n\n{py:obj}`rcic_fastai.no_such_name`\n")
+    with redirect_stderr(StringIO()) as said:
+        assert tools.sphinx(tmp_path, tmp_path / "out", jobs=1)
+    assert "no_such_name" in said.getvalue()
+
+
+def watched(context):
+    "A page that collects what goes wrong"
+    page, wrong = context.new_page(), []
+    page.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    page.on("requestfailed", lambda r: r.failure == "net::ERR_ABORTED" or wrong.append(f"{r.url} could not be loaded"))  # aborted: by the next page
+    page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or wrong.append(f"{r.url} is not in the site"))
+    return page, wrong
+
+
+@pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)])
+def test_pages_in_a_browser(site, chromium, width, height):
+    page, wrong = watched(chromium.new_context(offline=True, viewport={"width": width, "height": height}))
+    for name in PAGES:
+        page.goto((site / f"{name}.html").as_uri())
+        assert page.locator("h1").first.is_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is wider than {width} pixels"
+        bad = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)")
+        assert not bad, f"{name}: {bad}"
+        assert not wrong, f"{name}: {wrong}"
+
+
+def test_search_answers_without_a_server(site, chromium):
+    page, wrong = watched(chromium.new_context(offline=True))
+    page.goto((site / "search.html").as_uri() + "?q=read_screen")
+    page.locator("#search-results li a").first.wait_for()
+    assert "rcic_fastai.screen.read_screen" in page.locator("#search-results").inner_text()
+    page.locator("#search-results li a").first.click()
+    assert page.url.endswith("api/screen.html#rcic_fastai.screen.read_screen") and not wrong

@@ -1,0 +1,93 @@
+"Every code block of the README runs: commands here, on data small enough for a test; Python in the notebook that the README is made from."
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from test_cli import in_process
+
+ROOT = Path(__file__).resolve().parents[1]
+# what a test can do without: full-size networks and 28 classes of atlas images; the options are those of the commands
+SMALLER = {
+    "rcic-train": ["--laptop", "1", "--set", "data.batch_size=16"],
+    "rcic-hpa-simulate": ["--images", "220", "--test", "40", "--external", "20"],
+}  # fmt: skip
+
+
+def blocks(language):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
+
+
+def commands():
+    "Lines of all shell blocks, continued lines joined, comments dropped, as lists of words"
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_python_blocks_are_cells_that_the_notebook_tests_run():
+    cells = [c.source for c in nbformat.read(ROOT / "nbs" / "index.ipynb", 4).cells if c.cell_type == "code"]
+    code = [re.sub(r"^#\|.*\n", "", c, flags=re.M).strip() for c in cells]
+    found = [b.strip() for b in blocks("python")]
+    assert len(found) >= 2 and not [b for b in found if b not in code]
+
+
+def test_make_knows_its_targets():
+    targets = [w[1] for w in commands() if w[0] == "make"] + re.findall(r"`make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {"demo", "test", "docs"} <= set(targets)
+    for t in set(targets): subprocess.run(["make", "-n", t], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_pip_accepts_what_is_installed():
+    "`pip install .` and its extras: the names exist and the project is one that pip can read"
+    installs = [w for w in commands() if w[0] == "pip"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert ["pip", "install", "."] in installs
+    extras = set(re.findall(r"rcic_fastai\[(\w+)\]|\.\[(\w+)\]", text))
+    for names in extras: assert (names[0] or names[1]) + "_requirements" in (ROOT / "settings.ini").read_text(encoding="utf-8")
+    dry = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", "--no-index", "-q", str(ROOT)]
+    subprocess.run(dry, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def home(small_screen, tmp_path_factory):
+    "A folder with the data that the README speaks of"
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(small_screen, folder / "data" / "rcic")
+    shutil.copy(small_screen / "truth.csv", folder / "truth.csv")
+    mine, rng = folder / "data" / "mine", np.random.default_rng(0)
+    mine.mkdir()
+    for stain in ("DAPI", "ER", "AGP", "RNA", "Mito", "Golgi"):
+        Image.fromarray(rng.integers(200, 4000, (64, 64)).astype(np.uint16)).save(mine / f"B02_{stain}.tif")
+    table, = re.findall(r"^```\n(well,.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    (mine / "wells.csv").write_text(table)
+    return folder
+
+
+def test_commands_of_the_readme(home, monkeypatch, capsys):
+    "In the order of the README, each with its own arguments, in this process"
+    monkeypatch.chdir(home)
+    ran = []
+    for words in commands():
+        if words[0] in ("make", "pip"): continue
+        extra = SMALLER.get(words[0], []) if "--laptop" not in words else ["--laptop", "1", *SMALLER[words[0]][2:]]  # the last one counts
+        status, out, err = in_process(monkeypatch, capsys, *words, *extra)
+        assert status == 0, f"{' '.join(words)}: exit status {status}\n{out[-500:]}\n{err[-2000:]}"
+        ran.append(words[0])
+    assert {"rcic-demo", "rcic-describe", "rcic-show", "rcic-pack", "rcic-train", "rcic-predict", "rcic-submit", "rcic-score", "rcic-report",
+            "rcic-kaggle", "rcic-hpa-simulate", "rcic-hpa-duplicates"} <= set(ran)  # fmt: skip
+    picture = Image.open("B02.png")
+    assert picture.width > 500 and len(np.unique(np.asarray(picture))) > 50
+    submission = pd.read_csv("submission.csv")
+    assert set(submission.id_code) == set(pd.read_csv("truth.csv").id_code)
+    for page in ("runs/seresnext101/report.html", "runs/focal/report.html", "runs/demo/tiny/run/report.html"):
+        assert "</html>" in Path(page).read_text(encoding="utf-8")
+    assert Path("kernel/kernel-metadata.json").exists()
