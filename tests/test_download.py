@@ -201,7 +201,7 @@ def test_the_competition(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rcic_fastai.download, "run_client", client)
     for _ in range(2): download_competition(tmp_path / "all", progress=False, say=lambda *a: None)
-    assert asked == [("competitions", "download", "recursion-cellular-image-classification", "-p", tmp_path / "all")]
+    assert asked == [("competitions", "download", "recursion-cellular-image-classification", "-p", str(tmp_path / "all"))]
     assert (tmp_path / "all" / "train" / "RPE-01" / "Plate1" / "B02_s1_w1.png").exists() and not list((tmp_path / "all").glob("*.zip"))
     download_competition(tmp_path / "some", file_names=["train.csv", "pixel_stats.csv"], progress=False, say=lambda *a: None)
     assert sorted(p.name for p in (tmp_path / "some").iterdir() if not p.name.startswith(".")) == ["pixel_stats.csv", "train.csv"]
