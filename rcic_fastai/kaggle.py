@@ -24,7 +24,7 @@ from fastai.callback.core import Callback
 from fastcore.script import call_parse
 
 from .assign import accuracy_ladder
-from .checkpoint import write_text
+from .checkpoint import Checkpoint, TrainingStopped, write_text
 from .hpa import Atlas, fit_thresholds, label_truth
 from .kaggle_client import kaggle_user, run_client
 from .multilabel import average_precision, f1_floors
@@ -94,8 +94,10 @@ class StopAfter(Callback):
 
     def after_batch(self):
         if not self.training or hasattr(self.learn, 'lr_finder') or time.time() < self.end: return
-        self.end = float('inf') # a second signal would not wait for the checkpoint
-        signal.raise_signal(signal.SIGTERM)
+        # what the handler of a signal does, which there is only in the main thread
+        saver = next((c for c in self.learn.cbs if isinstance(c, Checkpoint)), None)
+        if saver is None: raise TrainingStopped(signal.SIGTERM, None)
+        self.end, saver.signum = float('inf'), signal.SIGTERM
 
 # %% ../nbs/18_kaggle.ipynb #835563ba
 def attached_weights(
