@@ -221,6 +221,7 @@ def _generators(learn):
 class Checkpoint(Callback):
     "Save all that a training needs to go on, after each epoch and every so many steps; go on from such a state."
     order = 200 # after all others
+    signum:int|None # number of a signal that has arrived
     def __init__(self,
         folder:str|Path, # where to
         stage:str='train', # name of the stage
