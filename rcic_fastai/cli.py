@@ -156,7 +156,7 @@ def rcic_pack(
 
 @call_parse
 def rcic_train(
-    data:Path=None, # folder of the screen: Kaggle archive, RxRx1 release, RxRx1-WILDS, a simulated one, or what rcic-pack made of it
+    data:Path=None, # folder of the screen: Kaggle archive, RxRx1 release, RxRx1-WILDS, an atlas, a simulated one, your own after rcic-describe, or what rcic-pack made of it
     recipe:str=None, # name of a system or a JSON file; by default `laptop`, a small network for a CPU
     run:Path=Path('runs/latest'), # folder to write; a run that was killed goes on with the same command
     set:Annotated[str, dict(action='append')]=None, # change a setting of the recipe, such as train.epochs=5; may be repeated

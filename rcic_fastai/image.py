@@ -212,7 +212,7 @@ def show_well(self:Screen,
     Raises: ValueError for a well or a site that has no images; FileNotFoundError naming a file that is missing.
     """
     sites = self.sites()
-    if well is not None: sites = sites[(sites.id_code==well) | (sites.well==well)]
+    if well is not None: sites = sites[(sites.id_code==well) | (sites.well==well[:1].upper()+well[1:].zfill(2))]
     if site is not None: sites = sites[sites.site==site]
     if not len(sites): raise ValueError(f'{self.path} has no images of well {well or "any"}' + ('' if site is None else f', site {site}'))
     row, named = sites.iloc[0], self.channels!=CHANNELS[:len(self.channels)]

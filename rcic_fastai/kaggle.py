@@ -350,6 +350,7 @@ def rcic_kaggle(
             values = dict(VALID=valid, TARGET=target, PRESENT_ONLY=present_only, HOURS=hours) if kind=='train' else {}
             meta = build_kernel(folder, kind, chosen, run, weights, user, title, competition, dataset or (), wheel or (), () if no_wheel else image_lacks, go_on, values,
                                 private=not public, gpu=not no_gpu, internet=internet, kernels=kernel or (), models=model or (), machine=machine)
+            if chosen is not None and isinstance(chosen.model.pretrained, str): _say(f'The kernel will look for {chosen.model.pretrained} in what is attached: {", ".join(dataset or ["no dataset yet"])}')
             return _say(_steps(folder, meta))
         name, to = _kernel_id(folder), to or Path(folder)/'output'
         args = dict(push=('push', '-p', folder), status=('status', name), output=('output', name, '-p', to))[action]

@@ -120,7 +120,7 @@ def _image_files(root):
 
 def _field_texts(rows, field):
     "How the values of a column may be written in a path, and which row value that is"
-    if field not in rows: raise ValueError(f'files: {{{field}}} is no column of the plate map{_nearest(field, ["channel", "site", *rows.columns.drop(["file", "row"])])}')
+    if field not in rows: raise ValueError(f'files: {{{field}}} is no column of the plate map{_nearest(field, rows.columns.drop(["file", "row"]))}; add such a column to it, or leave the field out')
     return {str(v): str(v) for v in rows[field]}
 
 def pattern_regex(
@@ -309,7 +309,7 @@ def _chosen_channels(found, asked, n_sites, say):
     "Names of the channels, in the order asked for or by name; says which are not everywhere"
     names = [str(c) for c in asked or found.index]
     for name in names:
-        if channel_name(name) not in found: raise ValueError(f'channel {name!r} has no images{_nearest(name, found.index)}')
+        if channel_name(name) not in found: raise ValueError(f'channel {name!r} has no images{_nearest(name, found.index)}; channels are what the names of the files call them, in the order you want, the nucleus first')
         if found[channel_name(name)] < n_sites: say(f'Channel {name}: images of {found[channel_name(name)]:,} of {n_sites:,} sites only')
     return names
 
