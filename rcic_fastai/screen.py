@@ -163,7 +163,7 @@ def _is_wilds(metadata):
     return (metadata.parent/f"images/{r.get('experiment')}/Plate{r.get('plate')}/{r.get('well')}_s{r.get('site')}.png").is_file()
 
 def _is_hpa(table):
-    with table.open(newline='', encoding='utf-8-sig', errors='replace') as f: return 'Target' in next(csv.reader(f), [])
+    with table.open(encoding='utf-8-sig', errors='replace') as f: return 'Target' in [c.strip(' \r\n"') for c in f.readline().split(',')]
 
 def _find_screen(path, layout=None):
     "The folder of the tables, and the layout."

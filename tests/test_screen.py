@@ -387,7 +387,7 @@ def test_rxrx1_folder_level(tmp_path):
 
 
 def test_unknown_folder_says_what_was_looked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train.csv, metadata.csv, rxrx1_v1.0/metadata.csv"):
+    with pytest.raises(FileNotFoundError, match="train.csv, screen.json, metadata.csv, rxrx1_v1.0/metadata.csv"):
         screen_layout(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         screen_layout(tmp_path / "nowhere")
