@@ -326,7 +326,9 @@ def rcic_report(
 ):
     "A page about a run, in one HTML file: curves, what each step brings, plates, confusions, worst wells, embeddings, calibration."
     with one_line_errors(debug):
-        if (folder or run) is None: raise ValueError('which run? rcic-report runs/NAME')
+        if (folder or run) is None:
+            print('rcic-report: error: the following arguments are required: the folder of a run', file=sys.stderr)
+            raise SystemExit(2)
         _say(f'Written: {make_report(folder or run, out, data, truth, template, say=_say)}')
 
 # %% ../nbs/17_cli.ipynb #7a7e540f
