@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # what a test can do without: full-size networks and 28 classes of atlas images; the options are those of the commands
 SMALLER = {
     "rcic-train": ["--laptop", "1", "--set", "data.batch_size=16"],
-    "rcic-hpa-simulate": ["--images", "340", "--test", "40", "--external", "46"],
+    "rcic-hpa-simulate": ["--images", "340", "--test", "168", "--external", "46"],
 }  # fmt: skip
 
 
