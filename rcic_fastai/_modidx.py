@@ -1044,7 +1044,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'rcic_fastai.platemap._chosen_channels': ( 'platemap.html#_chosen_channels',
                                                                                  'rcic_fastai/platemap.py'),
                                       'rcic_fastai.platemap._examples': ('platemap.html#_examples', 'rcic_fastai/platemap.py'),
-                                      'rcic_fastai.platemap._field_texts': ('platemap.html#_field_texts', 'rcic_fastai/platemap.py'),
+                                      'rcic_fastai.platemap._field_values': ('platemap.html#_field_values', 'rcic_fastai/platemap.py'),
                                       'rcic_fastai.platemap._group': ('platemap.html#_group', 'rcic_fastai/platemap.py'),
                                       'rcic_fastai.platemap._image_files': ('platemap.html#_image_files', 'rcic_fastai/platemap.py'),
                                       'rcic_fastai.platemap._natural': ('platemap.html#_natural', 'rcic_fastai/platemap.py'),

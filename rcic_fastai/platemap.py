@@ -118,10 +118,10 @@ def _image_files(root):
         found += [n if below=='.' else f'{below}/{n}' for n in names if n.lower().endswith(_image_suffixes) and not n.startswith('.')]
     return sorted(found, key=_natural)
 
-def _field_texts(rows, field):
-    "How the values of a column may be written in a path, and which row value that is"
+def _field_values(rows, field):
+    "The values of a column, the longest first, so that none hides another"
     if field not in rows: raise ValueError(f'files: {{{field}}} is no column of the plate map{_nearest(field, rows.columns.drop(["file", "row"]))}; add such a column to it, or leave the field out')
-    return {str(v): str(v) for v in rows[field]}
+    return sorted(set(rows[field].astype(str)), key=len, reverse=True)
 
 def pattern_regex(
     files:str, # such as 'Plate{plate}/{well}_s{site}_{channel}.tif'
@@ -141,7 +141,7 @@ def pattern_regex(
         elif field=='channel': parts.append('(?P<channel>[^/]+?)')
         elif field=='site': parts.append(r'(?P<site>\d+)')
         elif field=='well': parts.append(r'(?P<well>[A-Pa-p]\d{1,2}|[Rr]\d{2}[Cc]\d{2})')
-        else: parts.append(f'(?P<{_group(field)}>{"|".join(map(_zeros, sorted(_field_texts(rows, field), key=len, reverse=True)))})')
+        else: parts.append(f'(?P<{_group(field)}>{"|".join(map(_zeros, _field_values(rows, field)))})')
         seen.add(field)
     return re.compile(''.join(parts))
 
