@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from copy import copy
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -138,9 +139,10 @@ class ViewTransform:
     @staticmethod
     def _reseedable(t):
         "A copy that draws from torch's generator, so that neither the parameters nor the generator of the one in training change"
-        t = copy(t)
-        if getattr(t, 'generator', None) is not None: t.generator = None
-        return t
+        own = copy(t)
+        if getattr(own, 'generator', None) is not None: own.generator = None
+        if getattr(vars(t).get('before_call'), '__self__', None) is t: own.before_call = MethodType(t.before_call.__func__, own) # fastai 2.8.9 binds it
+        return own
 
     def __call__(self,
         x:Tensor, # raw images, uint8 (B, C, H, W), of the type that the transforms dispatch on

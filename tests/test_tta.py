@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from fastai.vision.augment import RandTransform
 from scipy.special import expit, log_softmax, softmax
 
 from rcic_fastai.augment import RandomCrop, RandomResizedSquareCrop, Standardize, dihedral, screen_transforms
@@ -108,9 +109,14 @@ def test_windows_of_whole_images_have_the_scale_of_validation():
     assert torch.equal(plain(show(x, context, View(3, 2, 0, 0.5))[0]), dihedral(window(whole, 12, 2), 3))
 
 
-def test_draws_depend_on_seed_and_key_alone():
+@pytest.mark.parametrize("bound", [False, True])
+def test_draws_depend_on_seed_and_key_alone(bound):
+    "Also where each transform holds a bound `before_call`, as in fastai 2.8.9: a copy draws for itself."
     x, context = raw(4)
     tfms = screen_transforms(size=32, intensity=0.3, cutout=1, seed=5)
+    for t in tfms if bound else ():
+        if isinstance(t, RandTransform):
+            t.before_call = t.before_call
     states = [t.generator.get_state() for t in tfms if getattr(t, "generator", None) is not None]
     show, keys = ViewTransform(tfms), image_keys("abcd")
     first = plain(show(x, context, View(2, 0, 1), keys)[0])
