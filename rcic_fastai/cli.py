@@ -17,24 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
-import pandas as pd
 from fastcore.script import CliError, call_parse
-
-from .assign import accuracy_ladder, assign_predictions, score_submission, score_table, write_submission
-from .checkpoint import TrainingStopped
-from .embed import embedding_report
-from .hpa import Atlas, fit_thresholds, label_score_table, submit_labels, validation_sentence
-from .multilabel import score_label_submission
-from .platemap import describe_screen
-from .predict import embed_run, predict_run, well_accuracy, write_embeddings
-from .recipe import change_recipe, get_recipe, laptop_recipe, list_recipes
-from .report import make_report
-from .run import blend_runs, find_lr, logger, submit_run, train_run
-from .screen import plate_groups, read_screen
-from .simulate import simulate_screen
-from .store import Store, pack_screen, verify_store
-from .train import read_run
 
 # %% ../nbs/17_cli.ipynb #52f479aa
 @contextmanager
@@ -46,7 +29,7 @@ def one_line_errors(
     except CliError: raise
     except KeyboardInterrupt as e:
         if debug: raise
-        said, signum = (f'{e}; the same command goes on', e.signum) if isinstance(e, TrainingStopped) else ('interrupted', signal.SIGINT)
+        said, signum = (f'{e}; the same command goes on', e.signum) if hasattr(e, 'signum') else ('interrupted', signal.SIGINT) # a `TrainingStopped` has one
         print(f'{Path(sys.argv[0]).name}: {said}', file=sys.stderr)
         raise SystemExit(128+signum) from None
     except Exception as e:
@@ -76,6 +59,8 @@ def rcic_simulate(
 ):
     "Write a screen with known truth and a real batch effect, in the layout of the RCIC archive."
     with one_line_errors(debug):
+        from rcic_fastai.screen import read_screen
+        from rcic_fastai.simulate import simulate_screen
         simulate_screen(out, sirnas, train_experiments, test_experiments, tuple(filter(None, cell_types.split(','))), image_size,
                         n_sites=sites, effect=effect, batch_effect=batch_effect, seed=seed, workers=workers)
         _say(read_screen(out))
@@ -102,6 +87,7 @@ def rcic_describe(
 ):
     "Make a screen of a folder of channel files and a plate map; --data of the other commands takes it from then on."
     with one_line_errors(debug):
+        from rcic_fastai.platemap import describe_screen
         screen = describe_screen(data, table, files, channels and [c.strip() for c in channels.split(',')], _pairs(column, 'column'), negative or (), positive or (), out, like, say=_say)
         _say(screen)
         _say(f'Channels: {", ".join(map(str, screen.channels))}\nWritten: {screen.path/"screen.json"}; look at a well with rcic-show --data {screen.path}')
@@ -116,6 +102,8 @@ def rcic_show(
 ):
     "A picture of a well: all stains in colour, then each in grey."
     with one_line_errors(debug):
+        import matplotlib.pyplot as plt
+        from rcic_fastai.screen import read_screen
         with plt.ioff():
             fig = read_screen(data).show_well(well, site)[0].figure # type: ignore[attr-defined] # patched in 02_image
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,6 +125,8 @@ def rcic_pack(
 ):
     "Pack a screen once, losslessly, into a store that is read many times faster; give it to --data of the other commands."
     with one_line_errors(debug):
+        from rcic_fastai.screen import read_screen
+        from rcic_fastai.store import Store, pack_screen, verify_store
         if data is None and not verify: raise ValueError('--data is missing: the folder of the screen to pack')
         screen = None if data is None else read_screen(data)
         if screen is None or verify and (out/'manifest.json').exists(): store = Store(out)
@@ -174,10 +164,16 @@ def rcic_train(
 ):
     "Train a recipe on the training split of a screen."
     with one_line_errors(debug):
+        from rcic_fastai.recipe import list_recipes
         if list: return _say(list_recipes().to_string())
         if data is None:
             print('rcic-train: error: the following arguments are required: --data (or --list)', file=sys.stderr)
             raise SystemExit(2)
+        from rcic_fastai.hpa import Atlas, fit_thresholds, submit_labels, validation_sentence
+        from rcic_fastai.predict import predict_run, well_accuracy
+        from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
+        from rcic_fastai.run import logger, submit_run, train_run
+        from rcic_fastai.screen import read_screen
         if recipe is None: _say("No --recipe: using 'laptop', a small network with domain batches that trains on a CPU in minutes")
         settings = get_recipe(recipe or 'laptop', faithful)
         settings = change_recipe(settings if laptop is None else laptop_recipe(settings, laptop), *(set or []))
@@ -212,6 +208,9 @@ def rcic_find_lr(
 ):
     "Suggest a learning rate for the main stage of a recipe, with fastai's `lr_find`."
     with one_line_errors(debug):
+        from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
+        from rcic_fastai.run import find_lr
+        from rcic_fastai.screen import read_screen
         settings = get_recipe(recipe)
         settings = change_recipe(settings if laptop is None else laptop_recipe(settings, laptop), *(set or []))
         for name, rate in find_lr(read_screen(data), settings, target, steps, out, present_only, _say)._asdict().items(): _say(f'{name:>8}: {rate:.2e}')
@@ -232,6 +231,9 @@ def rcic_predict(
 ):
     "Predict a split of a screen with a finished run; writes predictions/SPLIT.npz into its folder."
     with one_line_errors(debug):
+        from rcic_fastai.predict import predict_run
+        from rcic_fastai.screen import read_screen
+        from rcic_fastai.train import read_run
         _, info = read_run(run)
         sizes = [int(b) for b in bagging.split(',')] if bagging else None
         views = int(tta) if tta and tta.isdigit() else tta
@@ -252,6 +254,11 @@ def rcic_embed(
 ):
     "Embeddings of a split, as a file, and how well they tell siRNAs apart and batches together."
     with one_line_errors(debug):
+        import pandas as pd
+        from rcic_fastai.embed import embedding_report
+        from rcic_fastai.predict import embed_run, write_embeddings
+        from rcic_fastai.screen import read_screen
+        from rcic_fastai.train import read_run
         _, info = read_run(run)
         x, wells = embed_run(run, read_screen(data or info['data']), split, batchnorm, say=_say)
         if truth is not None: wells['sirna'] = wells.id_code.map(pd.read_csv(truth).set_index('id_code').sirna)
@@ -271,6 +278,9 @@ def rcic_blend(
 ):
     "Average the predictions of several runs; says how good each is on the wells that were set aside, and how much they agree."
     with one_line_errors(debug):
+        from rcic_fastai.run import blend_runs
+        from rcic_fastai.screen import read_screen
+        from rcic_fastai.train import read_run
         if len(run) < 2: raise ValueError('a blend needs at least two runs: repeat --run')
         screen = read_screen(data or read_run(run[0])[1]['data'])
         given = weights if weights in (None, 'chosen') else [float(w) for w in weights.split(',')]
@@ -292,6 +302,10 @@ def rcic_submit(
 ):
     "Plate groups, one-to-one assignment and checks: from predictions to submission.csv."
     with one_line_errors(debug):
+        from rcic_fastai.hpa import Atlas, submit_labels
+        from rcic_fastai.run import submit_run
+        from rcic_fastai.screen import read_screen
+        from rcic_fastai.train import read_run
         screen = read_screen(data or read_run(run)[1]['data'])
         if isinstance(screen, Atlas):
             if no_groups or no_assignment or assignment: raise ValueError('an atlas has no plate groups and no assignment; --thresholds says how scores become labels')
@@ -307,6 +321,10 @@ def rcic_score(
 ):
     "Accuracy of a submission per experiment, and over all wells on the last line; of several labels macro-F1, and F1 per class."
     with one_line_errors(debug):
+        import pandas as pd
+        from rcic_fastai.assign import score_submission, score_table
+        from rcic_fastai.hpa import label_score_table
+        from rcic_fastai.multilabel import score_label_submission
         if truth.is_file() and 'Id' in pd.read_csv(truth, nrows=0):
             _say(label_score_table(submission, truth).to_string(float_format=lambda v: f'{v:.4f}'))
             return _say(f'{score_label_submission(submission, truth):.6f}')
@@ -329,6 +347,7 @@ def rcic_report(
         if (folder or run) is None:
             print('rcic-report: error: the following arguments are required: the folder of a run', file=sys.stderr)
             raise SystemExit(2)
+        from rcic_fastai.report import make_report
         _say(f'Written: {make_report(folder or run, out, data, truth, template, say=_say)}')
 
 # %% ../nbs/17_cli.ipynb #7a7e540f
@@ -343,6 +362,14 @@ def rcic_demo(
 ):
     "All of it on a simulated screen: simulate, pack, train, predict, assign, submit, score, report."
     with one_line_errors(debug):
+        from rcic_fastai.assign import accuracy_ladder, assign_predictions, write_submission
+        from rcic_fastai.predict import predict_run
+        from rcic_fastai.recipe import change_recipe, get_recipe
+        from rcic_fastai.report import make_report
+        from rcic_fastai.run import train_run
+        from rcic_fastai.screen import plate_groups, read_screen
+        from rcic_fastai.simulate import simulate_screen
+        from rcic_fastai.store import pack_screen
         start, out = time.time(), Path(out)/('tiny' if tiny else f'seed{seed}') if out==Path('runs/demo') else Path(out)
         size:dict = dict(n_train=3, n_test=1, cell_types=('HUVEC',), image_size=48) if tiny else {}
         if tiny: sirnas = 8

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rxrx1_url', 'rxrx1_parts', 'check_space', 'fetch_file', 'check_members', 'extract_archive', 'download_rxrx1',
-           'download_competition', 'rcic_download']
+           'download_competition']
 
 # %% ../nbs/18a_download.ipynb #196499a8
 import warnings
@@ -14,16 +14,13 @@ warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)
 import base64, hashlib, json, os, re, shutil, stat, time, zipfile, zlib
 from pathlib import Path
 from collections.abc import Callable, Sequence
-from typing import Annotated
 
 import requests
-from fastcore.script import call_parse
 from tqdm.auto import tqdm
 
 from .checkpoint import write_text
 from .kaggle import competitions
 from .kaggle_client import run_client
-from .screen import read_screen
 
 # %% ../nbs/18a_download.ipynb #e70f23cf
 _tries, _chunk = 6, 2**20
@@ -248,25 +245,3 @@ def download_competition(
         say(f'{archive.name}: {_unpack(archive, out, keep_archive, progress):,} files')
         write_text(_done(out, archive.name), f'{name}\n')
     return out
-
-# %% ../nbs/18a_download.ipynb #df7fe1d6
-@call_parse
-def rcic_download(
-    source:Annotated[str, dict(required=True, choices=('competition', 'rxrx1'))]=None, # the competition, by Kaggle's client, or the public RxRx1 release
-    out:Annotated[Path, dict(required=True)]=None, # folder to write; the same command goes on where it was cut off
-    competition:str=competitions['sirna'], # of source competition: its name, such as human-protein-atlas-image-classification
-    file:Annotated[str, dict(action='append')]=None, # of source competition: a single file instead of the archive; may be repeated
-    parts:str='metadata,images', # of source rxrx1: metadata (1 MB), images (46 GB), embeddings (51 MB)
-    url:str=rxrx1_url, # of source rxrx1: where the archives lie
-    no_extract:bool=False, # leave archives packed
-    keep_archive:bool=False, # leave archives there when they have been unpacked
-    debug:bool=False, # show the traceback of an error
-):
-    "Download a screen: resumable, with sizes and checksums compared, and archives that cannot write outside the folder."
-    from rcic_fastai.cli import _say, one_line_errors # not above, as in `kaggle`
-    with one_line_errors(debug):
-        if source=='rxrx1': download_rxrx1(out, [p.strip() for p in parts.split(',')], url, not no_extract, keep_archive, say=_say)
-        else: download_competition(out, competition, file or (), not no_extract, keep_archive, say=_say)
-        if no_extract or file: return _say(f'Written: {out}')
-        try: _say(read_screen(out))
-        except FileNotFoundError: _say(f'Written: {out}')

@@ -13,12 +13,6 @@ from typing import Annotated
 from fastcore.script import call_parse
 
 from .cli import _say, one_line_errors
-from .folds import fold_report
-from .hpa import atlas_folds, find_duplicates, read_hpa
-from .hpa_stack import stack_runs
-from .multilabel import label_matrix
-from .simulate_hpa import simulate_hpa
-from .train import read_run
 
 # %% ../nbs/17a_hpa_cli.ipynb #57d02e91
 @call_parse
@@ -36,6 +30,8 @@ def rcic_hpa_simulate(
 ):
     "Write an atlas with known truth: 28 protein patterns, twins, labels that disagree, in the layout of the Human Protein Atlas challenge."
     with one_line_errors(debug):
+        from rcic_fastai.hpa import read_hpa
+        from rcic_fastai.simulate_hpa import simulate_hpa
         simulate_hpa(out, images, test, external, image_size, size_shift=size_shift, contrast=contrast, seed=seed, workers=workers)
         _say(read_hpa(out))
 
@@ -51,6 +47,9 @@ def rcic_hpa_duplicates(
 ):
     "Find images that are the same picture, and write which images must not be divided between training and validation."
     with one_line_errors(debug):
+        from rcic_fastai.folds import fold_report
+        from rcic_fastai.hpa import atlas_folds, find_duplicates, read_hpa
+        from rcic_fastai.multilabel import label_matrix
         _say(find_duplicates(read_hpa(data), out, max_distance, canonical, present_only, say=_say).to_string(float_format=lambda v: f'{v:.3f}'))
         if out is not None and out.resolve()!=data.resolve(): return
         atlas = read_hpa(data)
@@ -74,6 +73,9 @@ def rcic_hpa_stack(
 ):
     "Weigh several runs, and what the images look like, by LightGBM for each class; goes on where it was interrupted."
     with one_line_errors(debug):
+        from rcic_fastai.hpa import read_hpa
+        from rcic_fastai.hpa_stack import stack_runs
+        from rcic_fastai.train import read_run
         atlas = read_hpa(data or read_run(run[0])[1]['data'])
         report = stack_runs(run, atlas, out, repeats, not no_statistics, combine, min_positives, json.loads(params) if params else None, seed=seed, say=_say)
         _say(report.to_string(float_format=lambda v: f'{v:.3f}'))

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['competitions', 'notebook_limit', 'find_competition', 'find_run', 'copy_run', 'go_on', 'StopAfter', 'attached_weights',
-           'validation_table', 'kaggle_slug', 'kernel_metadata', 'kernel_notebook', 'weights_folder', 'build_kernel',
-           'rcic_kaggle']
+           'validation_table', 'kaggle_slug', 'kernel_metadata', 'kernel_notebook', 'weights_folder', 'build_kernel']
 
 # %% ../nbs/18_kaggle.ipynb #196499a8
 import warnings
@@ -17,20 +16,18 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from collections.abc import Collection, Sequence
-from typing import Annotated
 
 import pandas as pd
 from fastai.callback.core import Callback
-from fastcore.script import call_parse
 
 from .assign import accuracy_ladder
 from .checkpoint import Checkpoint, TrainingStopped, write_text
 from .hpa import Atlas, fit_thresholds, label_truth
-from .kaggle_client import kaggle_user, run_client
+from .kaggle_client import kaggle_user
 from .multilabel import average_precision, f1_floors
 from .multilabel_loss import multilabel_losses
 from .predict import predict_run, well_accuracy
-from .recipe import change_recipe, get_recipe, laptop_recipe, recipe_to_json
+from .recipe import get_recipe, recipe_to_json
 from .screen import Screen, plate_groups
 from .train import Recipe, read_run
 from .wheels import image_lacks, input_folders, install_wheels, installed_wheel, pack_wheels
@@ -294,65 +291,3 @@ def build_kernel(
     write_text(out/meta['code_file'], text)
     write_text(out/'kernel-metadata.json', json.dumps(meta, indent=1)+'\n')
     return meta
-
-# %% ../nbs/18_kaggle.ipynb #125cf29c
-def _kernel_id(folder):
-    path = Path(folder)/'kernel-metadata.json'
-    if not path.is_file(): raise FileNotFoundError(f'{path} is not there: rcic-kaggle build writes it')
-    return json.loads(path.read_text())['id']
-
-def _steps(folder, meta):
-    "What to do with a folder that was built"
-    lines = [f'Written: {folder}, {(Path(folder)/meta["code_file"]).stat().st_size/1000:.0f} kB; address {meta["id"]}']
-    if (Path(folder)/'weights').exists(): lines.append(f'First the weights, once: kaggle datasets create -p {Path(folder)/"weights"} --dir-mode zip')
-    return '\n'.join([*lines, f'Then: rcic-kaggle push --folder {folder}'])
-
-@call_parse
-def rcic_kaggle(
-    action:Annotated[str, dict(choices=('build', 'push', 'status', 'output'))], # build a kernel; upload and start it; ask how it goes; fetch what it wrote
-    folder:Path=Path('kaggle-kernel'), # of the kernel: build writes it, the others read its address
-    kind:str='train', # of build: train, or infer for a kernel that only loads weights
-    recipe:str=None, # of a kernel that trains: name of a system or a JSON file; by default laptop
-    set:Annotated[str, dict(action='append')]=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
-    laptop:int=None, # shrink the recipe to a small network and so many epochs in all
-    faithful:bool=False, # the recipe as it was published, mistakes included
-    valid:str=None, # wells to set aside, as for rcic-train
-    target:str=None, # column of the wells to predict, as for rcic-train
-    present_only:bool=False, # use the sites whose files are all there
-    hours:float=8.5, # training stops and saves itself after so many hours; sessions on a GPU end after 9 or 12
-    go_on:bool=False, # attach the output of the last version, to go on with its training
-    run:Path=None, # of kind infer: finished run; its weights are written to a folder for `kaggle datasets create`
-    weights:str=None, # of kind infer: USER/NAME of the dataset of weights; by default named after the title
-    user:str=None, # owner; by default the one the client's credentials belong to
-    title:str=None, # of the kernel, 5 to 50 characters; by default after the recipe
-    competition:str=None, # attached competition; by default RCIC, for recipes of several labels the Human Protein Atlas
-    dataset:Annotated[str, dict(action='append')]=None, # attach a dataset, USER/NAME; may be repeated
-    kernel:Annotated[str, dict(action='append')]=None, # attach the output of another kernel, USER/NAME; may be repeated
-    model:Annotated[str, dict(action='append')]=None, # attach a model, USER/NAME/FRAMEWORK/VARIATION/VERSION; may be repeated
-    machine:str=None, # accelerator by Kaggle's name, such as NvidiaTeslaT4
-    no_gpu:bool=False, # run without a GPU
-    internet:bool=False, # run with internet; most competitions take no submission from such a kernel
-    public:bool=False, # let everyone see the kernel
-    wheel:Annotated[list[Path], dict(type=Path, metavar='(path)', action='append')]=None, # put a further wheel into the notebook; may be repeated
-    no_wheel:bool=False, # put no wheel into the notebook but the library's and those of --wheel
-    to:Path=None, # of output: folder to fetch to; by default output in that of the kernel
-    debug:bool=False, # show the traceback of an error
-):
-    "A notebook for Kaggle that carries this library: build it, upload it, ask how it goes, fetch what it wrote."
-    from rcic_fastai.cli import _say, one_line_errors # not above: kernels import this module too, where fastcore may be older than commands need
-    with one_line_errors(debug):
-        if action=='build':
-            chosen = None
-            if kind=='train':
-                chosen = get_recipe(recipe or 'laptop', faithful)
-                chosen = change_recipe(chosen if laptop is None else laptop_recipe(chosen, laptop), *(set or []))
-            elif recipe or set or laptop: raise ValueError('--recipe, --set and --laptop are for kernels that train; one that infers has the recipe of its run')
-            values = dict(VALID=valid, TARGET=target, PRESENT_ONLY=present_only, HOURS=hours) if kind=='train' else {}
-            meta = build_kernel(folder, kind, chosen, run, weights, user, title, competition, dataset or (), wheel or (), () if no_wheel else image_lacks, go_on, values,
-                                private=not public, gpu=not no_gpu, internet=internet, kernels=kernel or (), models=model or (), machine=machine)
-            if chosen is not None and isinstance(chosen.model.pretrained, str): _say(f'The kernel will look for {chosen.model.pretrained} in what is attached: {", ".join(dataset or ["no dataset yet"])}')
-            return _say(_steps(folder, meta))
-        name, to = _kernel_id(folder), to or Path(folder)/'output'
-        args = dict(push=('push', '-p', folder), status=('status', name), output=('output', name, '-p', to))[action]
-        run_client('kernels', *map(str, args), say=lambda line: print(line, end='', flush=True))
-        if action=='output': _say(f'Fetched: {to}')

@@ -21,7 +21,6 @@ from typing import Any
 import timm, torch
 import torch.nn.functional as F
 from fastai.layers import AdaptiveConcatPool2d
-from pretrainedmodels.models import senet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -54,7 +53,13 @@ class Backbone(nn.Module):
 seresnext_layers = {'small_seresnext': (1,1,1,1), 'se_resnext50_32x4d': (3,4,6,3), 'se_resnext101_32x4d': (3,4,23,3)} # blocks per stage
 
 # %% ../nbs/06_model.ipynb #489e7cd1
+def _senet():
+    "`pretrainedmodels.models.senet`, which takes a second to import, and builds layers meanwhile: random numbers would be other ones after it"
+    with torch.random.fork_rng(devices=[]): from pretrainedmodels.models import senet
+    return senet
+
 def _seresnext(name):
+    senet = _senet()
     net = senet.SENet(senet.SEResNeXtBottleneck, seresnext_layers[name], groups=32, reduction=16, dropout_p=None, inplanes=64,
                       input_3x3=False, downsample_kernel_size=1, downsample_padding=0)
     layers = OrderedDict((k, m) for k,m in net.named_children() if k.startswith('layer'))
@@ -176,6 +181,7 @@ def weight_urls(
     name:str, # 'se_resnext50_32x4d' or 'se_resnext101_32x4d'
 )->list[str]: # In the order to try
     "Where the ImageNet weights of an SE-ResNeXt are published. Raises: `ValueError` if they are nowhere."
+    senet = _senet()
     if name not in senet.pretrained_settings:
         raise ValueError(f"{name} has no published weights: use pretrained=False, or the path of a file")
     return [timm.get_pretrained_cfg(name.replace('se_', 'legacy_se')).url, senet.pretrained_settings[name]['imagenet']['url']]

@@ -92,7 +92,7 @@ def test_signals_save_first_and_say_so(screen, whole, tmp_path, monkeypatch, cap
     "Through the command: the exit status is 128 plus the signal, and the same command goes on"
     (tmp_path / "recipe.json").write_text(recipe_to_json(tiny))
     command = dict(data=screen.path, recipe=str(tmp_path / "recipe.json"), run=tmp_path / "run", valid="experiment=HUVEC-03")
-    monkeypatch.setattr(cli, "logger", lambda *a: At(6, lambda learn: os.kill(os.getpid(), signum)))
+    monkeypatch.setattr("rcic_fastai.run.logger", lambda *a: At(6, lambda learn: os.kill(os.getpid(), signum)))
     inherited = signal.signal(signum, signal.default_int_handler)  # a job in the background begins with SIGINT ignored
     try:
         with pytest.raises(SystemExit) as e:
@@ -197,7 +197,7 @@ def test_a_loss_that_is_no_number(screen, tmp_path, monkeypatch):
         next(learn.model.parameters()).data.fill_(float("nan"))
 
     (tmp_path / "recipe.json").write_text(recipe_to_json(change_recipe(tiny, "train.schedule=constant")))
-    monkeypatch.setattr(cli, "logger", lambda *a: At(5, poison))
+    monkeypatch.setattr("rcic_fastai.run.logger", lambda *a: At(5, poison))
     with pytest.raises(CliError) as e:
         cli.rcic_train(data=screen.path, recipe=str(tmp_path / "recipe.json"), run=tmp_path / "run", log="poison", valid="experiment=HUVEC-03")
     last = checkpoint_files(tmp_path / "run/checkpoints")[-1]

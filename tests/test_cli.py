@@ -58,10 +58,16 @@ def test_what_is_required_is_said(name, monkeypatch, capsys):
 
 def test_installed_command_fails_in_one_line(tmp_path):
     "As a process: exit status 1, one line on standard error, no traceback; the traceback with --debug."
-    done = run("rcic-score", "--submission", tmp_path / "none.csv", "--truth", tmp_path / "truth.csv", ok=False)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("rcic-score: error: ") and "none.csv" in done.stderr
-    debug = run("rcic-score", "--submission", tmp_path / "none.csv", "--truth", tmp_path / "truth.csv", "--debug", ok=False)
+    done = run("rcic-simulate", "--out", tmp_path / "none", "--sirnas", 2, ok=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("rcic-simulate: error: ") and "4 to 1108" in done.stderr
+    debug = run("rcic-simulate", "--out", tmp_path / "none", "--sirnas", 2, "--debug", ok=False)
     assert debug.returncode != 0 and "Traceback" in debug.stderr
+
+
+def test_help_is_said_at_once():
+    "Nothing heavy is imported before a command knows what it shall do."
+    code = "import sys, rcic_fastai.cli, rcic_fastai.hpa_cli, rcic_fastai.kaggle_cli; print([m for m in ('torch', 'fastai', 'pandas', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.fixture
@@ -142,12 +148,12 @@ def test_a_disk_without_room(small_screen, tmp_path, monkeypatch, capsys):
 
 
 def test_packing_that_is_interrupted_says_how_to_go_on(small_screen, tmp_path, monkeypatch, capsys):
-    import rcic_fastai.cli as cli
+    import rcic_fastai.store as store
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "pack_screen", interrupted)
+    monkeypatch.setattr(store, "pack_screen", interrupted)
     status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s")
     assert status == 1 and err.strip() == "rcic-pack: interrupted; run the same command to go on"
     status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--out", tmp_path / "nothing", "--verify")

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import rcic_fastai.download
-from rcic_fastai.download import download_competition, download_rxrx1, extract_archive, fetch_file, rcic_download
+from rcic_fastai.download import download_competition, download_rxrx1, extract_archive, fetch_file
+from rcic_fastai.kaggle_cli import rcic_download
 
 DATA = np.random.default_rng(0).bytes(300_000)
 

@@ -21,7 +21,8 @@ import pytest
 
 import rcic_fastai.kaggle
 from rcic_fastai.hpa import submit_labels
-from rcic_fastai.kaggle import build_kernel, find_competition, find_run, go_on, rcic_kaggle, weights_folder
+from rcic_fastai.kaggle import build_kernel, find_competition, find_run, go_on, weights_folder
+from rcic_fastai.kaggle_cli import rcic_kaggle
 from rcic_fastai.kaggle_client import kaggle_user, run_client, scrub
 from rcic_fastai.predict import predict_run
 from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe

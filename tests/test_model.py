@@ -3,6 +3,7 @@ import copy
 import io
 import pickle
 import socket
+import sys
 import urllib.error
 
 import pytest
@@ -86,6 +87,13 @@ def test_seresnext_is_that_of_pretrainedmodels():
         with torch.device('meta'): theirs = getattr(senet, name)(pretrained=None); ours = M._seresnext(name)
         theirs = {k: v.shape for k,v in theirs.state_dict().items() if not k.startswith('last_linear')}
         assert {k: v.shape for k,v in ours.net.state_dict().items()} == theirs
+
+def test_the_first_network_of_a_process_draws_what_the_next_one_draws(monkeypatch):
+    "pretrainedmodels is imported late, and importing it consumes random numbers"
+    for name in [m for m in sys.modules if m.partition('.')[0] == 'pretrainedmodels']: monkeypatch.delitem(sys.modules, name)
+    torch.manual_seed(0); first = M._seresnext('small_seresnext').state_dict()
+    torch.manual_seed(0); second = M._seresnext('small_seresnext').state_dict()
+    assert all(torch.equal(v, second[k]) for k,v in first.items())
 
 def test_seresnext_computes_what_pretrainedmodels_computes():
     net = senet.se_resnext50_32x4d(pretrained=None).eval()

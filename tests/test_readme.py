@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from test_cli import in_process
+from test_report import execute_here
 
 ROOT = Path(__file__).resolve().parents[1]
-# what a test can do without: full-size networks and 28 classes of atlas images; the options are those of the commands
+# what a test can do without: full-size networks, many views and thousands of images; the options are those of the commands
 SMALLER = {
-    "rcic-train": ["--laptop", "1", "--set", "data.batch_size=16"],
+    "rcic-train": ["--laptop", "1", "--set", "data.batch_size=16", "--set", "inference.tta=1"],
     "rcic-hpa-simulate": ["--images", "340", "--test", "168", "--external", "46"],
 }  # fmt: skip
 
@@ -73,12 +74,13 @@ def home(small_screen, tmp_path_factory):
 
 
 def test_commands_of_the_readme(home, monkeypatch, capsys):
-    "In the order of the README, each with its own arguments, in this process"
+    "In the order of the README, each with its own arguments, in this process; so are the cells of reports, but those of the demo's"
     monkeypatch.chdir(home)
     ran = []
     for words in commands():
         if words[0] in ("make", "pip"): continue
         extra = SMALLER.get(words[0], []) if "--laptop" not in words else ["--laptop", "1", *SMALLER[words[0]][2:]]  # the last one counts
+        if words[0] == "rcic-report": monkeypatch.setattr("rcic_fastai.report.execute_notebook", execute_here)
         status, out, err = in_process(monkeypatch, capsys, *words, *extra)
         assert status == 0, f"{' '.join(words)}: exit status {status}\n{out[-500:]}\n{err[-2000:]}"
         ran.append(words[0])
