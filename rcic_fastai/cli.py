@@ -357,14 +357,14 @@ def rcic_demo(
     sirnas:int=48, # number of treatment siRNAs
     seed:int=0, # of the screen and of the training
     set:Annotated[str, dict(action='append')]=None, # change a setting of the `demo` recipe; may be repeated
-    tiny:bool=False, # 8 siRNAs, 48 pixels, 3 epochs: a quick look at whether everything works
+    tiny:bool=False, # 8 siRNAs, 48 pixels, 6 epochs of a small ResNet: a quick look at whether everything works
     debug:bool=False, # show the traceback of an error
 ):
     "All of it on a simulated screen: simulate, pack, train, predict, assign, submit, score, report."
     with one_line_errors(debug):
         from rcic_fastai.assign import accuracy_ladder, assign_predictions, write_submission
         from rcic_fastai.predict import predict_run
-        from rcic_fastai.recipe import change_recipe, get_recipe
+        from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
         from rcic_fastai.report import make_report
         from rcic_fastai.run import train_run
         from rcic_fastai.screen import plate_groups, read_screen
@@ -373,7 +373,8 @@ def rcic_demo(
         start, out = time.time(), Path(out)/('tiny' if tiny else f'seed{seed}') if out==Path('runs/demo') else Path(out)
         size:dict = dict(n_train=3, n_test=1, cell_types=('HUVEC',), image_size=48) if tiny else {}
         if tiny: sirnas = 8
-        recipe = change_recipe(get_recipe('laptop'), 'name=demo', f'seed={seed}', *(['train.epochs=3', 'data.batch_size=16'] if tiny else []), *(set or []))
+        recipe = laptop_recipe(get_recipe('laptop'), 6, virtual_batch=16) if tiny else get_recipe('laptop')
+        recipe = change_recipe(recipe, 'name=demo', f'seed={seed}', *(set or []))
         screen = read_screen(simulate_screen(out/'screen', sirnas, seed=seed, **size))
         _say(screen)
         if not (out/'packed'/'manifest.json').exists(): _say(pack_screen(screen, out/'packed'))

@@ -31,12 +31,12 @@ def small_screen(tmp_path_factory):
 def small_run(small_screen, tmp_path_factory):
     "Folder of a finished run on `small_screen` with predictions of its test split."
     from rcic_fastai.predict import predict_run
-    from rcic_fastai.recipe import change_recipe, get_recipe
+    from rcic_fastai.recipe import get_recipe, laptop_recipe
     from rcic_fastai.run import train_run
     from rcic_fastai.screen import read_screen
 
     run, screen = tmp_path_factory.mktemp("runs") / "small", read_screen(small_screen)
-    recipe = change_recipe(get_recipe("laptop"), "train.epochs=3", "data.batch_size=16")
+    recipe = laptop_recipe(get_recipe("laptop"), 3, virtual_batch=16)
     train_run(screen, recipe, run, valid="experiment=HUVEC-03", say=lambda *a: None)
     predict_run(run, screen, "test", progress=False)
     return run

@@ -102,8 +102,7 @@ def test_the_road(command, tmp_path):
     data, run_folder, out = tmp_path / "data", tmp_path / "run", tmp_path / "submission.csv"
     assert command("rcic-simulate", "--out", data, "--sirnas", 8, "--train-experiments", 3, "--test-experiments", 1, "--cell-types", "RPE",
                    "--image-size", 48)[0] == 0  # fmt: skip
-    status, said, err = command("rcic-train", "--data", data, "--run", run_folder, "--valid", "experiment=RPE-02", "--set", "train.epochs=2",
-                                "--set", "data.batch_size=16")  # fmt: skip
+    status, said, err = command("rcic-train", "--data", data, "--run", run_folder, "--valid", "experiment=RPE-02", "--laptop", 2)
     assert status == 0, err
     assert "No --recipe: using 'laptop'" in said and "Validation, experiment=RPE-02: " in said and f"Run folder: {run_folder}" in said
     assert "█" not in said  # no progress bar in a pipe, but a line per epoch

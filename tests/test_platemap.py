@@ -222,11 +222,11 @@ def test_a_well_is_shown(own):
 def test_from_a_plate_map_to_a_submission(own, tmp_path):
     "Replicates: no plate groups and no one-to-one assignment; names of treatments in the submission"
     from rcic_fastai.predict import predict_run
-    from rcic_fastai.recipe import change_recipe, get_recipe
+    from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
     from rcic_fastai.run import submit_run, train_run
 
     screen, said = describe_screen(own, files=FILES, negative=["DMSO"], say=lambda *a: None), []
-    recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=4", "data.read_size=48")
+    recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1), "data.batch_size=4", "data.read_size=48")
     train_run(screen, recipe, tmp_path / "run", say=said.append)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -74,13 +74,13 @@ def home(small_screen, tmp_path_factory):
 
 
 def test_commands_of_the_readme(home, monkeypatch, capsys):
-    "In the order of the README, each with its own arguments, in this process; so are the cells of reports, but those of the demo's"
+    "In the order of the README, each with its own arguments, in this process, cells of reports too (test_report.py gives them a kernel)"
     monkeypatch.chdir(home)
+    monkeypatch.setattr("rcic_fastai.report.execute_notebook", execute_here)
     ran = []
     for words in commands():
         if words[0] in ("make", "pip"): continue
         extra = SMALLER.get(words[0], []) if "--laptop" not in words else ["--laptop", "1", *SMALLER[words[0]][2:]]  # the last one counts
-        if words[0] == "rcic-report": monkeypatch.setattr("rcic_fastai.report.execute_notebook", execute_here)
         status, out, err = in_process(monkeypatch, capsys, *words, *extra)
         assert status == 0, f"{' '.join(words)}: exit status {status}\n{out[-500:]}\n{err[-2000:]}"
         ran.append(words[0])

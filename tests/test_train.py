@@ -15,14 +15,14 @@ from torch import nn
 
 from rcic_fastai.data import select_sites
 from rcic_fastai.model import load_weights, save_model
-from rcic_fastai.recipe import change_recipe, get_recipe, recipes
+from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, recipes
 from rcic_fastai.run import train_run
 from rcic_fastai.screen import read_screen
 from rcic_fastai.train import (AutoMixedPrecision, LossOnDevice, ScreenLearner, fast_precision, fit_stage, load_run, measure_stats, optimizers,
                                pretrain_on_controls, radam, read_run, recipe_dataloaders, recipe_from_dict, recipe_model, sample_sites,
                                screen_learner)  # fmt: skip
 
-laptop = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=16", "data.epoch_sites=0")
+laptop = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "data.cache=false", "data.epoch_sites=0")
 tiny = change_recipe(laptop, "model.arch=resnet10t", 'model.arch_options={"channels": [8, 8, 8, 8], "stem_width": 8}')
 
 
@@ -142,7 +142,7 @@ def test_precision_auto_never_emulates(monkeypatch):
     ("resnet10t", "fp32", "auto", True), ("efficientnet_lite0", "fp32", "auto", True), ("efficientnet_lite0", "bf16", "auto", False),
     ("efficientnet_lite0", "bf16", "true", True), ("resnet10t", "fp32", "false", False)])  # fmt: skip
 def test_memory_layout_per_architecture(sites, arch, precision, setting, expected):
-    recipe = change_recipe(laptop, f"device.precision={precision}", f"device.channels_last={setting}", f"model.arch={arch}")
+    recipe = change_recipe(laptop, f"device.precision={precision}", f"device.channels_last={setting}", f"model.arch={arch}", "model.arch_options={}")
     learn = screen_learner(recipe_dataloaders(sites, recipe), recipe)
     learn("before_fit")
     spatial = next(p for p in learn.model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
