@@ -36,7 +36,7 @@ GROUPS = [
     ("Inference", "From weights to one siRNA per well.", "08a 09a 10 10a 11 11a"),
     ("Several labels", "What is special where an image has several labels.", "07a 07b 12a 12b 13 13a 14 14a 15 15a 15b 15c 15d"),
     ("Out to people", "Reports, competitions, downloads.", ""),
-    ("Commands", "What stands behind the commands.", "17 17a"),
+    ("Commands", "What stands behind the commands.", "17 17a 18b"),
 ]
 BENCHMARKS = {  # in this order, each with a sentence
     "batch_effect": "Methods against the batch effect side by side, over seeds and strengths, on simulated screens.",
