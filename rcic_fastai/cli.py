@@ -11,7 +11,7 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai and timm are imported; nothing a user can act on
 
 # %% ../nbs/17_cli.ipynb #b50b93a6
-import re, signal, sys, time
+import os, re, signal, sys, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +39,11 @@ def one_line_errors(
         message = re.sub(r'^Exception occured in .*?:\s+', '', message) # fastai tells in which callback
         raise CliError(f'{Path(sys.argv[0]).name}: error: {" ".join(message.split())}') from None
 
-def _say(*args): print(*args, flush=True)
+def _say(*args):
+    try: print(*args, flush=True)
+    except BrokenPipeError: # `| head` has seen enough; without the next line Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None # what a shell calls a process that SIGPIPE ended
 
 # %% ../nbs/17_cli.ipynb #361d90a9
 @call_parse
@@ -77,7 +81,7 @@ def rcic_describe(
     data:Annotated[Path, dict(required=True)]=None, # folder of the images, with whatever folders in it
     table:Path=None, # plate map, a CSV file with a row per well; by default the only one in that folder
     files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; by default guessed
-    channels:str=None, # in which order, as in the names of the files, separated by commas, the nucleus first; by default all, by name
+    channels:str=None, # in which order, as in the names of the files, separated by commas, the nucleus first; w1=DAPI,w2=ER names them; by default all
     column:Annotated[str, dict(action='append')]=None, # what the plate map calls well, plate, experiment, cell_type or treatment, such as well=Position; may be repeated
     negative:Annotated[str, dict(action='append')]=None, # treatment that is a negative control; may be repeated
     positive:Annotated[str, dict(action='append')]=None, # treatment that is a positive control; may be repeated

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .image import read_grey
-from .screen import WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, channel_name, site_files
+from .screen import WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, channel_file, channel_name, site_files
 
 # %% ../nbs/02a_platemap.ipynb #dda68907
 _aliases = dict(well=('well', 'wellid', 'wellname', 'wellposition', 'position'), plate=('plate', 'plateid', 'platename', 'barcode', 'platebarcode'),
@@ -309,15 +309,18 @@ def _chosen_channels(found, asked, n_sites, say):
     "Names of the channels, in the order asked for or by name; says which are not everywhere"
     names = [str(c) for c in asked or found.index]
     for name in names:
-        if channel_name(name) not in found: raise ValueError(f'channel {name!r} has no images{_nearest(name, found.index)}; channels are what the names of the files call them, in the order you want, the nucleus first')
-        if found[channel_name(name)] < n_sites: say(f'Channel {name}: images of {found[channel_name(name)]:,} of {n_sites:,} sites only')
+        file = channel_file(name)
+        if file not in found: raise ValueError(f'channel {file!r} has no images{_nearest(file, found.index)}; channels are what the names of the files call them, in the order you want, the nucleus first; {found.index[0]}=DAPI gives one another name')
+        if found[file] < n_sites: say(f'Channel {name}: images of {found[file]:,} of {n_sites:,} sites only')
+    shown = [channel_name(n) for n in names]
+    if twice := sorted({s for s in shown if shown.count(s) > 1}): raise ValueError(f'two channels are called {twice[0]!r}: {", ".join(n for n in names if channel_name(n)==twice[0])}')
     return names
 
 def describe_screen(
     images:str|Path, # folder of the images, with whatever folders in it
     table:str|Path=None, # the plate map; None: the only CSV file of that folder
     files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; None: guessed
-    channels:Sequence[str]=None, # which channels, in which order, as in the names of the files; None: all that are found
+    channels:Sequence[str]=None, # which channels, in which order, as in the names of the files, or with a name of your own, such as 'w1=DAPI'; None: all that are found
     columns:dict=None, # what the table calls 'well', 'plate', 'experiment', 'cell_type', 'treatment' ...; see `read_plate_map`
     negative:Sequence[str]=(), # treatments that are negative controls
     positive:Sequence[str]=(), # treatments that are positive controls

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WELL_COLUMNS', 'WELL_TYPES', 'CELL_TYPES', 'PLATE_ROWS', 'LAYOUTS', 'CHANNELS', 'read_table', 'parse_wells',
            'kaggle_wells', 'metadata_sites', 'screen_layout', 'plate_groups', 'plate_rotations', 'check_screen',
-           'well_sites', 'channel_name', 'grey_limits', 'is_optional', 'site_files', 'check_files', 'present_sites',
-           'plate_map', 'Screen', 'read_screen', 'split_experiments', 'experiment_folds', 'valid_mask']
+           'well_sites', 'channel_file', 'channel_name', 'grey_limits', 'is_optional', 'site_files', 'check_files',
+           'present_sites', 'plate_map', 'Screen', 'read_screen', 'split_experiments', 'experiment_folds', 'valid_mask']
 
 # %% ../nbs/00_screen.ipynb #af96df93
 import csv, difflib, hashlib, html, os, re, warnings, zlib
@@ -309,13 +309,21 @@ def well_sites(
 CHANNELS = (1, 2, 3, 4, 5, 6)  # nucleus, endoplasmic reticulum, actin, nucleoli and RNA, mitochondria, Golgi and plasma membrane
 
 def _expand(pattern, channels):
-    return [pattern.replace('{channel}', channel_name(c)) for c in channels] if '{channel}' in pattern else [pattern]
+    return [pattern.replace('{channel}', channel_file(c)) for c in channels] if '{channel}' in pattern else [pattern]
+
+def _bare(channel): return re.sub(r'(\[\d+-\d+\])?\??$', '', str(channel))
+
+def channel_file(
+    channel:int|str,  # number or name, such as 1, 'yellow?', 'DAPI[100-3200]' or 'w1=DAPI'
+)->str:               # what file names have: '1', 'yellow', 'DAPI', 'w1'
+    "What the names of files call a channel: without a name of one's own, grey limits, and the question mark of an optional file."
+    return _bare(channel).partition('=')[0]
 
 def channel_name(
-    channel:int|str,  # number or name, such as 1, 'yellow?' or 'DAPI[100-3200]'
-)->str:               # what file names have: '1', 'yellow', 'DAPI'
-    "A channel without the question mark of an optional file and without its grey limits."
-    return re.sub(r'(\[\d+-\d+\])?\??$', '', str(channel))
+    channel:int|str,  # number or name, such as 1, 'yellow?', 'DAPI[100-3200]' or 'w1=DAPI'
+)->str:               # '1', 'yellow', 'DAPI', 'DAPI'
+    "What pictures and tables call a channel: what the names of files do, if it has no name of its own."
+    return _bare(channel).rpartition('=')[2]
 
 def grey_limits(
     channel:int|str,  # number or name, such as 'DAPI[100-3200]'

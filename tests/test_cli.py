@@ -70,6 +70,12 @@ def test_help_is_said_at_once():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_head_may_stop_reading():
+    code = f"'{sys.executable}' -c \"from rcic_fastai.cli import _say; [_say('x' * 1000) for _ in range(10000)]\" | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 141 and done.stderr == "" and done.stdout.count("\n") == 1
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     return lambda name, *args: in_process(monkeypatch, capsys, name, *args)

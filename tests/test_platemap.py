@@ -1,6 +1,7 @@
 "Somebody's own screen: plate maps, names of files, grey values, screen.json."
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ from PIL import Image
 
 from rcic_fastai.image import MultiChannelImage, read_channel, read_site
 from rcic_fastai.platemap import describe_screen, find_grey_limits, guess_pattern, plate_map_wells, read_plate_map
-from rcic_fastai.screen import channel_name, grey_limits, read_screen
+from rcic_fastai.screen import channel_name, grey_limits, read_screen, site_files
 from rcic_fastai.store import pack_screen, verify_store
 
 
@@ -87,6 +88,25 @@ def test_names_of_files_are_guessed(tmp_path, names, pattern):
     screen = describe_screen(tmp_path, say=lambda *a: None)
     files = {str(p.relative_to(tmp_path)) for f in screen.sites().files for c in screen.channels for p in [type(tmp_path)(f.replace("{channel}", channel_name(c)))]}
     assert files == set(names)
+
+
+def test_channels_get_names_of_their_own(tmp_path):
+    "Files are found by what they are called, pictures show the other name; a later batch takes both from the first."
+    names = [f"B{c:02}_ch{i}.tif" for c in (2, 3) for i in (1, 2)]
+    for folder in ("first", "later"):
+        write_images(tmp_path / folder, names)
+        write_table(tmp_path / folder, "well,gene\nB2,x\nB3,y\n")
+    quiet = dict(say=lambda *a: None)
+    screen = describe_screen(tmp_path / "first", channels=["2=ER", "1=DAPI"], **quiet)
+    assert [channel_name(c) for c in screen.channels] == ["ER", "DAPI"] and read_screen(tmp_path / "first").channels == screen.channels
+    row = screen.sites().iloc[0]
+    assert [Path(f).name for f in site_files(row.files, screen.channels)] == ["B02_ch2.tif", "B02_ch1.tif"]
+    assert [ax.get_title() for ax in screen.show_well("B2")[1:3]] == ["1 ER", "2 DAPI"]
+    store = pack_screen(screen, tmp_path / "store")
+    assert not len(verify_store(store, screen.sites())) and read_screen(tmp_path / "store").channels == screen.channels
+    assert describe_screen(tmp_path / "later", like=tmp_path / "first", **quiet).channels == screen.channels
+    with pytest.raises(ValueError, match="two channels are called 'DAPI': 1=DAPI, 2=DAPI"): describe_screen(tmp_path / "first", channels=["1=DAPI", "2=DAPI"], **quiet)
+    with pytest.raises(ValueError, match="channel 'DAPI' has no images.*; 1=DAPI gives one another name"): describe_screen(tmp_path / "first", channels=["DAPI"], **quiet)
 
 
 @pytest.mark.parametrize("names, message", [
