@@ -89,7 +89,9 @@ class RunContext:
     @property
     def target(self) -> str: return self.info['target']
     @property
-    def what(self) -> str: return dict(sirna='siRNA', labels='labels').get(self.target, self.target.replace('_', ' '))
+    def what(self) -> str:
+        if self.target=='sirna': return 'treatment' if self.class_names else 'siRNA' # one's own screen has names
+        return self.target.replace('_', ' ')
     @property
     def several(self) -> bool: return self.target=='labels'
     @property

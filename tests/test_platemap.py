@@ -10,6 +10,7 @@ from PIL import Image
 
 from rcic_fastai.image import MultiChannelImage, read_channel, read_site
 from rcic_fastai.platemap import describe_screen, find_grey_limits, guess_pattern, plate_map_wells, read_plate_map
+from rcic_fastai.report import run_context
 from rcic_fastai.screen import channel_name, grey_limits, read_screen, site_files
 from rcic_fastai.store import pack_screen, verify_store
 
@@ -255,4 +256,6 @@ def test_from_a_plate_map_to_a_submission(own, tmp_path):
     submission = pd.read_csv(submit_run(tmp_path / "run", screen, say=said.append))
     assert submission.columns.tolist() == ["id_code", "sirna", "treatment"] and submission.id_code.tolist() == ["b2_2_A04"]
     assert submission.treatment[0] == ["x", "y"][submission.sirna[0]]
+    context = run_context(tmp_path / "run", say=lambda *a: None)
+    assert context.what == "treatment" and context.class_name(submission.sirna[0]) == submission.treatment[0]
     assert any("several wells within an experiment" in s for s in said)
