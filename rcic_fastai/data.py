@@ -252,7 +252,8 @@ def paired_sites(
 # %% ../nbs/04_data.ipynb #88b5621c
 def _domain_names(sites, domain):
     "Name of the domain of each row, as a tuple, () where there is one domain only"
-    return list(sites[_domain_columns(domain)].itertuples(index=False, name=None))
+    columns = _domain_columns(domain)
+    return list(sites[columns].itertuples(index=False, name=None)) if columns else [()]*len(sites)
 
 def control_pools(
     sites:pd.DataFrame, # the sites, at least one per domain that matters

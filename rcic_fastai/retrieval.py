@@ -225,7 +225,9 @@ def _right(y, prior):
 # %% ../nbs/15c_retrieval.ipynb #dcbcb094
 def _resamples(groups, n, n_boot, seed):
     "Rows of whole groups drawn with replacement, `n_boot` times"
-    codes = np.arange(n) if groups is None else pd.factorize(np.where(_missing(pd.Series(groups, dtype=object)), [f'\0{i}' for i in range(n)], np.asarray(groups, object)))[0]
+    groups = pd.Series(np.full(n, None) if groups is None else groups, dtype=object)
+    codes, known = pd.factorize(groups.mask(_missing(groups)))
+    codes = pd.factorize(np.where(codes < 0, len(known)+np.arange(n), codes))[0] # whoever has no group is one
     order, sizes, rng = np.argsort(codes, kind='stable'), np.bincount(codes), np.random.default_rng(seed)
     starts = np.cumsum(sizes)-sizes
     for _ in range(n_boot):
