@@ -10,7 +10,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TEST_TOOLS = ["setuptools>=77", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "lightgbm>=4.0", "iterative-stratification", "imagehash"]
+TEST_TOOLS = ["setuptools>=77", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "lightgbm>=4.0", "iterative-stratification", "imagehash",
+              "playwright"]
 
 
 def main(folder):
