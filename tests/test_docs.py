@@ -66,6 +66,7 @@ def test_every_notebook_has_a_page(site):
             assert (site / where / f"{notebook.stem}.html").exists(), f"{notebook.name} is not on the site"
     for name in ("which_recipe", "published_systems", "limits"):
         assert (site / "guides" / f"{name}.html").exists()
+    assert not (site.parent / "jupyter_execute").exists()  # nothing is left beside the site
 
 
 def exported(module):

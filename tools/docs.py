@@ -340,6 +340,7 @@ def build(out=ROOT / "_site", pages=ROOT / "_proc", external=False, jobs="auto")
     print(f"pages: {time.time() - start:.0f} s")
     shutil.rmtree(out, ignore_errors=True)
     failed = sphinx(pages, out, jobs=jobs)
+    shutil.rmtree(Path(out).parent / "jupyter_execute", ignore_errors=True)  # MyST-NB leaves the notebooks that it has read beside the site
     print(f"Sphinx: {time.time() - start:.0f} s")
     problems = broken_links(out)
     for problem in problems:
