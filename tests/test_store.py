@@ -401,8 +401,9 @@ def test_a_disk_that_fills_up(screen, tmp_path, monkeypatch):
 
 
 def test_zarr_is_read_by_zarr_and_from_a_url(screen, tmp_path):
+    import fsspec  # a requirement
+
     zarr = pytest.importorskip("zarr", reason="the format zarr needs zarr 3, which needs Python 3.11")
-    fsspec = pytest.importorskip("fsspec")
     store = pack_screen(screen, tmp_path / "z", format="zarr", progress=False, say=quiet)
     array = zarr.open_array(tmp_path / "z" / "shards", mode="r")
     assert array.shape == (len(store), 6, 48, 48) and array.metadata.zarr_format == 3 and array.shards == (64, 6, 48, 48)
