@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['rcic_stats', 'D4_INVERSE', 'ChannelStats', 'channel_stats', 'Standardize', 'channel_histograms', 'normal_scores',
-           'MatchHistograms', 'RandBatchTransform', 'dihedral', 'dihedral_batch', 'D4', 'RandomCrop',
-           'RandomResizedSquareCrop', 'perspective_matrices', 'Warp', 'ChannelIntensity', 'Brightness', 'Cutout',
-           'screen_transforms']
+           'MatchHistograms', 'RandBatchTransform', 'dihedral', 'dihedral_batch', 'D4', 'RandomSquareCrop',
+           'RandomResizedSquareCrop', 'perspective_matrices', 'PerspectiveWarp', 'ChannelIntensity', 'ImageBrightness',
+           'Cutout', 'screen_transforms']
 
 # %% ../nbs/05_augment.ipynb #086fdb49
 import math
@@ -19,6 +19,11 @@ from fastai.vision.augment import RandTransform
 from fastai.vision.core import TensorImage
 from fasttransform import ItemTransform
 from torch import Tensor
+
+from .renamed import renamed
+
+# %% ../nbs/05_augment.ipynb #4883d943
+__getattr__ = renamed(__name__, RandomCrop='RandomSquareCrop', Warp='PerspectiveWarp', Brightness='ImageBrightness') # names of version 0.1.0
 
 # %% ../nbs/05_augment.ipynb #f2d15a86
 class ChannelStats(NamedTuple):
@@ -282,7 +287,7 @@ class D4(RandBatchTransform):
 def _check_size(size, x, name):
     if min(x.shape[-2:]) < size: raise ValueError(f'{name}: a window of {size} pixels does not fit into images of {x.shape[-2]}x{x.shape[-1]}')
 
-class RandomCrop(RandBatchTransform):
+class RandomSquareCrop(RandBatchTransform):
     """Each image its own random square window at native scale, by slicing; in validation the centre.
 
     Shape: (B, C, H, W) to (B, C, size, size), the dtype stays.
@@ -359,7 +364,7 @@ def perspective_matrices(
     m = torch.linalg.solve(a, torch.cat([px, py], 1))
     return torch.cat([m, ones[:, :1]], 1).view(-1, 3, 3)
 
-class Warp(RandBatchTransform):
+class PerspectiveWarp(RandBatchTransform):
     """A random perspective of each training image, the same in all its channels; bilinear, reflected at the border.
 
     Shape: (B, C, H, W), uint8 or float; uint8 to float32 in the same units, floats keep their dtype.
@@ -425,7 +430,7 @@ class ChannelIntensity(RandBatchTransform):
         return torch.addcmul(b, x, a)
 
 # %% ../nbs/05_augment.ipynb #de58d4d9
-class Brightness(RandBatchTransform):
+class ImageBrightness(RandBatchTransform):
     """x*a + b with log a and b uniform in ±max_change, drawn for each image and shared by its channels; training only.
 
     Shape: standardised float (B, C, H, W).
@@ -442,7 +447,7 @@ class Brightness(RandBatchTransform):
         self.max_change = max_change
 
     def draw(self, x, split_idx):
-        if not x.is_floating_point(): raise ValueError(f'Brightness changes standardised float images, got {x.dtype}; Standardize comes first')
+        if not x.is_floating_point(): raise ValueError(f'ImageBrightness changes standardised float images, got {x.dtype}; Standardize comes first')
         u = self.rand(3, len(x), 1, 1, 1)
         log_a, self.b = (u[:2]*2-1)*self.max_change*(u[2] < self.p)
         self.a = log_a.exp()
@@ -506,13 +511,13 @@ def screen_transforms(
     "Batch transforms of a screen: crops, symmetries, warp, standardising, brightness, intensity, cutout."
     def seeded(i): return None if seed is None else seed+i
     tfms = []
-    if crop: tfms.append(RandomCrop(crop, seed=seeded(0)))
+    if crop: tfms.append(RandomSquareCrop(crop, seed=seeded(0)))
     if d4: tfms.append(D4(seed=seeded(1)))
     if size: tfms.append(RandomResizedSquareCrop(size, scale=(1., 1.) if crop else scale, seed=seeded(2)))
-    if warp: tfms.append(Warp(warp, seed=seeded(5)))
+    if warp: tfms.append(PerspectiveWarp(warp, seed=seeded(5)))
     if match: tfms.append(MatchHistograms(match, counts))
     if standardize: tfms.append(Standardize(standardize, *(stats or ())))
-    if brightness: tfms.append(Brightness(brightness, seed=seeded(6)))
+    if brightness: tfms.append(ImageBrightness(brightness, seed=seeded(6)))
     if intensity: tfms.append(ChannelIntensity(intensity, intensity, seed=seeded(3)))
     if cutout: tfms.append(Cutout(cutout, seed=seeded(4)))
     return tfms

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['seresnext_layers', 'first_conv_inits', 'classifier_keys', 'pools', 'cell_type_kinds', 'classifiers', 'head_kinds',
            'Backbone', 'check_arch', 'channel_mixing', 'first_convs', 'patch_first_conv', 'load_checked',
-           'read_weights', 'weight_urls', 'download_weights', 'create_backbone', 'GeM', 'Body', 'CosineLinear',
-           'LinearCosine', 'condition_on_controls', 'Head', 'create_head', 'plain', 'ScreenModel', 'create_model',
-           'param_groups', 'save_model', 'read_meta', 'load_weights']
+           'read_weights', 'weight_urls', 'download_weights', 'create_backbone', 'GeM', 'ScreenBody', 'CosineLinear',
+           'LinearCosine', 'condition_on_controls', 'ScreenHead', 'create_screen_head', 'plain', 'ScreenModel',
+           'create_model', 'param_groups', 'save_weights', 'read_meta', 'load_weights']
 
 # %% ../nbs/06_model.ipynb #8efe35b5
 import json, os, pickle, socket
@@ -27,6 +27,11 @@ from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
 from .mix import MixedContext, cell_type_weights
+from .renamed import renamed
+
+# %% ../nbs/06_model.ipynb #66c9ab59
+# names of version 0.1.0
+__getattr__ = renamed(__name__, Body='ScreenBody', Head='ScreenHead', create_head='create_screen_head', save_model='save_weights')
 
 # %% ../nbs/06_model.ipynb #de38a29f
 class Backbone(nn.Module):
@@ -254,7 +259,7 @@ class GeM(nn.Module):
 pools = {'avg': (lambda: nn.AdaptiveAvgPool2d(1), 1), 'concat': (AdaptiveConcatPool2d, 2), 'gem': (GeM, 1)}
 
 # %% ../nbs/06_model.ipynb #59472e1b
-class Body(nn.Module):
+class ScreenBody(nn.Module):
     "Backbone and pool: images `(B, C, H, W)` to features `(B, F)`."
     def __init__(self,
         backbone:Backbone, # Maps (B, F, h, w), with `n_features`
@@ -334,7 +339,7 @@ def condition_on_controls(
 # %% ../nbs/06_model.ipynb #92108617
 cell_type_kinds = {'one_hot': lambda n: n, 'embedding': lambda n: 16 if n else 0} # numbers appended for n cell types
 
-class Head(nn.Module):
+class ScreenHead(nn.Module):
     "Features `(B, F)` and context to logits `(B, K)`: compared with controls and cell type appended if asked for, neck, classifier."
     def __init__(self,
         neck:nn.Module, # What comes in, with all that is appended, to the embedding (B, E)
@@ -345,7 +350,7 @@ class Head(nn.Module):
     ):
         super().__init__()
         self.neck,self.classifier,self.n_cell_types,self.controls = neck,classifier,n_cell_types,controls
-        self.config:dict = None # arguments of `create_head`, if it made this head
+        self.config:dict = None # arguments of `create_screen_head`, if it made this head
         embedded = n_cell_types and cell_type == 'embedding'
         self.cell_type_table = nn.Parameter(torch.randn(n_cell_types, cell_type_kinds[cell_type](n_cell_types))) if embedded else None
 
@@ -382,7 +387,7 @@ def _check_head(kind, classifier, cell_type, dropout, n_classes, n_cell_types):
     if n_classes < 1: raise ValueError(f"n_classes is {n_classes}, expected 1 or more")
     if n_cell_types < 0: raise ValueError(f"n_cell_types is {n_cell_types}, expected 0 or more")
 
-def create_head(
+def create_screen_head(
     kind:str, # A key of `classifiers`, or what comes before `classifier`: 'batchnorm' (BN), 'neck' (BN-FC-ReLU-BN-FC-BN), 'controls' (comparison, BN)
     n_features:int, # F
     n_classes:int, # K
@@ -391,7 +396,7 @@ def create_head(
     classifier:str='linear', # After one of those: 'linear', 'cosine', or 'linear_cosine' (both while training)
     n_cell_types:int=0, # Condition on the cell type
     cell_type:str='one_hot', # How: 'one_hot', or 'embedding' in 16 learned dimensions
-)->Head: # Its `config` holds these arguments
+)->ScreenHead: # Its `config` holds these arguments
     "A head by name. Raises: `ValueError` for an unknown kind, classifier or cell_type, or a number out of range."
     config = dict(locals())
     _check_head(kind, classifier, cell_type, dropout, n_classes, n_cell_types)
@@ -403,7 +408,7 @@ def create_head(
         nn.BatchNorm1d(n_hidden), nn.Dropout(dropout), nn.Linear(n_hidden, n_hidden), nn.BatchNorm1d(n_hidden)), n_hidden
     elif kind in ('batchnorm', 'controls'): neck,n_out = nn.Sequential(nn.BatchNorm1d(n_in), nn.Dropout(dropout)), n_in
     else: neck,n_out,classifier = nn.Dropout(dropout),n_in,kind
-    head = Head(neck, classifiers[classifier](n_out, n_classes), n_cell_types, cell_type, kind == 'controls')
+    head = ScreenHead(neck, classifiers[classifier](n_out, n_classes), n_cell_types, cell_type, kind == 'controls')
     head.config = config
     return head
 
@@ -418,8 +423,8 @@ def plain(
 class ScreenModel(nn.Module):
     "Body and head: images and context to logits."
     def __init__(self,
-        body:Body, # (B, C, H, W) to (B, F), with `n_features`
-        head:Head, # (B, F) and context to (B, K), with `embed`
+        body:ScreenBody, # (B, C, H, W) to (B, F), with `n_features`
+        head:ScreenHead, # (B, F) and context to (B, K), with `embed`
     ):
         super().__init__()
         self.body,self.head = body,head
@@ -453,9 +458,9 @@ class ScreenModel(nn.Module):
     )->'ScreenModel': # The same model
         "Replace the head by a fresh one of the same kind for other classes, and keep the body."
         if getattr(self.head, 'config', None) is None:
-            raise ValueError("the head was not made by create_head: assign a new one to `model.head`")
+            raise ValueError("the head was not made by create_screen_head: assign a new one to `model.head`")
         p = next(self.body.parameters())
-        self.head = create_head(**{**self.head.config, 'n_classes': n_classes}).to(p.device, p.dtype).train(self.training)
+        self.head = create_screen_head(**{**self.head.config, 'n_classes': n_classes}).to(p.device, p.dtype).train(self.training)
         return self
 
 # %% ../nbs/06_model.ipynb #4e8ba002
@@ -474,9 +479,9 @@ def create_model(
     cell_type:str='one_hot', # How: 'one_hot' or 'embedding'
     **kwargs, # To `timm.create_model`
 )->ScreenModel:
-    "Backbone, pool and head in one call. Raises: as `create_backbone` and `create_head`."
-    body = Body(create_backbone(arch, n_channels, pretrained, init, **kwargs), pool)
-    return ScreenModel(body, create_head(head, body.n_features, n_classes, n_hidden, dropout, classifier, n_cell_types, cell_type))
+    "Backbone, pool and head in one call. Raises: as `create_backbone` and `create_screen_head`."
+    body = ScreenBody(create_backbone(arch, n_channels, pretrained, init, **kwargs), pool)
+    return ScreenModel(body, create_screen_head(head, body.n_features, n_classes, n_hidden, dropout, classifier, n_cell_types, cell_type))
 
 # %% ../nbs/06_model.ipynb #ff577837
 def _blocks(net):
@@ -499,7 +504,7 @@ def param_groups(
     return [[p for p in body if id(p) not in later], [p for p in body if id(p) in later], list(bare.head.parameters())]
 
 # %% ../nbs/06_model.ipynb #74eee599
-def save_model(
+def save_weights(
     model:nn.Module, # Any model
     path:str|Path, # .safetensors; replaced if it exists
     meta:dict|None=None, # What JSON can hold: architecture, classes, recipe
@@ -517,18 +522,18 @@ def save_model(
 
 # %% ../nbs/06_model.ipynb #49d76b94
 def read_meta(
-    path:str|Path, # File of `save_model`
+    path:str|Path, # File of `save_weights`
 )->dict:
     "What was saved beside the weights, without reading them. Raises: `FileNotFoundError`, or `ValueError` for another kind of file."
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file, expected a saved model")
     try:
         with safe_open(path, 'pt') as f: return {k: json.loads(v) for k,v in (f.metadata() or {}).items() if k != 'format'}
-    except (SafetensorError, json.JSONDecodeError) as e: raise ValueError(f"{path}: not a file of save_model: {e}") from e
+    except (SafetensorError, json.JSONDecodeError) as e: raise ValueError(f"{path}: not a file of save_weights: {e}") from e
 
 # %% ../nbs/06_model.ipynb #08138a64
 def load_weights(
     model:nn.Module, # Built like the one that was saved; changed in place
-    path:str|Path, # File of `save_model`
+    path:str|Path, # File of `save_weights`
 )->nn.Module: # The same model
     "Load every weight of `model` from a file. Raises: `FileNotFoundError`, or `ValueError` listing what does not fit."
     load_checked(_bare(model), read_weights(path), str(path))

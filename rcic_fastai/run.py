@@ -26,7 +26,7 @@ from .augment import ChannelStats
 from .blend import blend_predictions, blend_report, blend_weights
 from .checkpoint import Checkpoint, History, latest_checkpoint, write_text
 from .data import select_sites
-from .model import load_weights, save_model
+from .model import load_weights, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
 from .predict import Predictions, predict_run, predict_with
@@ -374,7 +374,7 @@ def _write_run(learn, recipe, run, screen, sites, mask, common, asked):
     if learn.dls.counts is not None:
         with open(run/'.histograms.npz', 'wb') as f: np.savez_compressed(f, counts=learn.dls.counts.numpy())
         os.replace(run/'.histograms.npz', run/'histograms.npz')
-    save_model(learn.model, run/'model.safetensors', meta=dict(recipe=recipe.name))
+    save_weights(learn.model, run/'model.safetensors', meta=dict(recipe=recipe.name))
     write_text(run/'run.json', json.dumps(info, indent=1)+'\n')
 
 # %% ../nbs/11b_run.ipynb #3449f743

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['optimizers', 'TorchOptimizer', 'FusedRAdam', 'radam', 'adam', 'adamw', 'has_depthwise', 'fast_precision',
-           'AutoMixedPrecision', 'ChannelsLast', 'InferenceMode']
+           'AutoMixedPrecision', 'ChannelsLastImages', 'InferenceMode']
 
 # %% ../nbs/08b_step.ipynb #7c8b6670
 import math
@@ -19,6 +19,10 @@ from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
 from .batchnorm import BatchNormModeCallback
+from .renamed import renamed
+
+# %% ../nbs/08b_step.ipynb #cef855c3
+__getattr__ = renamed(__name__, ChannelsLast='ChannelsLastImages') # names of version 0.1.0
 
 # %% ../nbs/08b_step.ipynb #624da460
 class TorchOptimizer(OptimWrapper):
@@ -207,7 +211,7 @@ class AutoMixedPrecision(MixedPrecision):
     def after_fit(self): self._unwrap(); self.learn.scaler = None
 
 # %% ../nbs/08b_step.ipynb #83e440a1
-class ChannelsLast(Callback):
+class ChannelsLastImages(Callback):
     "Give the network images in channels-last layout."
     order = MixedPrecision.order-1
     def __init__(self,

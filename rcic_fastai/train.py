@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DataSettings', 'ModelSettings', 'LossSettings', 'TrainSettings', 'PseudoSettings', 'DeviceSettings',
            'CheckpointSettings', 'InferenceSettings', 'Recipe', 'compare_recipes', 'schedule_function',
-           'SkipEmptyValidation', 'LeaveOutControls', 'accuracy', 'loss_metrics', 'recipe_model', 'new_head',
+           'SkipEmptyValidation', 'LeaveOutControls', 'known_accuracy', 'loss_metrics', 'recipe_model', 'new_head',
            'ScreenLearner', 'SmoothLoss', 'LossOnDevice', 'screen_learner', 'stage_callbacks', 'suggest_lr',
            'fit_stage', 'sample_sites', 'measure_stats', 'measure_histograms', 'stats_with', 'histograms_with',
            'complete_stats', 'recipe_dataloaders', 'pretrain_on_controls', 'recipe_from_dict', 'read_run', 'load_run']
@@ -25,7 +25,7 @@ from fastai.callback.all import (Callback, CancelEpochException, CancelValidExce
                                  ProgressCallback, valley)
 from fastai.callback.core import event
 from fastai.data.core import DataLoaders
-from fastai.learner import AvgSmoothLoss, Learner, Recorder
+from fastai.learner import AvgMetric, AvgSmoothLoss, Learner, Recorder
 from fastai.metrics import AccumMetric
 from fastai.torch_core import num_distrib, set_seed
 from fastcore.imports import IN_NOTEBOOK
@@ -38,13 +38,17 @@ from .data import screen_dataloaders, select_sites
 from .image import read_site, resize_site
 from .loss import ScreenLoss, create_loss
 from .mix import create_mix
-from .model import ScreenModel, create_head, create_model, load_weights, param_groups, plain
+from .model import ScreenModel, create_model, create_screen_head, load_weights, param_groups, plain
 from .multilabel import average_precision, macro_f1
 from .multilabel_loss import MultiLabelLoss, multilabel_losses
+from .renamed import renamed
 from .screen import Screen
-from .step import AutoMixedPrecision, ChannelsLast, InferenceMode, adam, adamw, fast_precision, optimizers, radam
+from .step import AutoMixedPrecision, ChannelsLastImages, InferenceMode, adam, adamw, fast_precision, optimizers, radam
 from .target import is_multilabel
 from .weights import EMA, FreezeBody, KeepBest, LastEpochs, ValidateWithin, geometric_rates
+
+# %% ../nbs/09_train.ipynb #df686a09
+__getattr__ = renamed(__name__, accuracy='known_accuracy') # names of version 0.1.0
 
 # %% ../nbs/09_train.ipynb #2e943acb
 @dataclass(frozen=True)
@@ -225,7 +229,7 @@ class LeaveOutControls(Callback):
     def after_loss(self):
         if self.keep is not None: self._targets()
 
-def accuracy(
+def known_accuracy(
     inp:torch.Tensor|tuple, # (B, K) scores, or a tuple of them of which the first counts
     targ:torch.Tensor # (B,) int64, negative where unknown; or (B, K) weights of classes that were mixed
 ) -> torch.Tensor: # scalar; nan if nothing is known
@@ -235,11 +239,15 @@ def accuracy(
     right = known & (scores.argmax(1)==(targ.argmax(1) if targ.ndim==2 else targ))
     return right.sum()/known.sum() # an index by `known` would make a GPU wait
 
+class _Accuracy(AvgMetric):
+    name = 'accuracy' # what logs, histories and `monitor` call it
+    def __init__(self): super().__init__(known_accuracy)
+
 def loss_metrics(
     loss:ScreenLoss # from `create_loss`
 ) -> list: # metrics; the first one says which weights are best
     "What is logged beside a loss: the accuracy; where there are several labels, macro average precision, which needs no thresholds, and macro-F1 at .5."
-    if not isinstance(loss, MultiLabelLoss): return [accuracy]
+    if not isinstance(loss, MultiLabelLoss): return [_Accuracy()]
     known = lambda y: (y >= 0).all(1)
     return [AccumMetric(lambda y, p: average_precision(y[known(y)] > .5, p[known(y)]), activation='sigmoid', to_np=True, invert_arg=True, flatten=False, name='average_precision'),
             AccumMetric(lambda y, p: macro_f1(y[known(y)] > .5, p[known(y)] > .5), activation='sigmoid', to_np=True, invert_arg=True, flatten=False, name='macro_f1')]
@@ -268,7 +276,7 @@ def new_head(
 ) -> ScreenModel: # the same model
     "Keep the body of a network and give it a fresh head of the recipe."
     p = next(model.body.parameters())
-    model.head = create_head(recipe.model.head, model.n_features, n_classes, **_head_options(recipe, n_cell_types)).to(p.device, p.dtype)
+    model.head = create_screen_head(recipe.model.head, model.n_features, n_classes, **_head_options(recipe, n_cell_types)).to(p.device, p.dtype)
     return model
 
 def _statistics_callbacks(data):
@@ -340,7 +348,7 @@ def screen_learner(
         model = recipe_model(recipe, len(dls.vocab), len(image), len(_context_encoder(dls).cell_types))
     device = recipe.device
     callbacks = [AutoMixedPrecision(device.precision), SkipEmptyValidation(), LossOnDevice(), *_statistics_callbacks(recipe.data)]
-    if device.channels_last: callbacks.append(ChannelsLast(device.channels_last))
+    if device.channels_last: callbacks.append(ChannelsLastImages(device.channels_last))
     if device.compile: _compile(model, recipe)
     loss = create_loss(recipe.loss.name, **recipe.loss.options)
     return ScreenLearner(dls, model, loss_func=loss, opt_func=optimizers[recipe.train.optimizer], metrics=loss_metrics(loss),

@@ -14,7 +14,7 @@ from fastai.callback.all import Callback
 from torch import Tensor, nn
 
 from .batchnorm import reestimate_batchnorm
-from .model import save_model
+from .model import save_weights
 
 # %% ../nbs/08c_weights.ipynb #e902eeb1
 def geometric_rates(
@@ -176,7 +176,7 @@ class KeepBest(Callback):
         self.best = float(value)
         if self.restore: self.weights = {k: v.detach().cpu().clone() for k,v in self.learn.model.state_dict().items()}
         if self.path:
-            try: save_model(self.learn.model, self.path, meta={self.monitor: self.best})
+            try: save_weights(self.learn.model, self.path, meta={self.monitor: self.best})
             except OSError as e: print(f'could not write {self.path}: {e.strerror or e}')
 
     def after_epoch(self):

@@ -14,14 +14,14 @@ from scipy.ndimage import map_coordinates
 from rcic_fastai.augment import (
     D4,
     D4_INVERSE,
-    Brightness,
+    ImageBrightness,
     ChannelIntensity,
     ChannelStats,
     Cutout,
-    RandomCrop,
+    RandomSquareCrop,
     RandomResizedSquareCrop,
     Standardize,
-    Warp,
+    PerspectiveWarp,
     channel_stats,
     dihedral,
     dihedral_batch,
@@ -211,7 +211,7 @@ def test_missing_statistics_and_wrong_tables_are_explained():
 @pytest.mark.parametrize('size,shape', [(16, (32, 32)), (32, (32, 32)), (20, (40, 24))])
 def test_a_crop_is_a_slice(size, shape):
     x, context, target = batch(64, 3, shape)
-    crop = RandomCrop(size, seed=0)
+    crop = RandomSquareCrop(size, seed=0)
     y, c, t = crop((x, context, target), split_idx=0)
     assert y.shape == (64, 3, size, size) and y.dtype == torch.uint8 and type(y) is SomeImage and c is context and t is target
     corners = crop.corners.T.tolist()
@@ -219,12 +219,12 @@ def test_a_crop_is_a_slice(size, shape):
     for axis in (0, 1): assert {c[axis] for c in corners} <= set(range(shape[axis]-size+1)) and (shape[axis] == size or len({c[axis] for c in corners}) > 3)
     top, left = (shape[0]-size)//2, (shape[1]-size)//2
     for split_idx in (1, None): assert torch.equal(crop(x, split_idx=split_idx), x[:, :, top:top+size, left:left+size])
-    assert torch.equal(RandomCrop(size, p=0)(x, split_idx=0), crop(x, split_idx=1))
+    assert torch.equal(RandomSquareCrop(size, p=0)(x, split_idx=0), crop(x, split_idx=1))
 
 
 def test_a_crop_reaches_every_corner():
     x, *_ = batch(2000, 1, (5, 6))
-    crop = RandomCrop(4, seed=0)
+    crop = RandomSquareCrop(4, seed=0)
     crop(x, split_idx=0)
     assert {tuple(c) for c in crop.corners.T.tolist()} == set(itertools.product(range(2), range(3)))
 
@@ -290,7 +290,7 @@ def test_a_perspective_takes_the_corners_where_they_should_go():
 @pytest.mark.parametrize('shape', [(24, 24), (20, 32)])
 def test_a_warp_agrees_with_scipy(shape):
     x, context, target = batch(6, 3, shape)
-    warp = Warp(.2, seed=1)
+    warp = PerspectiveWarp(.2, seed=1)
     y, c, t = warp((x, context, target), split_idx=0)
     assert y.dtype == torch.float32 and type(y) is SomeImage and c is context and t is target
     h, w = shape
@@ -311,7 +311,7 @@ def test_a_warp_agrees_with_scipy(shape):
 
 def test_warps_differ_reach_their_limit_and_leave_the_rest_untouched():
     x, *_ = batch(400, 1, (8, 8))
-    warp = Warp(.1, p=.5, seed=0)
+    warp = PerspectiveWarp(.1, p=.5, seed=0)
     y = warp(x, split_idx=0)
     rest = torch.ones(400, dtype=torch.bool)
     rest[warp.rows] = False
@@ -320,26 +320,26 @@ def test_warps_differ_reach_their_limit_and_leave_the_rest_untouched():
     at = torch.cat([SQUARE, torch.ones(4, 1)], 1).double() @ warp.matrices.transpose(1, 2)
     steps = at[..., :2]/at[..., 2:]-SQUARE
     assert steps.abs().max() <= .2+1e-6 and (steps.amax(0) > .18).all() and (steps.amin(0) < -.18).all()
-    torch.testing.assert_close(Warp(0.)(x, split_idx=0).as_subclass(torch.Tensor), x.as_subclass(torch.Tensor).float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(PerspectiveWarp(0.)(x, split_idx=0).as_subclass(torch.Tensor), x.as_subclass(torch.Tensor).float(), atol=1e-3, rtol=0)
     half = x.half()
-    assert Warp(seed=0)(half, split_idx=0).dtype == torch.float16 and torch.equal(half, x.half())
-    assert torch.equal(Warp(p=0)(x, split_idx=0), x.float())
+    assert PerspectiveWarp(seed=0)(half, split_idx=0).dtype == torch.float16 and torch.equal(half, x.half())
+    assert torch.equal(PerspectiveWarp(p=0)(x, split_idx=0), x.float())
 
 
 # Intensity and cutout
 
 def test_brightness_is_shared_by_the_channels_of_an_image():
     x = TensorImage(torch.randn(500, 4, 8, 8))
-    tfm = Brightness(.3, seed=0)
+    tfm = ImageBrightness(.3, seed=0)
     y = tfm(x, split_idx=0)
     a, b = tfm.a, tfm.b
     assert a.shape == b.shape == (500, 1, 1, 1)
     torch.testing.assert_close(y.as_subclass(torch.Tensor), x.as_subclass(torch.Tensor)*a+b)
     for u in (a.log(), b): assert u.abs().max() <= .3 and u.std().item() == pytest.approx(.3/3**.5, rel=.06) and abs(u.mean().item()) < .02
     assert abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < .1
-    half = Brightness(p=.5, seed=0)(x, split_idx=0)
+    half = ImageBrightness(p=.5, seed=0)(x, split_idx=0)
     assert (half == x).all((1, 2, 3)).float().mean().item() == pytest.approx(.5, abs=.07)
-    assert Brightness()(x.half(), split_idx=0).dtype == torch.float16
+    assert ImageBrightness()(x.half(), split_idx=0).dtype == torch.float16
 
 
 def test_each_channel_of_each_image_gets_its_own_gain_and_offset():
@@ -374,8 +374,8 @@ def test_cutout_covers_rectangles_in_all_channels():
 
 # Rules that hold for all of them
 
-MAKE = {"D4": lambda **k: D4(**k), "RandomCrop": lambda **k: RandomCrop(20, **k), "RandomResizedSquareCrop": lambda **k: RandomResizedSquareCrop(20, **k),
-            "ChannelIntensity": lambda **k: ChannelIntensity(**k), "Cutout": lambda **k: Cutout(**k), "Warp": lambda **k: Warp(**k), "Brightness": lambda **k: Brightness(**k)}
+MAKE = {"D4": lambda **k: D4(**k), "RandomSquareCrop": lambda **k: RandomSquareCrop(20, **k), "RandomResizedSquareCrop": lambda **k: RandomResizedSquareCrop(20, **k),
+            "ChannelIntensity": lambda **k: ChannelIntensity(**k), "Cutout": lambda **k: Cutout(**k), "PerspectiveWarp": lambda **k: PerspectiveWarp(**k), "ImageBrightness": lambda **k: ImageBrightness(**k)}
 
 
 @pytest.mark.parametrize('name', MAKE)
@@ -417,14 +417,14 @@ def test_only_images_are_touched(name):
 
 @pytest.mark.parametrize('make,message', [
     (lambda: D4(p=1.5), 'p is 1.5'),
-    (lambda: RandomCrop(33)(batch()[0], split_idx=1), 'window of 33 pixels does not fit into images of 32x32'),
+    (lambda: RandomSquareCrop(33)(batch()[0], split_idx=1), 'window of 33 pixels does not fit into images of 32x32'),
     (lambda: RandomResizedSquareCrop(8, scale=(.8, .5)), r'scale is \(0.8, 0.5\)'),
     (lambda: RandomResizedSquareCrop(8, val_scale=0), 'val_scale is 0'),
     (lambda: Cutout(size=(0, .5)), r'size is \(0, 0.5\)'),
     (lambda: ChannelIntensity()(batch()[0], split_idx=0), 'got torch.uint8; Standardize comes first'),
-    (lambda: Brightness()(batch()[0], split_idx=0), 'Brightness changes standardised float images, got torch.uint8'),
-    (lambda: Brightness(-.1), 'max_change is -0.1'),
-    (lambda: Warp(.25), 'magnitude is 0.25, expected a share of the side, 0 <= magnitude < .25'),
+    (lambda: ImageBrightness()(batch()[0], split_idx=0), 'ImageBrightness changes standardised float images, got torch.uint8'),
+    (lambda: ImageBrightness(-.1), 'max_change is -0.1'),
+    (lambda: PerspectiveWarp(.25), 'magnitude is 0.25, expected a share of the side, 0 <= magnitude < .25'),
 ])
 def test_wrong_settings_are_explained(make, message):
     with pytest.raises(ValueError, match=message): make()
@@ -443,12 +443,12 @@ def names(tfms): return [type(t).__name__ for t in sorted(tfms, key=lambda t: t.
 
 
 def test_the_orders_put_bytes_first():
-    assert names(screen_transforms(size=32, crop=40, cutout=1)) == ['RandomCrop', 'D4', 'RandomResizedSquareCrop', 'Standardize', 'ChannelIntensity', 'Cutout']
+    assert names(screen_transforms(size=32, crop=40, cutout=1)) == ['RandomSquareCrop', 'D4', 'RandomResizedSquareCrop', 'Standardize', 'ChannelIntensity', 'Cutout']
     assert names(screen_transforms()) == ['D4', 'Standardize', 'ChannelIntensity']
     assert screen_transforms(d4=False, intensity=0, standardize=None) == []
     assert len({t.seed for t in screen_transforms(size=32, crop=40, cutout=1, seed=10) if hasattr(t, 'seed')}) == 5
     every = screen_transforms(size=32, crop=40, cutout=1, seed=10, warp=.1, brightness=.2)
-    assert names(every) == ['RandomCrop', 'D4', 'RandomResizedSquareCrop', 'Warp', 'Standardize', 'Brightness', 'ChannelIntensity', 'Cutout']
+    assert names(every) == ['RandomSquareCrop', 'D4', 'RandomResizedSquareCrop', 'PerspectiveWarp', 'Standardize', 'ImageBrightness', 'ChannelIntensity', 'Cutout']
     seeds = {type(t).__name__: t.seed for t in every if hasattr(t, 'seed')}
     assert len(set(seeds.values())) == 7
     for t in screen_transforms(size=32, crop=40, cutout=1, seed=10):  # the new ones leave the draws of the old ones alone
@@ -468,7 +468,7 @@ def test_a_real_loader(standardize, c):
             assert type(target) is TensorCategory and torch.equal(ctx, context[target])
     valid = dls.valid.one_batch()
     tfm = Standardize(standardize, *(stats or ()))
-    expected = RandomResizedSquareCrop(24)(RandomCrop(40)(x[16:], split_idx=1), split_idx=1)
+    expected = RandomResizedSquareCrop(24)(RandomSquareCrop(40)(x[16:], split_idx=1), split_idx=1)
     assert torch.equal(valid[0], tfm((expected, context[16:]))[0])
     shown = dls.valid.decode(valid)[0]
     assert type(shown) is SomeImage and shown.dtype == torch.uint8
@@ -512,5 +512,5 @@ def test_the_same_seed_gives_the_same_augmentation_on_the_gpu():
             out.append(b[0].cpu())
         torch.testing.assert_close(*out, atol=1e-4, rtol=1e-4)
     x = x.float()
-    for make in (lambda: Warp(.1, p=.7, seed=0), lambda: Brightness(seed=0)):
+    for make in (lambda: PerspectiveWarp(.1, p=.7, seed=0), lambda: ImageBrightness(seed=0)):
         torch.testing.assert_close(make()(x.cuda(), split_idx=0).cpu(), make()(x, split_idx=0), atol=1e-2, rtol=1e-3)

@@ -20,14 +20,14 @@ from rcic_fastai.loss import CrossEntropyArcFaceLoss
 from rcic_fastai.mix import MixedContext
 from rcic_fastai.model import (
     Backbone,
-    Body,
+    ScreenBody,
     CosineLinear,
     GeM,
     ScreenModel,
     channel_mixing,
     condition_on_controls,
     create_backbone,
-    create_head,
+    create_screen_head,
     create_model,
     download_weights,
     first_convs,
@@ -36,7 +36,7 @@ from rcic_fastai.model import (
     patch_first_conv,
     read_meta,
     read_weights,
-    save_model,
+    save_weights,
     weight_urls,
 )
 
@@ -275,15 +275,15 @@ def test_a_damaged_download_is_one_more_failure(monkeypatch):
 def test_pools():
     x = torch.rand(2, 3, 5, 4)
     class Maps(nn.Identity): n_features = 3
-    avg,concat = Body(Maps())(x), Body(Maps(), 'concat')(x)
+    avg,concat = ScreenBody(Maps())(x), ScreenBody(Maps(), 'concat')(x)
     torch.testing.assert_close(avg, x.mean((2,3)))
     torch.testing.assert_close(concat, AdaptiveConcatPool2d()(x).flatten(1))
     torch.testing.assert_close(concat, torch.cat([x.amax((2,3)), x.mean((2,3))], 1))
-    assert Body(Maps(), 'concat').n_features == 6
+    assert ScreenBody(Maps(), 'concat').n_features == 6
     torch.testing.assert_close(GeM(1.)(x).flatten(1), avg)
     torch.testing.assert_close(GeM(3.)(x).flatten(1), (x**3).mean((2,3))**(1/3))
     assert GeM(3.)((x*200).half()).isfinite().all() # 200^3 does not fit into fp16
-    with pytest.raises(ValueError, match="pool is 'max', expected one of avg, concat, gem"): Body(Maps(), 'max')
+    with pytest.raises(ValueError, match="pool is 'max', expected one of avg, concat, gem"): ScreenBody(Maps(), 'max')
 
 def test_cosines():
     head,x = CosineLinear(7, 4),torch.randn(5, 7)
@@ -315,7 +315,7 @@ def test_class_weights_are_spread():
                                                        ('neck','cosine',16)])
 @pytest.mark.parametrize('n_cell_types', [0, 3])
 def test_heads(kind, classifier, embedding, n_cell_types):
-    head = create_head(kind, 10, 5, n_hidden=16, dropout=.5, classifier=classifier, n_cell_types=n_cell_types).eval()
+    head = create_screen_head(kind, 10, 5, n_hidden=16, dropout=.5, classifier=classifier, n_cell_types=n_cell_types).eval()
     x,c = torch.randn(4, 10),context()
     out,emb = head(x, c),head.embed(x, c)
     assert out.shape == (4, 5) and emb.shape == (4, embedding + (n_cell_types if kind != 'neck' else 0))
@@ -328,13 +328,13 @@ def test_heads(kind, classifier, embedding, n_cell_types):
     assert not torch.equal(head(x, c), head(x, c)) # dropout
 
 def test_neck_is_bn_fc_relu_bn_fc_bn():
-    names = [type(m).__name__ for m in create_head('neck', 10, 5).neck if not isinstance(m, nn.Dropout)]
+    names = [type(m).__name__ for m in create_screen_head('neck', 10, 5).neck if not isinstance(m, nn.Dropout)]
     assert names == ['BatchNorm1d', 'Linear', 'ReLU', 'BatchNorm1d', 'Linear', 'BatchNorm1d']
-    keys = lambda p: list(create_head('neck', 10, 5, dropout=p).state_dict())
+    keys = lambda p: list(create_screen_head('neck', 10, 5, dropout=p).state_dict())
     assert keys(0.) == keys(.3)
 
 def test_cell_types():
-    head = create_head('linear', 2, 3, n_cell_types=2)
+    head = create_screen_head('linear', 2, 3, n_cell_types=2)
     x,c = torch.zeros(3, 2),torch.tensor([[0,0,0],[1,9,9],[-1,0,0]])
     assert head.embed(x, c)[:,2:].tolist() == [[1,0],[0,1],[0,0]]
     with pytest.raises(ValueError, match='needs the context'): head(x)
@@ -345,14 +345,14 @@ def test_head_errors():
                      (dict(classifier='svm'), "is 'svm'"),
                      (dict(dropout=1.), 'dropout is 1.0'), (dict(n_classes=0), 'n_classes is 0'),
                      (dict(n_cell_types=-1), 'n_cell_types is -1'), (dict(cell_type='onehot'), "cell_type is 'onehot'")]:
-        with pytest.raises(ValueError, match=match): create_head(**{**dict(kind='linear', n_features=4, n_classes=3), **kw})
+        with pytest.raises(ValueError, match=match): create_screen_head(**{**dict(kind='linear', n_features=4, n_classes=3), **kw})
 
 def screen_context():
     "Two experiments of two plates; each has treatments and two controls of either kind, experiment by experiment"
     return torch.tensor([[e, 4+e, i%2, r] for e in range(2) for i,r in enumerate((0, 0, 0, 1, 2, 0, 2, 1))])
 
 def test_embedded_and_mixed_cell_types():
-    head = create_head('linear', 2, 3, n_cell_types=4, cell_type='embedding')
+    head = create_screen_head('linear', 2, 3, n_cell_types=4, cell_type='embedding')
     x,c = torch.randn(3, 2),torch.tensor([[0,0,0,0],[3,9,9,1],[-1,0,0,2]])
     table = head.cell_type_table
     assert table.shape == (4, 16) and head.classifier.in_features == 18
@@ -361,8 +361,8 @@ def test_embedded_and_mixed_cell_types():
     torch.testing.assert_close(head.embed(x, mixed)[1,2:], .7*table[3] + .3*table[0])
     head(x, mixed).sum().backward()
     assert table.grad[0].any() and not table.grad[1].any()
-    assert create_head('neck', 2, 3, cell_type='embedding').cell_type_table is None
-    assert not any('cell_type' in k for k in create_head('neck', 2, 3, n_cell_types=4).state_dict())
+    assert create_screen_head('neck', 2, 3, cell_type='embedding').cell_type_table is None
+    assert not any('cell_type' in k for k in create_screen_head('neck', 2, 3, n_cell_types=4).state_dict())
 
 def test_linear_cosine_trains_both_and_predicts_logits():
     model = create_model('resnet18', 5, head='neck', classifier='linear_cosine', n_hidden=8)
@@ -391,14 +391,14 @@ def test_controls_condition_features():
 
 def test_controls_stay_finite_in_half_precision():
     c,x = screen_context(),torch.full((16, 4), 60.)
-    head = create_head('controls', 4, 3)
+    head = create_screen_head('controls', 4, 3)
     with torch.autocast('cpu', torch.bfloat16):
         both = condition_on_controls(x.half(), c)
         assert head(x.bfloat16(), c).isfinite().all()
     assert both.dtype == torch.float32 and (both[:,12:] == 60.**3).all()
 
 def test_controls_that_are_missing():
-    c,head = screen_context(),create_head('controls', 4, 3)
+    c,head = screen_context(),create_screen_head('controls', 4, 3)
     x = torch.rand(16, 4)
     for role,kind in ((1, 'positive'), (2, 'negative')):
         rows = (c[:,1] == 4) | (c[:,3] != role)
@@ -413,7 +413,7 @@ def test_controls_that_are_missing():
 def test_new_heads_are_swapped_saved_and_grouped(tmp_path, kw):
     x,c = torch.randn(16, 6, 32, 32),screen_context()
     model = create_model('resnet18', 5, **kw); model(x, c) # moves the BatchNorms
-    save_model(model, tmp_path/'m.safetensors')
+    save_weights(model, tmp_path/'m.safetensors')
     twin = load_weights(create_model('resnet18', 5, **kw), tmp_path/'m.safetensors').eval()
     with torch.no_grad(): assert torch.equal(twin(x, c), model.eval()(x, c)) and twin(x, c).shape == (16, 5)
     ids = {id(p) for p in model.head.parameters()}
@@ -460,8 +460,8 @@ def test_swap_head(small):
     assert model.head.classifier.out_features == 31 and model.head.n_cell_types == 3 and model.head.classifier.weight.dtype == torch.float64
     assert model.head.training and not copy.deepcopy(small).eval().swap_head(2).head.training
     assert model.swap_head(5).head.config == small.head.config
-    model.head = M.Head(nn.Identity(), nn.Linear(2048, 3))
-    with pytest.raises(ValueError, match='not made by create_head'): model.swap_head(3)
+    model.head = M.ScreenHead(nn.Identity(), nn.Linear(2048, 3))
+    with pytest.raises(ValueError, match='not made by create_screen_head'): model.swap_head(3)
 
 def test_copies_and_pickles(small):
     small.eval(); x,c = torch.randn(1, 6, 32, 32),context(1)
@@ -494,7 +494,7 @@ def test_param_groups_of_a_plain_body():
         n_features = 4
         def __init__(self): super().__init__(); self.conv = nn.Conv2d(6, 4, 3)
         def forward(self, x): return self.conv(x)
-    groups = param_groups(ScreenModel(Body(Flat()), create_head('linear', 4, 2)))
+    groups = param_groups(ScreenModel(ScreenBody(Flat()), create_screen_head('linear', 4, 2)))
     assert [len(g) for g in groups] == [2, 0, 2]
 
 # ---- files
@@ -502,7 +502,7 @@ def test_param_groups_of_a_plain_body():
 def test_save_and_load(tmp_path, small):
     file = tmp_path/'new'/'model.safetensors'; meta = {'arch': 'small_seresnext', 'classes': ['a', 'ü', None], 'lr': 1e-4}
     small.to(memory_format=torch.channels_last)
-    save_model(small, file, meta)
+    save_weights(small, file, meta)
     assert [f.name for f in file.parent.iterdir()] == ['model.safetensors'] and read_meta(file) == meta
     twin = copy.deepcopy(small).to(memory_format=torch.contiguous_format)
     for p in twin.parameters(): p.data.zero_()
@@ -512,28 +512,28 @@ def test_save_and_load(tmp_path, small):
 def test_wrapped_models_save_their_own_names(tmp_path):
     class Wrapped(nn.Module): # as torch.compile and DistributedDataParallel do
         def __init__(self, m, name): super().__init__(); setattr(self, name, m)
-    head = create_head('linear', 4, 2)
+    head = create_screen_head('linear', 4, 2)
     for name in ('_orig_mod', 'module'):
-        save_model(Wrapped(head, name), tmp_path/'m.safetensors')
+        save_weights(Wrapped(head, name), tmp_path/'m.safetensors')
         assert set(read_weights(tmp_path/'m.safetensors')) == set(head.state_dict())
-        load_weights(Wrapped(create_head('linear', 4, 2), name), tmp_path/'m.safetensors')
+        load_weights(Wrapped(create_screen_head('linear', 4, 2), name), tmp_path/'m.safetensors')
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path/'m.safetensors'; head = create_head('linear', 4, 2)
-    save_model(head, file, {'n': 1}); before = file.read_bytes()
+    file = tmp_path/'m.safetensors'; head = create_screen_head('linear', 4, 2)
+    save_weights(head, file, {'n': 1}); before = file.read_bytes()
     def half(state, path, metadata): path.write_bytes(b'half'); raise OSError('disk full')
     monkeypatch.setattr(M, 'save_file', half)
-    with pytest.raises(OSError, match='disk full'): save_model(head, file, {'n': 2})
+    with pytest.raises(OSError, match='disk full'): save_weights(head, file, {'n': 2})
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 def test_load_errors(tmp_path):
-    file = tmp_path/'m.safetensors'; save_model(create_head('linear', 4, 2), file)
-    with pytest.raises(ValueError, match=r'm.safetensors does not fit Head; .*classifier.weight is \(2, 4\), expected \(3, 4\)'):
-        load_weights(create_head('linear', 4, 3), file)
+    file = tmp_path/'m.safetensors'; save_weights(create_screen_head('linear', 4, 2), file)
+    with pytest.raises(ValueError, match=r'm.safetensors does not fit ScreenHead; .*classifier.weight is \(2, 4\), expected \(3, 4\)'):
+        load_weights(create_screen_head('linear', 4, 3), file)
     M.save_file({'a': torch.zeros(1), 'b': torch.zeros(1)}, tmp_path/'n.safetensors')
     with pytest.raises(ValueError, match='1 missing: classifier.weight; 2 unexpected: '):
-        load_weights(create_head('cosine', 4, 2), tmp_path/'n.safetensors')
-    with pytest.raises(FileNotFoundError, match='none.safetensors'): load_weights(create_head('linear', 4, 2), tmp_path/'none.safetensors')
+        load_weights(create_screen_head('cosine', 4, 2), tmp_path/'n.safetensors')
+    with pytest.raises(FileNotFoundError, match='none.safetensors'): load_weights(create_screen_head('linear', 4, 2), tmp_path/'none.safetensors')
     with pytest.raises(FileNotFoundError, match='none.safetensors'): read_meta(tmp_path/'none.safetensors')
     (tmp_path/'bad.safetensors').write_bytes(b'not a file')
-    with pytest.raises(ValueError, match='bad.safetensors: not a file of save_model'): read_meta(tmp_path/'bad.safetensors')
+    with pytest.raises(ValueError, match='bad.safetensors: not a file of save_weights'): read_meta(tmp_path/'bad.safetensors')

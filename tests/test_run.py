@@ -17,7 +17,7 @@ from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, small_r
 from rcic_fastai.run import control_sites, held_out, train_run, training_sites
 from rcic_fastai.screen import read_screen
 from rcic_fastai.simulate import simulate_screen
-from rcic_fastai.train import (ModelSettings, Recipe, TrainSettings, accuracy, complete_stats, fit_stage, load_run, new_head, read_run,
+from rcic_fastai.train import (ModelSettings, Recipe, TrainSettings, complete_stats, fit_stage, known_accuracy, load_run, new_head, read_run,
                                recipe_dataloaders, schedule_function, screen_learner)  # fmt: skip
 
 quick = change_recipe(replace(Recipe(), model=ModelSettings(**small_resnet)), "data.batch_size=16", "data.cache=true", "train.epochs=1",
@@ -67,9 +67,9 @@ def test_the_learner_follows_its_schedule(screen, schedule):
 
 def test_accuracy_counts_what_is_known():
     scores = torch.eye(3)[[0, 1, 2, 0]]
-    assert accuracy(scores, torch.tensor([0, 1, 1, -1])) == pytest.approx(2 / 3)
+    assert known_accuracy(scores, torch.tensor([0, 1, 1, -1])) == pytest.approx(2 / 3)
     soft = torch.tensor([[0.7, 0.3, 0], [0, 0.4, 0.6], [0, 0, 1], [0, 0, 0]])
-    assert accuracy((scores, scores.flip(1)), soft) == pytest.approx(2 / 3)
+    assert known_accuracy((scores, scores.flip(1)), soft) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("mix", [None, "mixup", "cutmix"])

@@ -14,7 +14,7 @@ from fastai.optimizer import OptimWrapper
 from torch import nn
 
 from rcic_fastai.data import select_sites
-from rcic_fastai.model import load_weights, save_model
+from rcic_fastai.model import load_weights, save_weights
 from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, recipes
 from rcic_fastai.run import train_run
 from rcic_fastai.screen import read_screen
@@ -249,7 +249,7 @@ def test_compiling_keeps_names_and_statistics(sites, tmp_path):
     learn.model.body.compile(backend=counting)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
-        save_model(learn.model, tmp_path / "model.safetensors")
+        save_weights(learn.model, tmp_path / "model.safetensors")
         load_weights(plain, tmp_path / "model.safetensors")
         assert len(calls) == len(dls.train)  # and none in validation, where the BatchNorms have other statistics
         scores, _ = learn.get_preds()

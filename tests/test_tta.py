@@ -8,10 +8,10 @@ import torch
 from fastai.vision.augment import RandTransform
 from scipy.special import expit, log_softmax, softmax
 
-from rcic_fastai.augment import RandomCrop, RandomResizedSquareCrop, Standardize, dihedral, screen_transforms
+from rcic_fastai.augment import RandomSquareCrop, RandomResizedSquareCrop, Standardize, dihedral, screen_transforms
 from rcic_fastai.data import ScreenContext
 from rcic_fastai.image import MultiChannelImage
-from rcic_fastai.tta import TTA, View, ViewTransform, check_views, combine_views, image_keys, tta_group, tta_presets, window
+from rcic_fastai.tta import TTA, TTAView, ViewTransform, check_views, combine_views, image_keys, tta_group, tta_presets, window
 
 
 def raw(n=3, side=48):
@@ -26,12 +26,12 @@ def plain(x):
 @pytest.mark.parametrize("name, n", [("none", 1), ("d4", 8), ("s4", 32), ("hpa_first_place", 32)])
 def test_presets_start_with_the_plain_view(name, n):
     views = tta_group(name).views()
-    assert len(set(views)) == len(tta_group(name)) == n and views[0] == View(share=tta_presets[name].crop_size)
+    assert len(set(views)) == len(tta_group(name)) == n and views[0] == TTAView(share=tta_presets[name].crop_size)
     assert TTA(**tta_presets[name].changes()) == tta_presets[name]
 
 
 def test_a_number_keeps_its_meaning():
-    assert tta_group(11).views() == [View(v % 8, v) for v in range(11)]
+    assert tta_group(11).views() == [TTAView(v % 8, v) for v in range(11)]
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -90,9 +90,9 @@ def test_windows_lie_in_the_middle_and_elsewhere():
 def test_networks_trained_on_windows_keep_theirs():
     "`crop_size` is for whole images; a draw looks through another window than the plain view"
     x, context = raw()
-    show = ViewTransform([RandomCrop(32), Standardize("image")])
-    assert show(x, context, View(share=0.5))[0].shape[-2:] == (32, 32)
-    seen = [plain(show(x, context, View(0, c, s))[0]) for c, s in product(range(3), range(2))]
+    show = ViewTransform([RandomSquareCrop(32), Standardize("image")])
+    assert show(x, context, TTAView(share=0.5))[0].shape[-2:] == (32, 32)
+    seen = [plain(show(x, context, TTAView(0, c, s))[0]) for c, s in product(range(3), range(2))]
     assert len({v.numpy().tobytes() for v in seen}) == 6
     assert check_views(TTA(crops=3), show) is None
     small = MultiChannelImage(plain(x)[..., :24, :24])
@@ -105,8 +105,8 @@ def test_windows_of_whole_images_have_the_scale_of_validation():
     x, context = raw()
     show = ViewTransform(screen_transforms(size=24, intensity=0.3))
     whole = plain(show(x, context)[0])
-    assert torch.equal(plain(show(x, context, View(share=2 / 3))[0]), whole[..., 4:20, 4:20])
-    assert torch.equal(plain(show(x, context, View(3, 2, 0, 0.5))[0]), dihedral(window(whole, 12, 2), 3))
+    assert torch.equal(plain(show(x, context, TTAView(share=2 / 3))[0]), whole[..., 4:20, 4:20])
+    assert torch.equal(plain(show(x, context, TTAView(3, 2, 0, 0.5))[0]), dihedral(window(whole, 12, 2), 3))
 
 
 @pytest.mark.parametrize("bound", [False, True])
@@ -119,16 +119,16 @@ def test_draws_depend_on_seed_and_key_alone(bound):
             t.before_call = t.before_call
     states = [t.generator.get_state() for t in tfms if getattr(t, "generator", None) is not None]
     show, keys = ViewTransform(tfms), image_keys("abcd")
-    first = plain(show(x, context, View(2, 0, 1), keys)[0])
+    first = plain(show(x, context, TTAView(2, 0, 1), keys)[0])
     state = torch.get_rng_state()
     order = [3, 1, 0]
-    rows = [plain(show(x[i : i + 1], context[i : i + 1], View(2, 0, 1), keys[i : i + 1])[0]) for i in order]
+    rows = [plain(show(x[i : i + 1], context[i : i + 1], TTAView(2, 0, 1), keys[i : i + 1])[0]) for i in order]
     assert torch.equal(torch.cat(rows), first[order])
     assert torch.equal(torch.get_rng_state(), state)  # the generators of training do not move
     assert all(torch.equal(t.generator.get_state(), s) for t, s in zip([t for t in tfms if getattr(t, "generator", None) is not None], states))
-    assert not torch.equal(first, plain(show(x, context, View(2, 0, 2), keys)[0]))
+    assert not torch.equal(first, plain(show(x, context, TTAView(2, 0, 2), keys)[0]))
     same = MultiChannelImage(plain(x)[:1].expand(4, -1, -1, -1))
-    drawn = plain(show(same, context, View(0, 0, 1), keys)[0])
+    drawn = plain(show(same, context, TTAView(0, 0, 1), keys)[0])
     assert len({v.numpy().tobytes() for v in drawn}) == 4  # one image under four names: four draws
 
 
@@ -136,7 +136,7 @@ def test_draws_leave_out_what_the_group_counts_off():
     "Symmetries are enumerated, not drawn: without other augmentations all draws are alike, and that is told"
     x, context = raw()
     show = ViewTransform(screen_transforms(intensity=0))
-    assert torch.equal(plain(show(x, context, View(0, 0, 3))[0]), plain(show(x, context)[0]))
+    assert torch.equal(plain(show(x, context, TTAView(0, 0, 3))[0]), plain(show(x, context)[0]))
     assert "the draws are all the same" in check_views(TTA(seeds=4), show)
     assert check_views(TTA(seeds=4), ViewTransform([RandomResizedSquareCrop(32)])) is None
 

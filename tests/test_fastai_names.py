@@ -1,0 +1,105 @@
+"What a fastai user has imported stays what it was: `from rcic_fastai.all import *` replaces nothing, in either order."
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# what people import beside fastai; fastai.vision.all has some of it too
+USUAL = """import os, re, sys, math, json, random, shutil, time, warnings
+import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch, torchvision, timm, PIL, scipy, sklearn, fastai, fastcore
+import torch.nn.functional as F
+from torch import nn, optim, tensor, Tensor
+from torch.utils.data import Dataset, DataLoader
+from torchvision import transforms, models
+from functools import partial
+from collections import defaultdict, Counter
+from pathlib import Path
+from tqdm.auto import tqdm
+from PIL import Image
+from sklearn.metrics import *
+from sklearn.model_selection import train_test_split, StratifiedKFold, GroupKFold, KFold
+from fastcore.all import *
+from fastai.vision.all import *
+from fastai.vision.gan import *
+from fastai.vision.widgets import *
+from fastai.callback.all import *
+from fastai.tabular.all import *
+from fastai.text.all import *
+"""
+COMPARE = f"""
+import types
+usual = {{}}
+exec({USUAL!r}, usual)
+import fastai.vision.all as fastai_all
+usual.update((n, getattr(fastai_all, n)) for n in dir(fastai_all) if not n.startswith('__'))
+classes = {{c: dict(vars(c)) for c in usual.values() if isinstance(c, type) and (c.__module__ or '').startswith(('fastai', 'fastcore', 'torch'))}}
+ours, after, before = {{}}, dict(usual), {{}}
+exec('from rcic_fastai.all import *', ours)
+exec('from rcic_fastai.all import *', after)
+exec('from rcic_fastai.all import *', before)
+exec({USUAL!r}, before)
+ours.pop('__builtins__')
+import builtins, json
+print(json.dumps(dict(
+    n=len(usual), classes=len(classes), ours=len(ours),
+    replaced=[n for n in usual if n != '__builtins__' and after[n] is not usual[n]],
+    lost=[n for n in ours if before[n] is not ours[n]],
+    builtins=[n for n in ours if hasattr(builtins, n)],
+    modules=[n for n, o in ours.items() if isinstance(o, types.ModuleType)],
+    patched=[f'{{c.__qualname__}}.{{k}}' for c, d in classes.items() for k, v in d.items() if not k.startswith('__') and vars(c).get(k) is not v])))
+"""
+RENAMED = {"augment": ["Brightness", "RandomCrop", "Warp"], "model": ["Body", "Head", "create_head", "save_model"], "step": ["ChannelsLast"],
+           "train": ["accuracy"], "tta": ["View"]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found():
+    "What the imports did, in a process of its own"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPARE], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_star_import_replaces_no_name_of_fastai_nor_of_what_people_import_beside_it(found):
+    assert found["n"] > 1000 and found["ours"] > 300 and found["replaced"] == []
+
+
+def test_nor_is_one_of_ours_replaced_where_fastai_comes_second(found):
+    assert found["lost"] == []
+
+
+def test_it_brings_no_modules_and_hides_no_builtins(found):
+    assert found["modules"] == [] and found["builtins"] == []
+
+
+def test_no_method_of_fastai_or_torch_is_replaced(found):
+    assert found["classes"] > 300 and found["patched"] == []
+
+
+def test_all_has_every_public_name_of_its_modules():
+    everything = importlib.import_module("rcic_fastai.all")
+    tree = ast.parse(Path(everything.__file__).read_text(encoding="utf-8"))
+    starred = [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
+    for module in map(importlib.import_module, (f"rcic_fastai.{m}" for m in starred)):
+        other = [n for n in module.__all__ if getattr(everything, n) is not getattr(module, n)]
+        assert not other, f"two modules of ours export {other}, one of them {module.__name__}"
+
+
+@pytest.mark.parametrize("module,old", [(m, n) for m, names in RENAMED.items() for n in names])
+def test_a_name_of_the_release_before_is_found_in_its_module_alone(module, old):
+    m = importlib.import_module(f"rcic_fastai.{module}")
+    with pytest.warns(FutureWarning, match=rf"rcic_fastai\.{module}\.{old} is called \w+ now") as caught:
+        exec(f"from rcic_fastai.{module} import {old} as old_name", there := {})
+    new = str(caught[0].message).split(" is called ")[1].split()[0]
+    assert there["old_name"] is getattr(m, new) and new in m.__all__ and old not in m.__all__
+    assert not hasattr(importlib.import_module("rcic_fastai.all"), old)
+
+
+def test_a_name_that_never_was_is_not_found():
+    with pytest.raises(ImportError, match="cannot import name 'Tail' from 'rcic_fastai.model'"):
+        exec("from rcic_fastai.model import Tail")
