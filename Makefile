@@ -18,7 +18,7 @@ EXPORT_NEEDS := $(GENERATED) Makefile pyproject.toml tools
 
 .PHONY: help
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
 
 $(STAMP): settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 10) and f"$(PYTHON) is Python {v[0]}.{v[1]}; this project needs 3.10 or newer: make PYTHON=python3.11 ...")'
@@ -36,6 +36,10 @@ demo: install ## simulate a screen, pack, train, predict, assign, score; ends wi
 .PHONY: test
 test: install lint check browser test-nbs ## what CI runs: lint, export and clean without a diff, every notebook, pytest
 	@$(RUN1) python -m pytest -n $(WORKERS) $(ARGS)
+
+.PHONY: test-bf16
+test-bf16: install ## pytest with bfloat16 wherever a recipe leaves the precision open, whatever this processor computes itself
+	@RCIC_BF16=on $(RUN1) python -m pytest -n $(WORKERS) $(ARGS)
 
 .PHONY: browser
 browser: install ## find or install the Chromium that looks at reports and at the documentation in the tests

@@ -1518,6 +1518,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'rcic_fastai.step.adam': ('step.html#adam', 'rcic_fastai/step.py'),
                                   'rcic_fastai.step.adamw': ('step.html#adamw', 'rcic_fastai/step.py'),
                                   'rcic_fastai.step.fast_precision': ('step.html#fast_precision', 'rcic_fastai/step.py'),
+                                  'rcic_fastai.step.has_bf16': ('step.html#has_bf16', 'rcic_fastai/step.py'),
                                   'rcic_fastai.step.has_depthwise': ('step.html#has_depthwise', 'rcic_fastai/step.py'),
                                   'rcic_fastai.step.radam': ('step.html#radam', 'rcic_fastai/step.py')},
             'rcic_fastai.store': { 'rcic_fastai.store.BatchBuffers': ('store.html#batchbuffers', 'rcic_fastai/store.py'),

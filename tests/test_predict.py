@@ -29,7 +29,10 @@ def sites(screen):
 
 @pytest.fixture(scope="module")
 def learn(small_run, sites):
-    return load_run(small_run, sites)
+    "The trained network in float32: what is compared here are numbers"
+    learn = load_run(small_run, sites)
+    learn.auto_mixed_precision.precision = "fp32"
+    return learn
 
 
 def two_experiments(screen):

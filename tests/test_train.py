@@ -130,6 +130,7 @@ def test_freezing_keeps_the_body_and_starts_radam_anew(sites):
 
 def test_precision_auto_never_emulates(monkeypatch):
     "Nor does it take bfloat16 for networks that are faster without"
+    monkeypatch.delenv("RCIC_BF16", raising=False)
     cpu, dense, depthwise = torch.device("cpu"), nn.Conv2d(8, 8, 3, groups=4), nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
     for flag, expected in ((False, "fp32"), (True, "bf16")):
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
@@ -185,7 +186,8 @@ class Spying(nn.Module):
 
 def test_inference_mode_and_plain_tensors(sites):
     "No gradients and no types of fastai where the network runs; ordinary tensors come out, and gradients flow afterwards."
-    recipe = change_recipe(laptop, "loss.name=cross_entropy", "loss.options={}", "model.head=linear", "data.controls=0")
+    recipe = change_recipe(laptop, "loss.name=cross_entropy", "loss.options={}", "model.head=linear", "data.controls=0",
+                           "device.precision=fp32")  # fmt: skip
     dls = recipe_dataloaders(sites, recipe, valid="experiment=HUVEC-03")
     learn = screen_learner(dls, recipe, Spying())
     learn.splitter = one_group
