@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['user_path', 'check_target', 'partial_path', 'write_whole', 'clean_partials', 'parse_json', 'read_text', 'read_json',
-           'write_json', 'check_name', 'path_within', 'check_output', 'FolderClaimed', 'claim_folder']
+           'write_json', 'naming', 'read_arrays', 'check_name', 'path_within', 'check_output', 'FolderClaimed',
+           'claim_folder']
 
 # %% ../nbs/00_files.ipynb #5400c136
 import json, os, re, socket, sys, time, warnings
@@ -21,7 +22,8 @@ def user_path(
 ) -> Path: # with the home folder in place of ~
     "A path that a person gave. Raises: ValueError for a path that no system has, such as one with a NUL."
     if '\0' in str(path): raise ValueError(f'{str(path)!r} is no path: it holds a NUL character')
-    return Path(path).expanduser()
+    try: return Path(path).expanduser()
+    except RuntimeError: return Path(path) # a folder whose name begins with ~, and no user of that name
 
 # %% ../nbs/00_files.ipynb #d2273674
 _KINDS = (('is_symlink', 'a link'), ('is_dir', 'a folder'), ('is_block_device', 'a device'), ('is_char_device', 'a device'),
@@ -105,10 +107,11 @@ def _no_constant(path):
 def parse_json(
     text:str, # JSON
     where:str|Path, # named in messages: a file, an option
-    kind:type=None # that the outermost value must have, such as dict; None: any
+    kind:type=None, # that the outermost value must have, such as dict; None: any
+    nan:bool=False # accept NaN and Infinity, which are no JSON?
 ) -> Any:
     "Python's objects for JSON. Raises: ValueError that names `where`, line and fault: no JSON, a key given twice, NaN, or another kind of value."
-    try: found = json.loads(text, object_pairs_hook=_once(where), parse_constant=_no_constant(where))
+    try: found = json.loads(text, object_pairs_hook=_once(where), parse_constant=float if nan else _no_constant(where))
     except json.JSONDecodeError as e: raise ValueError(f'{where}: line {e.lineno}: {e.msg}') from None
     except RecursionError: raise ValueError(f'{where}: nested too deeply') from None
     if kind is None or isinstance(found, kind): return found
@@ -123,10 +126,11 @@ def read_text(
 
 def read_json(
     path:str|Path, # JSON file
-    kind:type=dict # that the outermost value must have; None: any
+    kind:type=dict, # that the outermost value must have; None: any
+    nan:bool=False # accept NaN and Infinity, which are no JSON?
 ) -> Any:
     "A JSON file. Raises: FileNotFoundError; ValueError that names file, line and fault."
-    return parse_json(read_text(path), path, kind)
+    return parse_json(read_text(path), path, kind, nan)
 
 def write_json(
     path:str|Path, # file to write or replace
@@ -135,6 +139,30 @@ def write_json(
 ) -> Path: # the file
     "Write a JSON file whole. Raises: ValueError for NaN; see `write_whole`."
     return write_whole(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)+'\n')
+
+# %% ../nbs/00_files.ipynb #5b359d12
+@contextmanager
+def naming(
+    path:str|Path, # file that is being read
+    what:str # what it should be, such as 'Parquet file'
+) -> Iterator[None]:
+    "Readers of other libraries raise a dozen kinds of exceptions. Raises: FileNotFoundError; ValueError that names the file and what is wrong with it."
+    try: yield
+    except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
+    except IsADirectoryError: raise ValueError(f'{path} is a folder, expected a {what}') from None
+    except PermissionError: raise
+    except Exception as e: raise ValueError(f'{path} is damaged, or no {what}: {" ".join(str(e).split()) or type(e).__name__}') from None
+
+def read_arrays(
+    path:str|Path, # .npz file
+    *names:str # arrays that it must have
+) -> dict: # all its arrays, by name
+    "The arrays of a file; nothing in it is executed. Raises: as `naming`."
+    import numpy as np # takes longer than all of this module
+    with naming(path, 'file of arrays (.npz)'), np.load(path, allow_pickle=False) as f: found = {k: f[k] for k in f.files}
+    lost = next((n for n in names if n not in found), None)
+    if lost is None: return found
+    raise ValueError(f'{path}: the array {lost!r} is missing, it has {", ".join(found) or "none"}')
 
 # %% ../nbs/00_files.ipynb #ce29bf04
 _RESERVED = {'con', 'prn', 'aux', 'nul', *(f'{d}{i}' for d in ('com', 'lpt') for i in range(1, 10))} # devices of Windows

@@ -10,12 +10,10 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from fastcore.script import call_parse
-
-from .cli import _say, one_line_errors
+from .cli import _say, command, one_line_errors
 
 # %% ../nbs/17a_hpa_cli.ipynb #57d02e91
-@call_parse
+@command
 def rcic_hpa_simulate(
     out:Annotated[Path, dict(required=True)]=None, # folder to write the atlas to
     images:int=1500, # training images
@@ -35,7 +33,7 @@ def rcic_hpa_simulate(
         simulate_hpa(out, images, test, external, image_size, size_shift=size_shift, contrast=contrast, seed=seed, workers=workers)
         _say(read_hpa(out))
 
-@call_parse
+@command
 def rcic_hpa_duplicates(
     data:Annotated[Path, dict(required=True)]=None, # folder of the atlas
     out:Path=None, # folder for groups.csv, duplicates.csv and the hashes; by default that of the atlas, where the other commands look for groups.csv
@@ -58,7 +56,7 @@ def rcic_hpa_duplicates(
         _say(f'\n{folds} folds (--valid fold=0/{folds}); groups in more than one of them: {report.attrs["straddling"]}\n')
         _say(report.to_string(float_format=lambda v: f'{v:.2f}'))
 
-@call_parse
+@command
 def rcic_hpa_stack(
     run:Annotated[list[Path], dict(type=Path, metavar='(path)', required=True, action='append')]=None, # folder of a finished run that set images aside; may be repeated
     out:Path=Path('runs/stack'), # folder to write; rcic-submit takes it like a run
@@ -75,8 +73,8 @@ def rcic_hpa_stack(
     with one_line_errors(debug):
         from rcic_fastai.hpa import read_hpa
         from rcic_fastai.hpa_stack import stack_runs
-        from rcic_fastai.train import read_run
-        atlas = read_hpa(data or read_run(run[0])[1]['data'])
+        from rcic_fastai.train import run_data
+        atlas = read_hpa(run_data(run[0], data))
         report = stack_runs(run, atlas, out, repeats, not no_statistics, combine, min_positives, json.loads(params) if params else None, seed=seed, say=_say)
         _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
         _say(f'Written: {out}')

@@ -6,21 +6,20 @@
 __all__ = ['stack_runs']
 
 # %% ../nbs/15d_hpa_stack.ipynb #4fde50e8
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from .checkpoint import write_bytes, write_text
+from .checkpoint import write_bytes
 from .hpa import Atlas, _kept, label_truth
 from .predict import Predictions
 from .pixel_statistics import site_statistics
 from .stack import Stacker, stack_report
-from .train import read_run
+from .train import read_run, write_run
 
 # %% ../nbs/15d_hpa_stack.ipynb #76b437f8
 def _members(runs, atlas, say):
@@ -84,7 +83,6 @@ def stack_runs(
     for split, v in values.items():
         made = dict(run=out.name, recipe='stack', split=split, level='well', activation='sigmoid')
         Predictions(ids[split], np.asarray(atlas.classes), logit(np.clip(v, 1e-6, 1-1e-6)), made).save(out/'predictions'/f'{split}.npz')
-    write_text(out/'recipe.json', json.dumps(asdict(replace(read_run(runs[0])[0], name='stack')), indent=2)+'\n')
     kept = {k: info[k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells')}
-    write_text(out/'run.json', json.dumps(dict(**kept, blend=[str(r) for r in runs], stack=dict(repeats=repeats, combine=combine, min_positives=min_positives, params=params, seed=seed)), indent=1)+'\n')
+    write_run(out, replace(read_run(runs[0])[0], name='stack'), dict(**kept, blend=[str(r) for r in runs], stack=dict(repeats=repeats, combine=combine, min_positives=min_positives, params=params, seed=seed)))
     return stack_report(p['valid'], {'stack': stack}, y, groups, classes=atlas.class_names)[0]

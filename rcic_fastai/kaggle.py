@@ -22,6 +22,7 @@ from fastai.callback.core import Callback
 
 from .assign import accuracy_ladder
 from .checkpoint import Checkpoint, TrainingStopped, write_text
+from .files import read_json
 from .hpa import Atlas, fit_thresholds, label_truth
 from .kaggle_client import kaggle_user
 from .multilabel import average_precision, f1_floors
@@ -222,7 +223,7 @@ def weights_folder(
         (out/part).mkdir(parents=True, exist_ok=True)
         for f in ('recipe.json', 'model.safetensors', 'histograms.npz'):
             if (run/part/f).exists(): shutil.copyfile(run/part/f, out/part/f)
-        own = {**json.loads((run/part/'run.json').read_text()), 'data': '/kaggle/input', 'start': None}
+        own = {**read_json(run/part/'run.json'), 'data': '/kaggle/input', 'start': None}
         write_text(out/part/'run.json', json.dumps(own, indent=1)+'\n')
     if info['target']=='labels' and (run/'predictions'/'valid.npz').exists():
         (out/'predictions').mkdir()

@@ -10,9 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from fastcore.script import call_parse
-
-from .cli import _say, one_line_errors
+from .cli import _say, command, one_line_errors
 
 # %% ../nbs/18b_kaggle_cli.ipynb #d5252f1c
 def _kernel_id(folder):
@@ -26,7 +24,7 @@ def _steps(folder, meta):
     if (Path(folder)/'weights').exists(): lines.append(f'First the weights, once: kaggle datasets create -p {Path(folder)/"weights"} --dir-mode zip')
     return '\n'.join([*lines, f'Then: rcic-kaggle push --folder {folder}'])
 
-@call_parse
+@command
 def rcic_kaggle(
     action:Annotated[str, dict(choices=('build', 'push', 'status', 'output'))], # build a kernel; upload and start it; ask how it goes; fetch what it wrote
     folder:Path=Path('kaggle-kernel'), # of the kernel: build writes it, the others read its address
@@ -80,7 +78,7 @@ def rcic_kaggle(
         if action=='output': _say(f'Fetched: {to}')
 
 # %% ../nbs/18b_kaggle_cli.ipynb #9ef73508
-@call_parse
+@command
 def rcic_download(
     source:Annotated[str, dict(required=True, choices=('competition', 'rxrx1'))]=None, # the competition, by Kaggle's client, or the public RxRx1 release
     out:Annotated[Path, dict(required=True)]=None, # folder to write; the same command goes on where it was cut off

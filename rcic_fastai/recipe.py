@@ -7,16 +7,17 @@ __all__ = ['recipes', 'laptop_rates', 'small_resnet', 'list_recipes', 'check_rec
            'get_recipe', 'change_recipe', 'laptop_recipe']
 
 # %% ../nbs/12_recipe.ipynb #0652408f
-import difflib, json, types, typing
-from dataclasses import asdict, fields, is_dataclass, replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 
 from .embed import postprocess_names
+from .files import read_text, user_path
 from .loss import losses
 from .multilabel_loss import multilabel_losses
-from .train import DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, compare_recipes
+from .train import DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, _nearest, compare_recipes, recipe_from_dict
 from .step import optimizers
 from .tta import tta_group
 
@@ -97,29 +98,6 @@ def list_recipes() -> pd.DataFrame: # one row per recipe
                               source=r.source, score=r.score) for r in recipes.values()]).set_index('recipe')
 
 # %% ../nbs/12_recipe.ipynb #d6023849
-def _nearest(key, known):
-    close = difflib.get_close_matches(key, known, n=1, cutoff=.5)
-    return f'; did you mean {close[0]!r}?' if close else f'; there are {", ".join(known)}'
-
-def _check_type(key, value, hint):
-    "Return `value`, an int as a float where a float is wanted, or say what was expected"
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, bool) and bool not in kinds: kinds_ok = False
-    elif isinstance(value, int) and float in kinds and int not in kinds: return float(value)
-    else: kinds_ok = isinstance(value, kinds)
-    names = ' or '.join('null' if k is types.NoneType else k.__name__ for k in kinds)
-    if not kinds_ok: raise ValueError(f'{key} is {json.dumps(value)}, expected {names}')
-    return value
-
-def _from_dict(default, d, where=''):
-    "`default` with the settings of nested dictionaries; those that are missing stay"
-    if not isinstance(d, dict): raise ValueError(f'{where.rstrip(".") or "recipe"} is {json.dumps(d)}, expected settings in braces')
-    hints, known = typing.get_type_hints(type(default)), [f.name for f in fields(default)]
-    for k in d:
-        if k not in known: raise ValueError(f'{where}{k} is no setting{_nearest(k, known)}')
-    return replace(default, **{k: _from_dict(getattr(default, k), v, f'{where}{k}.') if is_dataclass(hints[k]) else _check_type(where+k, v, hints[k])
-                               for k,v in d.items()})
-
 _domains = (None, 'cell_type', 'experiment', 'plate')
 _stages = ('controls', 'head', 'train', 'finetune', 'cell_type')
 _choices = {('data', 'domain'): _domains, ('data', 'standardize'): (None, 'image', 'plate', 'experiment', 'screen'),
@@ -202,7 +180,7 @@ def recipe_from_json(
     "Raises: ValueError for what is no JSON, an unknown setting, a wrong type or an impossible combination."
     try: d = json.loads(text)
     except json.JSONDecodeError as e: raise ValueError(f'line {e.lineno}: {e.msg}') from None
-    return check_recipe(_from_dict(Recipe(), d))
+    return check_recipe(recipe_from_dict(d))
 
 def recipe_to_json(
     recipe:Recipe # settings
@@ -228,10 +206,10 @@ def get_recipe(
         if str(name) not in _originals: raise ValueError(f'nothing was corrected in {str(name)!r}; an original is there of {", ".join(_originals)}')
         return change_recipe(recipes[str(name)], f'name={name}-faithful', *_originals[str(name)])
     if str(name) in recipes: return recipes[str(name)]
-    path = Path(name)
+    path = user_path(name)
     if path.suffix!='.json': raise ValueError(f'there is no recipe {str(name)!r}{_nearest(str(name), list(recipes))}')
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
-    try: return recipe_from_json(path.read_text())
+    try: return recipe_from_json(read_text(path))
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../nbs/12_recipe.ipynb #d5fcbed5
@@ -253,7 +231,7 @@ def change_recipe(
             at = at[k]
         if parents[:2] not in (['loss', 'options'], ['model', 'arch_options']) and last not in at: raise ValueError(f'{key} is no setting{_nearest(last, list(at))}')
         at[last] = value
-    return check_recipe(_from_dict(Recipe(), d))
+    return check_recipe(recipe_from_dict(d))
 
 # %% ../nbs/12_recipe.ipynb #b1b34ae8
 # highest learning rates for `small_resnet`, chosen on held-out training experiments (benchmarks/results/batch_effect_rates.csv, recipe_rates.csv)

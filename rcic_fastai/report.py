@@ -31,6 +31,7 @@ from .assign import assign_predictions
 from .batchnorm import BatchNormMode, batchnorm_layers, pool_stats
 from .checkpoint import write_text
 from .embed import embedding_report, plot_embedding, well_means
+from .files import read_arrays, user_path
 from .hpa import Atlas, read_labels
 from .image import MultiChannelImage, channel_limits, resize_site, stain_colors, stains_to_rgb
 from .judge import BLUE, GREY, ORANGE, accuracy_by, clean_axes, judge_wells, statistic_shift, worst_wells
@@ -39,7 +40,7 @@ from .predict import (Predictions, _compares_with_controls, _forward, _prepare, 
                                  predict_sites)
 from .recipe import recipes
 from .screen import Screen, plate_groups, present_sites, read_screen
-from .train import Recipe, compare_recipes, complete_stats, load_run, read_run
+from .train import Recipe, compare_recipes, complete_stats, load_run, read_run, run_data
 from .tta import tta_group
 
 # %% ../nbs/16_report.ipynb #cd1b3fbc
@@ -95,7 +96,7 @@ class RunContext:
     @property
     def several(self) -> bool: return self.target=='labels'
     @property
-    def blend(self) -> list: return self.info.get('blend', [])
+    def blend(self) -> list: return [_run_name(b) for b in self.info.get('blend', [])]
 
     @property
     def networks(self) -> dict: # name -> folder of its run; '' for the only one
@@ -165,10 +166,9 @@ def run_context(
 
     Raises: FileNotFoundError for a folder without a finished run, or data or a truth that are not there.
     """
-    run = Path(run)
+    run = user_path(run)
     recipe, info = read_run(run)
-    if not Path(data or info['data']).exists(): raise FileNotFoundError(f'{data or info["data"]}, the data of {run}, is not there: say where it is now (--data)')
-    screen = read_screen(data or info['data'])
+    screen = read_screen(run_data(run, data))
     max_wells = max_wells or _most_wells(run, info)
     found = {s: _find_predictions(run, screen, info, s, 5*max_wells, say) for s in ('valid', 'test')}
     return RunContext(run, recipe, info, screen, {s: p.wells() for s, p in found.items() if not isinstance(p, str)}, read_truth(screen, info['target'], truth),
@@ -430,7 +430,8 @@ def embedding_maps(
     found, mode = {}, net.recipe.inference.batchnorm
     path = c.run/'embeddings'/f'{c.split}.npz'
     if path.exists() and not name:
-        with np.load(path) as f: kept = pd.Index(f['id_code'].astype(str)); rows = kept.get_indexer(wells.id_code); x = f['x'][rows[rows >= 0]]
+        f = read_arrays(path, 'id_code', 'x')
+        kept = pd.Index(f['id_code'].astype(str)); rows = kept.get_indexer(wells.id_code); x = f['x'][rows[rows >= 0]]
         if (rows >= 0).all(): found['as stored by rcic-embed'] = x, wells
     for m in dict.fromkeys(([mode] if not found else []) + ['running' if mode!='running' or found else 'domain']):
         x, ids = embed_again(net, m)
@@ -568,13 +569,13 @@ def make_report(
     Raises: FileNotFoundError for a folder without a finished run, data, truth or template that are not there; ValueError naming the section of the template
     that failed, or a template that is no notebook. Then nothing is written.
     """
-    run = Path(run)
+    run = user_path(run)
     _, info = read_run(run)
-    out, where = Path(out or run/'report.html'), Path(data or info['data'])
+    out, where = user_path(out or run/'report.html'), run_data(run, data)
     if out.suffix not in ('.html', '.htm'): raise ValueError(f'{out}: a report is written as .html')
-    if not where.exists(): raise FileNotFoundError(f'{where}, the data of {run}, is not there: say where it is now (--data)')
-    if truth is not None and not Path(truth).exists(): raise FileNotFoundError(f'{truth} does not exist; expected a table with the truth')
-    template = Path(template or report_template(info['target']=='labels'))
+    if not where.exists(): raise FileNotFoundError(f'{where} does not exist; expected the folder of the screen (--data)')
+    if truth is not None and not (truth := user_path(truth)).exists(): raise FileNotFoundError(f'{truth} does not exist; expected a table with the truth')
+    template = user_path(template or report_template(info['target']=='labels'))
     if not template.exists(): raise FileNotFoundError(f'{template} does not exist; expected a notebook to execute')
     try: nb = nbformat.read(template, 4)
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError) as e: raise ValueError(f'{template} is no notebook: {str(e).splitlines()[0]}') from None

@@ -22,10 +22,10 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from .assign import assign_predictions, write_submission
-from .augment import ChannelStats
 from .blend import blend_predictions, blend_report, blend_weights
 from .checkpoint import Checkpoint, History, latest_checkpoint, write_text
 from .data import select_sites
+from .files import read_json, user_path
 from .model import load_weights, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
@@ -34,7 +34,7 @@ from .pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites,
 from .screen import Screen, plate_groups, valid_mask
 from .target import is_multilabel
 from .train import (PseudoSettings, Recipe, TrainSettings, _plain_log, compare_recipes, fit_stage, new_head, pretrain_on_controls, read_run,
-                               recipe_dataloaders, recipe_from_dict, recipe_model, screen_learner, suggest_lr)
+                               recipe_dataloaders, recipe_from_dict, recipe_model, screen_learner, suggest_lr, write_run, _run_histograms, _run_stats)
 
 # %% ../nbs/11b_run.ipynb #d6c0d1e6
 def _usable_domain(sites, recipe, target, say):
@@ -192,11 +192,12 @@ class Stages:
     def _found_lr(self, learn, name, stage):
         "What `lr_find` suggests, looked for once: a run that goes on takes what is written"
         path, key = self.run/'learning_rates.json', xxhash.xxh3_64_hexdigest(json.dumps(self.extra, default=str).encode())
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
         if found.get('recipe')!=key: found = dict(recipe=key)
         if name not in found:
             found[name] = suggest_lr(learn, stage)
             write_text(path, json.dumps(found)+'\n')
+        if not (isinstance(found[name], float) and found[name] > 0): raise ValueError(f'{path}: {name} is {found[name]!r}, expected a learning rate; delete the file, and it will be looked for again')
         self.say(f'Stage {name}: learning rate {found[name]:.2e}, found in {stage.find_lr} steps')
         return found[name]
 
@@ -245,12 +246,11 @@ def _pseudo_callback(screen, recipe, sites, mask, loaders, controls, present_onl
 def _start_of(start, screen, target):
     "What a run that begins with the network of another one takes from it, and the wells that one has trained on"
     recipe, info = read_run(start)
+    if 'blend' in info: raise ValueError(f'{start} is a blend and has no network of its own; start from one of {", ".join(info["blend"])}')
     if 'parts' in info: raise ValueError(f'{start} has a network for each cell type; start from one of {", ".join(info["parts"])} within it')
     if info['target']!=target: raise ValueError(f'{start} predicts {info["target"]}, not {target}')
-    histograms = Path(start)/'histograms.npz'
     taken = dict(classes=info['classes'], cell_types=info['cell_types'], experiments=info['experiments'])
-    known = dict(stats=None if info['stats'] is None else ChannelStats(*(torch.tensor(t) for t in info['stats'])),
-                 counts=torch.from_numpy(np.load(histograms)['counts']) if histograms.exists() else None)
+    known = dict(stats=_run_stats(start, info), counts=_run_histograms(start))
     train = screen.wells[screen.wells.split=='train']
     return taken, known, set(train.id_code)-set(info['valid_wells'])
 
@@ -287,7 +287,8 @@ def train_run(
     Raises: FileExistsError if the folder holds a finished run; ValueError, FileNotFoundError for what is wrong with the data, or if the
     run was started otherwise; TrainingStopped for a signal, FloatingPointError for a loss that is no number, both with what is saved intact.
     """
-    run, valid, target = Path(run), _wells_of_run(recipe.valid if valid is None else valid), target or screen.target
+    run, valid, target = user_path(run), _wells_of_run(recipe.valid if valid is None else valid), target or screen.target
+    start = None if start is None else user_path(start)
     _check_request(screen, run, target, valid, recipe.seed)
     if len(screen.cell_types) > 1 and (recipe.per_cell_type or recipe.cell_type.epochs):
         return _train_parts(screen, recipe, run, target, wells, valid, present_only, say, cbs)
@@ -357,8 +358,7 @@ def _train_parts(screen, recipe, run, target, wells, valid, present_only, say, c
         if not (run/name/'run.json').exists(): learners[name] = train_run(part, own, run/name, target, wells, held, present_only, say, cbs, start)
     info = dict(target=target, wells=wells, valid=valid if isinstance(valid, str) else None, present_only=present_only, data=str(screen.path),
                 parts=screen.cell_types, valid_wells=sorted(ids or ()))
-    write_text(run/'recipe.json', json.dumps(asdict(recipe), indent=2)+'\n')
-    write_text(run/'run.json', json.dumps(info, indent=1)+'\n')
+    write_run(run, recipe, info)
     return learners
 
 def _write_run(learn, recipe, run, screen, sites, mask, common, asked):
@@ -370,12 +370,11 @@ def _write_run(learn, recipe, run, screen, sites, mask, common, asked):
                 experiments=common['experiments'], image_size=list(learn.dls.train_ds[0][0].shape[-2:]),
                 stats=None if stats is None else [t.tolist() for t in stats],
                 valid_wells=sorted(set(sites.id_code[mask])), versions=versions)
-    write_text(run/'recipe.json', json.dumps(asdict(recipe), indent=2)+'\n')
     if learn.dls.counts is not None:
         with open(run/'.histograms.npz', 'wb') as f: np.savez_compressed(f, counts=learn.dls.counts.numpy())
         os.replace(run/'.histograms.npz', run/'histograms.npz')
     save_weights(learn.model, run/'model.safetensors', meta=dict(recipe=recipe.name))
-    write_text(run/'run.json', json.dumps(info, indent=1)+'\n')
+    write_run(run, recipe, info)
 
 # %% ../nbs/11b_run.ipynb #3449f743
 def logger(
@@ -485,7 +484,7 @@ def blend_runs(
 
     Raises: ValueError for runs that predict other targets, classes or wells, or that set other wells aside; FileExistsError for a run in `out`.
     """
-    runs, out = [Path(r) for r in runs], Path(out)
+    runs, out = [user_path(r) for r in runs], user_path(out)
     if (out/'model.safetensors').exists(): raise FileExistsError(f'{out} holds a run; give another folder')
     if len({r.name for r in runs})!=len(runs): raise ValueError(f'two runs have the same name among {", ".join(map(str, runs))}; the names say which is which in a blend')
     recipes, infos = zip(*map(read_run, runs))
@@ -503,8 +502,7 @@ def blend_runs(
     blends = {split: blend_predictions(members, given, space) for split, members in found.items()}
     for split, p in blends.items(): p.save(out/'predictions'/f'{split}.npz')
     info = {k: infos[0][k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells')}
-    write_text(out/'recipe.json', json.dumps(asdict(replace(recipes[0], name='blend')), indent=2)+'\n')
-    write_text(out/'run.json', json.dumps(dict(**info, blend=[str(r) for r in runs], weights=blends[splits[0]].made['weights']), indent=1)+'\n')
+    write_run(out, replace(recipes[0], name='blend'), dict(**info, blend=[str(r) for r in runs], weights=blends[splits[0]].made['weights']))
     if 'valid' in splits and several: return _precision_report(found['valid'], blends['valid'], screen.wells)
     if 'valid' in splits: return blend_report(found['valid'], blends['valid'], screen.wells, infos[0]['target'])
     return pd.Series(blends['test'].made['weights'], name='weight').to_frame()
