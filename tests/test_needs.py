@@ -1,0 +1,81 @@
+"One place answers what a run looks at beside the sites it predicts: predictions, embeddings and report see the same statistics."
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rcic_fastai.predict import Predictions, embed_run, predict_run
+from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
+from rcic_fastai.report import embed_again, load_network, run_context
+from rcic_fastai.run import train_run
+from rcic_fastai.screen import read_screen
+
+quick = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "device.precision=fp32", "data.crop=null", "data.epoch_sites=16",
+                      'model.arch_options={"channels": [8, 8, 8, 16], "stem_width": 8}')  # fmt: skip
+own_head = ("loss.name=cross_entropy", "loss.options={}", "model.head=linear")
+CASES = {
+    "plain": (),
+    "controls in the batch": ("data.controls=4",),
+    "controls are the statistics": ("data.controls=4", "inference.batchnorm=controls"),
+    "plates": ("data.domain=plate", "data.controls=2"),
+    "a sample of the domain": ("data.controls=4", "inference.pool_sites=12"),
+    "a head that compares": ("data.controls=4", "model.head=controls", "loss.name=cross_entropy", "loss.options={}"),
+    "centred plates": ("inference.postprocess=center_plate",),
+    "centred plates and controls": ("data.controls=4", "inference.postprocess=center_plate"),
+    "tvn": ("inference.postprocess=tvn",),
+    "sphering beside controls": ("data.controls=4", "inference.postprocess=sphering"),
+    "running": ("data.controls=4", "inference.batchnorm=running"),
+    "batches": (*own_head, "inference.batchnorm=batch", "inference.bagging=[16, 8]"),
+}
+
+
+def means(x, sites):
+    codes, first = pd.factorize(sites.id_code)
+    return np.stack([x[codes == i].mean(0) for i in range(len(first))]), first
+
+
+@pytest.fixture(scope="module")
+def screen(small_screen):
+    return read_screen(small_screen)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_statistics_everywhere(screen, tmp_path, name, monkeypatch):
+    "What `embed` gets while a run predicts, what `embed_run` returns and what the report draws, for the test wells and the same ones"
+    import rcic_fastai.predict as module
+
+    recipe, quiet = change_recipe(quick, *CASES[name]), lambda *a: None
+    train_run(screen, recipe, tmp_path, valid="well=0/3", say=quiet)
+    for split in ("valid", "test"):
+        seen = {}
+        original = module._forward
+
+        def watching(learn, view, prepare, embed=False):
+            "Predict with the features in place of the logits: what the classifier sees, in the passes of a prediction"
+            return original(learn, view, prepare, True)
+
+        with monkeypatch.context() as m:
+            m.setattr(module, "_forward", watching)
+            m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids, x=logits) or Predictions(ids, [0, 1], logits[:, :2]))
+            m.setattr(module, "postprocess_embeddings", lambda n, x, sites, *a: seen.update(x=x) or (np.zeros((len(x), 2)), np.array([0, 1])))
+            m.setattr(Predictions, "only", lambda self, classes: self)
+            if recipe.inference.postprocess:
+                m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids) or Predictions(ids, [0, 1], logits[:, :2]))
+            predict_run(tmp_path, screen, split, progress=False, say=quiet)
+        predicted, ids = means(seen["x"], pd.DataFrame(dict(id_code=pd.Series(seen["ids"]).str.rsplit("_", n=1).str[0])))
+        x, wells = embed_run(tmp_path, screen, split, progress=False, say=quiet)
+        assert (split == "valid" or set(wells.well_type) >= {"treatment", "negative_control"}) and np.isfinite(x).all()
+        at = pd.Index(wells.id_code).get_indexer(ids)
+        np.testing.assert_allclose(x[at], predicted, rtol=1e-3, atol=1e-4)
+        only, some = embed_run(tmp_path, screen, split, wells="treatments", progress=False, say=quiet)
+        np.testing.assert_allclose(only, x[pd.Index(wells.id_code).get_indexer(some.id_code)], rtol=1e-3, atol=1e-4)
+    if recipe.inference.bagging:
+        return
+    predict_run(tmp_path, screen, "test", progress=False, say=quiet)
+    predict_run(tmp_path, screen, "valid", progress=False, say=quiet)
+    c = run_context(tmp_path, max_wells=10_000, say=quiet)
+    for split in ("valid", "test"):
+        w = screen.wells[screen.wells.id_code.isin(c.predictions[split].ids)]
+        drawn, ids = embed_again(load_network(c, w), recipe.inference.batchnorm)
+        x, wells = embed_run(tmp_path, screen, split, progress=False, say=quiet)
+        np.testing.assert_allclose(drawn, x[pd.Index(wells.id_code).get_indexer(ids)], rtol=1e-3, atol=1e-4)
