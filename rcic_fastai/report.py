@@ -36,7 +36,7 @@ from .hpa import Atlas, read_labels
 from .image import MultiChannelImage, channel_limits, resize_site, stain_colors, stains_to_rgb
 from .judge import BLUE, GREY, ORANGE, accuracy_by, clean_axes, judge_wells, statistic_shift, worst_wells
 from .page import duration, execute_notebook, interval, notebook_page, percent, with_parameters
-from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _run_references, _sample, embed_sites, predict_run,
+from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, embed_with, inference_needs, predict_run, run_references,
                                  predict_sites)
 from .recipe import recipes
 from .screen import Screen, plate_groups, present_sites, read_screen
@@ -312,8 +312,17 @@ class Network(NamedTuple):
     learn:Learner # from `load_run`
     recipe:Recipe # its recipe
     sites:pd.DataFrame # sites, whose files are all there
-    controls:pd.DataFrame|None # control sites, if it compares with some
+    controls:pd.DataFrame|None # control sites, if it needs some
+    reference:pd.DataFrame|None # labelled sites of the same experiments, if it compares with some
     domain:str # whose statistics it pools
+
+def _as_drawn(c, controls, sites, least=32):
+    "As large a share of the controls of each experiment as of the wells predicted there, but enough to compare with"
+    predicted = np.concatenate([sites.id_code, *(p.ids for p in c.predictions.values())])
+    own = c.screen.wells[c.screen.wells.id_code.isin(predicted)]
+    share = sites.groupby('experiment').id_code.nunique()/own.groupby('experiment').size()
+    enough = lambda t: max(least, round(len(t)*share[t.name]))
+    return controls.groupby('experiment', group_keys=False)[controls.columns].apply(lambda t: _sample(t, enough(t))).reset_index(drop=True)
 
 def load_network(
     c:RunContext, # from `run_context`
@@ -325,21 +334,20 @@ def load_network(
     recipe, info = read_run(folder)
     sites = present_sites(c.screen.sites(wells), c.screen.channels)[0]
     if not len(sites): return None
-    compares = recipe.data.controls or recipe.model.head=='controls' or recipe.inference.batchnorm=='controls'
-    controls = _run_references(info, c.screen, set(sites.split), info['present_only'])[1] if compares else None
-    if controls is not None: controls = controls.groupby('experiment', group_keys=False)[controls.columns].apply(lambda t: _sample(t, 32)).reset_index(drop=True)
-    learn = load_run(folder, sites if controls is None else pd.concat([sites, controls], ignore_index=True))
-    return Network(learn, recipe, sites, controls, recipe.inference.domain or recipe.data.domain or 'experiment')
+    reference, controls = run_references(inference_needs(recipe), info, c.screen, sites, True)
+    if reference is not None: reference = reference[reference.experiment.isin(sites.experiment)].reset_index(drop=True)
+    if controls is not None: controls = _as_drawn(c, controls[controls.experiment.isin(sites.experiment)], sites)
+    learn = load_run(folder, pd.concat([t for t in (sites, controls, reference) if t is not None], ignore_index=True))
+    return Network(learn, recipe, sites, controls, reference, recipe.inference.domain or recipe.data.domain or 'experiment')
 
 def predict_again(
     net:Network, # from `load_network`
     batchnorm:str # 'running' or 'domain'
 ) -> Predictions: # of the wells, by the head alone, one view
     "What the network says of its sites under other BatchNorm statistics."
-    controls = net.controls if batchnorm=='domain' or net.recipe.model.head=='controls' else None
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # a sample may have a single well of a domain
-        return predict_sites(net.learn, net.sites, batchnorm, net.domain, controls=controls, pool_sites=net.recipe.inference.pool_sites, progress=False).wells()
+        return predict_sites(net.learn, net.sites, batchnorm, net.domain, controls=net.controls, pool_sites=net.recipe.inference.pool_sites, progress=False).wells()
 
 def embed_again(
     net:Network, # from `load_network`
@@ -348,7 +356,7 @@ def embed_again(
     "Embeddings of the wells of a network, mean over their sites."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        x = embed_sites(net.learn, net.sites, batchnorm, net.domain, controls=net.controls, pool_sites=net.recipe.inference.pool_sites, progress=False)
+        x = embed_with(net.learn, net.sites, net.recipe, net.controls, net.reference, progress=False, batchnorm=batchnorm, tta=1, bagging=[])
     return well_means(x, net.sites.id_code.to_numpy())
 
 # %% ../nbs/16_report.ipynb #b5a384ac

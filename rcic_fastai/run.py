@@ -29,7 +29,7 @@ from .files import read_json, user_path
 from .model import load_weights, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
-from .predict import Predictions, predict_run, predict_with
+from .predict import Predictions, inference_needs, predict_run, predict_with
 from .pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites, pseudo_to_json, select_pseudo_labels
 from .screen import Screen, plate_groups, valid_mask
 from .target import is_multilabel
@@ -71,8 +71,8 @@ def control_sites(
 def needs_controls(
     recipe:Recipe # settings
 ) -> bool:
-    "Does a recipe look at control wells beside those it classifies?"
-    return bool(recipe.data.controls) or recipe.model.head=='controls' or recipe.inference.batchnorm=='controls' or recipe.inference.postprocess in ('sphering', 'tvn')
+    "Does a recipe look at control wells beside those it classifies? See `inference_needs`."
+    return inference_needs(recipe).controls
 
 # %% ../nbs/11b_run.ipynb #3f117db3
 class PseudoLabels(Callback):
