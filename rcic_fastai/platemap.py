@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .image import read_grey
-from .screen import WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, channel_file, channel_name, site_files
+from .screen import (WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, alike, channel_file, channel_name, is_unknown,
+                                read_rows, site_files)
 
 # %% ../nbs/02a_platemap.ipynb #dda68907
 _aliases = dict(well=('well', 'wellid', 'wellname', 'wellposition', 'position'), plate=('plate', 'plateid', 'platename', 'barcode', 'platebarcode'),
@@ -26,7 +27,7 @@ _aliases = dict(well=('well', 'wellid', 'wellname', 'wellposition', 'position'),
 def _plain(name): return re.sub(r'[^a-z0-9]', '', name.lower())
 
 def read_plate_map(
-    path:str|Path, # CSV file, a row per well; separated by commas, semicolons or tabs
+    path:str|Path, # CSV file, a row per well, see `read_rows`
     columns:dict=None, # what it calls 'well', 'plate', 'experiment', 'cell_type', 'treatment', 'well_type' and 'split', where that is not obvious
 ) -> pd.DataFrame: # its columns as text under their own names, and those that are known under ours; `file` and `row`
     """A plate map as text, with its columns recognised.
@@ -34,22 +35,18 @@ def read_plate_map(
     Raises: FileNotFoundError; ValueError for a table without rows or without wells, or a column that it does not have.
     """
     path, columns = Path(path), dict(columns or {})
-    if not path.is_file(): raise FileNotFoundError(f'{path} does not exist; expected a CSV file with a row per well')
-    try:
-        with path.open(encoding='utf-8-sig') as f: header = f.readline()
-        table = pd.read_csv(path, sep=max(',;\t', key=header.count), dtype=str, keep_default_na=False, encoding='utf-8-sig', skipinitialspace=True)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise ValueError(f'{path.name}: not a table of comma-separated UTF-8 text ({e})') from e
-    if not len(table): raise ValueError(f'{path.name}: the table is empty: a header and no rows')
-    table.columns = [str(c).strip() for c in table.columns]
+    table = read_rows(path, 'a CSV file with a row per well')
+    own = table.columns.drop(['file', 'row'])
     for ours, theirs in columns.items():
         if ours not in _aliases: raise ValueError(f'columns: {ours!r} is none of ours{_nearest(ours, _aliases)}')
-        if theirs not in table: raise ValueError(f'{path.name}: there is no column {theirs!r}{_nearest(theirs, table.columns)}')
+        if theirs not in own: raise ValueError(f'{path.name}: there is no column {theirs!r}{_nearest(theirs, own)}')
     found = {}
     for ours, known in _aliases.items():
-        candidates = [columns[ours]] if ours in columns else sorted((c for c in table.columns if _plain(c) in known and c not in columns.values()), key=lambda c: known.index(_plain(c)))
-        if candidates: found[ours] = table[candidates[0]].str.strip()
-    if 'well' not in found: raise ValueError(f"{path.name}: none of the columns {', '.join(table.columns)} is known to name the well; columns={{'well': ...}} (--column well=NAME) says which does")
-    return table.drop(columns=[c for c in found if c in table]).assign(**found, file=path.name, row=np.arange(2, len(table)+2))
+        candidates = [columns[ours]] if ours in columns else sorted((c for c in own if _plain(c) in known and c not in columns.values()), key=lambda c: known.index(_plain(c)))
+        if candidates: found[ours] = table[candidates[0]]
+    if 'well' not in found: raise ValueError(f"{path.name}: none of the columns {', '.join(own)} is known to name the well; columns={{'well': ...}} (--column well=NAME) says which does")
+    where = table[['file', 'row']]
+    return table.drop(columns=[*(c for c in found if c in table), 'file', 'row']).assign(**found).join(where)
 
 # %% ../nbs/02a_platemap.ipynb #2716b88b
 def _well_name(text):
@@ -87,7 +84,9 @@ def plate_map_wells(
     """
     for c, default in dict(plate='1', experiment=experiment, cell_type='cells', treatment='').items():
         rows = rows.assign(**{c: rows[c] if c in rows else default})
-        if c!='treatment': _require(rows, rows[c]!='', lambda r: f'{c} is empty')
+        unknown = is_unknown(rows[c], {*negative, *positive, *treatments} if c=='treatment' else ())
+        if c!='treatment': _require(rows, ~unknown, lambda r: f'{c} is {"unknown: "+repr(r[c]) if r[c] else "empty"}')
+        rows[c] = rows[c].mask(unknown, '')
     _require(rows, ~rows.experiment.str.contains('/'), lambda r: f'experiment {r.experiment!r} has a slash in its name')
     rows = rows.assign(well=rows.well.map(_well_name))
     _require(rows, rows.well.isin(_WELLS), lambda r: f'well {r.well!r} is not on a plate of 384 wells or fewer; expected A01 to P24')
@@ -97,7 +96,7 @@ def plate_map_wells(
         kind = {**dict.fromkeys(negative, 'negative_control'), **dict.fromkeys(positive, 'positive_control')}
         rows = rows.assign(well_type=[kind.get(t, 'treatment') for t in rows.treatment])
     _require(rows, rows.well_type.isin(WELL_TYPES), lambda r: f'well_type {r.well_type!r} is unknown{_nearest(r.well_type, WELL_TYPES)}')
-    _require(rows, (rows.treatment!='') | (rows.well_type=='treatment'), lambda r: 'a control without the name of its treatment')
+    _require(rows, (rows.treatment!='') | (rows.well_type=='treatment'), lambda r: 'a control without the name of its treatment; one that is called None or NA is named with negative=... or positive=... (--negative, --positive)')
     if 'split' not in rows: rows = rows.assign(split=np.where(rows.treatment=='', 'test', 'train'))
     _require(rows, rows.split.isin(('train', 'val', 'test')), lambda r: f'split {r.split!r} is unknown{_nearest(r.split, ("train", "val", "test"))}')
     number = {name: i for i, name in enumerate(number_treatments(rows, treatments))}
@@ -342,6 +341,7 @@ def describe_screen(
     sites, found, other = find_sites(images, files, rows)
     asked = _chosen_channels(found, earlier['channels'] if earlier else channels, len(sites), say)
     wells = plate_map_wells(rows, name, negative, positive, earlier['treatments'] if earlier else ())
+    _notices(rows, wells, say)
     named = wells.dropna(subset='sirna').drop_duplicates('sirna').set_index('sirna').treatment
     treatments = list(earlier['treatments']) if earlier else []
     treatments += [named[i] for i in range(len(treatments), int(named.index.max())+1 if len(named) else 0)]
@@ -352,6 +352,14 @@ def describe_screen(
     without = len(rows)-sites.index.nunique()
     say(f'{len(sites):,} sites of {sites.index.nunique():,} wells, named {files}' + (f'; {without:,} wells have no images' if without else '') + (f'; {other:,} images belong to no well' if other else ''))
     return read_platemap(out)
+
+def _notices(rows, wells, say):
+    "What may be meant otherwise than it is read"
+    if 'treatment' in rows:
+        said = rows.treatment[wells.set_index('row').treatment.reindex(rows.row).isna().to_numpy() & (rows.treatment!='').to_numpy()].value_counts()
+        if len(said): say(f'{said.sum():,} wells have the treatment {", ".join(map(repr, said.index[:5]))}: taken as unknown, wells to predict')
+    for c in ('treatment', 'cell_type', 'experiment'):
+        for names in alike(wells[c]): say(f'Notice: {c.replace("_", " ")} {" and ".join(map(repr, names))} differ in capitals or blanks only, and are {len(names)} of their own')
 
 def _only_table(images):
     tables = sorted(p for p in images.iterdir() if p.suffix.lower() in ('.csv', '.tsv'))

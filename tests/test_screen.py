@@ -189,7 +189,7 @@ BAD = {
         lambda p: move(p, 9, experiment="HEPG2"),
         ["train.csv: row 9", "'HEPG2' does not look like HUVEC-07"],
     ),
-    "siRNA a fraction": ("train.csv", lambda p: put(p, 9, sirna="3.0"), ["train.csv: row 9", "'3.0'", "whole number"]),
+    "siRNA a fraction": ("train.csv", lambda p: put(p, 9, sirna="3.5"), ["train.csv: row 9", "'3.5'", "whole number"]),
     "siRNA a name": ("train.csv", lambda p: put(p, 9, sirna="s217"), ["train.csv: row 9", "'s217'"]),
     "siRNA empty": ("train.csv", lambda p: put(p, 9, sirna=""), ["train.csv: row 9", "''", "whole number"]),
     "siRNA negative": ("train.csv", lambda p: put(p, 9, sirna="-1"), ["train.csv: row 9", "'-1' is out of range"]),

@@ -1,0 +1,91 @@
+"Tables as people write them: what is the same is read the same by every reader, and what is wrong is named by file and row."
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rcic_fastai.platemap import describe_screen, plate_map_wells, read_plate_map
+from rcic_fastai.screen import is_unknown, read_rows, read_table
+
+ROWS = [["well", "treatment", "dose"], ["B02", "Taxol", "1"], ["B03", "DMSO", "0"], ["C04", "a, b", "2.5"]]
+
+
+def written(rows, sep=",", end="\n"):
+    return end.join(sep.join(f'"{c}"' if sep in c else c for c in r) for r in rows) + end
+
+
+FORMS = {
+    "plain": written(ROWS),
+    "a byte order mark": "\ufeff" + written(ROWS),
+    "Windows": written(ROWS, end="\r\n"),
+    "old Mac": written(ROWS, end="\r"),
+    "semicolons": written(ROWS, ";"),
+    "tabs": written(ROWS, "\t"),
+    "said by Excel": "sep=;\r\n" + written(ROWS, ";", "\r\n"),
+    "quotes": "\n".join(",".join(f'"{c}"' for c in r) for r in ROWS),
+    "blanks around": "\n".join(" , ".join(f'"{c}"' if "," in c else c for c in r) + "  " for r in ROWS),
+    "columns of nothing": written([[*r, "", " "] for r in ROWS]),
+    "rows of nothing": written([*ROWS, ["", "", ""], [" ", "", ""]]),
+    "no end": written(ROWS).rstrip(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_table_in_every_form(tmp_path, form):
+    path = tmp_path / "t.csv"
+    path.write_bytes(FORMS[form].encode())
+    expected = pd.DataFrame(ROWS[1:], columns=ROWS[0])
+    for table in (read_rows(path), read_table(path, ROWS[0]), read_plate_map(path)):
+        pd.testing.assert_frame_equal(table[ROWS[0]], expected, check_dtype=False)
+        assert table.row.tolist() == list(range(2, 5)) if form != "said by Excel" else table.row.tolist() == list(range(3, 6))
+
+
+WRONG = {
+    "UTF-16": (written(ROWS).encode("utf-16"), "UTF-16"),
+    "Latin-1": (written([*ROWS, ["D05", "Köln", "1"]]).encode("latin-1"), "row 5: not comma-separated UTF-8 text: byte 0xf6"),
+    "a workbook": (b"PK\x03\x04" + bytes(100), "a workbook"),
+    "an image": (b"\x89PNG\r\n", "an image"),
+    "binary": (b"well,treatment\n\0\0", "no text"),
+    "an open quote": (b'well,treatment\nB02,"Taxol\nB03,DMSO\n', "not comma-separated text"),
+    "a short row": (b"well,treatment,dose\nB02,Taxol,1\n\nB03,DMSO\n", "row 4: 2 cells where the header has 3"),
+    "a long row": (b"well,treatment\nB02,Taxol,1\n", "row 2: 3 cells where the header has 2"),
+    "empty": (b"", "the file is empty"),
+    "blank": (b"\n \n,,\n", "the file is empty"),
+    "a header": (b"well,treatment\n,\n", "a header and no rows"),
+    "a column twice": (b"well,dose,dose\nB02,1,2\n", "row 1: column 'dose' appears twice"),
+    "a column almost twice": (b"\nwell,dose, Dose \nB02,1,2\n", "row 2: columns 'dose' and 'Dose' differ in capitals or blanks only"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_table_is_named(tmp_path, name):
+    path, (data, words) = tmp_path / "t.csv", WRONG[name]
+    path.write_bytes(data)
+    for read in (read_rows, read_plate_map, lambda p: read_table(p, ["well", "treatment"])):
+        with pytest.raises(ValueError, match=r"t\.csv") as e:
+            read(path)
+        assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_every_word_of_pandas_for_unknown(tmp_path):
+    from pandas._libs.parsers import STR_NA_VALUES
+
+    words = sorted({w for v in STR_NA_VALUES for w in (v, v.lower(), v.upper(), f" {v} ")}) + ["-", "--"]
+    assert is_unknown(pd.Series(words)).all() and not is_unknown(pd.Series(["DMSO", "NaCl", "nano", "0", "Nullomycin"])).any()
+    wells = [f"{r}{c:02}" for r in "ABCDEFGH" for c in range(1, 25)]
+    (tmp_path / "t.csv").write_text("well,treatment\nA01,DMSO\n" + "".join(f"{w},{v}\n" for w, v in zip(wells[1:], words)))
+    found = plate_map_wells(read_plate_map(tmp_path / "t.csv"))
+    assert found.sirna.notna().sum() == 1 and (found.split == "test").sum() == len(words)
+
+
+def test_notices_of_a_description(tmp_path):
+    from PIL import Image
+
+    for w in ("B02", "B03", "B04"):
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / f"{w}_DAPI.png")
+    (tmp_path / "map.csv").write_text("well,treatment\nB02,Taxol\nB03,taxol \nB04,n/a\n")
+    said = []
+    screen = describe_screen(tmp_path, files="{well}_{channel}.png", say=lambda s: said.append(str(s)))
+    assert any("treatment 'Taxol' and 'taxol' differ in capitals or blanks only" in s for s in said)
+    assert any("1 wells have the treatment 'n/a': taken as unknown" in s for s in said)
+    assert screen.wells.sirna.notna().sum() == 2
