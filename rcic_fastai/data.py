@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .image import MultiChannelImage, read_site, resize_site
-from .screen import CHANNELS, Screen, check_files, present_sites, valid_mask
+from .screen import CHANNELS, Screen, check_files, packed_row, present_sites, valid_mask
 from .store import BatchBuffers, Store, open_store, read_ahead
 from .target import MASKED, MaskedCategorize, MultiLabelBlock, MultiLabelCategorize, TargetBlock, is_multilabel
 
@@ -143,7 +143,7 @@ class SiteReader(DisplayedTransform):
         files:Sequence[str] # path patterns
     ) -> 'Store|None': # None if they are image files
         "The packed store that sites lie in."
-        paths = {f.rpartition('#')[0] for f in files}
+        paths = {(packed_row(f) or ('',))[0] for f in files}
         return open_store(paths.pop()) if len(paths)==1 and '' not in paths else None
 
     def __getstate__(self): return {**self.__dict__, '_images': {}}
@@ -325,7 +325,7 @@ class _BatchSource:
             self.target, self.kind = torch.tensor(own + [encode.number(None)]*(len(self.files)-len(own))), encode.kind
         self.store = None if self.reader.cache else self.reader.store(self.files)
         if self.store is not None and self.reader.size not in (None, min(self.store.shape[1:])): self.store = None # resized one by one
-        if self.store is not None: self.rows = np.array([int(row) if (row := f.rpartition('#')[2]).isdigit() else -1 for f in self.files])
+        if self.store is not None: self.rows = np.array([int(row) if (row := packed_row(f)[1]).isdigit() else -1 for f in self.files])
 
     def _read_file(self, i, out):
         x = self.reader.pixels(self.files[i])

@@ -26,6 +26,8 @@ from sklearn.manifold import TSNE
 from sklearn.model_selection import StratifiedKFold
 from sklearn.utils.validation import check_is_fitted
 
+from .screen import plain_text
+
 # %% ../nbs/08a_embed.ipynb #9370070b
 def _as_rows(x, name='x', features=None)->np.ndarray:
     "`x` as a float array of two dimensions without nan; float32 stays float32"
@@ -479,10 +481,11 @@ def plot_embedding(
     if ax is None: _,ax = plt.subplots(figsize=(4, 3.4))
     names = np.unique(labels)
     cmap = plt.get_cmap('tab10' if len(names)<=10 else 'tab20' if len(names)<=20 else 'nipy_spectral')
+    dots = []
     for i,name in enumerate(names):
         color = cmap(i) if len(names)<=20 else cmap((i+.5)/len(names))
-        ax.scatter(xy[labels==name, 0], xy[labels==name, 1], s=8, color=color, alpha=.8, linewidths=0, label=str(name))
-    if len(names)<=max_legend: ax.legend(fontsize=7, markerscale=1.5, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
+        dots.append(ax.scatter(xy[labels==name, 0], xy[labels==name, 1], s=8, color=color, alpha=.8, linewidths=0, label=plain_text(name)))
+    if len(names)<=max_legend: ax.legend(handles=dots, labels=[plain_text(n) for n in names], fontsize=7, markerscale=1.5, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     else: ax.text(.99, .01, f'{len(names)} labels', transform=ax.transAxes, ha='right', va='bottom', fontsize=7)
-    ax.set(xticks=[], yticks=[], title=title)
+    ax.set(xticks=[], yticks=[], title=title and plain_text(title))
     return ax

@@ -21,7 +21,7 @@ from .duplicates import external_keys, find_twins, hash_sites, join_groups, labe
 from .folds import grouped_folds
 from .multilabel import average_precision, f1_floors, f1_table, label_lists, label_matrix, parse_labels, read_label_submission, write_label_submission
 from .predict import Predictions, predict_run
-from .screen import WELL_COLUMNS, Screen, _packed_files, check_files, present_sites, read_table
+from .screen import WELL_COLUMNS, Screen, _packed_files, check_files, escape_braces, present_sites, read_table
 from .threshold import NestedF1, ShareThreshold, ThresholdEstimator, create_threshold, nested_macro_f1, write_thresholds
 from .train import read_run
 
@@ -67,9 +67,9 @@ class Atlas(Screen):
         table = (self.wells if wells is None else wells).reset_index(drop=True)
         if 'site_id' in table: raise ValueError('these are sites already; expected rows of `wells`')
         table = table.assign(site_id=table.id_code+'_1', site=1)
-        where = {k: f'{self.path.as_posix()}/{name}/' for k,(name, _) in self.folders.items()}
+        where = {k: escape_braces(f'{self.path.as_posix()}/{name}/') for k,(name, _) in self.folders.items()}
         keys = list(zip(table.experiment, table.split))
-        table['files'] = [f'{where[k]}{i}_{{channel}}{self.folders[k][1]}' for k,i in zip(keys, table.id_code)]
+        table['files'] = [f'{where[k]}{escape_braces(i)}_{{channel}}{self.folders[k][1]}' for k,i in zip(keys, table.id_code)]
         if self.packed is not None: table['files'] = table.site_id.map(self.packed).fillna(f'{self.path.as_posix()}#' + table.site_id)
         return table
 

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .screen import CHANNELS, Screen, channel_name, grey_limits, is_optional, site_files
+from .screen import CHANNELS, Screen, channel_name, grey_limits, is_optional, packed_row, plain_text, site_files
 
 # %% ../nbs/02_image.ipynb #ec0aea24
 stain_planes = dict(red=[0], green=[1], blue=[2], yellow=[0, 1]) # of an RGB picture in which a stain is shown in its colour
@@ -95,7 +95,7 @@ def read_site(
 
     Raises: FileNotFoundError naming the first missing file; ValueError if channels differ in size or a composite is mixed with others.
     """
-    if isinstance(files, str) and '#' in files:
+    if isinstance(files, str) and packed_row(files) is not None:
         from rcic_fastai.store import read_packed # numbered higher; only where there is a store
         return read_packed(files, channels)
     paths = site_files(str(files), channels) if isinstance(files, (str, Path)) else [Path(f) for f in files]
@@ -129,7 +129,7 @@ class MultiChannelImage(TensorImage):
         ax = ctx if ctx is not None else plt.subplots(figsize=figsize)[1]
         ax.imshow(stains_to_rgb(self, **kwargs))
         ax.axis('off')
-        if title is not None: ax.set_title(title, fontsize=8)
+        if title is not None: ax.set_title('\n'.join(map(plain_text, str(title).splitlines())), fontsize=8)
         return ax
 
 # %% ../nbs/02_image.ipynb #9e4c4ea4
@@ -196,7 +196,7 @@ def show_channels(
     axes[0].imshow(stains_to_rgb(x, limits)); axes[0].set_title('together', fontsize=9)
     for i, (ax, plane) in enumerate(zip(axes[1:], _float_array(x)), 1):
         ax.imshow(plane, cmap='gray', vmin=limits[i-1][0], vmax=limits[i-1][1])
-        ax.set_title(f'{i} {names[i-1]}' if i <= len(names) else str(i), fontsize=9)
+        ax.set_title(plain_text(f'{i} {names[i-1]}' if i <= len(names) else i), fontsize=9)
     for ax in axes: ax.axis('off')
     fig.tight_layout()
     return axes
@@ -217,5 +217,5 @@ def show_well(self:Screen,
     if not len(sites): raise ValueError(f'{self.path} has no images of well {well or "any"}' + ('' if site is None else f', site {site}'))
     row, named = sites.iloc[0], self.channels!=CHANNELS[:len(self.channels)]
     axes = show_channels(MultiChannelImage.create(row.files, self.channels), **{**({'names': [channel_name(c) for c in self.channels]} if named else {}), **kwargs})
-    axes[0].figure.suptitle(f'{row.id_code}, site {row.site}' + (f', {row.treatment}' if isinstance(row.get('treatment'), str) else ''), y=1.06, fontsize=10)
+    axes[0].figure.suptitle(plain_text(f'{row.id_code}, site {row.site}' + (f', {row.treatment}' if isinstance(row.get('treatment'), str) else '')), y=1.06, fontsize=10)
     return axes

@@ -23,6 +23,7 @@ from scipy.stats import binomtest
 
 from .assign import assign_predictions
 from .predict import Predictions
+from .screen import plain_text
 
 # %% ../nbs/15e_judge.ipynb #bf6b8265
 @lru_cache(4096)
@@ -132,8 +133,8 @@ def plot_intervals(
     ax.hlines(y, table.low, table.high, color=BLUE, lw=3, alpha=.3)
     ax.plot(table[value], y, 'o', ms=4.5, color=BLUE)
     if chance is not None: ax.axvline(chance, color=GREY, lw=1, ls='--'); ax.text(chance, len(table)-.35, f' {mark}', fontsize=7, color=GREY, va='bottom')
-    ax.set_yticks(y, [', plate '.join(map(str, i)) if isinstance(i, tuple) else str(i) for i in table.index])
-    ax.set(xlim=(-.02, 1.02), ylim=(-.6, len(table)-.4), xlabel=f'{_scores.get(value, value)}, with its 95 % interval', title=title or (f'the lowest {n} of {n+left:,}' if left > 0 else None))
+    ax.set_yticks(y, [plain_text(', plate '.join(map(str, i)) if isinstance(i, tuple) else i) for i in table.index])
+    ax.set(xlim=(-.02, 1.02), ylim=(-.6, len(table)-.4), xlabel=f'{_scores.get(value, value)}, with its 95 % interval', title=title and plain_text(title) or (f'the lowest {n} of {n+left:,}' if left > 0 else None))
     clean_axes(ax, 'x')
     return fig
 
@@ -179,7 +180,7 @@ def plot_plate(
     ax.hlines(np.arange(rows+1)-.5, .5, cols+.5, color='white', lw=.8); ax.vlines(np.arange(cols+1)+.5, -.5, rows-.5, color='white', lw=.8)
     letters = [chr(65+r) if r < 26 else 'A'+chr(39+r) for r in range(rows)]
     every = 1 if rows <= 8 else 2
-    ax.set(xlim=(.5, cols+.5), ylim=(rows-.5, -.5), aspect='equal', title=title)
+    ax.set(xlim=(.5, cols+.5), ylim=(rows-.5, -.5), aspect='equal', title=title and plain_text(title))
     ax.set_xticks(range(1, cols+1, every)); ax.set_yticks(range(0, rows, every), letters[::every])
     ax.xaxis.tick_top()
     for line in ax.spines.values(): line.set_visible(False)
@@ -328,7 +329,7 @@ def plot_shift(
     rows, cols = table.shape
     fig, ax = plt.subplots(figsize=(max(2.6, 1.9+.24*cols), max(2.6, min(6.4, 1.5+.14*rows))), layout='constrained')
     image = ax.imshow(table, aspect='auto', cmap='magma_r', vmin=0, vmax=max(1., np.nanquantile(table, .98)), interpolation='nearest')
-    ax.set_xticks(range(cols), table.columns, rotation=90)
+    ax.set_xticks(range(cols), [plain_text(c) for c in table.columns], rotation=90)
     every = -(-rows//32)
     names = [str(n).split('.') for n in table.index]
     common = next((i for i, parts in enumerate(zip(*names)) if len(set(parts)) > 1), 0) # what all names begin with

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .image import read_grey
-from .screen import (WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, alike, channel_file, channel_name, is_unknown,
-                                read_rows, site_files)
+from .screen import (WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, alike, channel_file, channel_name, escape_braces,
+                                is_unknown, pattern_parts, read_rows, site_files)
 
 # %% ../nbs/02a_platemap.ipynb #dda68907
 _aliases = dict(well=('well', 'wellid', 'wellname', 'wellposition', 'position'), plate=('plate', 'plateid', 'platename', 'barcode', 'platebarcode'),
@@ -133,7 +133,7 @@ def pattern_regex(
     for need in ('{channel}', '{well}'):
         if need not in files: raise ValueError(f'files {files!r} has no {need}; expected something like {{well}}_s{{site}}_{{channel}}.tif')
     seen, parts = set(), []
-    for literal, field in re.findall(r'([^{]*)(?:\{(\w[\w ]*)\})?', files):
+    for literal, field in pattern_parts(files):
         parts.append(re.escape(literal))
         if not field: continue
         if field in seen: parts.append(f'(?P={_group(field)})')
@@ -157,7 +157,7 @@ def find_sites(
 
     Raises: ValueError if nothing fits, or the pattern cannot tell two rows of the table apart.
     """
-    regex, fields = pattern_regex(files, rows), [f for f in dict.fromkeys(re.findall(r'\{(\w[\w ]*)\}', files)) if f not in ('channel', 'site')]
+    regex, fields = pattern_regex(files, rows), [f for f in dict.fromkeys(f for _, f in pattern_parts(files)) if f not in ('channel', 'site', '')]
     def key(values): return tuple(_well_name(v) if f=='well' else _same(v) for f, v in zip(fields, values))
     keys = pd.Series([key(v) for v in rows[fields].astype(str).itertuples(index=False)], index=rows.index)
     _require(rows, ~keys.duplicated(), lambda r: f'well {r.well} is there a second time, and files {files!r} cannot tell them apart: put {{plate}} or another column into it')
@@ -171,7 +171,7 @@ def find_sites(
             other += 1
             continue
         a, b = m.span('channel')
-        at = row, int(m['site']) if 'site' in regex.groupindex else 1, f'{path[:a]}{{channel}}{path[b:]}'
+        at = row, int(m['site']) if 'site' in regex.groupindex else 1, escape_braces(path[:a])+'{channel}'+escape_braces(path[b:])
         found[at] = None
         channels.setdefault(m['channel'], set()).add(at)
     if not found: raise ValueError(f'{root}: no image fits {files!r}' + _examples(root))
@@ -205,7 +205,7 @@ def guess_pattern(
 
     Raises: ValueError that shows some of the paths if it cannot be guessed.
     """
-    paths, ask = _image_files(root), "; say how they are named with files=... (--files), such as '{well}_s{site}_{channel}.tif'"
+    paths, ask = [escape_braces(p) for p in _image_files(root)], "; say how they are named with files=... (--files), such as '{well}_s{site}_{channel}.tif'"
     for r in rows.itertuples():
         letter, number = _well_name(r.well)[0], int(_well_name(r.well)[1:])
         well = re.compile(rf'(?<![A-Za-z0-9])(?:[{letter}{letter.lower()}]0*{number}|[rR]{ord(letter)-64:02}[cC]{number:02})(?!\d)')
@@ -284,7 +284,7 @@ def read_platemap(
     if packed is None:
         sites, _, _ = find_sites(root/d['images'], d['files'], rows)
         ids = wells.set_index('row').id_code.reindex(rows.row.loc[sites.index])
-        start = os.path.normpath(root/d['images']).replace(os.sep, '/')
+        start = escape_braces(os.path.normpath(root/d['images']).replace(os.sep, '/'))
         table = pd.DataFrame(dict(id_code=ids.to_numpy(), site=sites.site.to_numpy(), files=(start+'/'+sites.files).to_numpy()))
     else:
         parts = packed.index.to_series().str.rpartition('_')
@@ -298,7 +298,7 @@ def _channels_with_limits(root, sites, names, n_images):
     chosen = sites.files.iloc[np.unique(np.linspace(0, len(sites)-1, n_images).astype(int))]
     out = []
     for name in names:
-        paths = [p for f in chosen if (p := site_files(f'{Path(root).as_posix()}/{f}', [name])[0]).exists()]
+        paths = [p for f in chosen if (p := site_files(f'{escape_braces(Path(root).as_posix())}/{f}', [name])[0]).exists()]
         if not paths: raise ValueError(f'{root}: no image of channel {name!r} was found')
         limits = find_grey_limits(paths)
         out.append(name if limits is None else f'{name}[{limits[0]}-{limits[1]}]')

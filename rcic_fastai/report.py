@@ -39,7 +39,7 @@ from .page import duration, execute_notebook, interval, notebook_page, percent, 
 from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, embed_with, inference_needs, predict_run, run_references,
                                  predict_sites)
 from .recipe import recipes
-from .screen import Screen, plate_groups, present_sites, read_screen
+from .screen import Screen, plain_text, plate_groups, present_sites, read_screen
 from .train import Recipe, compare_recipes, complete_stats, load_run, read_run, run_data
 from .tta import tta_group
 
@@ -485,7 +485,7 @@ def plot_map(
     ax.scatter(xy[rest, 0], xy[rest, 1], s=size, color='#c9ced6', linewidths=0)
     if (~rest).any(): plot_embedding(xy[~rest], labels[~rest], ax, max_legend=14)
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title and plain_text(title), fontsize=9)
     for dots in ax.collections:
         if isinstance(dots, PathCollection): dots.set_sizes([size])
     for side in ax.spines.values(): side.set_color('#d5d9de')

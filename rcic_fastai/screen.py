@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['WELL_COLUMNS', 'WELL_TYPES', 'CELL_TYPES', 'PLATE_ROWS', 'LAYOUTS', 'CHANNELS', 'read_rows', 'read_table',
            'is_unknown', 'alike', 'whole_numbers', 'parse_wells', 'kaggle_wells', 'metadata_sites', 'screen_layout',
-           'plate_groups', 'plate_rotations', 'check_screen', 'well_sites', 'channel_file', 'channel_name',
-           'grey_limits', 'is_optional', 'site_files', 'check_files', 'present_sites', 'plate_map', 'Screen',
-           'read_screen', 'split_experiments', 'experiment_folds', 'valid_mask']
+           'plate_groups', 'plate_rotations', 'check_screen', 'escape_braces', 'pattern_parts', 'has_channels',
+           'packed_row', 'well_sites', 'channel_file', 'channel_name', 'grey_limits', 'is_optional', 'site_files',
+           'check_files', 'present_sites', 'plain_text', 'plate_map', 'Screen', 'read_screen', 'split_experiments',
+           'experiment_folds', 'valid_mask']
 
 # %% ../nbs/00a_screen.ipynb #af96df93
 import csv, difflib, hashlib, html, io, os, re, warnings, zlib
@@ -24,6 +25,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+from .files import naming
 
 # %% ../nbs/00a_screen.ipynb #8fe10977
 def _where(row): return f'{row.file}: row {row.row}' if 'file' in row else f'well {row.id_code}'
@@ -351,6 +354,36 @@ def check_screen(
     _require(t, ~t.duplicated(key), lambda r: f'siRNA {r.sirna} is repeated in {r.experiment}: it is already in {_where(first(r))}')
     plate_groups(wells)
 
+# %% ../nbs/00a_screen.ipynb #6cac38f9
+def escape_braces(
+    path:str,  # path as the system has it
+)->str:        # the same as a part of a pattern, in which {channel} stands for a channel
+    "Double the braces of a path, which mean nothing."
+    return path.replace('{', '{{').replace('}', '}}')
+
+def pattern_parts(
+    pattern:str,  # such as '{well}_s{site}_{channel}.tif'
+)->list[tuple[str, str]]: # (text, field) in turn; the last field is ''
+    "The texts of a pattern and the fields after them; doubled braces, and those around what is no name, are text."
+    parts, text = [], ''
+    for m in re.finditer(r'\{\{|\}\}|\{(\w[\w ]*)\}|[^{}]+|[{}]', pattern):
+        if m[1]: parts.append((text, m[1])); text = ''
+        else: text += {'{{': '{', '}}': '}'}.get(m[0], m[0])
+    return [*parts, (text, '')]
+
+def has_channels(
+    files:str,  # as in the column `files` of sites
+)->bool:        # is it a pattern of one file per channel, and no composite?
+    "Does `{channel}` stand in it for a channel?"
+    return '{channel}' in files and any(field == 'channel' for _, field in pattern_parts(files))
+
+def packed_row(
+    files:str,  # as in the column `files` of sites
+)->tuple[str, str]|None: # folder of the store; row, or the id of a site that it does not hold. None: files of their own
+    "Take `store#17` apart; a `#` anywhere else in a path means nothing."
+    store, mark, row = files.rpartition('#')
+    return (store, row) if mark and re.fullmatch(r'\d+|[^/]*_\d+', row, re.S) else None
+
 # %% ../nbs/00a_screen.ipynb #7b028fe8
 _PLATE_FOLDER = dict(kaggle='{0}/{1}/Plate{2}', rxrx1='images/{1}/Plate{2}', wilds='images/{1}/Plate{2}')
 
@@ -374,9 +407,9 @@ def well_sites(
         table = wells.iloc[np.repeat(np.arange(len(wells)), len(sites))].reset_index(drop=True)
         table['site'] = np.tile(np.asarray(sites, dtype='int64'), len(wells))
     table.insert(len(table.columns)-1, 'site_id', table.id_code + '_' + table.site.astype(str))
-    root, folder, end = Path(root).as_posix(), _PLATE_FOLDER[layout], '' if layout == 'wilds' else '_w{channel}'
+    root, folder, end = escape_braces(Path(root).as_posix()), _PLATE_FOLDER[layout], '' if layout == 'wilds' else '_w{channel}'
     plates = list(zip(table.split, table.experiment, table.plate))
-    where = {k: f'{root}/{folder.format(*k)}/' for k in set(plates)}
+    where = {k: f'{root}/{folder.format(*(escape_braces(str(v)) for v in k))}/' for k in set(plates)}
     table['files'] = [f'{where[k]}{w}_s{s}{end}.png' for k, w, s in zip(plates, table.well, table.site)]
     if layout == 'wilds': table.loc[(table.split == 'train') & (table.site == 2), 'split'] = 'id_test'
     return table
@@ -385,7 +418,11 @@ def well_sites(
 CHANNELS = (1, 2, 3, 4, 5, 6)  # nucleus, endoplasmic reticulum, actin, nucleoli and RNA, mitochondria, Golgi and plasma membrane
 
 def _expand(pattern, channels):
-    return [pattern.replace('{channel}', channel_file(c)) for c in channels] if '{channel}' in pattern else [pattern]
+    if '{{' not in pattern and '}}' not in pattern: # nearly all, and quicker
+        return [pattern.replace('{channel}', channel_file(c)) for c in channels] if '{channel}' in pattern else [pattern]
+    parts = [(text, field) if field in ('channel', '') else (f'{text}{{{field}}}', '') for text, field in pattern_parts(pattern)]
+    if all(field != 'channel' for _, field in parts): return [''.join(text for text, _ in parts)]
+    return [''.join(text + (channel_file(c) if field else '') for text, field in parts) for c in channels]
 
 def _bare(channel): return re.sub(r'(\[\d+-\d+\])?\??$', '', str(channel))
 
@@ -426,13 +463,15 @@ def _missing_files(sites, channels):
     "For each site, the paths that do not exist."
     listed, missing = {}, []
     for pattern in sites.files:
-        if '#' in pattern: # packed: a row of a store, or the name of a site that it does not hold
-            missing.append([] if pattern.rpartition('#')[2].isdigit() else [pattern])
+        if (packed := packed_row(pattern)) is not None:
+            missing.append([] if packed[1].isdigit() else [pattern])
             continue
-        folder, _, name = pattern.rpartition('/')
-        if folder not in listed: listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
-        needed = [c for c in channels if not is_optional(c)]
-        missing.append([f'{folder}/{n}' for n in _expand(name, needed) if n not in listed[folder]])
+        lost = []
+        for path in _expand(pattern, [c for c in channels if not is_optional(c)]):
+            folder, _, name = path.rpartition('/')
+            if folder not in listed: listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
+            if name not in listed[folder]: lost.append(path)
+        missing.append(lost)
     return missing
 
 def check_files(
@@ -458,6 +497,12 @@ def present_sites(
     return sites[keep].reset_index(drop=True), int((~keep).sum())
 
 # %% ../nbs/00a_screen.ipynb #303fa95a
+def plain_text(
+    value,   # a name from a table, or whatever else a picture is to show
+)->str:      # on one line, for titles, labels and ticks
+    "Text that matplotlib draws as it is: it takes what stands between two dollars for a formula, and fails if that is none."
+    return ' '.join(str(value).splitlines()).replace('$', r'\$')
+
 _WELL_TYPE_COLORS = dict(treatment='#9ecae1', positive_control='#e6842a', negative_control='#333333')
 
 def _well_colors(values):
@@ -468,7 +513,7 @@ def _well_colors(values):
         return [cmap(norm(v)) if np.isfinite(v) else '#dddddd' for v in values], (norm, cmap)
     known = sorted(values.dropna().unique(), key=lambda v: (WELL_TYPES.index(v) if v in WELL_TYPES else len(WELL_TYPES), v))
     colors = {v: _WELL_TYPE_COLORS.get(v) or plt.get_cmap('tab20')(i % 20) for i, v in enumerate(known)}
-    entries = {f"{str(v).replace('_', ' ')} ({(values == v).sum()})": c for v, c in colors.items()}
+    entries = {plain_text(f"{str(v).replace('_', ' ')} ({(values == v).sum()})"): c for v, c in colors.items()}
     if values.isna().any(): entries[f'unknown ({values.isna().sum()})'] = '#dddddd'
     return [colors.get(v, '#dddddd') if pd.notna(v) else '#dddddd' for v in values], entries
 
@@ -492,9 +537,9 @@ def plate_map(
     if isinstance(key, dict) and len(key) <= 20:   # a longer legend would hide the plate
         dots = [Line2D([], [], marker='o', linestyle='', color=c, label=label) for label, c in key.items()]
         ax.legend(handles=dots, loc='upper center', bbox_to_anchor=(.5, -.01), ncols=4, frameon=False, fontsize=8,
-                  title=None if color == 'well_type' else color)
-    elif not isinstance(key, dict): ax.figure.colorbar(plt.cm.ScalarMappable(*key), ax=ax, label=color, shrink=.7)
-    ax.set(xlim=(.4, 24.6), ylim=(15.6, -.6), aspect='equal', title=title)
+                  title=None if color == 'well_type' else plain_text(color))
+    elif not isinstance(key, dict): ax.figure.colorbar(plt.cm.ScalarMappable(*key), ax=ax, label=plain_text(color), shrink=.7)
+    ax.set(xlim=(.4, 24.6), ylim=(15.6, -.6), aspect='equal', title=title and plain_text(title))
     ax.set_xticks(range(1, 25), [str(c) for c in range(1, 25)], fontsize=7)
     ax.set_yticks(range(16), list(PLATE_ROWS), fontsize=7)
     ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
@@ -536,7 +581,7 @@ class Screen:
 # %% ../nbs/00a_screen.ipynb #56aa6a32
 def _packed_files(root):
     "What stands for the files of the sites in a store, see `rcic_fastai.store`."
-    ids = pd.read_parquet(root/'sites.parquet', columns=['site_id']).site_id
+    with naming(root/'sites.parquet', 'index of a store (Parquet)'): ids = pd.read_parquet(root/'sites.parquet', columns=['site_id']).site_id
     return pd.Series([f'{root.as_posix()}#{i}' for i in range(len(ids))], index=ids)
 
 def read_screen(

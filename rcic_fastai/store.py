@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .image import read_site, resize_site
-from .screen import CHANNELS, WELL_COLUMNS, Screen, check_files, present_sites
+from .screen import CHANNELS, WELL_COLUMNS, Screen, check_files, has_channels, packed_row, present_sites
 
 # %% ../nbs/03_store.ipynb #23a15fce
 _presets = dict( # codec, level, block
@@ -523,7 +523,7 @@ def _plan(sites, out, channels, format, preset, size, shard_sites, tables):
     twice = sites.site_id[sites.site_id.duplicated()]
     if len(twice): raise ValueError(f'site {twice.iloc[0]} occurs twice')
     shape = _source_image(sites.iloc[0], channels, size).shape
-    return dict(kind=_KIND, format=format, preset=preset, shape=list(shape), channels=list(channels), composite='{channel}' not in sites.files.iloc[0], size=size, n_sites=len(sites),
+    return dict(kind=_KIND, format=format, preset=preset, shape=list(shape), channels=list(channels), composite=not has_channels(sites.files.iloc[0]), size=size, n_sites=len(sites),
                 shard_sites=shard_sites or (64 if format=='zarr' else 256), tables=tables, sites=xxhash.xxh3_64_hexdigest('\n'.join(sites.site_id).encode()))
 
 def _check_folder(out, plan):
@@ -615,7 +615,7 @@ def read_packed(
 
     Raises: FileNotFoundError for a site that is not in the store; ValueError for a channel that is not.
     """
-    path, _, row = files.rpartition('#')
+    path, row = packed_row(files) or (files, '')
     if not row.isdigit(): raise FileNotFoundError(f'{path} has no site {row}')
     store = open_store(path)
     x = store.read(int(row))
