@@ -11,7 +11,7 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai and timm are imported; nothing a user can act on
 
 # %% ../nbs/17_cli.ipynb #b50b93a6
-import os, re, signal, sys, time
+import os, re, signal, sys, time, traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -20,30 +20,49 @@ from typing import Annotated
 
 from fastcore.script import CliError, call_parse
 
+from .credentials import scrub
 from .files import user_path
 
 # %% ../nbs/17_cli.ipynb #52f479aa
+def _scrubbed_traceback(kind, error, trace):
+    "What Python prints of an exception that nobody caught, without credentials"
+    print(scrub(''.join(traceback.format_exception(kind, error, trace))), end='', file=sys.stderr)
+
+@contextmanager
+def _safe_children():
+    "Processes that this one starts import nothing from the current folder, which may be somebody else's"
+    before = os.environ.get('PYTHONSAFEPATH')
+    os.environ['PYTHONSAFEPATH'] = '1'
+    try: yield
+    finally:
+        if before is None: os.environ.pop('PYTHONSAFEPATH', None)
+        else: os.environ['PYTHONSAFEPATH'] = before
+
 @contextmanager
 def one_line_errors(
     debug:bool # let exceptions through, with their traceback?
 ) -> Iterator[None]:
-    "Turn an exception into the message of a command."
-    try: yield
+    "Turn an exception into the message of a command, without credentials."
+    if debug: sys.excepthook = _scrubbed_traceback
+    try:
+        with _safe_children(): yield
     except CliError: raise
     except KeyboardInterrupt as e:
         if debug: raise
         said, signum = (f'{e}; the same command goes on', e.signum) if hasattr(e, 'signum') else ('interrupted', signal.SIGINT) # a `TrainingStopped` has one
-        print(f'{Path(sys.argv[0]).name}: {said}', file=sys.stderr)
+        print(scrub(f'{Path(sys.argv[0]).name}: {said}'), file=sys.stderr)
         raise SystemExit(128+signum) from None
     except Exception as e:
         if debug: raise
         expected = isinstance(e, (ValueError, OSError, FloatingPointError))
         message = (isinstance(e, OSError) and not e.filename and e.strerror or str(e)) if expected else f'{type(e).__name__}: {e} (unexpected; --debug shows where)'
         message = re.sub(r'^Exception occured in .*?:\s+', '', message) # fastai tells in which callback
-        raise CliError(f'{Path(sys.argv[0]).name}: error: {" ".join(message.split())}') from None
+        raise CliError(f'{Path(sys.argv[0]).name}: error: {" ".join(scrub(message).split())}') from None
 
+# %% ../nbs/17_cli.ipynb #7465faf8
 def _say(*args):
-    try: print(*args, flush=True)
+    "Print for a person, without credentials"
+    try: print(*map(scrub, args), flush=True)
     except BrokenPipeError: # `| head` has seen enough; without the next line Python would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None # what a shell calls a process that SIGPIPE ended

@@ -14,11 +14,14 @@ warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)
 import base64, hashlib, json, os, re, shutil, stat, time, zipfile, zlib
 from pathlib import Path
 from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit, urlunsplit
 
 import requests
 from tqdm.auto import tqdm
 
 from .checkpoint import write_text
+from .credentials import scrub
+from .files import check_name
 from .kaggle import competitions
 from .kaggle_client import run_client
 
@@ -62,7 +65,7 @@ def _begun(part, url):
     "How much of which version is there"
     try: known = json.loads(_note(part).read_text())
     except (OSError, ValueError): known = {}
-    if known.get('url')!=url or not known.get('version') or not part.exists(): return 0, None
+    if known.get('url')!=scrub(url) or not known.get('version') or not part.exists(): return 0, None
     return part.stat().st_size, known['version']
 
 class _Broken(Exception): "Worth another try"
@@ -74,7 +77,7 @@ def _ask(session, url, start, version, timeout):
     total = re.fullmatch(r'bytes (?:(\d+)-\d+|\*)/(\d+)', r.headers.get('Content-Range', ''))
     if r.status_code==416: return r, None, int(total[2]) if total else None
     if r.status_code in (408, 425, 429) or r.status_code >= 500: raise _Broken(f'the server answers {r.status_code} {r.reason}')
-    if not r.ok: raise FileNotFoundError(f'{url}: the server answers {r.status_code} {r.reason}')
+    if not r.ok: raise FileNotFoundError(f'{scrub(url)}: the server answers {r.status_code} {r.reason}')
     if r.status_code==206:
         if not total or int(total[1] or -1)!=start: raise _Broken(f'asked for bytes from {start:,}, got {r.headers.get("Content-Range")}')
         return r, start, int(total[2])
@@ -85,16 +88,16 @@ def _load(session, url, part, size, timeout, progress, say):
     start, version = _begun(part, url)
     r, start_at, total = _ask(session, url, start, version, timeout)
     with r:
-        if size is not None and total is not None and total!=size: raise ValueError(f'{url} has {total:,} bytes, expected {size:,}')
+        if size is not None and total is not None and total!=size: raise ValueError(f'{scrub(url)} has {total:,} bytes, expected {size:,}')
         if start_at is None: # nothing after what is there
             if start==total: return _md5_said(r.headers)
             part.unlink()
             raise _Broken(f'{part.name} has {start:,} bytes, the file {total}')
         if start and not start_at: say(f'{part.name}: the server sends it from the beginning')
-        if total is not None: check_space(part.parent, total-start_at, f'what is left of {url.rpartition("/")[2]}')
+        if total is not None: check_space(part.parent, total-start_at, f'what is left of {scrub(url).rpartition("/")[2]}')
         tag = r.headers.get('ETag', '')
         version = tag if tag and not tag.startswith('W/') else r.headers.get('Last-Modified') # a weak tag may stand for other bytes
-        write_text(_note(part), json.dumps(dict(url=url, version=version))+'\n')
+        write_text(_note(part), json.dumps(dict(url=scrub(url), version=version))+'\n')
         with open(part, 'ab' if start_at else 'wb') as f, _bar(total, part.stem, progress, start_at) as bar:
             for block in r.iter_content(_step):
                 f.write(block)
@@ -102,11 +105,11 @@ def _load(session, url, part, size, timeout, progress, say):
     got = part.stat().st_size
     if total is not None and got < total: raise _Broken(f'the connection ended after {got:,} of {total:,} bytes')
     if total is not None and got > total: raise _Broken(f'{got:,} bytes came of {total:,}')
-    if size is not None and got!=size: raise ValueError(f'{url} has {got:,} bytes, expected {size:,}')
+    if size is not None and got!=size: raise ValueError(f'{scrub(url)} has {got:,} bytes, expected {size:,}')
     return _md5_said(r.headers)
 
 def fetch_file(
-    url:str, # http or https
+    url:str, # http or https; a password or a signature in it is sent, and shown or written nowhere
     path:str|Path, # file to write; beside it `.part` while it is not complete
     size:int=None, # bytes it must have; None: what the server says
     tries:int=_tries, # connections in a row that may bring nothing
@@ -131,9 +134,10 @@ def fetch_file(
             except (_Broken, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
                 after = part.stat().st_size if part.exists() else 0
                 failed = 1 if after > before else failed+1 # a connection that brought something is a beginning
-                if failed >= tries: raise ConnectionError(f'{url}: {e}; {_gigabytes(after)} are kept, the same command goes on') from None
-                say(f'{path.name}: {e}; again in {wait*2**(failed-1):.0f} s, from {_gigabytes(after)} on')
+                if failed >= tries: raise ConnectionError(f'{scrub(url)}: {scrub(e)}; {_gigabytes(after)} are kept, the same command goes on') from None
+                say(f'{path.name}: {scrub(e)}; again in {wait*2**(failed-1):.0f} s, from {_gigabytes(after)} on')
                 time.sleep(min(60, wait*2**(failed-1)))
+            except requests.RequestException as e: raise ValueError(f'{scrub(url)}: {scrub(e)}') from None # no address of the web, too many redirects
             else: break
     if md5: _check_md5(part, md5, progress)
     os.replace(part, path)
@@ -198,6 +202,11 @@ def _unpack(archive, out, keep, progress):
     if not keep: archive.unlink()
     return n
 
+def _below(url, name):
+    "The address of a file in a folder; a signature, which may follow, stays behind it"
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f'{parts.path.rstrip("/")}/{name}'))
+
 def _done(out, name): return out/f'.{name}.unpacked'
 
 def download_rxrx1(
@@ -214,14 +223,14 @@ def download_rxrx1(
     for p in parts:
         if p not in rxrx1_parts: raise ValueError(f'part {p!r} is none of {", ".join(rxrx1_parts)}')
     for name in (rxrx1_parts[p] for p in parts):
-        source = f'{url.rstrip("/")}/{name}'
-        if _done(out, name).exists() and _done(out, name).read_text().strip()==source:
+        source = _below(url, name)
+        if _done(out, name).exists() and _done(out, name).read_text().strip()==scrub(source):
             say(f'{name}: is there, unpacked')
             continue
         archive = fetch_file(source, out/name, progress=progress, say=say)
         if not extract: continue
         n = _unpack(archive, out, keep_archive, progress)
-        write_text(_done(out, name), source+'\n')
+        write_text(_done(out, name), scrub(source)+'\n')
         say(f'{name}: {n:,} files')
     return out
 
@@ -235,6 +244,7 @@ def download_competition(
     say:Callable=print # where notices go
 ) -> Path: # the folder
     "Load a competition with Kaggle's client, which goes on where it was cut off. Raises: ValueError with what the client said, and as `extract_archive`."
+    check_name(name, 'competition')
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for f in file_names or [None]:

@@ -179,7 +179,8 @@ def check_name(
 
 def path_within(
     root:str|Path, # folder that nothing may lead out of
-    *parts:str # relative paths from data, with / or \ between folders
+    *parts:str, # relative paths from data, with / or \ between folders
+    links:bool=False # may a link lead elsewhere? For what is only read: inputs on Kaggle and caches of downloads are links
 ) -> Path: # below `root`
     "Join a folder and a path from data. Raises: ValueError if that leads out of the folder, also by a link."
     root = Path(root)
@@ -188,6 +189,7 @@ def path_within(
     if '\0' in text or '..' in pieces or PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive or text.startswith('\\'):
         raise ValueError(f'{text!r} leads out of {root}')
     path = root/text
+    if links: return path
     if os.path.realpath(path)!=os.path.realpath(root) and os.path.realpath(root) not in map(str, Path(os.path.realpath(path)).parents):
         raise ValueError(f'{text!r} leads out of {root}, to {os.path.realpath(path)}')
     return path

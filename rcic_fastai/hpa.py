@@ -33,6 +33,12 @@ hpa_classes = ('Nucleoplasm', 'Nuclear membrane', 'Nucleoli', 'Nucleoli fibrilla
                'Cell junctions', 'Mitochondria', 'Aggresome', 'Cytosol', 'Cytoplasmic bodies', 'Rods & rings')
 
 # %% ../nbs/15_hpa.ipynb #d326c840
+def _image_ids(table):
+    "Ids of a table, which are parts of the names of files. Raises: ValueError naming file and row"
+    wrong = table[table.Id.str.contains(r'[/\\\0]') | table.Id.isin(['.', '..'])]
+    if len(wrong): raise ValueError(f'{wrong.file.iloc[0]}: row {wrong.row.iloc[0]}: Id {wrong.Id.iloc[0]!r} leads to another folder')
+    return table.Id
+
 def read_labels(
     path:str|Path, # CSV file with the columns `Id` and `Target` (or `Predicted`): class numbers with spaces between
     column:str='Target', # name of the second one
@@ -50,7 +56,7 @@ def read_labels(
         if r.Id in seen: raise ValueError(f'{where}: Id {r.Id} is already in row {seen[r.Id]}')
         seen[r.Id], text = r.row, getattr(r, column)
         if text not in known: known[text] = parse_labels(text, n_classes, where)
-    return pd.Series([known[t] for t in table[column]], index=pd.Index(table.Id, name='Id'), name='labels')
+    return pd.Series([known[t] for t in table[column]], index=pd.Index(_image_ids(table), name='Id'), name='labels')
 
 # %% ../nbs/15_hpa.ipynb #75b10020
 @dataclass(eq=False, repr=False)
@@ -149,7 +155,7 @@ def read_hpa(
         if packed is None or (more.index + '_1').isin(packed.index).any(): tables.append(_image_table(more.index, *_external, more))
     if (root/'sample_submission.csv').is_file():
         folders['kaggle', 'test'] = _folder(root, 'test')
-        tables.append(_image_table(read_table(root/'sample_submission.csv', ('Id', 'Predicted')).Id, 'kaggle', 'test'))
+        tables.append(_image_table(_image_ids(read_table(root/'sample_submission.csv', ('Id', 'Predicted'))), 'kaggle', 'test'))
     wells = pd.concat(tables, ignore_index=True)
     twice = wells[wells.id_code.duplicated()]
     if len(twice): raise ValueError(f'image {twice.id_code.iloc[0]} is in two of the tables of {root}')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['competitions', 'notebook_limit', 'find_competition', 'find_run', 'copy_run', 'go_on', 'StopAfter', 'attached_weights',
-           'validation_table', 'kaggle_slug', 'kernel_metadata', 'kernel_notebook', 'weights_folder', 'build_kernel']
+           'validation_table', 'kaggle_slug', 'kernel_metadata', 'read_kernel', 'kernel_notebook', 'weights_folder',
+           'build_kernel']
 
 # %% ../nbs/18_kaggle.ipynb #196499a8
 import warnings
@@ -22,7 +23,7 @@ from fastai.callback.core import Callback
 
 from .assign import accuracy_ladder
 from .checkpoint import Checkpoint, TrainingStopped, write_text
-from .files import read_json
+from .files import path_within, read_json
 from .hpa import Atlas, fit_thresholds, label_truth
 from .kaggle_client import kaggle_user
 from .multilabel import average_precision, f1_floors
@@ -60,15 +61,22 @@ def find_run(
     found = [f for f in input_folders(root) if _is_run(f) and not _is_run(f.parent)] # a network per cell type lies in a folder of its run
     return _one_of(found, 'finished run (run.json and recipe.json)', root, 'attach the dataset of weights, `rcic-kaggle build --weights USER/NAME`')
 
+_run_suffixes = '.json', '.csv', '.npz', '.npy', '.safetensors', '.pt', '.pth', '.parquet', '.h5ad', '.html', '.png'
+
+def _not_of_a_run(folder, names):
+    "What is not copied: files that no run has, such as programs, and links to folders"
+    here = [Path(folder)/n for n in names]
+    return [p.name for p in here if p.name.startswith('.') or (p.is_symlink() if p.is_dir() else not p.is_file() or p.suffix not in _run_suffixes and 'tfevents' not in p.name)]
+
 def copy_run(
     source:Path, # run folder; inputs can only be read
     run:str|Path # where to put it; left alone if it exists
 ) -> Path: # the second
-    "Copy a run folder to where predictions can be written into it, all of it or nothing."
+    "Copy a run folder to where predictions can be written into it, all of it that is data, or nothing."
     run = Path(run)
     if run.exists(): return run
     partial = run.with_name(f'.{run.name}.{os.getpid()}')
-    shutil.copytree(source, partial, copy_function=shutil.copyfile) # without the permissions of what can only be read
+    shutil.copytree(source, partial, copy_function=shutil.copyfile, ignore=_not_of_a_run) # without the permissions of what can only be read
     os.replace(partial, run)
     return run
 
@@ -144,7 +152,7 @@ def kaggle_slug(
     return re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')
 
 def _check_source(what, name, parts):
-    if not re.fullmatch('/'.join(['[A-Za-z0-9][A-Za-z0-9._-]*']*parts), name):
+    if not re.fullmatch('/'.join(['[A-Za-z0-9][A-Za-z0-9._-]*']*parts), str(name)):
         raise ValueError(f'{what} is {name!r}, expected ' + {1: 'a NAME, the last part of its address', 2: 'USER/NAME'}.get(parts, 'USER/NAME/FRAMEWORK/VARIATION/VERSION'))
     return name
 
@@ -167,6 +175,21 @@ def kernel_metadata(
                 competition_sources=[_check_source('--competition', competition, 1)] if competition else [], kernel_sources=[_check_source('--kernel', k, 2) for k in kernels],
                 model_sources=[_check_source('--model', m, 5) for m in models])
     return meta if machine is None else dict(**meta, machine_shape=machine)
+
+# %% ../nbs/18_kaggle.ipynb #87bd8654
+def read_kernel(
+    folder:str|Path # with `kernel-metadata.json`
+) -> dict: # what that says
+    "The metadata of a kernel. Raises: FileNotFoundError; ValueError for an address that is none, or a notebook outside the folder."
+    path = Path(folder)/'kernel-metadata.json'
+    if not path.is_file(): raise FileNotFoundError(f'{path} is not there: rcic-kaggle build writes it')
+    meta = read_json(path)
+    _check_source(f'{path}: id', meta.get('id'), 2)
+    code = meta.get('code_file', 'kernel.ipynb')
+    if not isinstance(code, str): raise ValueError(f'{path}: code_file is {code!r}, expected the name of a notebook in the same folder')
+    try: path_within(folder, code)
+    except ValueError as e: raise ValueError(f'{path}: code_file {e}; it would be uploaded') from None
+    return meta
 
 # %% ../nbs/18_kaggle.ipynb #1b382ee8
 notebook_limit = 1_000_000 # bytes; about what Kaggle takes

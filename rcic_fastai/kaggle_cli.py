@@ -6,18 +6,12 @@
 __all__ = ['rcic_kaggle', 'rcic_download']
 
 # %% ../nbs/18b_kaggle_cli.ipynb #2b02edf8
-import json
 from pathlib import Path
 from typing import Annotated
 
 from .cli import _say, command, one_line_errors
 
 # %% ../nbs/18b_kaggle_cli.ipynb #d5252f1c
-def _kernel_id(folder):
-    path = Path(folder)/'kernel-metadata.json'
-    if not path.is_file(): raise FileNotFoundError(f'{path} is not there: rcic-kaggle build writes it')
-    return json.loads(path.read_text())['id']
-
 def _steps(folder, meta):
     "What to do with a folder that was built"
     lines = [f'Written: {folder}, {(Path(folder)/meta["code_file"]).stat().st_size/1000:.0f} kB; address {meta["id"]}']
@@ -71,8 +65,9 @@ def rcic_kaggle(
                                 private=not public, gpu=not no_gpu, internet=internet, kernels=kernel or (), models=model or (), machine=machine)
             if chosen is not None and isinstance(chosen.model.pretrained, str): _say(f'The kernel will look for {chosen.model.pretrained} in what is attached: {", ".join(dataset or ["no dataset yet"])}')
             return _say(_steps(folder, meta))
+        from rcic_fastai.kaggle import read_kernel
         from rcic_fastai.kaggle_client import run_client
-        name, to = _kernel_id(folder), to or Path(folder)/'output'
+        name, to = read_kernel(folder)['id'], to or Path(folder)/'output'
         args = dict(push=('push', '-p', folder), status=('status', name), output=('output', name, '-p', to))[action]
         run_client('kernels', *map(str, args), say=lambda line: print(line, end='', flush=True))
         if action=='output': _say(f'Fetched: {to}')

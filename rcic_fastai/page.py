@@ -7,7 +7,7 @@ __all__ = ['figure', 'percent', 'interval', 'with_interval', 'duration', 'table'
            'pictures', 'ThisPython', 'with_parameters', 'execute_notebook', 'notebook_page']
 
 # %% ../nbs/15f_page.ipynb #30997c47
-import base64, html, io, os, re, sys, tempfile
+import ast, base64, html, io, os, re, sys, tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.resources import files
@@ -153,20 +153,33 @@ def pictures(
     return HTML(f'<div class="pictures">{"".join(parts)}</div>' + (f'<p class="caption">{html.escape(caption)}</p>' if caption else ''))
 
 # %% ../nbs/15f_page.ipynb #0c437fea
-class ThisPython(AsyncKernelManager):
-    "A kernel of the Python that runs this, whatever kernels are registered."
-    @property
-    def kernel_spec(self): return KernelSpec(argv=[sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}'], display_name='Python 3', language='python')
+# ipykernel without the folder it starts in among the places that modules come from, also where Python is older than its option -P
+_kernel = 'import sys; sys.path[:] = filter(None, sys.path); from ipykernel import kernelapp; kernelapp.launch_new_instance()'
 
+class ThisPython(AsyncKernelManager):
+    "A kernel of the Python that runs this, whatever kernels are registered; it imports nothing from its working directory."
+    @property
+    def kernel_spec(self):
+        argv = [sys.executable, '-c', _kernel, '-f', '{connection_file}', '--InteractiveShellApp.ignore_cwd=True']
+        return KernelSpec(argv=argv, display_name='Python 3', language='python')
+
+def _literals(parameters):
+    "Assignments, one a line, of values that are what they look like"
+    for k, v in parameters.items():
+        try: same = k.isidentifier() and ast.literal_eval(repr(v))==v
+        except (ValueError, SyntaxError): same = False
+        if not same: raise ValueError(f'parameter {k}: {v!r} is no plain value: expected text, a number, True, False, None, or lists and dictionaries of them')
+    return '\n'.join(f'{k} = {v!r}' for k, v in parameters.items())
+
+# %% ../nbs/15f_page.ipynb #7c7dbf1a
 def with_parameters(
     nb:nbformat.NotebookNode, # notebook
     parameters:dict # names of Python variables and plain values
 ) -> nbformat.NotebookNode: # a copy without outputs
-    "A notebook whose first code cell sets variables; a cell with the tag `parameters` or `injected-parameters` makes room for it."
+    "A notebook whose first code cell sets variables; a cell with the tag `parameters` or `injected-parameters` makes room for it. Raises: ValueError for a value that is not plain."
     nb = nbformat.from_dict({**nb, 'cells': [c.copy() for c in nb.cells]})
     tags = lambda c: set(c.metadata.get('tags', ()))
-    source = '\n'.join(f'{k} = {v!r}' for k, v in parameters.items())
-    cell = nbformat.v4.new_code_cell(source, id='parameters', metadata=dict(tags=['injected-parameters']))
+    cell = nbformat.v4.new_code_cell(_literals(parameters), id='parameters', metadata=dict(tags=['injected-parameters']))
     at = next((i for i, c in enumerate(nb.cells) if tags(c) & {'parameters', 'injected-parameters'}), None)
     if at is None: nb.cells.insert(0, cell)
     else: nb.cells[at] = cell
@@ -175,6 +188,7 @@ def with_parameters(
     nb.metadata['kernelspec'] = dict(display_name='Python 3', language='python', name='python3')
     return nb
 
+# %% ../nbs/15f_page.ipynb #f97fcdc0
 def _heading(source, level=2):
     "Text of the first heading of that level in a markdown cell, or None"
     m = re.search(rf'^#{{{level}}}\s+(.+?)\s*#*\s*$', source, re.M)
@@ -188,31 +202,40 @@ def _failure(nb):
         error = next((o for o in c.get('outputs', ()) if o.output_type=='error'), None)
         if error is not None: return section, error.ename, error.evalue, c.source
 
+# %% ../nbs/15f_page.ipynb #1a6d63dd
+def _environment(fresh):
+    "That of the kernel: this library comes first, and nothing is taken from a folder that somebody else has filled"
+    package = str(Path(str(files('rcic_fastai'))).parent)
+    path = os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')]))
+    return {**os.environ, 'TQDM_DISABLE': '1', 'PYTHONPATH': path, 'PYTHONSAFEPATH': '1', 'IPYTHONDIR': str(Path(fresh)/'ipython')}
+
+def _stopped(nb, e, timeout, log):
+    "Why a kernel that raised nothing came to no end"
+    log.seek(0)
+    last = (log.read().strip().splitlines() or [''])[-1]
+    done = [_heading(c.source) for c in nb.cells[:next((i for i, c in enumerate(nb.cells) if c.cell_type=='code' and not c.execution_count), len(nb.cells))] if c.cell_type=='markdown' and _heading(c.source)]
+    why = f'a cell took longer than {timeout} s' if isinstance(e, CellTimeoutError) else f'the kernel died{f" ({last})" if last else ""}'
+    return f'{why}, after section "{done[-1] if done else "before the first section"}" had begun; no page was written'
+
 def execute_notebook(
     nb:nbformat.NotebookNode, # changed in place: its outputs are filled in
-    folder:str|Path, # working directory
     timeout:float=None, # seconds a cell may take; None: as long as it needs
     name:str='the notebook' # for messages
 ) -> nbformat.NotebookNode: # the same
-    """Run all cells in a fresh kernel of this Python.
+    """Run all cells in a fresh kernel of this Python, in a fresh empty folder.
 
     Raises: ValueError naming the section in which a cell failed, took too long, or took the kernel with it.
     """
-    package = str(Path(str(files('rcic_fastai'))).parent)
-    env = {**os.environ, 'TQDM_DISABLE': '1', 'PYTHONPATH': os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')]))}
-    client = NotebookClient(nb, timeout=timeout, kernel_manager_class=ThisPython, resources=dict(metadata=dict(path=str(folder))))
-    with tempfile.TemporaryFile('w+', errors='replace') as log:
-        try: client.execute(env=env, stdout=log, stderr=log)
+    with tempfile.TemporaryDirectory() as fresh, tempfile.TemporaryFile('w+', errors='replace') as log:
+        work = Path(fresh)/'work'
+        work.mkdir()
+        client = NotebookClient(nb, timeout=timeout, kernel_manager_class=ThisPython, resources=dict(metadata=dict(path=str(work))))
+        try: client.execute(env=_environment(fresh), stdout=log, stderr=log)
         except CellExecutionError as e:
             section, kind, message, source = _failure(nb) or ('unknown', 'error', str(e), '')
             first = source.strip().partition('\n')[0]
             raise ValueError(f'{name}: section "{section}" failed: {kind}: {" ".join(message.split())} (in the cell that begins with {first!r}); no page was written') from e
-        except (CellTimeoutError, DeadKernelError, CellControlSignal, RuntimeError) as e:
-            log.seek(0)
-            last = (log.read().strip().splitlines() or [''])[-1]
-            done = [_heading(c.source) for c in nb.cells[:next((i for i, c in enumerate(nb.cells) if c.cell_type=='code' and not c.execution_count), len(nb.cells))] if c.cell_type=='markdown' and _heading(c.source)]
-            why = f'a cell took longer than {timeout} s' if isinstance(e, CellTimeoutError) else f'the kernel died{f" ({last})" if last else ""}'
-            raise ValueError(f'{name}: {why}, after section "{done[-1] if done else "before the first section"}" had begun; no page was written') from e
+        except (CellTimeoutError, DeadKernelError, CellControlSignal, RuntimeError) as e: raise ValueError(f'{name}: {_stopped(nb, e, timeout, log)}') from e
     for c in nb.cells: c.metadata.pop('execution', None)
     return nb
 
@@ -249,7 +272,8 @@ def notebook_page(
             c.metadata['page_title'] = title
     for a, b in zip(nb.cells, nb.cells[1:]): # code that shows nothing goes with the cell after it
         if a.cell_type==b.cell_type=='code' and not a.outputs: a.source, b.source = '', f'{a.source}\n\n{b.source}'.strip()
-    exporter = HTMLExporter(raw_template=(files('rcic_fastai')/'templates'/'report.html.j2').read_text(encoding='utf-8'), exclude_anchor_links=True)
+    exporter = HTMLExporter(raw_template=(files('rcic_fastai')/'templates'/'report.html.j2').read_text(encoding='utf-8'), exclude_anchor_links=True,
+                            extra_template_basedirs=[]) # nbconvert would look for templates in the current folder too, and they are programs
     date = date or datetime.now()
     page = dict(name=name, kicker=kicker, code=code, sections=sections, date=f'{date.day} {date:%B %Y, %H:%M}', iso=f'{date:%Y-%m-%dT%H:%M}', version=rcic_fastai.__version__,
                 highlight=HtmlFormatter(style='friendly').get_style_defs('.highlight'))

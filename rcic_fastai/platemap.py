@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .files import path_within
 from .image import read_grey
 from .screen import (WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, alike, channel_file, channel_name, escape_braces,
                                 is_unknown, pattern_parts, read_rows, site_files)
@@ -87,7 +88,7 @@ def plate_map_wells(
         unknown = is_unknown(rows[c], {*negative, *positive, *treatments} if c=='treatment' else ())
         if c!='treatment': _require(rows, ~unknown, lambda r: f'{c} is {"unknown: "+repr(r[c]) if r[c] else "empty"}')
         rows[c] = rows[c].mask(unknown, '')
-    _require(rows, ~rows.experiment.str.contains('/'), lambda r: f'experiment {r.experiment!r} has a slash in its name')
+    _require(rows, ~rows.experiment.str.contains(r'[/\\\0]'), lambda r: f'experiment {r.experiment!r} has a slash in its name')
     rows = rows.assign(well=rows.well.map(_well_name))
     _require(rows, rows.well.isin(_WELLS), lambda r: f'well {r.well!r} is not on a plate of 384 wells or fewer; expected A01 to P24')
     for name in (*negative, *positive):
@@ -276,7 +277,9 @@ def read_platemap(
     """
     root = Path(path).expanduser()
     d = _read_description(root)
-    rows = read_plate_map(root/d['table'], d['columns'])
+    try: table = path_within(root, d['table'], links=True)
+    except ValueError as e: raise ValueError(f'{root/"screen.json"}: table {e}') from None
+    rows = read_plate_map(table, d['columns'])
     wells = plate_map_wells(rows, d['experiment'], d['negative'], d['positive'], d['treatments'])
     new = wells[wells.sirna.fillna(-1) >= len(d['treatments'])]
     if len(new): raise ValueError(f"{d['table']}: row {new.row.iloc[0]}: treatment {new.treatment.iloc[0]!r} has no number in screen.json; describe the screen anew")

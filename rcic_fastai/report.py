@@ -278,7 +278,7 @@ def folder_sizes(
     rows = {}
     for p in sorted(Path(run).iterdir()):
         if p.name.startswith('.') or p.name in ('report.html', 'report.ipynb'): continue
-        parts = [q for q in p.rglob('*') if q.is_file()] if p.is_dir() else [p]
+        parts = [q for q in p.rglob('*') if q.is_file()] if p.is_dir() and not p.is_symlink() else [p]*p.is_file() # a link may lead anywhere
         rows[p.name+('/' if p.is_dir() else '')] = dict(files=len(parts), megabytes=sum(q.stat().st_size for q in parts)/1e6)
     return pd.DataFrame.from_dict(rows, orient='index', columns=['files', 'megabytes']).astype(dict(files=int)).rename_axis('name')
 
@@ -589,7 +589,7 @@ def make_report(
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError) as e: raise ValueError(f'{template} is no notebook: {str(e).splitlines()[0]}') from None
     parameters = dict(run=str(run.resolve()), data=str(where.resolve()), truth=None if truth is None else str(Path(truth).resolve()), max_wells=max_wells, n_pictures=n_pictures)
     say(f'Executing {template.name}, which takes a while')
-    nb = execute_notebook(with_parameters(nb, parameters), run.resolve(), timeout, template.name)
+    nb = execute_notebook(with_parameters(nb, parameters), timeout, template.name)
     page = notebook_page(nb, _run_name(run), code)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out.with_suffix('.ipynb'), nbformat.writes(nb)+'\n')

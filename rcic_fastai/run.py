@@ -25,7 +25,7 @@ from .assign import assign_predictions, write_submission
 from .blend import blend_predictions, blend_report, blend_weights
 from .checkpoint import Checkpoint, History, latest_checkpoint, write_text
 from .data import select_sites
-from .files import read_json, user_path
+from .files import check_name, read_json, user_path
 from .model import load_weights, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
@@ -339,8 +339,12 @@ def train_run(
     shutil.rmtree(run/'checkpoints', ignore_errors=True) # the run is finished, they have served
     return learn
 
+_own_names = 'all', 'checkpoints', 'predictions', 'embeddings', 'tensorboard', 'wandb'
+
 def _train_parts(screen, recipe, run, target, wells, valid, present_only, say, cbs):
     "A run of its own for each cell type, in a folder named after it; with a stage `cell_type` they begin with a network of all"
+    for name in screen.cell_types:
+        if check_name(name, 'cell type') in _own_names: raise ValueError(f'cell type {name!r}: its network would lie in a folder of this name, which a run has for something else')
     train = screen.wells[screen.wells.split=='train']
     # chosen once, so that no stage validates on what another one has trained on
     ids = None if valid is None else set(train.id_code[valid_mask(train, valid, recipe.seed)]) if isinstance(valid, str) else set(valid)

@@ -26,7 +26,7 @@ from matplotlib.patches import Circle
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .files import naming
+from .files import naming, path_within
 
 # %% ../nbs/00a_screen.ipynb #8fe10977
 def _where(row): return f'{row.file}: row {row.row}' if 'file' in row else f'well {row.id_code}'
@@ -239,7 +239,7 @@ LAYOUTS = ('kaggle', 'rxrx1', 'wilds', 'hpa', 'platemap')
 def _is_wilds(metadata):
     if re.search(r'(^|,)val(,|\r?$)', metadata.read_text(encoding='utf-8-sig', errors='replace'), re.M): return True
     with metadata.open(newline='', encoding='utf-8-sig', errors='replace') as f: r = next(csv.DictReader(f), {})
-    return (metadata.parent/f"images/{r.get('experiment')}/Plate{r.get('plate')}/{r.get('well')}_s{r.get('site')}.png").is_file()
+    return path_within(metadata.parent, f"images/{r.get('experiment')}/Plate{r.get('plate')}/{r.get('well')}_s{r.get('site')}.png", links=True).is_file()
 
 def _is_hpa(table):
     with table.open(encoding='utf-8-sig', errors='replace') as f: return 'Target' in [c.strip(' \r\n"') for c in f.readline().split(',')]
@@ -429,8 +429,10 @@ def _bare(channel): return re.sub(r'(\[\d+-\d+\])?\??$', '', str(channel))
 def channel_file(
     channel:int|str,  # number or name, such as 1, 'yellow?', 'DAPI[100-3200]' or 'w1=DAPI'
 )->str:               # what file names have: '1', 'yellow', 'DAPI', 'w1'
-    "What the names of files call a channel: without a name of one's own, grey limits, and the question mark of an optional file."
-    return _bare(channel).partition('=')[0]
+    "What the names of files call a channel: without a name of one's own, grey limits, and the question mark of an optional file. Raises: `ValueError` for one with a slash."
+    name = _bare(channel).partition('=')[0]
+    if name in ('.', '..') or re.search(r'[/\\\0]', name): raise ValueError(f'channel {name!r} leads to another folder; expected what the names of files call it')
+    return name
 
 def channel_name(
     channel:int|str,  # number or name, such as 1, 'yellow?', 'DAPI[100-3200]' or 'w1=DAPI'

@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'BatchBuffers', 'read_ahead', 'DamagedSite', 'Store', 'wri
            'read_packed', 'open_store', 'verify_store']
 
 # %% ../nbs/03_store.ipynb #52f4e5b9
-import errno, io, json, math, mmap, os, platform, shutil, threading, weakref
+import errno, io, json, math, mmap, os, platform, shutil, struct, threading, weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import xxhash
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .credentials import scrub
+from .files import check_name, parse_json, path_within, read_json
 from .image import read_site, resize_site
 from .screen import CHANNELS, WELL_COLUMNS, Screen, check_files, has_channels, packed_row, present_sites
 
@@ -48,6 +52,9 @@ def _block_shape(kind, shape):
     if kind=='planes': return _largest_divisor(c, max(1, 2**19//(h*w))), h, w
     return c, _largest_divisor(h, 64), _largest_divisor(w, 64)
 
+_HEADER = struct.Struct('<4B3i6s2B6s2B') # of a chunk: versions, flags, type size; bytes, of a block, compressed; filters; codec; settings of filters; reserved, more flags
+_BYTEDELTA, _ZEROS = 35, 0b10000 # the only filter, and the mark of a chunk of zeros
+
 class _Blosc2:
     "Sites of one shape to Blosc2 chunks and back"
     def __init__(self, shape, preset):
@@ -58,7 +65,19 @@ class _Blosc2:
         typesize = 2 if math.prod(self.block)%2==0 else 1 # bytedelta works on pairs of bytes
         self.cparams = blosc2.CParams(codec=blosc2.Codec[codec], clevel=self.level, typesize=typesize, filters=[blosc2.Filter.BYTEDELTA], filters_meta=[0],
                                       blocksize=math.prod(self.block), splitmode=blosc2.SplitMode.NEVER_SPLIT, nthreads=1)
+        self.typesize, self.codecs = typesize, dict(ZSTD=(4, (5,)), LZ4HC=(1, (1, 2)))[codec] # in the flags, and by number
         self.local = threading.local() # memory of each thread
+
+    def fault(self, data):
+        "Why stored bytes are no chunk of such sites, or None; a chunk may name a codec for which Blosc2 would start Python to look for a module"
+        if len(data) < _HEADER.size: return f'{len(data)} bytes are no chunk'
+        _, _, flags, typesize, size, block, stored, filters, codec, _, _, reserved, more = _HEADER.unpack(bytes(data[:_HEADER.size]))
+        if size!=math.prod(self.shape): return f'it holds {size:,} bytes, not {math.prod(self.shape):,}'
+        if stored!=len(data): return f'it has {stored:,} bytes, not {len(data):,}'
+        if typesize!=self.typesize or block!=math.prod(self.block): return f'it has blocks of {block:,} bytes and numbers of {typesize}, not {math.prod(self.block):,} and {self.typesize}'
+        if flags & 5!=5 or flags >> 5!=self.codecs[0] and flags & 0b11100010!=2 or codec not in self.codecs[1]: return f'its codec is {flags >> 5}, {codec}'
+        if set(filters)-{0, _BYTEDELTA}: return f'its filters are {", ".join(map(str, filters))}'
+        if reserved or more not in (0, _ZEROS): return 'it has flags that are unknown'
 
     def _tiles(self, x):
         "View (C/c, H/h, W/w, c, h, w) of an image"
@@ -75,6 +94,7 @@ class _Blosc2:
         return self.local.scratch
 
     def decode(self, data, out):
+        if why := self.fault(data): raise ValueError(why)
         into = self._scratch() if self.tiled else out
         if self.decompress(data, dst=into, dparams=self.single) not in (None, into.nbytes): raise ValueError('the chunk ends early')
         if self.tiled:
@@ -90,6 +110,7 @@ class _Blosc2:
             whole = np.empty(self.shape, np.uint8)
             self.decode(data, whole)
             return whole[:, y:y+h, x:x+w] # a view: a copy would make it dearer than the site
+        if why := self.fault(data): raise ValueError(why)
         if not hasattr(self.local, 'array'): # Blosc2's own array reads the blocks that are needed
             self.local.array = _blosc2().asarray(np.zeros(self.shape, np.uint8), chunks=self.shape, blocks=self.block, cparams=self.cparams, dparams=self.single)
         self.local.array.schunk.update_chunk(0, data.tobytes())
@@ -174,8 +195,83 @@ def _mapped(path):
 def _read_bytes(path):
     if '://' not in str(path): return Path(path).read_bytes()
     import fsspec
-    with fsspec.open(str(path)) as f: return f.read()
+    try:
+        with fsspec.open(str(path)) as f: return f.read()
+    except FileNotFoundError: raise FileNotFoundError(f'{scrub(path)} does not exist') from None
+    except Exception as e: raise OSError(f'{scrub(path)} cannot be read: {type(e).__name__}: {scrub(e)}') from None # each file system has errors of its own
 
+# %% ../nbs/03_store.ipynb #d200451f
+def _whole(v, least): return isinstance(v, int) and not isinstance(v, bool) and v >= least
+def _list(v, test): return isinstance(v, list) and len(v) > 0 and all(map(test, v))
+def _plain_name(name): return isinstance(name, str) and name==check_name(name)
+
+_rules = dict( # what an entry of the manifest has to be
+    format=(lambda v: v in FORMATS, f'one of {", ".join(FORMATS)}'), preset=(lambda v: v in _presets, f'one of {", ".join(_presets)}'),
+    shape=(lambda v: _list(v, lambda n: _whole(n, 1)) and len(v)==3 and math.prod(v) < 2**31-32, 'channels, height and width of less than 2 GB'),
+    channels=(lambda v: _list(v, lambda c: _whole(c, 0) or isinstance(c, str)) and len(set(v))==len(v), 'different numbers or names'),
+    composite=(lambda v: isinstance(v, bool), 'true or false'), size=(lambda v: v is None or _whole(v, 1), 'null or a number of pixels'),
+    n_sites=(lambda v: _whole(v, 1), 'a number from 1 on'), shard_sites=(lambda v: _whole(v, 1), 'a number from 1 on'),
+    files=(lambda v: isinstance(v, dict) and _INDEX in v and all(map(_plain_name, v)) and all(isinstance(h, str) for h in v.values()), f'checksums of files, {_INDEX} among them'))
+
+def _check_manifest(manifest, where):
+    "Raises: ValueError naming the entry that no store of ours has"
+    if manifest.get('kind')!=_KIND: raise ValueError(f'{where}: kind {manifest.get("kind")!r}, expected {_KIND!r}')
+    for name, (fits, expected) in _rules.items():
+        try: good = fits(manifest[name])
+        except (KeyError, TypeError, ValueError): good = False
+        if not good: raise ValueError(f'{where}: {name} is {str(manifest.get(name, "missing"))[:80]}, expected {expected}')
+    c = manifest['shape'][0]
+    if not manifest['composite'] and c!=len(manifest['channels']): raise ValueError(f'{where}: {len(manifest["channels"])} channels, but the shape says {c}')
+
+# %% ../nbs/03_store.ipynb #75cb4a90
+def _read_index(data, manifest, where):
+    "The table of a store, held against its manifest before any of it is used. Raises: ValueError"
+    if xxhash.xxh3_64_hexdigest(data)!=manifest['files'][_INDEX]: raise ValueError(f'{where} is not the file that was packed: its checksum differs')
+    try: known = pq.ParquetFile(io.BytesIO(data))
+    except (pa.ArrowException, OSError) as e: raise ValueError(f'{where} is no Parquet file: {e}') from None
+    n, kinds = known.metadata.num_rows, {f.name: f.type for f in known.schema_arrow}
+    if n!=manifest['n_sites']: raise ValueError(f'{where}: {n:,} sites, but the manifest counts {manifest["n_sites"]:,}')
+    wanted = dict(site_id=(pa.string(), pa.large_string()), offset=(pa.int64(),), length=(pa.int64(),), checksum=(pa.uint64(),))
+    for name, types in wanted.items():
+        if kinds.get(name) not in types: raise ValueError(f'{where}: column {name!r} is {kinds.get(name, "missing")}, expected {types[0]}')
+    table = pd.read_parquet(io.BytesIO(data))
+    if not isinstance(table.index, pd.RangeIndex) or table.columns.duplicated().any(): raise ValueError(f'{where}: it has an index or a column twice')
+    if table.site_id.isna().any() or table.site_id.duplicated().any(): raise ValueError(f'{where}: a site is missing or is there twice')
+    _check_places(table, manifest, where)
+    return table
+
+def _check_places(table, manifest, where):
+    "Do the bytes of the sites lie one after the other, each as long as a site can be?"
+    size, step, lengths = math.prod(manifest['shape']), manifest['shard_sites'], table.length.to_numpy()
+    least, most = dict(raw=(size, size), zarr=(0, 0), blosc2=(_HEADER.size, size+_HEADER.size))[manifest['format']]
+    wrong = (lengths < least) | (lengths > most)
+    if wrong.any(): raise ValueError(f'{where}: row {wrong.argmax()}: {lengths[wrong.argmax()]:,} bytes, expected {least:,}' + (f' to {most:,}' if most > least else ''))
+    ends = np.cumsum(lengths)
+    first = np.arange(len(lengths))//step*step
+    wrong = table.offset.to_numpy()!=ends-lengths-(ends[first]-lengths[first])
+    if wrong.any(): raise ValueError(f'{where}: row {wrong.argmax()}: offset {table.offset.iloc[wrong.argmax()]:,} is not where the site before it ends')
+
+# %% ../nbs/03_store.ipynb #9df756d1
+def _zarr_sketch(shape, shards):
+    "What zarr.json of a store says, as far as it decides how bytes become pixels"
+    index = [dict(name='bytes', configuration=dict(endian='little')), dict(name='crc32c')]
+    return dict(zarr_format=3, node_type='array', shape=shape, data_type='uint8', fill_value=0, storage_transformers=[], chunk_key_encoding=dict(name='default', configuration=dict(separator='/')),
+                chunk_grid=dict(name='regular', configuration=dict(chunk_shape=[shards, *shape[1:]])),
+                codecs=[dict(name='sharding_indexed', configuration=dict(chunk_shape=[1, *shape[1:]], index_codecs=index, index_location='end',
+                        codecs=[dict(name='bytes'), dict(name='zstd', configuration=dict(level=1, checksum=False)), dict(name='crc32c')]))])
+
+def _bare(v):
+    "JSON without empty settings, which versions of zarr write or leave out"
+    if isinstance(v, dict): return {k: _bare(w) for k, w in v.items() if w not in ({}, [], None)}
+    return [_bare(w) for w in v] if isinstance(v, list) else v
+
+def _check_zarr(found, manifest, where):
+    "Raises: ValueError if zarr.json describes another array than the one that was packed"
+    wanted = _zarr_sketch([manifest['n_sites'], *manifest['shape']], min(manifest['shard_sites'], -(-manifest['n_sites']//manifest['shard_sites'])*manifest['shard_sites']))
+    for name, value in wanted.items():
+        if (got := _bare({name: found.get(name)}).get(name))!=_bare({name: value}).get(name): raise ValueError(f'{where}: {name} is {json.dumps(got)[:200]}, expected {json.dumps(value)}')
+
+# %% ../nbs/03_store.ipynb #6b32e224
 class Store:
     """Packed sites of a screen, opened when the first one is read, so that it can be handed to other processes.
 
@@ -185,33 +281,42 @@ class Store:
         path:str|Path # folder, or a URL for fsspec such as 's3://bucket/store' (format 'zarr')
     ):
         self.path = str(path).rstrip('/')
-        try: self.manifest = json.loads(_read_bytes(_join(self.path, _MANIFEST)))
+        where = f'{self.shown}/{_MANIFEST}'
+        try: self.manifest = parse_json(_read_bytes(_join(self.path, _MANIFEST)).decode(errors='replace'), where, dict)
         except FileNotFoundError:
             begun = '://' not in self.path and (Path(self.path)/_PLAN).exists()
-            raise FileNotFoundError(f'{self.path} holds no finished store' + ('; packing was interrupted: run the same command to go on' if begun else '')) from None
-        if self.manifest.get('kind')!=_KIND: raise ValueError(f'{self.path}/{_MANIFEST}: kind {self.manifest.get("kind")!r}, expected {_KIND!r}')
-        if '://' in self.path and self.format!='zarr': raise ValueError(f'{self.path}: a store of format {self.format!r} is read from a disk; only zarr is read from a URL')
+            raise FileNotFoundError(f'{self.shown} holds no finished store' + ('; packing was interrupted: run the same command to go on' if begun else '')) from None
+        _check_manifest(self.manifest, where)
+        if '://' in self.path and self.format!='zarr': raise ValueError(f'{self.shown}: a store of format {self.format!r} is read from a disk; only zarr is read from a URL')
         self._local = threading.local()
 
     format = property(lambda self: self.manifest['format'], doc="'blosc2', 'zarr' or 'raw'")
     preset = property(lambda self: self.manifest['preset'], doc='How it was compressed')
     channels = property(lambda self: tuple(self.manifest['channels']), doc='Numbers of the channels')
     shape = property(lambda self: tuple(self.manifest['shape']), doc='(C, H, W) of a site')
+    shown = property(lambda self: scrub(self.path), doc='Where it is, for people: without the password of an address')
     def __len__(self): return self.manifest['n_sites']
     def __repr__(self):
         c, h, w = self.shape
         size = f', images reduced to {self.manifest["size"]} pixels' if self.manifest['size'] else ''
-        return f'Store {self.path}: {len(self):,} sites of {c} channels, {h} x {w} pixels, {self.format}{"" if self.format!="blosc2" else f" {self.preset}"}{size}'
+        return f'Store {self.shown}: {len(self):,} sites of {c} channels, {h} x {w} pixels, {self.format}{"" if self.format!="blosc2" else f" {self.preset}"}{size}'
 
     @cached_property
     def sites(self) -> pd.DataFrame:
         "One row per site in stored order: `site_id`, the columns of wells, `site`, `files`, and `offset`, `length`, `checksum` of its bytes."
-        data = _read_bytes(_join(self.path, _INDEX))
-        if xxhash.xxh3_64_hexdigest(data)!=self.manifest['files'][_INDEX]: raise ValueError(f'{self.path}/{_INDEX} is not the file that was packed: its checksum differs')
-        table = pd.read_parquet(io.BytesIO(data))
+        table = _read_index(_read_bytes(_join(self.path, _INDEX)), self.manifest, f'{self.shown}/{_INDEX}')
         table.insert(len(table.columns)-3, 'files', f'{self.path}#' + pd.Series(np.arange(len(table))).astype('str')) # not a loop: there may be millions
-        if len(table)!=len(self): raise ValueError(f'{self.path}/{_INDEX}: {len(table):,} sites, but the manifest counts {len(self):,}')
         return table
+
+    @cached_property
+    def _fits(self):
+        "Nothing is allocated before the first site was seen to have the shape that the manifest gives. Raises: ValueError"
+        if self.format=='zarr': return self._array is not None
+        try: data = self._stored(0)
+        except (DamagedSite, FileNotFoundError): return True # told of the site that is read
+        whole = xxhash.xxh3_64_intdigest(data)==int(self._where[2][0])
+        if whole and self.format=='blosc2' and (why := self._codec.fault(data)): raise ValueError(f'{self.shown}/{_MANIFEST}: shape {self.shape} and preset {self.preset} do not fit the first site: {why}')
+        return True
 
     @cached_property
     def _where(self): return tuple(self.sites[c].to_numpy() for c in ('offset', 'length', 'checksum'))
@@ -224,7 +329,9 @@ class Store:
     @cached_property
     def _array(self):
         import zarr
-        return zarr.open_array(_join(self.path, 'shards'), mode='r')
+        where = _join(self.path, 'shards', 'zarr.json')
+        _check_zarr(parse_json(_read_bytes(where).decode(errors='replace'), scrub(where), dict), self.manifest, scrub(where))
+        return zarr.open_array(_join(self.path, 'shards'), mode='r', zarr_format=3) # older formats have codecs that unpickle
     def _shard_path(self, k): return Path(self.path)/'shards'/f'{k:05d}.bin'
 
     def __getstate__(self): return dict(path=self.path, manifest=self.manifest)
@@ -239,7 +346,7 @@ class Store:
         """
         if tuple(channels)==self.channels: return slice(None)
         missing = [c for c in channels if c not in self.channels]
-        if missing: raise ValueError(f'{self.path} has no channel {missing[0]}; it holds {", ".join(map(str, self.channels))}')
+        if missing: raise ValueError(f'{self.shown} has no channel {missing[0]}; it holds {", ".join(map(str, self.channels))}')
         return [self.channels.index(c) for c in channels]
 
     def rows(self,
@@ -251,7 +358,7 @@ class Store:
         """
         if isinstance(site_ids, pd.DataFrame): site_ids = site_ids.site_id
         rows = self._rows.get_indexer(pd.Index(site_ids))
-        if (rows < 0).any(): raise ValueError(f'site {list(site_ids)[int((rows < 0).argmax())]} is not in {self.path}')
+        if (rows < 0).any(): raise ValueError(f'site {list(site_ids)[int((rows < 0).argmax())]} is not in {self.shown}')
         return rows.astype(np.int64)
 
     def files(self,
@@ -262,7 +369,7 @@ class Store:
 
     def _damaged(self, i, why):
         where = f'shards/{i//self.manifest["shard_sites"]:05d}.bin, bytes {self._where[0][i]:,} to {self._where[0][i]+self._where[1][i]:,}' if self.format!='zarr' else 'array shards'
-        return DamagedSite(f'{self.path}: site {self.sites.site_id.iloc[i]} (row {i}, {where}) is damaged: {why}')
+        return DamagedSite(f'{self.shown}: site {self.sites.site_id.iloc[i]} (row {i}, {where}) is damaged: {why}')
 
     def _stored(self, i):
         "View of the stored bytes of a site"
@@ -290,10 +397,10 @@ class Store:
     def _guarded(self, i, read):
         "What `read()` gives; whatever a codec complains about is damage"
         if isinstance(i, str): raise TypeError(f'row {i!r} is a name; `rows([name])` gives the number of a site')
-        if not 0 <= i < len(self): raise IndexError(f'row {i} is outside 0-{len(self)-1} of {self.path}')
+        if not 0 <= i < len(self): raise IndexError(f'row {i} is outside 0-{len(self)-1} of {self.shown}')
         try: return read()
         except (DamagedSite, FileNotFoundError): raise
-        except Exception as e: raise self._damaged(i, f'{type(e).__name__}: {e}') from None
+        except Exception as e: raise self._damaged(i, f'{type(e).__name__}: {scrub(e)}') from None
 
     def read_into(self,
         i:int, # row of the site
@@ -328,7 +435,7 @@ class Store:
         height, width = self.shape[1:]
         h, w = height-y if h is None else h, width-x if w is None else w
         if y < 0 or x < 0 or h < 1 or w < 1 or y+h > height or x+w > width: raise ValueError(f'window {h}x{w} at ({y}, {x}) is not inside {height}x{width} pixels')
-        if (h, w)==(height, width):
+        if self._fits and (h, w)==(height, width):
             out = np.empty(self.shape, np.uint8)
             self.read_into(i, out)
             return out
@@ -348,7 +455,7 @@ class Store:
         threads:int=1 # that read at a time
     ) -> Tensor: # `out`
         "Read sites straight into one tensor; they are read in stored order, whatever the order of `rows`."
-        out = torch.empty((len(rows), *self.shape), dtype=torch.uint8) if out is None else torch.from_numpy(out) if isinstance(out, np.ndarray) else out
+        out = torch.empty((len(rows), *self.shape), dtype=torch.uint8) if out is None and self._fits else torch.from_numpy(out) if isinstance(out, np.ndarray) else out
         if tuple(out.shape)!=(len(rows), *self.shape) or out.dtype!=torch.uint8 or not out.is_contiguous():
             raise ValueError(f'out is {out.dtype} {tuple(out.shape)}, expected contiguous uint8 {(len(rows), *self.shape)}')
         array, rows = out.as_subclass(Tensor).numpy(), np.asarray(rows, np.int64)
@@ -359,7 +466,7 @@ class Store:
         return out
 
     @cached_property
-    def _buffers(self): return {pin: BatchBuffers(self.shape, pin) for pin in (False, True)}
+    def _buffers(self): return {pin: BatchBuffers(self.shape, pin) for pin in (False, True) if self._fits}
 
     def read_ahead(self,
         batches:Iterable[Sequence[int]], # rows of each batch
@@ -379,7 +486,10 @@ _INDEX_COLUMNS = ['site_id', *WELL_COLUMNS, 'site']
 def _tables_of(folder):
     "Names of the tables of a screen, one that screen.json names included"
     names = [t for t in _TABLES if (folder/t).is_file()]
-    return names + ([json.loads((folder/'screen.json').read_text())['table']] if 'screen.json' in names else [])
+    if 'screen.json' not in names: return names
+    table = read_json(folder/'screen.json').get('table')
+    path_within(folder, table, links=True) # another one would be copied out of its folder, and to elsewhere
+    return [*names, table]
 
 def _write(path, data):
     "Bytes to the disk under a temporary name, then renamed; nothing stays behind if the disk is full"
@@ -616,7 +726,7 @@ def read_packed(
     Raises: FileNotFoundError for a site that is not in the store; ValueError for a channel that is not.
     """
     path, row = packed_row(files) or (files, '')
-    if not row.isdigit(): raise FileNotFoundError(f'{path} has no site {row}')
+    if not row.isdigit(): raise FileNotFoundError(f'{scrub(path)} has no site {row}')
     store = open_store(path)
     x = store.read(int(row))
     return x if channels is None or store.manifest['composite'] else x[store.places(channels)]
@@ -645,7 +755,7 @@ def verify_store(
     files = None
     if sites is not None:
         files = sites.set_index('site_id').files.reindex(store.sites.site_id)
-        if files.isna().any(): raise ValueError(f'site {files.index[files.isna()][0]} of {store.path} is not among the {len(sites):,} sites given')
+        if files.isna().any(): raise ValueError(f'site {files.index[files.isna()][0]} of {store.shown} is not among the {len(sites):,} sites given')
     def problem(i):
         try: x = store.read(i)
         except (DamagedSite, FileNotFoundError) as e: return str(e)
@@ -663,5 +773,5 @@ def verify_store(
 
 def _table_problem(store, name, checksum):
     try: data = _read_bytes(_join(store.path, name))
-    except FileNotFoundError: return f'{store.path}/{name} does not exist'
-    return None if xxhash.xxh3_64_hexdigest(data)==checksum else f'{store.path}/{name} is not the file that was packed: its checksum differs'
+    except FileNotFoundError: return f'{store.shown}/{name} does not exist'
+    return None if xxhash.xxh3_64_hexdigest(data)==checksum else f'{store.shown}/{name} is not the file that was packed: its checksum differs'

@@ -23,7 +23,7 @@ import rcic_fastai.kaggle
 from rcic_fastai.hpa import submit_labels
 from rcic_fastai.kaggle import build_kernel, find_competition, find_run, go_on, weights_folder
 from rcic_fastai.kaggle_cli import rcic_kaggle
-from rcic_fastai.kaggle_client import kaggle_user, run_client, scrub
+from rcic_fastai.kaggle_client import kaggle_user, run_client, scrub_kaggle
 from rcic_fastai.predict import predict_run
 from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
 from rcic_fastai.run import submit_run, train_run
@@ -258,7 +258,7 @@ def test_whose_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("KAGGLE_USERNAME", "ada")
     assert kaggle_user() == "ada"
     monkeypatch.setenv("KAGGLE_KEY", "an-unusual-key")
-    assert scrub("user ada, an-unusual-key; Basic YWRhOmFuLXVudXN1YWwta2V5 and " + KEY) == "user ada, ***; Basic *** and ***"
+    assert scrub_kaggle("user ada, an-unusual-key; Basic YWRhOmFuLXVudXN1YWwta2V5 and " + KEY) == "user ada, ***; Basic *** and ***"
 
 
 # The official client

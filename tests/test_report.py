@@ -203,10 +203,10 @@ def test_kernel_is_this_python_whatever_is_registered(tmp_path, monkeypatch):
     import rcic_fastai
 
     expected = sys.executable, rcic_fastai.__file__
-    assert eval(execute_notebook(nb, tmp_path).cells[0].outputs[0].data["text/plain"]) == expected
+    assert eval(execute_notebook(nb).cells[0].outputs[0].data["text/plain"]) == expected
     assert ThisPython().kernel_spec.argv[0] == sys.executable
     nb.cells = [nbformat.v4.new_markdown_cell("## End"), cells[1]]
-    with pytest.raises(ValueError, match='the kernel died.*after section "End" had begun'): execute_notebook(nb, tmp_path)
+    with pytest.raises(ValueError, match='the kernel died.*after section "End" had begun'): execute_notebook(nb)
 
 
 def test_page_of_a_persons_own_cells():

@@ -1,0 +1,430 @@
+"A stranger's run, store, screen or kernel folder gives data and nothing else: no program, no way out of its folder, no memory without end; and no password is shown."
+
+import ast
+import base64
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from urllib.parse import quote
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import xxhash
+from fastcore.script import CliError
+
+from rcic_fastai.cli import _say, one_line_errors
+from rcic_fastai.credentials import scrub
+from rcic_fastai.hpa import read_hpa
+from rcic_fastai.kaggle import copy_run, read_kernel
+from rcic_fastai.kaggle_client import run_client, scrub_kaggle
+from rcic_fastai.page import execute_notebook, notebook_page, table, tiles
+from rcic_fastai.platemap import describe_screen
+from rcic_fastai.report import folder_sizes, make_report
+from rcic_fastai.run import train_run
+from rcic_fastai.screen import read_screen
+from rcic_fastai.store import DamagedSite, Store, _Blosc2, pack_screen, pack_sites
+from rcic_fastai.train import load_run, read_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def quiet(*args): pass
+
+
+# Programs
+
+
+def calls(tree):
+    "Dotted name and node of every call"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call): yield ast.unparse(node.func), node
+
+
+def keyword(node, name):
+    return next((ast.unparse(k.value) for k in node.keywords if k.arg == name), None)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rcic_fastai").glob("*.py")), ids=lambda p: p.stem)
+def test_nothing_that_is_read_can_be_a_program(path):
+    "Every reader that could unpickle or execute is told not to; every Python that is started finds no module in the current folder"
+    for name, node in calls(ast.parse(path.read_text(encoding="utf-8"))):
+        where = f"{path.name}: {ast.unparse(node)[:120]}"
+        last = name.rpartition(".")[2]
+        assert name not in ("eval", "exec", "compile", "__import__", "os.system"), where
+        assert last not in ("load_learner", "read_pickle", "unsafe_load", "extractall") or path.stem == "wheels", where
+        assert not name.startswith(("pickle.load", "joblib.", "dill.", "cloudpickle.", "yaml.load", "runpy.", "importlib.import_module")), where
+        if name == "np.load": assert keyword(node, "allow_pickle") == "False", where
+        if name in ("torch.load", "load_state_dict_from_url"): assert keyword(node, "weights_only") == "True", where
+        if name.startswith("zarr.open"): assert "r+" in where or (keyword(node, "zarr_format"), keyword(node, "mode")) == ("3", "'r'"), where
+        assert keyword(node, "shell") in (None, "False"), where
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    "The current folder, full of modules that would leave a mark"
+    mark = tmp_path / "mark"
+    program = f"open({str(mark)!r}, 'a').write(__file__)\n"
+    folder = tmp_path / "stranger"
+    for name in ("torch.py", "numpy.py", "json.py", "sitecustomize.py", "usercustomize.py", "conftest.py", "ipykernel_launcher.py", "ipython_config.py", "jupyter_config.py",
+                 "kaggle/__init__.py", "fastai/__init__.py", "rcic_fastai/__init__.py", "blosc2_openhtj2k/__init__.py", ".ipython/profile_default/startup/00-mark.py",
+                 "profile_default/startup/00-mark.py", "profile_default/ipython_kernel_config.py"):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(program)
+    for name in ("base", "lab", "python"):  # templates of nbconvert are programs too
+        (folder / name).mkdir()
+        (folder / name / "conf.json").write_text("{}")
+        for file in ("index.html.j2", "base.html.j2", "celltags.j2", "display_priority.j2", "null.j2"):
+            (folder / name / file).write_text("{{ cycler.__init__.__globals__.os.mkdir('" + str(mark) + "') }}")
+    monkeypatch.chdir(folder)
+    yield folder
+    assert not mark.exists(), mark.read_text() if mark.is_file() else "a template"
+
+
+def test_a_report_executes_nothing_of_the_run_folder(small_run, small_screen, stranger, tmp_path):
+    "The page of a run whose folder is full of modules, asked for from within it"
+    shutil.copytree(small_run, stranger, dirs_exist_ok=True)
+    cells = [nbformat.v4.new_code_cell("run = data = truth = max_wells = None", metadata=dict(tags=["parameters"])),
+             nbformat.v4.new_code_cell("import json, numpy, os, sys\nsorted(os.listdir()), run, [p for p in ('', '.', os.getcwd(), run) if p in sys.path]")]  # fmt: skip
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "mine.ipynb")
+    page = make_report(".", tmp_path / "page.html", small_screen, template=tmp_path / "mine.ipynb", say=quiet)
+    done = nbformat.read(page.with_suffix(".ipynb"), 4).cells[-1].outputs[0].data["text/plain"]
+    assert ast.literal_eval(done) == ([], str(stranger), [])
+
+
+def test_the_client_of_kaggle_is_the_installed_one(stranger):
+    pytest.importorskip("kagglesdk", reason="Kaggle's client is not installed: pip install kaggle")
+    assert "usage" in run_client("kernels", "--help")
+
+
+def test_children_of_a_command_do_not_look_here(monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    with one_line_errors(False): assert os.environ["PYTHONSAFEPATH"] == "1"
+    assert "PYTHONSAFEPATH" not in os.environ
+
+
+def test_a_copied_run_is_data_alone(small_run, tmp_path):
+    theirs = shutil.copytree(small_run, tmp_path / "theirs")
+    for name in ("torch.py", "x.so", ".hidden", "predictions/y.pth.py", "z.ipynb"): (theirs / name).write_text("raise SystemExit")
+    (theirs / "elsewhere").symlink_to("/usr")
+    (theirs / "recipe.json").unlink()
+    (theirs / "recipe.json").symlink_to(small_run / "recipe.json")  # as caches of downloads have it
+    assert folder_sizes(theirs).files["elsewhere/"] == 0
+    copied = copy_run(theirs, tmp_path / "ours")
+    names = {p.relative_to(copied).as_posix() for p in copied.rglob("*")}
+    assert names == {p.relative_to(small_run).as_posix() for p in small_run.rglob("*") if p.suffix in (".json", ".csv", ".npz", ".safetensors") or p.is_dir()}
+    assert not (copied / "recipe.json").is_symlink() and read_run(copied)[1] == read_run(small_run)[1]
+
+
+# Names
+
+
+@pytest.mark.parametrize("change", [dict(parts=["../other"]), dict(parts=["/other"]), dict(parts=[r"..\other"]), dict(channels=["../../x", 2, 3, 4, 5, 6])], ids=str)
+def test_names_in_a_run_lead_nowhere(small_run, small_screen, tmp_path, change):
+    theirs = shutil.copytree(small_run, tmp_path / "theirs")
+    shutil.copytree(small_run, tmp_path / "other")
+    info = json.loads((theirs / "run.json").read_text())
+    (theirs / "run.json").write_text(json.dumps({**info, **change}))
+    with pytest.raises(ValueError, match="leads"): load_run(theirs, read_screen(small_screen).sites()[:4])
+
+
+@pytest.fixture(scope="module")
+def own(small_screen, tmp_path_factory):
+    "A screen of six wells that was described"
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("own")
+    rng = np.random.default_rng(0)
+    for well in ("B02", "B03", "B04"):
+        for stain in ("DAPI", "ER"): Image.fromarray(rng.integers(0, 255, (32, 32)).astype(np.uint8)).save(folder / f"{well}_{stain}.png")
+    (folder / "wells.csv").write_text("well,treatment,experiment\nB02,a,x\nB03,b,x\nB04,DMSO,x\n")
+    describe_screen(folder, negative=["DMSO"], say=quiet)
+    return folder
+
+
+def described(own, to, **change):
+    theirs = shutil.copytree(own, to)
+    (theirs / "screen.json").write_text(json.dumps({**json.loads((theirs / "screen.json").read_text()), **change}))
+    return theirs
+
+
+@pytest.mark.parametrize("name", ["../secret.csv", "/etc/passwd", r"..\secret.csv", "a/../../secret.csv"])
+def test_a_table_lies_in_its_folder(own, tmp_path, name):
+    (tmp_path / "secret.csv").write_text("well,password\nB02,hunter2\n")
+    theirs = described(own, tmp_path / "theirs", table=name)
+    with pytest.raises(ValueError, match="screen.json: table .* leads out of") as e: read_screen(theirs)
+    assert "hunter2" not in str(e.value) and "root:" not in str(e.value)
+    screen = read_screen(own)
+    screen.path = theirs
+    with pytest.raises(ValueError, match="leads out of"): pack_screen(screen, tmp_path / "out" / "store", progress=False, say=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_a_screen_lead_nowhere(own, tmp_path):
+    screen = read_screen(described(own, tmp_path / "a", channels=["../DAPI", "ER"]))
+    with pytest.raises(ValueError, match="channel '../DAPI' leads to another folder"): screen.show_well("B02")
+    for name in ("../x", r"..\x", "/x"):
+        theirs = described(own, tmp_path / f"b{name!r}".replace("/", "-"))
+        (theirs / "wells.csv").write_text(f"well,treatment,experiment\nB02,a,{name}\n")
+        with pytest.raises(ValueError, match="has a slash in its name"): read_screen(theirs)
+    away = described(own, tmp_path / "away", images="../away-images")  # as --out of rcic-describe writes it
+    shutil.copytree(own, tmp_path / "away-images")
+    (away / "link.csv").symlink_to(own / "wells.csv")
+    (away / "screen.json").write_text((away / "screen.json").read_text().replace("wells.csv", "link.csv"))
+    assert read_screen(away).sites().files.str.contains("away-images/").all()
+
+
+def test_ids_and_cell_types_lead_nowhere(small_screen, tmp_path):
+    for table_, text in {"train.csv": "Id,Target\n../a,16 0\n", "sample_submission.csv": "Id,Predicted\n../../a,0\n"}.items():
+        folder = tmp_path / table_
+        folder.mkdir()
+        (folder / "train.csv").write_text("Id,Target\na,16 0\n")
+        (folder / table_).write_text(text)
+        with pytest.raises(ValueError, match=f"{table_}: row 2: Id .* leads to another folder"): read_hpa(folder)
+    from rcic_fastai.recipe import change_recipe, get_recipe
+
+    screen, recipe = read_screen(small_screen), change_recipe(get_recipe("laptop"), "per_cell_type=true")
+    for name in ("../x", "a/b", "..", "predictions", "all"):
+        screen.wells = screen.wells.assign(cell_type=np.where(np.arange(len(screen.wells)) % 2, name, "HUVEC"))
+        with pytest.raises(ValueError, match="cell type"): train_run(screen, recipe, tmp_path / "runs" / "run", say=quiet)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "x").exists()
+
+
+def test_a_kernel_uploads_its_own_notebook(tmp_path):
+    folder = tmp_path / "kernel"
+    folder.mkdir()
+    (tmp_path / "key.json").write_text("{}")
+    (folder / "link.ipynb").symlink_to(tmp_path / "key.json")
+    def write(**meta): (folder / "kernel-metadata.json").write_text(json.dumps(meta))
+    for name in ("../key.json", "/etc/passwd", "link.ipynb", r"..\key.json"):
+        write(id="ada/x", code_file=name)
+        with pytest.raises(ValueError, match="code_file .* leads out of .* it would be uploaded"): read_kernel(folder)
+    for name in ("--help", "ada", "ada/../x", None, "-p/x"):
+        write(id=name, code_file="kernel.ipynb")
+        with pytest.raises(ValueError, match="expected USER/NAME"): read_kernel(folder)
+    write(id="ada/x", code_file="kernel.ipynb")
+    assert read_kernel(folder)["id"] == "ada/x"
+
+
+# Stores
+
+
+@pytest.fixture(scope="module")
+def stores(small_screen, tmp_path_factory):
+    "Stores of ten sites in shards of four, by format"
+    folder, sites = tmp_path_factory.mktemp("stores"), read_screen(small_screen).sites()[:10]
+    formats = ["blosc2", "raw"] + (["zarr"] if sys.version_info >= (3, 11) else [])
+    return {f: Path(pack_sites(sites, folder / f, format=f, shard_sites=4, progress=False).path) for f in formats}
+
+
+@pytest.fixture
+def forged(stores, tmp_path):
+    "A copy of a store whose manifest, index and shards say something else, with the checksums that belong to it"
+    def forge(format, manifest=None, index=None, chunk=None):
+        theirs = shutil.copytree(stores[format], tmp_path / "theirs", dirs_exist_ok=True)
+        m = {**json.loads((theirs / "manifest.json").read_text()), **(manifest or {})}
+        m = {k: v for k, v in m.items() if v is not ...}
+        table = pd.read_parquet(theirs / "sites.parquet")
+        if chunk is not None:
+            shard = theirs / "shards" / "00000.bin"
+            data = bytearray(shard.read_bytes())
+            part = np.frombuffer(data, np.uint8)[: table.length[0]]
+            chunk(part)
+            shard.write_bytes(data)
+            table.loc[0, "checksum"] = np.uint64(xxhash.xxh3_64_intdigest(part))
+        if index is not None: table = index(table)
+        if index is not None or chunk is not None:
+            table.to_parquet(theirs / "sites.parquet", index=False)
+            m["files"] = {**m["files"], "sites.parquet": xxhash.xxh3_64_hexdigest((theirs / "sites.parquet").read_bytes())}
+        (theirs / "manifest.json").write_text(json.dumps(m))
+        return theirs
+    return forge
+
+
+@pytest.fixture
+def no_decoder(monkeypatch):
+    "Decoding, or memory for more than a few sites, is a failure"
+    def fail(*args, **kwargs): raise AssertionError("it was decoded")
+    real = np.empty
+    def small(shape, *args, **kwargs):
+        assert np.prod(shape) < 1e8, f"memory for {shape}"
+        return real(shape, *args, **kwargs)
+    monkeypatch.setattr(np, "empty", small)
+    return fail
+
+
+@pytest.mark.parametrize("change", [
+    dict(shape=[6, 48, 47]), dict(shape=[6, 20000, 10000]), dict(shape=[6, 10**6, 10**6]), dict(shape=[6, -48, -48]), dict(shape=[6, 48]), dict(shape="648"), dict(shape=[6.0, 48, 48]),
+    dict(shape=[3, 48, 48]), dict(channels=[1, 2, 3]), dict(channels=[1] * 6), dict(channels=[None] * 6), dict(channels={}), dict(format="pickle"), dict(format="raw"), dict(preset="fast"),
+    dict(preset="best"), dict(n_sites=11), dict(n_sites=-1), dict(n_sites=True), dict(shard_sites=0), dict(shard_sites=3), dict(shard_sites=...), dict(kind="rcic_fastai store 2"),
+    dict(size="x"), dict(files={}), dict(files={"sites.parquet": 1}), dict(files={"sites.parquet": "0", "../x": "0"}), dict(composite="no"), dict(channels=...)], ids=str)  # fmt: skip
+def test_a_manifest_that_does_not_fit(forged, no_decoder, monkeypatch, change):
+    "Refused by the name of its file, before anything is decoded"
+    monkeypatch.setattr(_Blosc2, "decompress", None, raising=False)
+    theirs = forged("blosc2", manifest=change)
+    with pytest.raises(ValueError, match=r"(manifest.json|sites.parquet)") as e:
+        store = Store(theirs)
+        store._codec.decompress = no_decoder
+        store.read_batch(range(len(store)))
+    assert not isinstance(e.value, DamagedSite)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.assign(length=t.length * 10**6), "bytes, expected"), (lambda t: t.assign(length=-t.length), "bytes, expected"), (lambda t: t.assign(offset=t.offset - 1), "row 0: offset -1"),
+    (lambda t: t.assign(offset=0), "row 1: offset 0 is not where the site before it ends"), (lambda t: t.assign(offset=t.offset + 2**62), "offset"), (lambda t: t[:9], "9 sites, but the manifest counts 10"),
+    (lambda t: t.drop(columns="checksum"), "column 'checksum' is missing"), (lambda t: t.assign(offset=t.offset.astype(float)), "column 'offset' is double"),
+    (lambda t: t.assign(site_id=t.site_id.iloc[0]), "twice"), (lambda t: t.assign(site_id=range(10)), "column 'site_id' is int64"), (lambda t: t.assign(checksum=t.checksum.astype(str)), "column 'checksum'")])  # fmt: skip
+def test_an_index_that_does_not_fit(forged, change, message):
+    with pytest.raises(ValueError, match=f"sites.parquet.*{message}"): Store(forged("blosc2", index=change)).read(0)
+
+
+def test_an_index_that_is_none(forged):
+    theirs = forged("blosc2")
+    (theirs / "sites.parquet").write_bytes(b"PAR1")
+    m = json.loads((theirs / "manifest.json").read_text())
+    (theirs / "manifest.json").write_text(json.dumps({**m, "files": {"sites.parquet": xxhash.xxh3_64_hexdigest(b"PAR1")}}))
+    with pytest.raises(ValueError, match="sites.parquet is no Parquet file"): Store(theirs).read(0)
+    for text in ("{", "[]", '{"kind": NaN}', '{"kind": 1, "kind": 2}', "\x00"):
+        (theirs / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="manifest.json"): Store(theirs)
+
+
+@pytest.mark.parametrize("at, value, message", [
+    (slice(4, 8), np.frombuffer(np.int32(2**31 - 64).tobytes(), np.uint8), "it holds 2,147,483,584 bytes, not 13,824"), (slice(12, 16), np.uint8(255), "it has .* bytes, not"),
+    (3, 8, "numbers of 8"), (slice(8, 12), np.uint8(1), "blocks of"), (2, 0b11010101, "its codec is 6"), (22, 36, "its codec is 4, 36"), (16, 160, "its filters are 160"), (17, 2, "its filters are 35, 2"),
+    (31, 0b1000000, "flags that are unknown"), (31, 8, "flags that are unknown")])  # fmt: skip
+@pytest.mark.parametrize("read", ["read", "window", "batch"])
+def test_a_chunk_that_does_not_fit(forged, stranger, monkeypatch, at, value, message, read):
+    "A bomb, another shape, and a codec for which Blosc2 would start a Python that looks for a module here"
+    def change(part): part[at] = value
+    store = Store(forged("blosc2", chunk=change))
+    how = dict(read=lambda: store.read(0), window=lambda: store.read(0, 1, 1, 8, 8), batch=lambda: store.read_batch([0, 1]))
+    with pytest.raises(ValueError, match=message): how[read]()
+
+
+def test_zarr_is_format_3_and_the_array_that_was_packed(stores, forged):
+    pytest.importorskip("zarr", reason="the format zarr needs zarr 3, which needs Python 3.11")
+    assert Store(stores["zarr"]).read(3).shape == (6, 48, 48)
+    theirs = forged("zarr")
+    path = theirs / "shards" / "zarr.json"
+    good = json.loads(path.read_text())
+    inner = good["codecs"][0]["configuration"]["codecs"]
+    def with_codecs(*codecs): return [dict(name="sharding_indexed", configuration={**good["codecs"][0]["configuration"], "codecs": list(codecs)})]
+    for change in (dict(zarr_format=2), dict(shape=[10, 6, 48, 47]), dict(shape=[10**9, 6, 48, 48]), dict(data_type="uint16"), dict(data_type=dict(name="numpy.void")), dict(fill_value=1),
+                   dict(codecs=with_codecs(dict(name="numcodecs.pickle"))), dict(codecs=with_codecs(*inner, dict(name="gzip", configuration=dict(level=1)))), dict(codecs=inner), dict(node_type="group"),
+                   dict(chunk_grid=dict(name="regular", configuration=dict(chunk_shape=[64, 6, 48, 480]))), dict(storage_transformers=[dict(name="x")])):  # fmt: skip
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match="shards/zarr.json: "): Store(theirs).read(0)
+    path.unlink()
+    (theirs / "shards" / ".zarray").write_text(json.dumps(dict(zarr_format=2, shape=[10, 6, 48, 48], chunks=[1, 6, 48, 48], dtype="|O", filters=[dict(id="pickle")], compressor=None, fill_value=0, order="C")))
+    with pytest.raises(FileNotFoundError, match="zarr.json"): Store(theirs).read(0)
+
+
+# Passwords
+
+SECRET = "feed/Beef+cafe==1 @x"  # with all that has to be encoded
+TOKEN = "KGAT_0123456789feedBeef"
+
+
+@pytest.mark.parametrize("text", [
+    "s3://AKEY:{raw}@bucket/store", "https://ada:{quoted}@host/a.zip", "https://ada:{lower}@host/a.zip", "s3:/AKEY:{quoted}@bucket", "ftp://{quoted}@host", "zip://a.zip::https://ada:{quoted}@host/x", "https%3A%2F%2Fada%3A{twice}%40host%2F",
+    r"https:\/\/ada:{quoted}@host\/x", "https://host/a?X-Amz-Signature={quoted}&X-Amz-Date=1", "/a?sig={quoted} (Caused by", "https://host/a?page=1&amp;token={quoted}", "https://host/#access_token={quoted}",
+    "https://host/a%3Ftoken%3D{twice}", "Authorization: Basic {basic}", "Authorization: Bearer {b64}", "{{'Authorization': 'Basic {basic}'}}", '{{"username": "ada", "key": {json}}}', "{{'password': {repr}}}", r'{{\"key\": \"{quoted}\"}}',
+    "password='{raw}'", "aws_secret_access_key = {quoted}", "AccountKey={quoted};EndpointSuffix=core", "X-Api-Key: {quoted}", "(b'authorization', b'Bearer {b64}')", "netrc: machine host login ada password={quoted}"])  # fmt: skip
+def test_no_spelling_of_a_password_is_shown(text):
+    "Without knowing it; what is left holds no part of it"
+    basic = base64.b64encode(f"ada:{SECRET}".encode()).decode()
+    quoted = quote(SECRET, safe="")
+    shown = scrub(text.format(raw=SECRET.replace(" ", ""), quoted=quoted, lower=quoted.replace("%2F", "%2f").replace("%2B", "%2b"), twice=quote(quoted, safe=""), basic=basic, b64=base64.b64encode(SECRET.encode()).decode(),
+                              json=json.dumps(SECRET), repr=repr(SECRET)))  # fmt: skip
+    assert "***" in shown and not any(part in shown.lower() for part in ("feed", "beef", "cafe", basic[8:].lower(), "zwvkl0")), shown
+
+
+@pytest.mark.parametrize("spell", [str, lambda s: quote(s, safe=""), quote, json.dumps, repr, lambda s: base64.b64encode(s.encode()).decode(), lambda s: base64.urlsafe_b64encode(b"ada:" + s.encode()).decode(),
+                                   lambda s: base64.b64encode(json.dumps(dict(a=1, k=s)).encode()).decode(), lambda s: quote(quote(s, safe=""), safe="")])  # fmt: skip
+def test_a_known_password_is_hidden_anywhere(monkeypatch, spell):
+    monkeypatch.setenv("MY_STORE_PASSWORD", SECRET)
+    assert "***" in scrub(f"before {spell(SECRET)} after") and spell(SECRET) not in scrub(f"before {spell(SECRET)} after")
+    monkeypatch.delenv("MY_STORE_PASSWORD")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://ada:{quote(SECRET, safe='')}@proxy:8080")
+    assert spell(SECRET) not in scrub(f"before {spell(SECRET)} after")
+
+
+def test_credentials_of_the_client_are_known(monkeypatch, tmp_path):
+    for name in [n for n in os.environ if n.startswith("KAGGLE_")]: monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".kaggle").mkdir()
+    for name, text in {"kaggle.json": json.dumps(dict(username="ada", key="odd-looking-one")), "access_token": "odd-looking-two\n", "credentials.json": json.dumps(dict(refresh_token="odd-looking-three"))}.items():
+        (tmp_path / ".kaggle" / name).write_text(text)
+    said = f"odd-looking-one, odd-looking-two; {base64.b64encode(b'ada:odd-looking-one').decode()} odd-looking-three {TOKEN} {'0a' * 16}"
+    assert scrub_kaggle(said) == "***, ***; *** *** *** ***"
+
+
+def test_commands_show_no_password(capsys, monkeypatch):
+    address = f"s3://AKEY:{SECRET.replace(' ', '')}@bucket/x"
+    for error in (OSError(f"{address} is not a folder"), ValueError(address), KeyError(address), OSError(13, "no", address), RuntimeError(f"url: {address}?sig=feed")):
+        with pytest.raises(CliError) as e:
+            with one_line_errors(False): raise error
+        assert "feed" not in str(e.value).lower() and "***" in str(e.value)
+    with pytest.raises(SystemExit):
+        with one_line_errors(False): raise KeyboardInterrupt(address)
+    _say(f"Written: {address}")
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    with pytest.raises(ValueError):
+        with one_line_errors(True): raise ValueError(address)
+    try: raise ValueError(address)
+    except ValueError as e: sys.excepthook(type(e), e, e.__traceback__)
+    out, err = capsys.readouterr()
+    assert "feed" not in (out + err).lower() and "Written: s3://***@bucket/x" in out and "ValueError: s3://***@bucket/x" in err
+
+
+def test_a_store_shows_no_password(stores, forged, monkeypatch):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(stores["raw"]), "/ada:feed@bucket/s", recursive=True)
+    with pytest.raises(ValueError, match=r"memory://\*\*\*@bucket/s: a store of format 'raw'"): Store("memory://ada:feed@bucket/s")
+    with pytest.raises(FileNotFoundError, match=r"memory://\*\*\*@bucket/none holds no finished store"): Store("memory://ada:feed@bucket/none")
+    memory.rm("/ada:feed@bucket", recursive=True)
+
+
+def test_messages_without_passwords_stay_as_they_are():
+    for text in ("train.csv: row 17: plate 5 is outside 1-4", "recipe.json: unknown setting 'token'; did you mean 'taken'?", "its MD5 is 0a1b2c3d4e5f60718293a4b5c6d7e8f9", "files '{well}_s{site}_{channel}.tif' has no {channel}",
+                 "unknown key: learning_rate", "store#17 of C:/Users/me@home", "https://www.kaggle.com/code/ada/rcic", "--set train.lr=.1", "valid 'experiment=HUVEC-07,RPE-07': x", "mail ada@example.org: 5 tokens"):  # fmt: skip
+        assert scrub(text) == text
+
+
+# Pages
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+
+
+def test_names_are_text_on_a_page():
+    t = pd.DataFrame({EVIL: [EVIL, "[x](javascript:alert(1))"]}, index=pd.Index([EVIL, "`x`"], name=EVIL))
+    cell = nbformat.v4.new_code_cell(f"name = {EVIL!r}", outputs=[nbformat.v4.new_output("stream", name="stdout", text=EVIL), nbformat.v4.new_output("execute_result", {"text/plain": EVIL}),
+                                                                 *(nbformat.v4.new_output("display_data", {"text/html": part.data}) for part in (table(t, EVIL), tiles({EVIL: (EVIL, EVIL)})))])  # fmt: skip
+    page = notebook_page(nbformat.v4.new_notebook(cells=[cell]), EVIL)
+    assert "<script" not in page and "<img src=x" not in page and "href=\"javascript" not in page and page.count("&lt;script&gt;") >= 8
+
+
+def test_names_are_text_in_a_notebook(small_screen):
+    screen = read_screen(small_screen)
+    screen.wells = screen.wells.assign(cell_type=EVIL)
+    assert "<script" not in screen._repr_html_() and "<img src" not in screen._repr_html_()
+
+
+def test_parameters_are_literals():
+    from rcic_fastai.page import with_parameters
+
+    nb = nbformat.v4.new_notebook()
+    value = "'''\"); import os; os.mkdir('x')\n#"
+    source = with_parameters(nb, dict(run=value, n=None)).cells[0].source
+    assert [ast.literal_eval(a.value) for a in ast.parse(source).body] == [value, None]
+    class Sly:
+        def __repr__(self): return "__import__('os')"
+    for bad in (Sly(), float("nan"), {1: Sly()}, Path("x")):
+        with pytest.raises(ValueError, match="is no plain value"): with_parameters(nb, dict(run=bad))
+    with pytest.raises(ValueError, match="is no plain value"): with_parameters(nb, {"a; b": 1})
