@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ASSIGN_METHODS', 'assign_classes', 'plate_group_values', 'PlateGroups', 'allowed_classes', 'infer_plate_groups',
            'plate_group_votes', 'vote_plate_groups', 'Assignment', 'argmax_classes', 'class_margins',
-           'assign_experiment', 'assign_screen', 'write_submission', 'score_submission', 'score_table',
-           'assign_predictions', 'accuracy_ladder']
+           'assign_experiment', 'assign_screen', 'write_submission', 'treatment_numbers', 'merge_truth',
+           'score_submission', 'score_table', 'assign_predictions', 'accuracy_ladder']
 
 # %% ../nbs/11_assign.ipynb #bc5e0a35
 import os
@@ -24,6 +24,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from .predict import Predictions
+from .screen import is_unknown, read_rows, whole_numbers
 
 # %% ../nbs/11_assign.ipynb #c0efc442
 def _as_scores(scores) -> np.ndarray:
@@ -341,18 +342,15 @@ def _some(ids, n=3):
     return ', '.join(ids[:n]) + (f' and {len(ids)-n} more' if len(ids) > n else '')
 
 def _read_table(table, name, columns):
-    "A table (or the CSV file it is in), its name and the number of its first row for messages; in a file the header is row 1."
-    first = 0 if isinstance(table, pd.DataFrame) else 2
-    if first:
-        name = str(table)
-        if not Path(table).is_file(): raise FileNotFoundError(f'{name}: no such file')
-        try: table = pd.read_csv(table, dtype={'id_code': str})
-        except pd.errors.EmptyDataError: raise ValueError(f'{name}: the file is empty') from None
-    if missing := [c for c in columns if c not in table]: raise ValueError(f'{name}: column {missing[0]} is missing, it has {list(table.columns)}')
-    return table, name, first
+    "A table (or the CSV file it is in) with the numbers of its rows as index, and its name for messages; in a file the header is row 1."
+    if isinstance(table, pd.DataFrame): rows = table.reset_index(drop=True)
+    else: rows, name = read_rows(table, f'a table with the columns {", ".join(columns)}').set_index('row').drop(columns='file'), str(table)
+    if missing := [c for c in columns if c not in rows]: raise ValueError(f'{name}: column {missing[0]} is missing, it has {list(rows.columns)}')
+    return rows, name
 
-def _check_ids(ids, name, first=0):
-    ids = pd.Series(np.asarray(ids, dtype=object), index=range(first, first+len(ids)))
+def _check_ids(ids, name):
+    ids = ids.astype(object) if isinstance(ids, pd.Series) else pd.Series(np.asarray(ids, dtype=object))
+    if (lost := ids.isna() | ids.eq('')).any(): ids = ids.mask(lost)
     if ids.isna().any(): raise ValueError(f'{name}: row {ids.isna().idxmax()} has no id_code')
     if ids.duplicated().any(): raise ValueError(f'{name}: {_some(ids[ids.duplicated()].unique())} occurs more than once')
     return ids
@@ -365,11 +363,10 @@ def _check_labels(labels, ids, name):
     labels = pd.Series(labels)
     if len(labels) != len(ids): raise ValueError(f'{name}: {len(labels)} sirna for {len(ids)} id_code')
     labels.index = ids.index
-    numbers = pd.to_numeric(labels, errors='coerce').astype(float)
-    bad = ~(np.isfinite(numbers) & (numbers % 1 == 0) & (numbers >= 0))
-    if bad.any():
+    numbers = whole_numbers(labels)
+    if (bad := numbers.isna()).any():
         row = bad.idxmax()
-        raise ValueError(f'{name}: row {row} ({ids[row]}): sirna is {labels[row]}, expected an integer from 0 on')
+        raise ValueError(f'{name}: row {row} ({ids[row]}): sirna is {str(labels[row]) or "empty"}, expected an integer from 0 on')
     return numbers.astype(int)
 
 def write_submission(
@@ -382,8 +379,8 @@ def write_submission(
 
     Raises: ValueError that names missing, extra or repeated wells, or a label that is no siRNA number.
     """
-    sample, sample_name, first = _read_table(sample_submission, 'sample_submission', ['id_code'])
-    order, ids = _check_ids(sample['id_code'], sample_name, first), _check_ids(id_codes, 'submission')
+    sample, sample_name = _read_table(sample_submission, 'sample_submission', ['id_code'])
+    order, ids = _check_ids(sample['id_code'], sample_name), _check_ids(np.asarray(id_codes), 'submission')
     labels = _check_labels(sirnas, ids, 'submission')
     _compare_ids(ids, 'submission', order, sample_name)
     out = pd.DataFrame({'id_code': order, 'sirna': pd.Series(labels.to_numpy(), index=ids.to_numpy())[order.to_numpy()].to_numpy()})
@@ -399,9 +396,9 @@ def write_submission(
 # %% ../nbs/11_assign.ipynb #2a24a9a0
 def _hits(submission, truth):
     "Wells with `experiment`, `cell_type` and whether the submission is right, in the order of the truth."
-    submission, name, first = _read_table(submission, 'submission', ['id_code', 'sirna'])
-    truth, truth_name, true_first = _read_table(truth, 'truth', ['id_code', 'sirna'])
-    ids, true_ids = _check_ids(submission['id_code'], name, first), _check_ids(truth['id_code'], truth_name, true_first)
+    submission, name = _read_table(submission, 'submission', ['id_code', 'sirna'])
+    truth, truth_name = _read_table(truth, 'truth', ['id_code', 'sirna'])
+    ids, true_ids = _check_ids(submission['id_code'], name), _check_ids(truth['id_code'], truth_name)
     labels, true = _check_labels(submission['sirna'], ids, name), _check_labels(truth['sirna'], true_ids, truth_name)
     _compare_ids(ids, name, true_ids, truth_name)
     if not len(true_ids): raise ValueError(f'{truth_name}: there are no wells to score')
@@ -409,6 +406,37 @@ def _hits(submission, truth):
     experiment = true_ids.astype(str).str.rsplit('_', n=2).str[0]
     cell_type = experiment.str.rsplit('-', n=1).str[0]
     return pd.DataFrame({'id_code': true_ids, 'experiment': experiment, 'cell_type': cell_type, 'right': labels == true.to_numpy()})
+
+def treatment_numbers(
+    wells:pd.DataFrame, # wells, perhaps with names in the column `treatment`
+) -> dict: # number of each name; empty where treatments have none
+    "Numbers of the treatments of a screen of somebody's own."
+    if 'treatment' not in wells: return {}
+    named = wells.dropna(subset=['treatment', 'sirna']).drop_duplicates('treatment')
+    return dict(zip(named.treatment, named.sirna.astype(int)))
+
+def merge_truth(
+    wells:pd.DataFrame, # wells with `id_code` and `sirna`
+    truth:str|Path|pd.DataFrame, # CSV file or DataFrame with id_code and sirna, of some of the wells or of more
+    numbers:dict|None=None, # number of each treatment, if the truth may have the column `treatment` in place of sirna
+) -> pd.DataFrame: # the wells, with the siRNAs that were unknown
+    """Fill in what a truth says of the wells whose siRNA is unknown; those that are known stay.
+
+    Raises: FileNotFoundError; ValueError naming the row of a label that is none, a repeated well or a truth that contradicts a known one, or if none of the wells is in it.
+    """
+    rows, name = _read_table(truth, 'truth', ['id_code'])
+    ids = _check_ids(rows['id_code'], name)
+    if 'sirna' not in rows and numbers and 'treatment' in rows: rows = rows.assign(sirna=rows.treatment.map(lambda t: numbers.get(t, t)))
+    if 'sirna' not in rows: raise ValueError(f'{name}: column sirna is missing, it has {list(rows.columns)}')
+    said = rows.sirna[~is_unknown(rows.sirna.astype(object))]
+    true = pd.Series(_check_labels(said, ids[said.index], name).to_numpy(), index=ids[said.index].to_numpy()).reindex(wells.id_code)
+    if true.isna().all(): raise ValueError(f'{name}: none of its {len(ids):,} wells is among the {len(wells):,} wells here, such as {wells.id_code.iloc[0]}')
+    known = pd.Series(wells.sirna.to_numpy(), index=wells.id_code).astype('Float64')
+    other = (known.notna() & true.notna() & (known.fillna(-1) != true.fillna(-1))).to_numpy(bool)
+    if other.any():
+        i = wells.id_code[other].iloc[0]
+        raise ValueError(f'{name}: row {ids.index[ids == i][0]} ({i}): sirna is {true[i]:.0f}, and the screen says {known[i]:.0f}')
+    return wells.assign(sirna=known.fillna(true.astype('Float64')).astype('Int64').to_numpy())
 
 def score_submission(
     submission:str|Path|pd.DataFrame, # CSV file or DataFrame with id_code, sirna

@@ -294,15 +294,23 @@ def rcic_embed(
 ):
     "Embeddings of a split, as a file, and how well they tell siRNAs apart and batches together."
     with one_line_errors(debug):
-        import pandas as pd
+        from rcic_fastai.assign import merge_truth, treatment_numbers
         from rcic_fastai.embed import embedding_report
-        from rcic_fastai.predict import embed_run, write_embeddings
+        from rcic_fastai.hpa import Atlas
+        from rcic_fastai.predict import embed_run, embeddings_path, write_embeddings
         from rcic_fastai.screen import read_screen
         from rcic_fastai.train import run_data
-        x, wells = embed_run(run, read_screen(run_data(run, data)), split, batchnorm, say=_say)
-        if truth is not None: wells['sirna'] = wells.id_code.map(pd.read_csv(truth).set_index('id_code').sirna)
-        _say(f'Written: {write_embeddings(x, wells, out or Path(run)/"embeddings"/f"{split}.npz")}, {x.shape[0]:,} wells x {x.shape[1]:,}')
-        _say(embedding_report(x, wells).to_string(float_format=lambda v: f'{v:.3f}'))
+        screen, out = read_screen(run_data(run, data)), embeddings_path(out or Path(run)/'embeddings'/f'{split}.npz')
+        if truth is not None:
+            if isinstance(screen, Atlas): raise ValueError('--truth is for one siRNA per well, and this is an atlas: without it the embeddings are written')
+            screen.wells = merge_truth(screen.wells, truth, treatment_numbers(screen.wells)) # told to be wrong before the work
+        x, wells = embed_run(run, screen, split, batchnorm, say=_say)
+        _say(f'Written: {write_embeddings(x, wells, out)}, {x.shape[0]:,} wells x {x.shape[1]:,}')
+        known = wells.sirna.notna().to_numpy()
+        if isinstance(screen, Atlas): return
+        if not (known & (wells.well_type=='treatment').to_numpy()).any(): return _say(f'How well they tell siRNAs apart needs a truth: the siRNAs of this split are unknown, and --truth FILE (id_code,sirna) gives them')
+        if not known.all(): _say(f'The numbers leave {(~known).sum():,} of {len(known):,} wells out, whose siRNA is unknown')
+        _say(embedding_report(x[known], wells[known].reset_index(drop=True)).to_string(float_format=lambda v: f'{v:.3f}'))
 
 # %% ../nbs/17_cli.ipynb #16cdaf82
 @command

@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from sklearn.metrics import average_precision_score
 
+from .screen import read_rows
+
 # %% ../nbs/07a_multilabel.ipynb #13d30440
 def _check_classes(labels, n_classes, where=''):
     "Class numbers as a sorted tuple; `where` begins the message of an error"
@@ -349,13 +351,7 @@ def plot_class_graph(
 def _read_rows(table, name):
     "A table, or the CSV file it is in, with the number of each row as index (in a file, the header is row 1), and its name for messages"
     if isinstance(table, pd.DataFrame): return table.reset_index(drop=True), name
-    path = Path(table)
-    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
-    try: rows = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False, encoding='utf-8-sig')
-    except pd.errors.EmptyDataError: raise ValueError(f'{path}: the file is empty') from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as e: raise ValueError(f'{path}: not a table of comma-separated UTF-8 text ({e})') from None
-    rows = rows.fillna('').set_axis(range(2, len(rows)+2))
-    return rows[(rows!='').any(axis=1)], str(path)
+    return read_rows(table, 'a table of ids and labels').set_index('row').drop(columns='file'), str(table)
 
 def _column(rows, name, choices):
     "The first of these columns that the table has"

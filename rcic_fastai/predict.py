@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'well_accuracy', 'embed_sites', 'predict_sites', 'embed_with', 'Needs', 'inference_needs',
-           'predict_with', 'run_references', 'predict_run', 'embed_run', 'write_embeddings']
+           'predict_with', 'run_references', 'predict_run', 'embed_run', 'embeddings_path', 'write_embeddings']
 
 # %% ../nbs/10_predict.ipynb #21e74bae
 import json, os, warnings
@@ -515,14 +515,21 @@ def embed_run(
     means, ids = well_means(x, sites.id_code.to_numpy())
     return means, sites.drop_duplicates('id_code').set_index('id_code').loc[ids].reset_index()[['id_code', 'split', 'cell_type', 'experiment', 'plate', 'well', 'well_type', 'sirna']]
 
+def embeddings_path(
+    path:str|Path # file to write
+) -> Path: # the same
+    "Raises: ValueError for a file that embeddings are not written as."
+    path = Path(path)
+    if path.suffix in ('.npz', '.h5ad'): return path
+    raise ValueError(f'{path}: embeddings are written as .npz or .h5ad')
+
 def write_embeddings(
     x:np.ndarray, # (wells, E)
     wells:pd.DataFrame, # a row for each
     path:str|Path # .npz, or .h5ad for scanpy (needs `rcic_fastai[phenomics]`)
 ) -> Path: # the file
     "Write embeddings with their wells, under a temporary name first."
-    path = Path(path)
-    if path.suffix not in ('.npz', '.h5ad'): raise ValueError(f'{path}: embeddings are written as .npz or .h5ad')
+    path = embeddings_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{os.getpid()}.{path.name}')
     if path.suffix=='.h5ad': to_anndata(x, wells).write_h5ad(temporary)

@@ -432,7 +432,7 @@ def test_score_and_its_table(sample, tmp_path):
     ('id_code,sirna\nHUVEC-17_1_B03,0\n', r'submission.csv: 3 wells of truth are missing: HUVEC-17_2_B04, HUVEC-18_1_B03, U2OS-04_1_B03'),
     ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+['X-01_1_B03']), '1 wells are not in truth: X-01_1_B03'),
     ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+IDS[:1]), 'submission.csv: HUVEC-17_1_B03 occurs more than once'),
-    ('id_code,sirna\n' + ''.join(f'{i},\n' for i in IDS), r'submission.csv: row 2 \(HUVEC-17_1_B03\): sirna is nan'),
+    ('id_code,sirna\n' + ''.join(f'{i},\n' for i in IDS), r'submission.csv: row 2 \(HUVEC-17_1_B03\): sirna is empty'),
     ('id,sirna\na,0\n', 'submission.csv: column id_code is missing'),
     ('', 'submission.csv: the file is empty'),
 ])
@@ -442,7 +442,7 @@ def test_a_submission_that_cannot_be_scored_is_explained(tmp_path, submission, m
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nothing.csv: no such file'): score_submission(tmp_path/'nothing.csv', tmp_path/'truth.csv')
+    with pytest.raises(FileNotFoundError, match='nothing.csv does not exist'): score_submission(tmp_path/'nothing.csv', tmp_path/'truth.csv')
     empty = pd.DataFrame({'id_code': [], 'sirna': []})
     with pytest.raises(ValueError, match='truth: there are no wells'): score_submission(empty, empty)
 

@@ -75,3 +75,33 @@ def test_the_same_statistics_everywhere(screen, tmp_path, name, monkeypatch):
         drawn, ids = embed_again(load_network(c, w), recipe.inference.batchnorm)
         x, wells = embedded[split]
         np.testing.assert_allclose(drawn, x[pd.Index(wells.id_code).get_indexer(ids)], rtol=1e-3, atol=1e-4)
+
+
+def test_embed_without_and_with_a_truth(small_run, small_screen, tmp_path, capsys, monkeypatch):
+    "Without labels the file and a sentence; a truth fills in what is unknown, keeps the controls, and may not contradict"
+    from fastcore.script import CliError
+
+    from rcic_fastai.cli import rcic_embed
+
+    out, wells = tmp_path / "e.npz", read_screen(small_screen).wells.query("split == 'test'")
+    rcic_embed(run=small_run, out=out)
+    said = capsys.readouterr().out
+    assert "needs a truth" in said and "--truth" in said
+    with np.load(out) as f:
+        unknown = np.isnan(f["sirna"])
+        assert set(f["well_type"][unknown]) == {"treatment"} and (~unknown).any()
+    truth = pd.read_csv(small_screen / "truth.csv")
+    rcic_embed(run=small_run, out=out, truth=small_screen / "truth.csv")
+    assert "replicate mAP" in capsys.readouterr().out
+    with np.load(out) as f:
+        found = pd.Series(f["sirna"], f["id_code"])
+    assert found.notna().all() and (found[truth.id_code].to_numpy() == truth.sirna).all()
+    controls = wells[wells.well_type != "treatment"]
+    assert (found[controls.id_code].to_numpy() == controls.sirna).all()
+    bad = pd.concat([truth[["id_code", "sirna"]], pd.DataFrame(dict(id_code=[controls.id_code.iloc[0]], sirna=[0]))])
+    bad.to_csv(tmp_path / "bad.csv", index=False)
+    monkeypatch.setattr("rcic_fastai.predict.embed_run", lambda *a, **k: pytest.fail("embedded before the truth was looked at"))
+    for kwargs, words in ((dict(truth=tmp_path / "bad.csv"), rf"bad.csv: row {len(bad) + 1} .*sirna is 0, and the screen says"),
+                          (dict(out=tmp_path / "e.txt"), "written as .npz or .h5ad"), (dict(truth=tmp_path / "none.csv"), "none.csv does not exist")):  # fmt: skip
+        with pytest.raises(CliError, match=words):
+            rcic_embed(run=small_run, **{"out": out, **kwargs})
