@@ -5,6 +5,7 @@ from .image import *
 from .platemap import *
 from .store import *
 from .target import *
+from .pixels import *
 from .data import *
 from .augment import *
 from .mix import *

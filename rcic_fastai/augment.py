@@ -95,6 +95,7 @@ class Standardize(ItemTransform):
     Raises: ValueError if statistics and images do not fit, or a plate or experiment of the batch has no statistics.
     """
     order = 10 # after crops and symmetries, which are cheaper on uint8
+    grey_values = False # what comes out is standardised, for `PixelsToFloat`
     def __init__(self,
         by:str='image', # whose mean and standard deviation: 'image' (each its own), 'plate', 'experiment' or 'screen'
         mean:Tensor=None, # statistics from `channel_stats`; by image only the brightness to show; by screen `rcic_stats` if not given
@@ -190,6 +191,7 @@ class MatchHistograms(ItemTransform):
     Raises: ValueError if there is no context, or a plate or experiment of the batch has no histogram.
     """
     order = 9 # before Standardize, after crops and symmetries
+    grey_values = False # what comes out is standardised, for `PixelsToFloat`
     def __init__(self,
         by:str, # 'experiment' or 'plate'
         counts:Tensor, # int64 from `channel_histograms`
@@ -238,6 +240,8 @@ class RandBatchTransform(RandTransform):
         x = next((o for o in (b if isinstance(b, (tuple, list)) else [b]) if isinstance(o, TensorImage)), None)
         self.do = x is not None and (self.split_idx is None or split_idx == self.split_idx)
         if self.do and x.ndim != 4: raise ValueError(f'{self.name} works on batches (B, C, H, W), got {tuple(x.shape)}')
+        if self.do and x.dtype == torch.uint16 and getattr(self, 'grey_values', False):
+            raise ValueError(f'{self.name} resamples grey values of 0-255 or floats, got uint16: PixelsToFloat(order=4) comes first')
         if self.do: self.draw(x.as_subclass(Tensor), split_idx) # fastai is asked for each attribute of a typed tensor
 
     def draw(self, x, split_idx): raise NotImplementedError
@@ -267,6 +271,7 @@ def dihedral_batch(
     "Each image in its own symmetry; as many copies as there are different ones, however large the batch."
     if (ks >= 4).any() and x.shape[-1] != x.shape[-2]:
         raise ValueError(f'symmetries 4-7 transpose, but images of {x.shape[-2]}x{x.shape[-1]} are not square')
+    if x.dtype == torch.uint16: return dihedral_batch(x.view(torch.int16), ks).view(torch.uint16) # torch moves no uint16 by index
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for k in ks.unique().tolist():
         rows = (ks == k).nonzero()[:, 0].to(x.device)
@@ -322,6 +327,7 @@ class RandomResizedSquareCrop(RandBatchTransform):
     Raises: ValueError if `scale` or `val_scale` is not a share of the area in (0, 1].
     """
     split_idx, order = None, 7
+    grey_values = True # what comes out is on the scale of the integers, for `PixelsToFloat`
     def __init__(self,
         size:int, # side of the result, pixels
         scale:tuple[float, float]=(.5, 1.), # smallest and largest window in training, as a share of the area of the largest square
@@ -371,6 +377,7 @@ class PerspectiveWarp(RandBatchTransform):
     Raises: ValueError if `magnitude` is not in [0, .25).
     """
     order = 8 # after crops, symmetries and the resize, before Standardize
+    grey_values = True # what comes out is on the scale of the integers, for `PixelsToFloat`
     def __init__(self,
         magnitude:float=.1, # largest step of a corner in x and in y, as a share of the side, below .25
         p:float=1., # probability that an image is changed

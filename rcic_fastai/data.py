@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .image import MultiChannelImage, read_site, resize_site
+from .pixels import PixelsToFloat
 from .screen import CHANNELS, Screen, check_files, packed_row, present_sites, valid_mask
 from .store import BatchBuffers, Store, open_store, read_ahead
 from .target import MASKED, MaskedCategorize, MultiLabelBlock, MultiLabelCategorize, TargetBlock, is_multilabel
@@ -115,7 +116,10 @@ def ContextBlock(
 
 # %% ../nbs/04_data.ipynb #99424aa7
 class SiteReader(DisplayedTransform):
-    "Path pattern of a site to `MultiChannelImage`."
+    """Files of a site, a row of the table of sites, or pixels, to `MultiChannelImage`.
+
+    Raises: ValueError for anything else, and as `read_site` does.
+    """
     def __init__(self,
         channels:Sequence[int|str]=CHANNELS, # numbers or names of the channels to read
         cache:bool=False, # keep what was read in memory, C*H*W bytes per site?
@@ -125,18 +129,23 @@ class SiteReader(DisplayedTransform):
         self._images:dict[str, np.ndarray] = {}
 
     def pixels(self,
-        files:str # path pattern
+        files:str|Path|Sequence # path pattern, or the paths of the channels
     ) -> np.ndarray: # uint8 (C, H, W), not to be written to
         "Read a site, or get it from the cache."
-        x = self._images.get(files)
+        x = self._images.get(str(files))
         if x is None:
-            x = read_site(files, self.channels)
-            if self.size: x = resize_site(x, self.size)
-            if self.cache: self._images[files] = x
+            x = self._resized(read_site(files, self.channels))
+            if self.cache: self._images[str(files)] = x
         return x
 
-    def encodes(self, files:str):
-        x = self.pixels(files)
+    def _resized(self, x): return resize_site(x, self.size) if self.size else x
+
+    def encodes(self, site):
+        if isinstance(site, pd.Series): site = site['files']
+        if isinstance(site, (np.ndarray, Tensor)): return MultiChannelImage.create(self._resized(np.asarray(site)))
+        if not isinstance(site, (str, Path, list)):
+            raise ValueError(f'a site is given as {type(site).__name__}, expected a path pattern, a list of paths, pixels, or a row of the sites')
+        x = self.pixels(site)
         return MultiChannelImage.create(x.copy() if self.cache else x)
 
     def store(self,
@@ -148,13 +157,14 @@ class SiteReader(DisplayedTransform):
 
     def __getstate__(self): return {**self.__dict__, '_images': {}}
 
+# %% ../nbs/04_data.ipynb #d798dd13
 def MultiChannelImageBlock(
     channels:Sequence[int|str]=CHANNELS, # numbers or names of the channels, in the order they are to have
     cache:bool=False, # keep what was read in memory, C*H*W bytes per site?
     size:int=None # shorter side that images are brought to, in pixels; None: as they are
 ) -> TransformBlock:
-    "A `TransformBlock` for images whose channels lie in files of their own."
-    return TransformBlock(type_tfms=SiteReader(channels, cache, size))
+    "A `TransformBlock` for images whose channels lie in files of their own: integers, and floats of 0-1 from the batch on."
+    return TransformBlock(type_tfms=SiteReader(channels, cache, size), batch_tfms=PixelsToFloat)
 
 def SixChannelImageBlock() -> TransformBlock:
     "A `TransformBlock` for the six stains of an RCIC site."
@@ -564,7 +574,7 @@ def screen_block(
 ) -> DataBlock: # image, context, target
     "The `DataBlock` of a screen."
     target_block = MultiLabelBlock if multilabel else TargetBlock
-    return DataBlock(blocks=(MultiChannelImageBlock(channels, cache, read_size), ContextBlock(cell_types, experiments), target_block(classes, target)),
+    return DataBlock(blocks=(TransformBlock(SiteReader(channels, cache, read_size)), ContextBlock(cell_types, experiments), target_block(classes, target)),
                      n_inp=2, getters=[_files, _origin, _Target(target)], splitter=splitter, batch_tfms=batch_tfms, dl_type=DomainDL)
 
 def _target_classes(sites, target, valid, classes=None):

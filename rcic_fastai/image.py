@@ -134,15 +134,16 @@ class MultiChannelImage(TensorImage):
 
 # %% ../nbs/02_image.ipynb #9e4c4ea4
 def resize_site(
-    x:np.ndarray, # uint8 (C, H, W)
+    x:np.ndarray, # (C, H, W), integers or floats
     size:int # of the shorter side, in pixels
-) -> np.ndarray: # uint8 (C, h, w); the same array if it has that size
-    "Area average to a smaller image, bilinear interpolation to a larger one, rounded."
+) -> np.ndarray: # (C, h, w), of the same type; the same array if it has that size
+    "Area average to a smaller image, bilinear interpolation to a larger one; integers are rounded."
     h, w = x.shape[-2:]
     if min(h, w)==size: return x
     to = (round(h*size/min(h, w)), round(w*size/min(h, w)))
     how = dict(mode='area') if min(h, w) > size else dict(mode='bilinear', align_corners=False)
-    return F.interpolate(torch.from_numpy(np.ascontiguousarray(x))[None].float(), size=to, **how)[0].round().to(torch.uint8).numpy()
+    out = F.interpolate(torch.from_numpy(np.ascontiguousarray(x))[None].float(), size=to, **how)[0].numpy()
+    return (out if np.issubdtype(x.dtype, np.floating) else out.round()).astype(x.dtype)
 
 # %% ../nbs/02_image.ipynb #8acfb7bf
 stain_names = 'nucleus', 'ER', 'actin', 'RNA', 'mitochondria', 'Golgi'
