@@ -9,7 +9,6 @@ __all__ = ['ASSIGN_METHODS', 'assign_classes', 'plate_group_values', 'PlateGroup
            'score_submission', 'score_table', 'assign_predictions', 'accuracy_ladder']
 
 # %% ../nbs/11_assign.ipynb #bc5e0a35
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
@@ -23,6 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
+from .files import write_whole
 from .predict import Predictions
 from .screen import is_unknown, read_rows, whole_numbers
 
@@ -384,14 +384,7 @@ def write_submission(
     labels = _check_labels(sirnas, ids, 'submission')
     _compare_ids(ids, 'submission', order, sample_name)
     out = pd.DataFrame({'id_code': order, 'sirna': pd.Series(labels.to_numpy(), index=ids.to_numpy())[order.to_numpy()].to_numpy()})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        out.to_csv(partial, index=False)
-        os.replace(partial, path)
-    finally: partial.unlink(missing_ok=True)
-    return path
+    return write_whole(path, lambda p: out.to_csv(p, index=False))
 
 # %% ../nbs/11_assign.ipynb #2a24a9a0
 def _hits(submission, truth):

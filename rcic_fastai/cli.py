@@ -144,11 +144,14 @@ def rcic_show(
     "A picture of a well: all stains in colour, then each in grey."
     with one_line_errors(debug):
         import matplotlib.pyplot as plt
+        from rcic_fastai.files import write_whole
         from rcic_fastai.screen import read_screen
+        from rcic_fastai.store import check_screen_output
+        screen = read_screen(data)
+        out = check_screen_output(out, screen)
         with plt.ioff():
-            fig = read_screen(data).show_well(well, site)[0].figure # type: ignore[attr-defined] # patched in 02_image
-            out.parent.mkdir(parents=True, exist_ok=True)
-            fig.savefig(out, dpi=150, bbox_inches='tight')
+            fig = screen.show_well(well, site)[0].figure # type: ignore[attr-defined] # patched in 02_image
+            write_whole(out, lambda p: fig.savefig(p, format=out.suffix[1:] or 'png', dpi=150, bbox_inches='tight'))
         _say(f'Written: {out}, {fig._suptitle.get_text()}')
 
 # %% ../nbs/17_cli.ipynb #10789587
@@ -185,6 +188,24 @@ def rcic_pack(
         if unknown: raise ValueError(f'{unknown:,} of {len(store):,} sites could not be compared')
         _say(f'{len(store):,} sites are as they were packed' + ('' if screen is None else f', compared with {screen.path}'))
 
+def _after_training(screen, settings, run, target, valid, submit):
+    "What a run is worth on the wells that were set aside, and the submission"
+    from rcic_fastai.hpa import Atlas, fit_thresholds, submit_labels, validation_sentence
+    from rcic_fastai.predict import predict_run, well_accuracy
+    from rcic_fastai.run import submit_run
+    if valid is not None:
+        p = predict_run(run, screen, 'valid', say=lambda *a: None)
+        if p.activation=='softmax':
+            right, n = well_accuracy(p, screen.wells, target)
+            _say(f'Validation, {valid}: {right} of {n} wells right ({right/n:.3f})')
+        elif isinstance(screen, Atlas) and not submit: # which says it too
+            method = settings.inference.thresholds
+            _say(f'Validation, {valid}: {validation_sentence(p, screen, fit_thresholds(p, screen, method)[1], method)}')
+    if not submit: return
+    predict_run(run, screen, 'test', say=_say)
+    if isinstance(screen, Atlas): submit_labels(run, screen, say=_say)
+    else: submit_run(run, screen, say=_say)
+
 @command
 def rcic_train(
     data:Path=None, # folder of the screen: Kaggle archive, RxRx1 release, RxRx1-WILDS, an atlas, a simulated one, your own after rcic-describe, or what rcic-pack made of it
@@ -210,29 +231,21 @@ def rcic_train(
         if data is None:
             print('rcic-train: error: the following arguments are required: --data (or --list)', file=sys.stderr)
             raise SystemExit(2)
-        from rcic_fastai.hpa import Atlas, fit_thresholds, submit_labels, validation_sentence
-        from rcic_fastai.predict import predict_run, well_accuracy
+        from rcic_fastai.files import check_output, claim_folder
         from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
-        from rcic_fastai.run import logger, submit_run, train_run
+        from rcic_fastai.run import finished_run, logger, train_run
         from rcic_fastai.screen import read_screen
         if recipe is None: _say("No --recipe: using 'laptop', a small network with domain batches that trains on a CPU in minutes")
         settings = get_recipe(recipe or 'laptop', faithful)
         settings = change_recipe(settings if laptop is None else laptop_recipe(settings, laptop), *(set or []))
         screen, valid = read_screen(data), valid or settings.valid
-        target = target or screen.target
-        train_run(screen, settings, run, target, wells, valid, present_only, _say, [] if log is None else [logger(log, run, settings)], start)
-        if valid is not None:
-            p = predict_run(run, screen, 'valid', say=lambda *a: None)
-            if p.activation=='softmax':
-                right, n = well_accuracy(p, screen.wells, target)
-                _say(f'Validation, {valid}: {right} of {n} wells right ({right/n:.3f})')
-            elif isinstance(screen, Atlas) and not submit: # which says it too
-                method = settings.inference.thresholds
-                _say(f'Validation, {valid}: {validation_sentence(p, screen, fit_thresholds(p, screen, method)[1], method)}')
-        if submit:
-            predict_run(run, screen, 'test', say=_say)
-            if isinstance(screen, Atlas): submit_labels(run, screen, say=_say)
-            else: submit_run(run, screen, say=_say)
+        target, written = target or screen.target, Path(run)/'recipe.json'
+        check_output(written, recipe if recipe and Path(recipe).is_file() and not written.with_name('run.json').exists() else None, option='--run: its')
+        check_output(run, data, start, option='--run')
+        with claim_folder(run): # until the submission is written
+            if finished_run(screen, settings, run, target, wells, valid, present_only, start): _say(f'{run} is trained; what comes after training is made')
+            else: train_run(screen, settings, run, target, wells, valid, present_only, _say, [] if log is None else [logger(log, run, settings)], start)
+            _after_training(screen, settings, run, target, valid, submit)
         _say(f'Run folder: {run}')
 
 @command
@@ -297,10 +310,12 @@ def rcic_embed(
         from rcic_fastai.assign import merge_truth, treatment_numbers
         from rcic_fastai.embed import embedding_report
         from rcic_fastai.hpa import Atlas
-        from rcic_fastai.predict import embed_run, embeddings_path, write_embeddings
+        from rcic_fastai.predict import _run_files, embed_run, embeddings_path, write_embeddings
         from rcic_fastai.screen import read_screen
+        from rcic_fastai.store import check_screen_output
         from rcic_fastai.train import run_data
         screen, out = read_screen(run_data(run, data)), embeddings_path(out or Path(run)/'embeddings'/f'{split}.npz')
+        out = check_screen_output(out, screen, truth, *_run_files(run))
         if truth is not None:
             if isinstance(screen, Atlas): raise ValueError('--truth is for one siRNA per well, and this is an atlas: without it the embeddings are written')
             screen.wells = merge_truth(screen.wells, truth, treatment_numbers(screen.wells)) # told to be wrong before the work
@@ -413,7 +428,7 @@ def rcic_demo(
         from rcic_fastai.predict import predict_run
         from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
         from rcic_fastai.report import make_report
-        from rcic_fastai.run import train_run
+        from rcic_fastai.run import finished_run, train_run
         from rcic_fastai.screen import plate_groups, read_screen
         from rcic_fastai.simulate import simulate_screen
         from rcic_fastai.store import pack_screen
@@ -426,7 +441,7 @@ def rcic_demo(
         _say(screen)
         if not (out/'packed'/'manifest.json').exists(): _say(pack_screen(screen, out/'packed'))
         screen, run = read_screen(out/'packed'), out/'run'
-        train_run(screen, recipe, run, say=_say)
+        if not finished_run(screen, recipe, run): train_run(screen, recipe, run, say=_say)
         running, domain = (predict_run(run, screen, 'test', batchnorm=m, say=_say) for m in ('running', 'domain'))
         groups, truth = plate_groups(screen.wells), screen.path/'truth.csv'
         table = assign_predictions(domain, groups)

@@ -12,6 +12,7 @@ warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)
 
 # %% ../nbs/18a_download.ipynb #1ae4902f
 import base64, hashlib, json, os, re, shutil, stat, time, zipfile, zlib
+from functools import partial
 from pathlib import Path
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit, urlunsplit
@@ -19,9 +20,8 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 from tqdm.auto import tqdm
 
-from .checkpoint import write_text
 from .credentials import scrub
-from .files import check_name
+from .files import check_name, check_target, claim_folder, clean_partials, user_path, write_json, write_whole
 from .kaggle import competitions
 from .kaggle_client import run_client
 
@@ -97,7 +97,7 @@ def _load(session, url, part, size, timeout, progress, say):
         if total is not None: check_space(part.parent, total-start_at, f'what is left of {scrub(url).rpartition("/")[2]}')
         tag = r.headers.get('ETag', '')
         version = tag if tag and not tag.startswith('W/') else r.headers.get('Last-Modified') # a weak tag may stand for other bytes
-        write_text(_note(part), json.dumps(dict(url=scrub(url), version=version))+'\n')
+        write_json(_note(part), dict(url=scrub(url), version=version), None)
         with open(part, 'ab' if start_at else 'wb') as f, _bar(total, part.stem, progress, start_at) as bar:
             for block in r.iter_content(_step):
                 f.write(block)
@@ -123,7 +123,7 @@ def fetch_file(
     Raises: FileNotFoundError for what the server does not have; ValueError for another size or checksum; OSError for a full disk, or a
     connection that keeps breaking.
     """
-    path = Path(path)
+    path = check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists(): return path
     part, failed = path.with_name(path.name+'.part'), 0
@@ -159,12 +159,20 @@ def check_members(
         seen.add(m.filename.casefold())
     return [m for m in archive.infolist() if not m.is_dir()]
 
+def _copy_member(archive, member, path):
+    with archive.open(member) as source, open(path, 'wb') as f: shutil.copyfileobj(source, f, _chunk) # which compares the CRC
+
 def _is_there(path, member):
     if not path.is_file() or path.stat().st_size!=member.file_size: return False
     crc = 0
     with open(path, 'rb') as f:
         while block := f.read(_chunk): crc = zlib.crc32(block, crc)
     return crc==member.CRC
+
+def _check_others(folder, members):
+    "Unpacking replaces nothing but what it began itself"
+    for to in (folder/m.filename for m in members if (folder/m.filename).exists() and not _is_there(folder/m.filename, m)):
+        raise FileExistsError(f'{to} exists and is not the file of the archive; nothing was unpacked: move it away, or give another folder')
 
 def extract_archive(
     path:str|Path, # ZIP archive
@@ -173,23 +181,22 @@ def extract_archive(
 ) -> int: # files in the archive
     """Unpack an archive; what an earlier attempt has unpacked is kept.
 
-    Raises: ValueError for a member that would leave the folder, or an archive that is damaged; OSError for a full disk.
+    Raises: ValueError for a member that would leave the folder, or an archive that is damaged; FileExistsError for another file of that name; OSError for a full disk.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(path) as z:
-            members = check_members(z)
+            members, begun = check_members(z), folder/f'.{Path(path).name}.unpacking'
+            if not begun.exists(): _check_others(folder, members)
             check_space(folder, sum(m.file_size for m in members if not (folder/m.filename).is_file()), f'{Path(path).name}, unpacked,')
+            write_whole(begun, '')
             with _bar(sum(m.file_size for m in members), 'unpacking', progress) as bar:
                 for m in members:
                     to = folder/m.filename
-                    if not _is_there(to, m):
-                        to.parent.mkdir(parents=True, exist_ok=True)
-                        partial = to.with_name(f'.{to.name}.part')
-                        with z.open(m) as source, open(partial, 'wb') as f: shutil.copyfileobj(source, f, _chunk) # which compares the CRC
-                        os.replace(partial, to)
+                    if not _is_there(to, m): write_whole(to, partial(_copy_member, z, m), sync=False) # the note that all is unpacked comes later
                     bar.update(m.file_size)
+            begun.unlink()
     except (zipfile.BadZipFile, zlib.error, EOFError) as e: raise ValueError(f'{path} is no ZIP archive, or damaged ({e}): remove it and run the same command again') from None
     return len(members)
 
@@ -219,19 +226,20 @@ def download_rxrx1(
     say:Callable=print # where notices go
 ) -> Path: # the folder
     "Load the public RxRx1 release; goes on where it was cut off. Raises: ValueError for an unknown part, and as `fetch_file` and `extract_archive`."
-    out = Path(out)
     for p in parts:
         if p not in rxrx1_parts: raise ValueError(f'part {p!r} is none of {", ".join(rxrx1_parts)}')
-    for name in (rxrx1_parts[p] for p in parts):
-        source = _below(url, name)
-        if _done(out, name).exists() and _done(out, name).read_text().strip()==scrub(source):
-            say(f'{name}: is there, unpacked')
-            continue
-        archive = fetch_file(source, out/name, progress=progress, say=say)
-        if not extract: continue
-        n = _unpack(archive, out, keep_archive, progress)
-        write_text(_done(out, name), scrub(source)+'\n')
-        say(f'{name}: {n:,} files')
+    with claim_folder(user_path(out)) as out:
+        clean_partials(out, deep=True, held=True)
+        for name in (rxrx1_parts[p] for p in parts):
+            source = _below(url, name)
+            if _done(out, name).exists() and _done(out, name).read_text().strip()==scrub(source):
+                say(f'{name}: is there, unpacked')
+                continue
+            archive = fetch_file(source, out/name, progress=progress, say=say)
+            if not extract: continue
+            n = _unpack(archive, out, keep_archive, progress)
+            write_whole(_done(out, name), scrub(source)+'\n')
+            say(f'{name}: {n:,} files')
     return out
 
 def download_competition(
@@ -245,13 +253,13 @@ def download_competition(
 ) -> Path: # the folder
     "Load a competition with Kaggle's client, which goes on where it was cut off. Raises: ValueError with what the client said, and as `extract_archive`."
     check_name(name, 'competition')
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for f in file_names or [None]:
-        archive = out/(f'{Path(f).name}.zip' if f else f'{name}.zip')
-        if _done(out, archive.name).exists(): continue
-        run_client('competitions', 'download', name, '-p', str(out), *(['-f', f] if f else []), say=(lambda line: print(line, end='', flush=True)) if progress else None)
-        if not extract or not archive.exists(): continue # small files come as they are
-        say(f'{archive.name}: {_unpack(archive, out, keep_archive, progress):,} files')
-        write_text(_done(out, archive.name), f'{name}\n')
+    with claim_folder(user_path(out)) as out:
+        clean_partials(out, deep=True, held=True)
+        for f in file_names or [None]:
+            archive = out/(f'{Path(f).name}.zip' if f else f'{name}.zip')
+            if _done(out, archive.name).exists(): continue
+            run_client('competitions', 'download', name, '-p', str(out), *(['-f', f] if f else []), say=(lambda line: print(line, end='', flush=True)) if progress else None)
+            if not extract or not archive.exists(): continue # small files come as they are
+            say(f'{archive.name}: {_unpack(archive, out, keep_archive, progress):,} files')
+            write_whole(_done(out, archive.name), f'{name}\n')
     return out

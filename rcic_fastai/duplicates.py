@@ -8,7 +8,7 @@ __all__ = ['LABEL_POLICIES', 'area_means', 'perceptual_hash', 'hash_distance', '
            'hash_sites']
 
 # %% ../nbs/12a_duplicates.ipynb #04cc911f
-import json, os, re, threading
+import json, re, threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .files import write_whole
 from .image import read_site
 
 # %% ../nbs/12a_duplicates.ipynb #9881fb25
@@ -381,14 +382,10 @@ def resolve_labels(
 
 # %% ../nbs/12a_duplicates.ipynb #3974be13
 def _write_cache(path, table, made):
-    "Parquet with how it was made, renamed into place"
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    "Parquet with how it was made"
     t = pa.Table.from_pandas(table, preserve_index=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(t.replace_schema_metadata({**(t.schema.metadata or {}), b'made': json.dumps(made).encode()}), temporary)
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    t = t.replace_schema_metadata({**(t.schema.metadata or {}), b'made': json.dumps(made).encode()})
+    write_whole(path, lambda p: pq.write_table(t, p))
 
 def _read_cache(path, columns, made):
     "Hashes by id, none if there is no file yet"

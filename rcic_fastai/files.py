@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['user_path', 'check_target', 'partial_path', 'write_whole', 'clean_partials', 'parse_json', 'read_text', 'read_json',
            'write_json', 'naming', 'read_arrays', 'check_name', 'path_within', 'check_output', 'FolderClaimed',
-           'claim_folder']
+           'claim_folder', 'folder_contents', 'check_free', 'note_request']
 
 # %% ../nbs/00_files.ipynb #5400c136
 import json, os, re, socket, sys, time, warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -46,6 +47,19 @@ def partial_path(
     return path.with_name(f'.{path.stem}.{os.getpid()}.rcic-part{path.suffix}')
 
 # %% ../nbs/00_files.ipynb #81df995e
+_PART = re.compile(r'\..*\.(\d+)\.rcic-part(\.[^.]*)?')
+
+def _runs(pid):
+    if os.name!='posix': return True # there a signal would end it
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except OSError: return True # somebody else's
+    return True
+
+def _is_stale(path, held=False):
+    m = _PART.fullmatch(path.name)
+    return bool(m) and int(m[1])!=os.getpid() and not path.is_symlink() and path.is_file() and (held or not _runs(int(m[1])))
+
 def _sync(path, flags=os.O_RDONLY):
     handle = os.open(path, flags)
     try: os.fsync(handle)
@@ -53,7 +67,8 @@ def _sync(path, flags=os.O_RDONLY):
 
 def write_whole(
     path:str|Path, # file to write or replace; its folder is made
-    content:bytes|bytearray|memoryview|str|Callable[[Path], Any] # bytes, text (written as UTF-8), or a function that writes the file it is given
+    content:bytes|bytearray|memoryview|str|Callable[[Path], Any], # bytes, text (written as UTF-8), or a function that writes the file it is given
+    sync:bool=True # wait for the disk? Not for thousands of small files that a rerun makes again
 ) -> Path: # the file
     """Write a file so that nobody ever sees half of it, even after a power cut.
 
@@ -62,33 +77,25 @@ def write_whole(
     path = check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = partial_path(path)
+    if sync: # what a killed process left of this very file
+        for p in filter(_is_stale, path.parent.glob(f'.{escape(path.stem)}.*')): p.unlink(missing_ok=True)
     try:
         if callable(content): content(temporary)
         else: temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(temporary, os.O_RDWR)
+        if sync: _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
-    if os.name=='posix': _sync(path.parent)
+    if sync and os.name=='posix': _sync(path.parent)
     return path
 
 # %% ../nbs/00_files.ipynb #c2580521
-_PART = re.compile(r'\..*\.(\d+)\.rcic-part(\.\w*)?')
-
-def _runs(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except OSError: return True # somebody else's, or a system that does not say
-    return True
-
 def clean_partials(
     folder:str|Path, # where to look; it need not exist
     deep:bool=False, # in the folders below as well?
     held:bool=False # does this process hold the folder, so that no other one can be writing in it?
 ) -> list[Path]: # what was removed
     "Remove the temporary files that killed processes left."
-    found = Path(folder).glob('**/.*' if deep else '.*')
-    own = lambda m: int(m[1])==os.getpid()
-    stale = [p for p in found if (m := _PART.fullmatch(p.name)) and not p.is_symlink() and not own(m) and (held or not _runs(int(m[1])))]
+    stale = [p for p in Path(folder).glob('**/.*' if deep else '.*') if _is_stale(p, held)]
     for p in stale: p.unlink(missing_ok=True)
     return stale
 
@@ -135,7 +142,7 @@ def read_json(
 def write_json(
     path:str|Path, # file to write or replace
     value:Any, # what JSON can hold
-    indent:int=1 # of nested values
+    indent:int|None=1 # of nested values; None: all on one line
 ) -> Path: # the file
     "Write a JSON file whole. Raises: ValueError for NaN; see `write_whole`."
     return write_whole(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)+'\n')
@@ -211,12 +218,15 @@ def check_output(
 
 # %% ../nbs/00_files.ipynb #58858ac4
 _CLAIM, _HOLDER = '.rcic-claim', '.rcic-claim.json'
-_held:dict[str, int] = {} # process and real path of each folder that is held, and how often
+_held:dict[str, FileLock] = {} # process and real path of each folder that is held
 
 def _holder(folder):
     "Who holds a folder, for a person"
-    try: who = read_json(folder/_HOLDER)
-    except (OSError, ValueError): return 'another process'
+    for _ in range(20): # it may have come a moment ago
+        try: who = read_json(folder/_HOLDER)
+        except (OSError, ValueError): time.sleep(.05)
+        else: break
+    else: return 'another process'
     host = '' if who.get('host')==socket.gethostname() else f' on {who.get("host")}'
     return f'{who.get("command")} (process {who.get("pid")}{host}, since {who.get("since")})'
 
@@ -235,22 +245,21 @@ def claim_folder(
     """
     folder = user_path(folder)
     if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is no folder')
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     key = f'{os.getpid()} {os.path.realpath(folder)}' # a forked process holds nothing yet
-    if key in _held:
-        _held[key] += 1
-        try: yield folder
-        finally: _held[key] -= 1
+    if key in _held: # by this process already
+        yield folder
         return
     lock = FileLock(folder/_CLAIM, timeout=0, thread_local=False)
     _acquire(lock, folder)
-    _held[key] = 1
+    _held[key] = lock
     try:
         write_json(folder/_HOLDER, _who())
         yield folder
     finally:
-        del _held[key]
-        _release(lock, folder)
+        if _held.pop(key, None): _release(lock, folder) # a process that was forked meanwhile holds nothing
+        if new and not any(folder.iterdir()): folder.rmdir() # nothing came of it
 
 # %% ../nbs/00_files.ipynb #d9d1eefb
 def _acquire(lock, folder):
@@ -259,5 +268,53 @@ def _acquire(lock, folder):
     except NotImplementedError: warnings.warn(f'{folder}: this file system has no locks; nothing keeps a second process out') # some network disks
 
 def _release(lock, folder):
-    for name in (_HOLDER, _CLAIM): (folder/name).unlink(missing_ok=True) # while the lock is held, so nobody else's is removed
+    if os.name!='posix': lock.release() # Windows removes no file that is open
+    for name in (_HOLDER, _CLAIM): # on POSIX while the lock is held, so nobody else's is removed
+        with suppress(OSError): (folder/name).unlink()
     lock.release()
+
+def _let_go():
+    "In a forked process: close what it has inherited, or a worker that outlives a killed parent would hold its folder"
+    for lock in _held.values():
+        handle = getattr(getattr(lock, '_context', None), 'lock_file_fd', None) # later releases of filelock do the same
+        if handle is None: continue
+        with suppress(OSError): os.close(handle)
+        lock._context.lock_file_fd = None
+    _held.clear()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_let_go)
+
+# %% ../nbs/00_files.ipynb #e2e1cda6
+def folder_contents(
+    folder:str|Path # it need not exist
+) -> list[Path]: # sorted
+    "What lies in a folder, but for claims and for temporary files of this library."
+    own = lambda p: p.name in (_CLAIM, _HOLDER) or _PART.fullmatch(p.name)
+    return sorted(p for p in Path(folder).iterdir() if not own(p)) if Path(folder).is_dir() else []
+
+def check_free(
+    folder:str|Path, # that is to be written
+    ours:str, # a file that shows that an earlier start of the same command has made the folder
+    what:str # that it is made for, for the message
+) -> Path: # the folder
+    "Refuse to write among what is somebody else's. Raises: FileExistsError naming what is there."
+    folder = user_path(folder)
+    others = [] if (folder/ours).is_file() else folder_contents(folder)
+    more = ' and more' if len(others) > 1 else ''
+    if others: raise FileExistsError(f'{folder} holds {others[0].name}{more}, and no {what}: give an empty folder, or one that does not exist')
+    return folder
+
+def note_request(
+    folder:str|Path, # that is to be written
+    note:str, # name of a JSON file in it that says what the folder is made for
+    request:dict, # what decides its contents; JSON can hold it
+    what:str # that it is made for, for the message
+) -> Path: # the folder
+    "Begin a folder, or go on with it. Raises: FileExistsError for a folder of something else; ValueError naming what was asked for otherwise."
+    path = check_free(folder, note, what)/note
+    request = json.loads(json.dumps(request, default=lambda o: o.item())) # NumPy numbers are welcome
+    if not path.exists(): return write_json(path, request).parent
+    there = read_json(path)
+    other = [f'{k} is {there.get(k)} there, {v} now' for k,v in request.items() if there.get(k)!=v]
+    if other: raise ValueError(f'{folder} holds a {what} with other settings ({"; ".join(other)}); give another folder or delete it')
+    return path.parent

@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 
-from .checkpoint import write_text
 from .duplicates import external_keys, find_twins, hash_sites, join_groups, label_agreement, resolve_labels
+from .files import write_whole
 from .folds import grouped_folds
 from .multilabel import average_precision, f1_floors, f1_table, label_lists, label_matrix, parse_labels, read_label_submission, write_label_submission
-from .predict import Predictions, predict_run
+from .predict import Predictions, _run_files, predict_run
 from .screen import WELL_COLUMNS, Screen, _packed_files, check_files, escape_braces, present_sites, read_table
+from .store import check_screen_output
 from .threshold import NestedF1, ShareThreshold, ThresholdEstimator, create_threshold, nested_macro_f1, write_thresholds
 from .train import read_run
 
@@ -205,8 +206,8 @@ def find_duplicates(
     antibody = keys.antibody.fillna(keys.antibody.groupby(twins).transform('first')) # that of the twin
     table = pd.DataFrame(dict(Id=ids, group=join_groups(antibody, keys.plate_well, pairs=pairs), twins=twins, antibody=antibody))
     named = pd.DataFrame(dict(Id=ids.to_numpy()[pairs['first']], twin=ids.to_numpy()[pairs['second']], distance=pairs.distance, largest=pairs.largest))
-    write_text(out/'duplicates.csv', named.to_csv(index=False))
-    write_text(out/'groups.csv', table.to_csv(index=False))
+    write_whole(out/'duplicates.csv', named.to_csv(index=False))
+    write_whole(out/'groups.csv', table.to_csv(index=False))
     say(f'{len(pairs):,} pairs of twins; {table.group.nunique():,} groups of {len(table):,} images')
     return label_agreement(atlas.wells.labels.tolist(), twins, atlas.wells.experiment.tolist())
 
@@ -264,6 +265,7 @@ def submit_labels(
     """Labels for the test images, as a submission. Raises: ValueError for a run that predicts something else, or images that do not fit."""
     recipe, info = read_run(run)
     if info['target']!='labels': raise ValueError(f'{run} predicts {info["target"]}; a submission of labels needs a run that predicts labels')
+    out = check_screen_output(out or Path(run)/'submission.csv', atlas, sample, *_run_files(run))
     test, method = Predictions.load(Path(run)/'predictions'/'test.npz').wells(), method or recipe.inference.thresholds
     if info['valid_wells']:
         valid = _kept(run, atlas, 'valid', say)
@@ -274,7 +276,7 @@ def submit_labels(
         estimator = ShareThreshold(atlas.labels(atlas.wells[atlas.wells.labels.notna() & (atlas.wells.split=='train')]).mean(0)).fit(test.probabilities)
     predicted = estimator.adapt(test.probabilities).predict(test.probabilities)
     write_thresholds(Path(run)/'thresholds.json', estimator, atlas.class_names)
-    out = write_label_submission(test.ids, label_lists(predicted), sample or atlas.path/'sample_submission.csv', out or Path(run)/'submission.csv', n_classes=len(atlas.class_names))
+    out = write_label_submission(test.ids, label_lists(predicted), sample or atlas.path/'sample_submission.csv', out, n_classes=len(atlas.class_names))
     say(f'Written: {out}, {len(predicted):,} images, {predicted.sum(1).mean():.2f} labels each')
     return out
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from .checkpoint import write_bytes
+from .files import check_output, claim_folder, clean_partials, note_request, user_path, write_whole
 from .hpa import Atlas, _kept, label_truth
 from .predict import Predictions
 from .pixel_statistics import site_statistics
@@ -47,8 +47,7 @@ def _statistics(atlas, ids, path, workers, progress):
     sites = atlas.sites(atlas.wells.set_index('id_code', drop=False).loc[ids])
     channels = [str(c).removesuffix('?') for c in atlas.channels]
     table = site_statistics(sites.set_index('id_code').files, atlas.channels, channels, workers=workers, progress=progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, table.to_parquet())
+    write_whole(path, table.to_parquet())
     return table
 
 def stack_runs(
@@ -67,16 +66,24 @@ def stack_runs(
 ) -> pd.DataFrame: # from `stack_report`: members, their mean and the stack on the images set aside
     """Train a stack on the images that were set aside, out of fold, and predict the test images.
 
-    Raises: ValueError for runs that do not go together; FileExistsError for a run in `out`; as `Stacker.fit`.
+    Raises: ValueError for runs that do not go together; FileExistsError for anything else in `out`; as `Stacker.fit`.
     """
-    runs, out = [Path(r) for r in runs], Path(out)
-    if (out/'model.safetensors').exists(): raise FileExistsError(f'{out} holds a run; give another folder')
+    runs = [user_path(r) for r in runs]
+    out = check_output(out, atlas.path, *runs)
+    settings = dict(repeats=repeats, combine=combine, min_positives=min_positives, params=params, seed=seed)
+    with claim_folder(out):
+        note_request(out, 'stack.json', dict(runs=[str(r.resolve()) for r in runs], statistics=statistics, **settings), 'stack')
+        clean_partials(out, deep=True, held=True)
+        return _stack(runs, atlas, out, statistics, settings, workers, progress, say)
+
+def _stack(runs, atlas, out, statistics, settings, workers, progress, say):
+    "Write the stack, its `run.json` last"
     found, info = _members(runs, atlas, say)
     ids = {split: next(iter(m.values())).ids for split, m in found.items()}
     y, groups = label_truth(atlas, ids['valid'])
     table = {s: _statistics(atlas, ids[s], out/f'statistics-{s}.parquet', workers, progress) if statistics else None for s in ids}
     p = {split: {name: q.probabilities for name, q in members.items()} for split, members in found.items()}
-    stack = Stacker(repeats=repeats, combine=combine, min_positives=min_positives, params=params, folder=out/'models', seed=seed, progress=progress)
+    stack = Stacker(**settings, folder=out/'models', progress=progress)
     stack.fit(p['valid'], y, table['valid'], groups)
     stack.audit()
     values = dict(valid=stack.oof_, test=stack.predict(p['test'], table['test']))
@@ -84,5 +91,5 @@ def stack_runs(
         made = dict(run=out.name, recipe='stack', split=split, level='well', activation='sigmoid')
         Predictions(ids[split], np.asarray(atlas.classes), logit(np.clip(v, 1e-6, 1-1e-6)), made).save(out/'predictions'/f'{split}.npz')
     kept = {k: info[k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells')}
-    write_run(out, replace(read_run(runs[0])[0], name='stack'), dict(**kept, blend=[str(r) for r in runs], stack=dict(repeats=repeats, combine=combine, min_positives=min_positives, params=params, seed=seed)))
+    write_run(out, replace(read_run(runs[0])[0], name='stack'), dict(**kept, blend=[str(r) for r in runs], stack=settings))
     return stack_report(p['valid'], {'stack': stack}, y, groups, classes=atlas.class_names)[0]

@@ -14,6 +14,8 @@ warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)
 # %% ../nbs/18_kaggle.ipynb #30218c1c
 import inspect, json, os, re, shutil, signal, tempfile, time, zipfile
 from dataclasses import replace
+from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from collections.abc import Collection, Sequence
@@ -22,8 +24,8 @@ import pandas as pd
 from fastai.callback.core import Callback
 
 from .assign import accuracy_ladder
-from .checkpoint import Checkpoint, TrainingStopped, write_text
-from .files import path_within, read_json
+from .checkpoint import Checkpoint, TrainingStopped
+from .files import check_free, check_name, check_output, claim_folder, clean_partials, path_within, read_json, user_path, write_json, write_whole
 from .hpa import Atlas, fit_thresholds, label_truth
 from .kaggle_client import kaggle_user
 from .multilabel import average_precision, f1_floors
@@ -75,9 +77,9 @@ def copy_run(
     "Copy a run folder to where predictions can be written into it, all of it that is data, or nothing."
     run = Path(run)
     if run.exists(): return run
-    partial = run.with_name(f'.{run.name}.{os.getpid()}')
-    shutil.copytree(source, partial, copy_function=shutil.copyfile, ignore=_not_of_a_run) # without the permissions of what can only be read
-    os.replace(partial, run)
+    copy = run.with_name(f'.{run.name}.{os.getpid()}')
+    shutil.copytree(source, copy, copy_function=shutil.copyfile, ignore=_not_of_a_run) # without the permissions of what can only be read
+    os.replace(copy, run)
     return run
 
 def go_on(
@@ -226,6 +228,8 @@ def kernel_notebook(
     return nb
 
 # %% ../nbs/18_kaggle.ipynb #3ab078ee
+_of_weights = 'recipe.json', 'model.safetensors', 'histograms.npz'
+
 def weights_folder(
     run:str|Path, # folder of a finished run
     out:str|Path, # folder to write
@@ -236,23 +240,44 @@ def weights_folder(
 
     Raises: FileNotFoundError if the run is not finished; ValueError for a blend, which has no network; FileExistsError for a folder of something else.
     """
-    run, out, info = Path(run), Path(out), read_run(run)[1]
+    name, info = _check_weights(run, user, title)
+    run, out = user_path(run), check_output(out, run)
+    _check_dataset(out, name)
+    with claim_folder(out): return _write_weights(run, out, info, title, name), name
+
+def _check_dataset(out, name):
+    note = check_free(out, 'dataset-metadata.json', 'dataset of weights')/'dataset-metadata.json'
+    if note.exists() and (there := read_json(note).get('id'))!=name: raise FileExistsError(f'{out} holds the dataset {there}, not {name}: give another folder')
+
+def _check_weights(run, user, title):
+    "The name of a dataset of weights; what is known of the run"
+    info = read_run(run)[1]
     if 'blend' in info: raise ValueError(f'{run} is a blend of {", ".join(info["blend"])}: build a kernel of each of them')
     name = f'{_check_source("--user", user, 1)}/{kaggle_slug(title)}'
     if len(title) < 6: raise ValueError(f'title {title!r}: Kaggle takes 6 to 50 characters for a dataset')
-    if out.is_dir() and any(out.iterdir()) and not (out/'dataset-metadata.json').is_file(): raise FileExistsError(f'{out} holds something else: give another folder')
-    shutil.rmtree(out, ignore_errors=True)
+    return name, info
+
+def _write_weights(run, out, info, title, name):
+    "Copy what inference needs; what an earlier run had and this one has not is removed"
+    _remove_weights(out)
+    write_json(out/'dataset-metadata.json', dict(title=title, id=name, licenses=[dict(name='other')]))
     for part in ['.', *info.get('parts', [])]:
-        (out/part).mkdir(parents=True, exist_ok=True)
-        for f in ('recipe.json', 'model.safetensors', 'histograms.npz'):
-            if (run/part/f).exists(): shutil.copyfile(run/part/f, out/part/f)
-        own = {**read_json(run/part/'run.json'), 'data': '/kaggle/input', 'start': None}
-        write_text(out/part/'run.json', json.dumps(own, indent=1)+'\n')
+        for f in _of_weights:
+            if (run/part/f).exists(): write_whole(out/part/f, partial(shutil.copyfile, run/part/f))
+        own = {**read_json(run/part/'run.json'), 'data': '/kaggle/input', 'start': None, 'request': None}
+        write_json(out/part/'run.json', own)
     if info['target']=='labels' and (run/'predictions'/'valid.npz').exists():
-        (out/'predictions').mkdir()
-        shutil.copyfile(run/'predictions'/'valid.npz', out/'predictions'/'valid.npz')
-    write_text(out/'dataset-metadata.json', json.dumps(dict(title=title, id=name, licenses=[dict(name='other')]), indent=1)+'\n')
-    return out, name
+        write_whole(out/'predictions'/'valid.npz', partial(shutil.copyfile, run/'predictions'/'valid.npz'))
+    return out
+
+def _remove_weights(out):
+    "What `_write_weights` has written, and no more"
+    try: parts = [check_name(p) for p in read_json(out/'run.json').get('parts') or ()]
+    except (OSError, ValueError): parts = []
+    for folder in (*(out/p for p in parts), out/'predictions', out):
+        clean_partials(folder, held=True)
+        for f in (*_of_weights, 'run.json', 'valid.npz'): (folder/f).unlink(missing_ok=True)
+        with suppress(OSError): folder!=out and folder.rmdir()
 
 # %% ../nbs/18_kaggle.ipynb #9d92af95
 def _check_kernel(kind, recipe, run, weights, internet):
@@ -277,6 +302,10 @@ def _check_size(text, wheels):
     raise ValueError(f'the notebook has {size/1e6:.2f} MB and Kaggle takes {notebook_limit/1e6:g} MB; {largest.name} alone takes {most/1e6:.2f} MB: '
                      'put it into a dataset and attach that (--dataset), where the kernel finds it')
 
+def _check_folder(out):
+    notebook = check_free(out, 'kernel-metadata.json', 'kernel')/'kernel.ipynb'
+    if notebook.exists() and 'PACKED = ' not in notebook.read_text(encoding='utf-8'): raise FileExistsError(f'{notebook} is a notebook of somebody else: give another folder')
+
 def build_kernel(
     out:str|Path, # folder to write
     kind:str='train', # 'train', or 'infer' for a kernel that only loads weights
@@ -297,13 +326,16 @@ def build_kernel(
 
     Raises: ValueError for what Kaggle would refuse, or what could not run there; FileNotFoundError for a run that is not finished.
     """
-    out, recipe = Path(out), read_run(run)[0] if run is not None else recipe or get_recipe('laptop')
+    recipe = read_run(run)[0] if run is not None else recipe or get_recipe('laptop')
+    out = check_output(out, run, *wheels, option='--folder')
     _check_kernel(kind, recipe, run, weights, metadata.get('internet', False))
     user, title = user or kaggle_user(), title or f'{"Train" if kind=="train" else "Infer with"} {recipe.name.replace("_", " ")}'[:50].strip()
     datasets, kernels = list(datasets), list(metadata.pop('kernels', ()))
+    _check_folder(out)
     if kind=='infer':
-        if run is not None: weights = weights_folder(run, out/'weights', *(weights.split('/') if weights else (user, f'{title[:42].strip()} weights')))[1]
-        datasets.append(weights)
+        named = weights.split('/') if weights else (user, f'{title[:42].strip()} weights')
+        datasets.append(weights if run is None else _check_weights(run, *named)[0])
+        if run is not None: _check_dataset(out/'weights', datasets[-1])
     if go_on: kernels.append(f'{user}/{kaggle_slug(title)}')
     competition = competition or competitions['labels' if recipe.loss.name in multilabel_losses else 'sirna']
     meta = kernel_metadata(user, title, competition=competition, datasets=dict.fromkeys(datasets), kernels=dict.fromkeys(kernels), **metadata)
@@ -311,7 +343,8 @@ def build_kernel(
         found = _embedded(wheels, lacking, folder)
         text = json.dumps(kernel_notebook(kind, title, pack_wheels(found), recipe if kind=='train' else None, values), indent=1, ensure_ascii=False)+'\n'
         _check_size(text, found)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out/meta['code_file'], text)
-    write_text(out/'kernel-metadata.json', json.dumps(meta, indent=1)+'\n')
+    with claim_folder(out):
+        write_json(out/'kernel-metadata.json', meta)
+        write_whole(out/meta['code_file'], text)
+        if kind=='infer' and run is not None: weights_folder(run, out/'weights', *named)
     return meta

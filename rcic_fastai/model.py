@@ -10,7 +10,7 @@ __all__ = ['seresnext_layers', 'first_conv_inits', 'classifier_keys', 'pools', '
            'create_model', 'param_groups', 'save_weights', 'read_meta', 'load_weights']
 
 # %% ../nbs/06_model.ipynb #8efe35b5
-import json, os, pickle, socket
+import json, pickle, socket
 from collections import OrderedDict
 from difflib import get_close_matches
 from http.client import HTTPException
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
+from .files import write_whole
 from .mix import MixedContext, cell_type_weights
 from .renamed import renamed
 
@@ -510,15 +511,9 @@ def save_weights(
     meta:dict|None=None, # What JSON can hold: architecture, classes, recipe
 ):
     "Write the weights of `model` and `meta`, atomically."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k,v in _bare(model).state_dict().items()}
     header = {k: json.dumps(v) for k,v in (meta or {}).items()}
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(state, tmp, metadata=header)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    write_whole(path, lambda p: save_file(state, p, metadata=header))
 
 # %% ../nbs/06_model.ipynb #49d76b94
 def read_meta(

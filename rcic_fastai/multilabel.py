@@ -9,7 +9,7 @@ __all__ = ['parse_labels', 'format_labels', 'label_matrix', 'label_lists', 'f1_s
            'score_label_submission']
 
 # %% ../nbs/07a_multilabel.ipynb #a8bf5aea
-import os, re
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from sklearn.metrics import average_precision_score
 
+from .files import write_whole
 from .screen import read_rows
 
 # %% ../nbs/07a_multilabel.ipynb #13d30440
@@ -404,14 +405,8 @@ def write_label_submission(
     order, ids = _check_ids(_column(rows, name, [id_column]), name), _check_ids(pd.Series(np.asarray(ids, dtype=object)), 'submission')
     checked = _check_predictions(labels, ids, n_classes, allow_empty)
     _compare_ids(ids, 'submission', order, name)
-    out, path = pd.DataFrame({id_column: order, column: checked[order.to_numpy()].map(format_labels).to_numpy()}), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        out.to_csv(partial, index=False, lineterminator='\n')
-        os.replace(partial, path)
-    finally: partial.unlink(missing_ok=True)
-    return path
+    out = pd.DataFrame({id_column: order, column: checked[order.to_numpy()].map(format_labels).to_numpy()})
+    return write_whole(path, lambda p: out.to_csv(p, index=False, lineterminator='\n'))
 
 # %% ../nbs/07a_multilabel.ipynb #6cd86009
 def _read_labels(table, name, id_columns, columns, n_classes, allow_empty):

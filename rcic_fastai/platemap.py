@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import path_within
+from .files import path_within, read_json, user_path, write_json, write_whole
 from .image import read_grey
 from .screen import (WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, alike, channel_file, channel_name, escape_braces,
                                 is_unknown, pattern_parts, read_rows, site_files)
@@ -337,7 +337,7 @@ def describe_screen(
     """
     images = Path(images).expanduser()
     if not images.is_dir(): raise FileNotFoundError(f'{images} is not a folder')
-    out, earlier = Path(out or images), None if like is None else _read_description(like)
+    out, earlier = user_path(out or images), None if like is None else _read_description(like)
     table = _only_table(images) if table is None else Path(table).expanduser()
     rows = read_plate_map(table, columns)
     files, name = files or guess_pattern(images, rows), re.sub('/', '-', images.resolve().name) or 'experiment-1'
@@ -349,7 +349,7 @@ def describe_screen(
     treatments = list(earlier['treatments']) if earlier else []
     treatments += [named[i] for i in range(len(treatments), int(named.index.max())+1 if len(named) else 0)]
     if not earlier: asked = _channels_with_limits(images, sites, asked, n_images)
-    description = dict(table=table.name, images=os.path.relpath(images, out).replace(os.sep, '/'), files=files, channels=asked, columns=dict(columns or {}),
+    description = dict(table=_table_name(out, table, say), images=os.path.relpath(images, out).replace(os.sep, '/'), files=files, channels=asked, columns=dict(columns or {}),
                        experiment=name, negative=list(negative), positive=list(positive), treatments=treatments)
     _write_description(out, table, description)
     without = len(rows)-sites.index.nunique()
@@ -369,13 +369,15 @@ def _only_table(images):
     if len(tables)==1: return tables[0]
     raise ValueError(f'{images} holds {len(tables) or "no"} CSV files; say which is the plate map with table=... (--table)')
 
+def _table_name(out, table, say):
+    "What the copy of the plate map is called: another table of that name stays"
+    names = [table.name, *(f'{table.stem}-{i}{table.suffix}' for i in range(2, 1000))]
+    name = next(n for n in names if not (out/n).exists() or (out/n).is_file() and (out/n).read_bytes()==table.read_bytes())
+    if name!=table.name: say(f'{out} holds another {table.name}, which stays; the plate map is kept as {name}')
+    return name
+
 def _write_description(out, table, description):
-    out.mkdir(parents=True, exist_ok=True)
-    contents = [('screen.json', (json.dumps(description, indent=1, ensure_ascii=False)+'\n').encode())]
-    if not (out/table.name).exists() or not (out/table.name).samefile(table): contents.insert(0, (table.name, table.read_bytes()))
-    for name, data in contents:
-        partial = out/f'.{name}.{os.getpid()}'
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, out/name)
-        finally: partial.unlink(missing_ok=True)
+    path, copy = out/'screen.json', out/description['table']
+    if path.exists() and 'images' not in read_json(path): raise FileExistsError(f'{path} is no description of a screen; give another folder with out=... (--out)')
+    if not copy.exists(): write_whole(copy, table.read_bytes())
+    write_json(path, description)

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from .batchnorm import BatchNormMode, batchnorm_modes
 from .data import DOMAINS, domain_keys, select_sites
 from .embed import postprocess_embeddings, postprocess_names, to_anndata, well_means
+from .files import write_whole
 from .model import plain
 from .multilabel_loss import MultiLabelLoss
 from .screen import Screen
@@ -31,6 +32,9 @@ from .train import Recipe, complete_stats, load_run, read_run
 from .tta import TTA, ViewTransform, check_views, combine_views, image_keys, tta_group
 
 # %% ../nbs/10_predict.ipynb #33e07053
+def _save_arrays(path, arrays):
+    with open(path, 'wb') as f: np.savez(f, **arrays) # which adds no .npz to the name
+
 @dataclass
 class Predictions:
     "Scores of sites or wells for every class."
@@ -97,14 +101,10 @@ class Predictions:
         return replace(self, ids=np.asarray(first), logits=mean(self.logits), made={**self.made, 'level': 'well'}, views=views)
 
     def save(self, path:str|Path) -> Path:
-        "Write an `.npz` file, under a temporary name first."
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+        "Write an `.npz` file."
         views:dict = {} if self.views is None else dict(views=self.views, view_names=np.array(self.view_names, str))
-        with open(temporary, 'wb') as f: np.savez(f, ids=self.ids, classes=self.classes, logits=self.logits, made=json.dumps(self.made), **views)
-        os.replace(temporary, path)
-        return path
+        arrays = dict(ids=self.ids, classes=self.classes, logits=self.logits, made=json.dumps(self.made), **views)
+        return write_whole(path, lambda p: _save_arrays(p, arrays))
 
     @classmethod
     def load(cls, path:str|Path) -> 'Predictions':
@@ -523,16 +523,17 @@ def embeddings_path(
     if path.suffix in ('.npz', '.h5ad'): return path
     raise ValueError(f'{path}: embeddings are written as .npz or .h5ad')
 
+def _run_files(run):
+    "What no output may replace"
+    return [p for pattern in ('*.json', '*.safetensors', '*.npz', 'predictions/*.npz') for p in Path(run).glob(pattern)]
+
 def write_embeddings(
     x:np.ndarray, # (wells, E)
     wells:pd.DataFrame, # a row for each
     path:str|Path # .npz, or .h5ad for scanpy (needs `rcic_fastai[phenomics]`)
 ) -> Path: # the file
-    "Write embeddings with their wells, under a temporary name first."
+    "Write embeddings with their wells."
     path = embeddings_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
-    if path.suffix=='.h5ad': to_anndata(x, wells).write_h5ad(temporary)
-    else: np.savez(temporary, x=np.asarray(x, np.float32), **{c: wells[c].to_numpy(float, na_value=np.nan) if c=='sirna' else wells[c].to_numpy(str) for c in wells if c!='files'})
-    os.replace(temporary, path)
-    return path
+    if path.suffix=='.h5ad': return write_whole(path, to_anndata(x, wells).write_h5ad)
+    columns = {c: wells[c].to_numpy(float, na_value=np.nan) if c=='sirna' else wells[c].to_numpy(str) for c in wells if c!='files'}
+    return write_whole(path, lambda p: _save_arrays(p, dict(x=np.asarray(x, np.float32), **columns)))

@@ -29,9 +29,8 @@ from numpy.typing import ArrayLike
 
 from .assign import assign_predictions
 from .batchnorm import BatchNormMode, batchnorm_layers, pool_stats
-from .checkpoint import write_text
 from .embed import embedding_report, plot_embedding, well_means
-from .files import read_arrays, user_path
+from .files import check_output, check_target, read_arrays, read_json, user_path, write_whole
 from .hpa import Atlas, read_labels
 from .image import MultiChannelImage, channel_limits, resize_site, stain_colors, stains_to_rgb
 from .judge import BLUE, GREY, ORANGE, accuracy_by, clean_axes, judge_wells, statistic_shift, worst_wells
@@ -560,6 +559,23 @@ def report_template(
     "The template of the library: copy it, change it, and give it to `make_report`."
     return Path(str(files('rcic_fastai')/'templates'/('report_labels.ipynb' if several else 'report.ipynb')))
 
+def _is_report(path):
+    "Has a report written this notebook?"
+    try: nb = read_json(path)
+    except (OSError, ValueError): return False
+    if 'rcic_fastai' in nb.get('metadata', {}): return True
+    return any(c.get('id')=='parameters' and 'injected-parameters' in c.get('metadata', {}).get('tags', ()) for c in nb.get('cells', ())) # of version 0.1.0
+
+def _check_page(out, *inputs):
+    "The page, and the notebook beside it, replace nothing but an earlier report"
+    if out.suffix not in ('.html', '.htm'): raise ValueError(f'{out}: a report is written as .html')
+    beside = out.with_suffix('.ipynb')
+    for path in (out, beside):
+        check_target(path)
+        check_output(path, *inputs, option='--out' if path==out else 'the executed notebook')
+    if beside.exists() and not _is_report(beside): raise FileExistsError(f'{beside} was not written by a report, which would replace it by the notebook beside {out.name}: give another name')
+    return out
+
 def make_report(
     run:str|Path, # folder of a finished run, of a run with a network for each cell type, or of a blend
     out:str|Path=None, # file to write; by default report.html in the run folder; the executed notebook lies beside it
@@ -579,8 +595,8 @@ def make_report(
     """
     run = user_path(run)
     _, info = read_run(run)
-    out, where = user_path(out or run/'report.html'), run_data(run, data)
-    if out.suffix not in ('.html', '.htm'): raise ValueError(f'{out}: a report is written as .html')
+    where = run_data(run, data)
+    out = _check_page(user_path(out or run/'report.html'), run, where, truth, template)
     if not where.exists(): raise FileNotFoundError(f'{where} does not exist; expected the folder of the screen (--data)')
     if truth is not None and not (truth := user_path(truth)).exists(): raise FileNotFoundError(f'{truth} does not exist; expected a table with the truth')
     template = user_path(template or report_template(info['target']=='labels'))
@@ -591,7 +607,6 @@ def make_report(
     say(f'Executing {template.name}, which takes a while')
     nb = execute_notebook(with_parameters(nb, parameters), timeout, template.name)
     page = notebook_page(nb, _run_name(run), code)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out.with_suffix('.ipynb'), nbformat.writes(nb)+'\n')
-    write_text(out, page)
-    return out
+    nb.metadata['rcic_fastai'] = dict(written_by='rcic-report') # so that the next report may replace it
+    write_whole(out.with_suffix('.ipynb'), nbformat.writes(nb)+'\n')
+    return write_whole(out, page)

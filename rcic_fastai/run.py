@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['training_sites', 'control_sites', 'needs_controls', 'PseudoLabels', 'check_no_leak', 'Stages', 'held_out',
-           'train_run', 'logger', 'find_lr', 'submit_run', 'blend_runs']
+           'finished_run', 'train_run', 'logger', 'find_lr', 'submit_run', 'blend_runs']
 
 # %% ../nbs/11b_run.ipynb #85ba0951
-import difflib, json, os, platform, shutil, tempfile
+import difflib, json, platform, tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,15 +23,16 @@ from fastai.torch_core import set_seed
 
 from .assign import assign_predictions, write_submission
 from .blend import blend_predictions, blend_report, blend_weights
-from .checkpoint import Checkpoint, History, latest_checkpoint, write_text
+from .checkpoint import Checkpoint, History, latest_checkpoint, remove_checkpoints
 from .data import select_sites
-from .files import check_name, read_json, user_path
+from .files import check_name, check_output, claim_folder, clean_partials, note_request, read_json, user_path, write_json, write_whole
 from .model import load_weights, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
-from .predict import Predictions, inference_needs, predict_run, predict_with
+from .predict import Predictions, _run_files, inference_needs, predict_run, predict_with
 from .pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites, pseudo_to_json, select_pseudo_labels
 from .screen import Screen, plate_groups, valid_mask
+from .store import check_screen_output
 from .target import is_multilabel
 from .train import (PseudoSettings, Recipe, TrainSettings, _plain_log, compare_recipes, fit_stage, new_head, pretrain_on_controls, read_run,
                                recipe_dataloaders, recipe_from_dict, recipe_model, screen_learner, suggest_lr, write_run, _run_histograms, _run_stats)
@@ -117,7 +118,7 @@ class PseudoLabels(Callback):
         self.chosen = self.epoch
         self.log.append(dict(epoch=self.epoch, share=share, wells=len(self.labels), known=known, wrong=wrong))
         self.say(f'Epoch {self.epoch}: {len(self.labels):,} wells join with their predicted siRNA' + (f'; {rate:.1%} of the {known:,} whose truth is known are wrong' if known else ''))
-        if self.path: write_text(self.path, json.dumps(self.state(), indent=1)+'\n')
+        if self.path: write_json(self.path, self.state())
         self._replace_loader(self.loaders(pseudo_sites(self.sites, self.labels, hidden=True)).train)
 
     def _replace_loader(self, new):
@@ -128,13 +129,17 @@ class PseudoLabels(Callback):
 # %% ../nbs/11b_run.ipynb #74a137af
 _free = ('checkpoint.steps', 'checkpoint.keep', 'data.workers', 'data.cache') # change nothing of what is computed
 
-def _check_same(started, recipe, asked, run):
+def _differences(started, recipe, asked):
     "What a run was started with, against what is asked for now"
     differ = compare_recipes(recipe_from_dict(started['recipe']), recipe).drop(index=list(_free), errors='ignore')
     text = lambda v: json.dumps(v, default=lambda o: o.item())
     lines = [f'{k} was {text(r.a)} and is {text(r.b)}' for k,r in differ.iterrows()]
     lines += [f'{k} was {text(started["asked"].get(k))} and is {text(v)}' for k,v in asked.items() if started['asked'].get(k)!=v]
-    if lines: raise ValueError(f'{run} was started otherwise: {"; ".join(lines)}. Ask for the same to go on with it, or give another folder')
+    return '; '.join(lines)
+
+def _check_same(started, recipe, asked, run):
+    other = _differences(started, recipe, asked)
+    if other: raise ValueError(f'{run} was started otherwise: {other}. Ask for the same to go on with it, or give another folder')
 
 def check_no_leak(
     trained:Iterable[str], # id_codes of wells whose labels some stage trains on
@@ -158,7 +163,6 @@ class Stages:
     ):
         self.run, self.recipe, self.cbs, self.say, self.trained = run, recipe, list(cbs), say, set(trained)
         self.extra, self.history = dict(recipe=asdict(recipe), asked=asked), History(run/'history.csv')
-        for p in [*run.glob('.*.[0-9]*'), *run.glob('checkpoints/.*.[0-9]*')]: p.unlink() # of a process that was killed while it wrote
         self.resume = latest_checkpoint(run/'checkpoints', say)
         if self.resume is None: return
         _check_same(self.resume['extra'], recipe, asked, run)
@@ -196,7 +200,7 @@ class Stages:
         if found.get('recipe')!=key: found = dict(recipe=key)
         if name not in found:
             found[name] = suggest_lr(learn, stage)
-            write_text(path, json.dumps(found)+'\n')
+            write_json(path, found, None)
         if not (isinstance(found[name], float) and found[name] > 0): raise ValueError(f'{path}: {name} is {found[name]!r}, expected a learning rate; delete the file, and it will be looked for again')
         self.say(f'Stage {name}: learning rate {found[name]:.2e}, found in {stage.find_lr} steps')
         return found[name]
@@ -204,7 +208,6 @@ class Stages:
 # %% ../nbs/11b_run.ipynb #0cc5df76
 def _check_request(screen, run, target, valid, seed):
     "What can be told to be wrong before any file is looked for"
-    if (run/'run.json').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
     if target not in screen.wells:
         close = difflib.get_close_matches(target, screen.wells.columns, n=1)
         raise ValueError(f'target {target!r} is no column of the wells; ' + (f'did you mean {close[0]!r}?' if close else f'there are {", ".join(screen.wells.columns)}'))
@@ -270,6 +273,32 @@ def _wells_of_run(valid):
     if not wells: raise ValueError(f'valid {valid!r}: that run set no wells aside')
     return wells
 
+def _asked(screen, target, wells, valid, present_only, start):
+    "What decides what a run computes, beside its recipe; JSON can hold it"
+    train = screen.wells.id_code[screen.wells.split=='train']
+    return dict(target=target, wells=wells, valid=valid if valid is None or isinstance(valid, str) else _digest(valid), present_only=present_only,
+                start=None if start is None else str(Path(start).resolve()), training_wells=_digest(train))
+
+def finished_run(
+    screen:Screen, # from `read_screen`
+    recipe:Recipe, # settings
+    run:str|Path, # folder
+    target:str=None, # this and what follows as for `train_run`
+    wells:str='treatments', # 'treatments', 'controls' or 'all'
+    valid:str|Iterable[str]=None, # wells to set aside
+    present_only:bool=False, # leave out sites with missing files?
+    start:str|Path=None # finished run whose network to go on with
+) -> bool:
+    "Has this training come to its end? Raises: FileExistsError for the finished run of another one."
+    run = user_path(run)
+    if not (run/'run.json').exists(): return False
+    request, valid = read_json(run/'run.json').get('request'), _wells_of_run(recipe.valid if valid is None else valid)
+    asked = _asked(screen, target or screen.target, wells, valid, present_only, start)
+    other = 'it does not say of which settings' if request is None else _differences(request, recipe, asked)
+    if other: raise FileExistsError(f'{run} holds a finished run, and not of what is asked for ({other}); give another folder or delete it')
+    remove_checkpoints(run/'checkpoints') # a kill may have come before
+    return True
+
 def train_run(
     screen:Screen, # from `read_screen`
     recipe:Recipe, # settings
@@ -287,11 +316,18 @@ def train_run(
     Raises: FileExistsError if the folder holds a finished run; ValueError, FileNotFoundError for what is wrong with the data, or if the
     run was started otherwise; TrainingStopped for a signal, FloatingPointError for a loss that is no number, both with what is saved intact.
     """
-    run, valid, target = user_path(run), _wells_of_run(recipe.valid if valid is None else valid), target or screen.target
+    run, valid, target = check_output(run, screen.path, start, option='--run'), _wells_of_run(recipe.valid if valid is None else valid), target or screen.target
     start = None if start is None else user_path(start)
     _check_request(screen, run, target, valid, recipe.seed)
-    if len(screen.cell_types) > 1 and (recipe.per_cell_type or recipe.cell_type.epochs):
-        return _train_parts(screen, recipe, run, target, wells, valid, present_only, say, cbs)
+    parts = len(screen.cell_types) > 1 and (recipe.per_cell_type or recipe.cell_type.epochs)
+    with claim_folder(run):
+        if (run/'run.json').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
+        for folder in (run, run/'checkpoints'): clean_partials(folder, held=True)
+        if parts: return _train_parts(screen, recipe, run, target, wells, valid, present_only, say, cbs)
+        return _train(screen, recipe, run, target, wells, valid, present_only, say, cbs, start)
+
+def _train(screen, recipe, run, target, wells, valid, present_only, say, cbs, start):
+    "All stages of one network"
     sites, asked_recipe = training_sites(screen, recipe, wells, present_only, say), recipe
     recipe = _usable_domain(sites, recipe, target, say)
     _check_losses(sites, recipe, target)
@@ -300,7 +336,6 @@ def train_run(
     if not mask.any() and 'best' in (recipe.train.keep, recipe.finetune.keep): say('No wells are set aside: training ends with its last weights, not with the best')
     controls = control_sites(screen, present_only) if needs_controls(recipe) else None
     taken, known, trained = ({}, {}, ()) if start is None else _start_of(start, screen, target)
-    run.mkdir(parents=True, exist_ok=True)
     asked = dict(target=target, wells=wells, start=None if start is None else str(start), training_wells=_digest(sites.id_code[~mask]), validation_wells=_digest(sites.id_code[mask]))
     stages = Stages(run, asked_recipe, asked, cbs, trained, say)
     common = dict(dict(target=target, cell_types=screen.cell_types, experiments=screen.experiments, channels=screen.channels, path=run), **taken)
@@ -333,10 +368,11 @@ def train_run(
         say(f'Fine-tuning, {recipe.finetune.epochs} epochs' + (f' with {" and ".join(how)}' if how else ''))
         for cb in pseudo: cb.over = True # the set stays as it is
         stages.fit(learn, 'finetune', recipe.finetune, pseudo)
-    written = dict(target=target, wells=wells, valid=valid if isinstance(valid, str) else None, present_only=present_only, start=asked['start'])
+    request = dict(recipe=asdict(asked_recipe), asked=_asked(screen, target, wells, valid, present_only, start))
+    written = dict(target=target, wells=wells, valid=valid if isinstance(valid, str) else None, present_only=present_only, start=asked['start'], request=request)
     if pseudo: written['pseudo'] = pseudo[0].log
     _write_run(learn, recipe, run, screen, sites, mask, common, written)
-    shutil.rmtree(run/'checkpoints', ignore_errors=True) # the run is finished, they have served
+    remove_checkpoints(run/'checkpoints') # the run is finished, they have served
     return learn
 
 _own_names = 'all', 'checkpoints', 'predictions', 'embeddings', 'tensorboard', 'wandb'
@@ -353,15 +389,16 @@ def _train_parts(screen, recipe, run, target, wells, valid, present_only, say, c
     if last.epochs:
         say('All cell types:')
         start = run/'all'
-        if not (start/'run.json').exists(): train_run(screen, own, start, target, wells, ids, present_only, say, cbs)
+        if not finished_run(screen, own, start, target, wells, ids, present_only): train_run(screen, own, start, target, wells, ids, present_only, say, cbs)
         own = replace(own, controls=off, train=last, finetune=off, pseudo=PseudoSettings())
     for name in screen.cell_types:
         say(f'{name}:')
         part = replace(screen, wells=screen.wells[screen.wells.cell_type==name].reset_index(drop=True))
         held = ids and ids & set(part.wells.id_code) or None
-        if not (run/name/'run.json').exists(): learners[name] = train_run(part, own, run/name, target, wells, held, present_only, say, cbs, start)
+        if not finished_run(part, own, run/name, target, wells, held, present_only, start):
+            learners[name] = train_run(part, own, run/name, target, wells, held, present_only, say, cbs, start)
     info = dict(target=target, wells=wells, valid=valid if isinstance(valid, str) else None, present_only=present_only, data=str(screen.path),
-                parts=screen.cell_types, valid_wells=sorted(ids or ()))
+                parts=screen.cell_types, valid_wells=sorted(ids or ()), request=dict(recipe=asdict(recipe), asked=_asked(screen, target, wells, valid, present_only, None)))
     write_run(run, recipe, info)
     return learners
 
@@ -374,9 +411,7 @@ def _write_run(learn, recipe, run, screen, sites, mask, common, asked):
                 experiments=common['experiments'], image_size=list(learn.dls.train_ds[0][0].shape[-2:]),
                 stats=None if stats is None else [t.tolist() for t in stats],
                 valid_wells=sorted(set(sites.id_code[mask])), versions=versions)
-    if learn.dls.counts is not None:
-        with open(run/'.histograms.npz', 'wb') as f: np.savez_compressed(f, counts=learn.dls.counts.numpy())
-        os.replace(run/'.histograms.npz', run/'histograms.npz')
+    if learn.dls.counts is not None: write_whole(run/'histograms.npz', lambda p: np.savez_compressed(p, counts=learn.dls.counts.numpy()))
     save_weights(learn.model, run/'model.safetensors', meta=dict(recipe=recipe.name))
     write_run(run, recipe, info)
 
@@ -417,6 +452,7 @@ def find_lr(
     "A learning rate for the main stage, by fastai's `lr_find`: the rate rises from step to step, and the loss says when it is too much."
     import matplotlib.pyplot as plt
     if steps < 20: raise ValueError(f'steps is {steps}, expected 20 or more: fewer points show no curve')
+    if path is not None: path = check_screen_output(path, screen)
     sites, target = training_sites(screen, recipe, present_only=present_only, say=say), target or screen.target
     _check_losses(sites, recipe, target)
     controls = control_sites(screen, present_only) if needs_controls(recipe) else None
@@ -426,7 +462,7 @@ def find_lr(
         learn = screen_learner(dls, recipe, path=folder)
         with learn.no_bar(): found = learn.lr_find(num_it=steps, suggest_funcs=(valley, slide, steep, minimum), show_plot=path is not None)
     if path is not None:
-        plt.savefig(path)
+        write_whole(path, lambda p: plt.savefig(p, format=Path(path).suffix[1:] or 'png'))
         plt.close()
     return found
 
@@ -444,7 +480,8 @@ def submit_run(
     "Labels for the test wells, as a submission. Raises: ValueError for a run that predicts something else, or wells that do not fit."
     recipe, info = read_run(run)
     if info['target']!='sirna': raise ValueError(f'{run} predicts {info["target"]}; a submission needs a run that predicts sirna')
-    p, out = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(out or Path(run)/'submission.csv')
+    p, run = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(run)
+    out = check_screen_output(out or run/'submission.csv', screen, sample, *_run_files(run))
     if screen.replicates and (groups or one_to_one):
         groups = one_to_one = False
         say('Treatments have several wells within an experiment: each well gets its most likely treatment, without plate groups and one-to-one assignment')
@@ -455,7 +492,7 @@ def submit_run(
     write_submission(table.id_code, table.sirna, Path(screen.path)/'sample_submission.csv' if sample is None else sample, out)
     if 'treatment' in screen.wells: # treatments have names
         names = screen.wells.dropna(subset='treatment').drop_duplicates('sirna').set_index('sirna').treatment
-        write_text(out, (given := pd.read_csv(out)).assign(treatment=given.sirna.map(names)).to_csv(index=False))
+        write_whole(out, (given := pd.read_csv(out)).assign(treatment=given.sirna.map(names)).to_csv(index=False))
     for e, g in table.groupby('experiment') if groups else ():
         mapping, margin = g.drop_duplicates('plate').set_index('plate').group, g.mapping_margin.iloc[0]
         sure = f'better than any other order by {margin:.1f}{"" if method=="exact" else " votes"}' if margin >= .05 else 'a guess: another order scores as well'
@@ -486,10 +523,10 @@ def blend_runs(
 ) -> pd.DataFrame: # from `blend_report`, of the wells that were set aside; weights alone if there are none
     """Average the predictions of runs and write them like those of a run.
 
-    Raises: ValueError for runs that predict other targets, classes or wells, or that set other wells aside; FileExistsError for a run in `out`.
+    Raises: ValueError for runs that predict other targets, classes or wells, or that set other wells aside; FileExistsError for anything else in `out`.
     """
-    runs, out = [user_path(r) for r in runs], user_path(out)
-    if (out/'model.safetensors').exists(): raise FileExistsError(f'{out} holds a run; give another folder')
+    runs = [user_path(r) for r in runs]
+    out = check_output(out, screen.path, *runs)
     if len({r.name for r in runs})!=len(runs): raise ValueError(f'two runs have the same name among {", ".join(map(str, runs))}; the names say which is which in a blend')
     recipes, infos = zip(*map(read_run, runs))
     for run, info in zip(runs, infos):
@@ -499,6 +536,12 @@ def blend_runs(
     if isinstance(weights, str) and weights!='chosen': raise ValueError(f"weights are {weights!r}, expected 'chosen' or a number per run")
     if weights=='chosen' and 'valid' not in splits: raise ValueError(f'weights are chosen on wells that were set aside, and {runs[0]} set none aside')
     if not splits: raise ValueError('there is nothing to blend: no wells were set aside, and the screen has no test split')
+    with claim_folder(out):
+        note_request(out, 'blend.json', dict(runs=[str(r.resolve()) for r in runs], weights=weights, space=space), 'blend')
+        return _blend(runs, screen, out, weights, space, present_only, say, recipes, infos, splits)
+
+def _blend(runs, screen, out, weights, space, present_only, say, recipes, infos, splits):
+    "Write the blend, its `run.json` last"
     found = {split: {run.name: _predicted(run, screen, split, present_only, say) for run in runs} for split in splits}
     several = is_multilabel(screen.wells[infos[0]['target']])
     if weights=='chosen' and several: raise ValueError('weights of several labels are chosen class by class: rcic-hpa-stack does that')

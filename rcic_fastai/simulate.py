@@ -8,12 +8,14 @@ __all__ = ['morphology_names', 'real_intensity', 'other_intensity', 'named_rng',
            'grey_scale', 'design_screen', 'Simulation', 'simulate_site', 'simulate_screen']
 
 # %% ../nbs/01_simulate.ipynb #3796f21a
-import hashlib, json, os, re, signal
+import hashlib, os, re, signal
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np, pandas as pd
 from fastcore.parallel import num_cpus
@@ -21,6 +23,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
+
+from .files import claim_folder, clean_partials, note_request, user_path, write_whole
 
 # %% ../nbs/01_simulate.ipynb #e31f7ed2
 def named_rng(
@@ -324,14 +328,6 @@ def simulate_site(
     grey = expose(field, camera, grey_scale(sim.seed, well.cell_type, sim.image_size, sim.cell_radius), sim.cell_radius, rng)
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
 
-def _replace(path, write):
-    "Let `write` write a file under a temporary name, then rename it: a file is there whole or not at all"
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
 def _write_wells(sim, root, wells):
     "Write the images of some wells of one plate; return the number of their sites"
     folder = root/wells.split.iloc[0]/wells.experiment.iloc[0]/f'Plate{wells.plate.iloc[0]}'
@@ -340,27 +336,32 @@ def _write_wells(sim, root, wells):
         for site in range(1, sim.n_sites+1):
             paths = [folder/f'{well.well}_s{site}_w{c}.png' for c in range(1, 7)]
             if all(p.exists() for p in paths): continue
-            for x, p in zip(simulate_site(sim, well, site), paths): _replace(p, partial(Image.fromarray(x).save, format='PNG'))
+            for x, p in zip(simulate_site(sim, well, site), paths): write_whole(p, partial(Image.fromarray(x).save, format='PNG'), sync=False)
     return len(wells)*sim.n_sites
 
-def _ignore_interrupt(): signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches every process; the first one stops the others
+def _begin_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches every process; the first one stops the others
+    def end_with(parent):
+        parent.join()
+        os._exit(1)
+    Thread(target=end_with, args=(parent_process(),), daemon=True).start() # or it would wait for ever for a parent that was killed
 
 def _map_parts(write, parts, workers):
     "Results of `write` for all parts in order, from any number of processes"
     if min(workers, len(parts)) <= 1: yield from map(write, parts); return
-    with ProcessPoolExecutor(min(workers, len(parts)), initializer=_ignore_interrupt) as pool: # after an error or Ctrl-C, `map` cancels
+    with ProcessPoolExecutor(min(workers, len(parts)), initializer=_begin_worker) as pool: # after an error or Ctrl-C, `map` cancels
         yield from pool.map(write, parts)                                                      # what waits, and the wells in hand are finished
 
 def _write_tables(wells, root):
     "Write the CSV tables of the Kaggle layout, and the truth"
-    well, to_csv = ['id_code', 'experiment', 'plate', 'well'], lambda t, name: _replace(root/name, partial(t.to_csv, index=False))
+    well, write = ['id_code', 'experiment', 'plate', 'well'], lambda t, name: write_whole(root/name, partial(t.to_csv, index=False))
     for split, w in wells.groupby('split'):
         treated = w[w.well_type=='treatment']
-        to_csv(treated[well + (['sirna'] if split=='train' else [])], f'{split}.csv')
-        to_csv(w[w.well_type!='treatment'][well + ['sirna', 'well_type']], f'{split}_controls.csv')
+        write(treated[well + (['sirna'] if split=='train' else [])], f'{split}.csv')
+        write(w[w.well_type!='treatment'][well + ['sirna', 'well_type']], f'{split}_controls.csv')
         if split=='test':
-            to_csv(treated[['id_code']].assign(sirna=0), 'sample_submission.csv')
-            to_csv(treated[['id_code', 'sirna']], 'truth.csv')
+            write(treated[['id_code']].assign(sirna=0), 'sample_submission.csv')
+            write(treated[['id_code', 'sirna']], 'truth.csv')
 
 # %% ../nbs/01_simulate.ipynb #37956a4d
 def simulate_screen(
@@ -384,29 +385,30 @@ def simulate_screen(
 ) -> Path: # `path`
     """Write a screen in the Kaggle layout: `train.csv` and the other tables, `train/HUVEC-01/Plate1/B03_s1_w1.png`, and `truth.csv`.
 
-    Raises: ValueError for settings out of range, or a folder that holds a screen made with others.
+    Raises: ValueError for settings out of range, or a folder that holds a screen made with others; FileExistsError for a folder of something else.
     """
-    root = Path(path)
+    root = user_path(path)
     cell_types = (cell_types,) if isinstance(cell_types, str) else tuple(cell_types)
     sim = Simulation(seed, image_size, min(image_size/8, 26.) if cell_radius is None else cell_radius, n_sites, effect, batch_effect, plate_effect)
     wells = design_screen(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates, missing, seed)
-    _claim(root, dict(asdict(sim), n_sirnas=n_sirnas, n_train=n_train, n_test=n_test, cell_types=list(cell_types),
-                      n_positive=n_positive, n_plates=n_plates, missing=missing))
-    _write_tables(wells, root)
-    parts = [w.iloc[i:i+4] for _,w in wells.groupby(['experiment', 'plate']) for i in range(0, len(w), 4)]
-    done = _map_parts(partial(_write_wells, sim, root), parts, num_cpus() if workers is None else workers)
-    with tqdm(total=len(wells)*n_sites, desc='Simulating', unit='site', disable=None if progress and not os.environ.get('TQDM_DISABLE') else True) as bar, closing(done):
-        for n in done: bar.update(n)
+    settings = dict(asdict(sim), n_sirnas=n_sirnas, n_train=n_train, n_test=n_test, cell_types=list(cell_types),
+                    n_positive=n_positive, n_plates=n_plates, missing=missing)
+    with _begun(root, settings):
+        _write_tables(wells, root)
+        parts = [w.iloc[i:i+4] for _,w in wells.groupby(['experiment', 'plate']) for i in range(0, len(w), 4)]
+        _write_all(partial(_write_wells, sim, root), parts, len(wells)*n_sites, 'site', workers, progress)
     return root
 
-def _claim(root, settings):
-    "Make `root` the home of a screen with these settings, or refuse if another one lives there"
-    note = root/'simulation.json'
-    if note.exists():
-        there = json.loads(note.read_text())
-        other = [f'{k} is {there.get(k)} there, {v} now' for k,v in settings.items() if there.get(k)!=v]
-        if other: raise ValueError(f'{root} holds a simulated screen with other settings ({"; ".join(other)}); give another folder or delete it')
-    elif (root/'train.csv').exists(): raise ValueError(f'{root} holds a screen that is not a simulated one; give another folder')
-    root.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=2, default=lambda o: o.item()) # NumPy numbers are welcome
-    _replace(note, lambda p: p.write_text(text+'\n'))
+@contextmanager
+def _begun(root, settings):
+    "Make `root` the home of a screen with these settings, or refuse if something else lives there; held until all is written"
+    with claim_folder(root):
+        note_request(root, 'simulation.json', settings, 'simulated screen')
+        clean_partials(root, deep=True, held=True)
+        yield
+
+def _write_all(write, parts, total, unit, workers, progress):
+    "Write all parts, in as many processes as asked for"
+    done, quiet = _map_parts(write, parts, num_cpus() if workers is None else workers), not progress or os.environ.get('TQDM_DISABLE')
+    with tqdm(total=total, desc='Simulating', unit=unit, disable=True if quiet else None) as bar, closing(done):
+        for n in done: bar.update(n)

@@ -19,10 +19,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from tqdm.auto import tqdm
 
+from .files import user_path, write_whole
 from .hpa import hpa_channels, hpa_classes
 from .hpa_cells import CellField, antibody_stain, protein_image
 from .multilabel import label_matrix
-from .simulate import _claim, _map_parts, _replace, named_rng
+from .simulate import _begun, _write_all, named_rng
 
 # %% ../nbs/15b_simulate_hpa.ipynb #443758ba
 _label_sets = (
@@ -280,20 +281,20 @@ def _write_images(sim, root, external_sizes, rows):
             if row.split=='external':
                 grey = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
                 image = Image.fromarray(grey[..., None]*np.array(_tints[c], np.uint8))
-                _replace(p, partial(image.save, format='JPEG', quality=90, subsampling=0))
-            else: _replace(p, partial(image.save, format='PNG'))
+                write_whole(p, partial(image.save, format='JPEG', quality=90, subsampling=0), sync=False)
+            else: write_whole(p, partial(image.save, format='PNG'), sync=False)
     return len(rows)
 
 def _write_atlas_tables(design, root, seed):
     "Write the CSV tables of the competition, the external list, the truth and the list of twins"
-    to_csv = lambda t, name: _replace(root/name, partial(t.to_csv, index=False))
+    write = lambda t, name: write_whole(root/name, partial(t.to_csv, index=False))
     mixed = [' '.join(map(str, named_rng(seed, 'order', i).permutation(t))) for i,t in zip(design.Id, design.target)] # the real ones are in no order
     table = design[['Id', 'split']].assign(Target=mixed)
     for split, name in (('train', 'train'), ('external', 'external'), ('test', 'truth')):
         t = table[table.split==split][['Id', 'Target']]
-        if len(t): to_csv(t, f'{name}.csv')
-        if len(t) and split=='test': to_csv(t[['Id']].assign(Predicted=0), 'sample_submission.csv')
-    to_csv(twin_pairs(design), 'twins.csv')
+        if len(t): write(t, f'{name}.csv')
+        if len(t) and split=='test': write(t[['Id']].assign(Predicted=0), 'sample_submission.csv')
+    write(twin_pairs(design), 'twins.csv')
 
 def simulate_hpa(
     path:str|Path, # folder to write to; made if need be
@@ -319,20 +320,16 @@ def simulate_hpa(
 ) -> Path: # `path`
     """Write an atlas: `train.csv`, `external.csv`, `sample_submission.csv`, `train/{Id}_green.png`, `external/{Id}_green.jpg`, and `truth.csv` and `twins.csv`.
 
-    Raises: ValueError for settings out of range, or a folder that holds an atlas made with others.
+    Raises: ValueError for settings out of range, or a folder that holds an atlas made with others; FileExistsError for a folder of something else.
     """
-    root = Path(path)
+    root = user_path(path)
     sim = AtlasSimulation(seed, image_size, min(image_size*3/16, 90.) if cell_radius is None else cell_radius, size_shift, gain_shift, contrast, noise)
     sizes = [image_size, image_size*3//2] if external_sizes is None else [int(s) for s in external_sizes]
     if not sizes or min(sizes) < 16: raise ValueError(f'external_sizes is {external_sizes}, expected one size or more of at least 16 pixels')
     asked:dict = dict(n_images=n_images, n_test=n_test, n_external=n_external, twins=twins, twin_agreement=twin_agreement, duplicates=duplicates,
                  missing_yellow=missing_yellow, frequencies=frequencies, min_positives=min_positives)
     design = design_atlas(**asked, seed=seed)
-    _claim(root, dict(asdict(sim), **asked, external_sizes=sizes))
-    for split in design.split.unique(): (root/split).mkdir(exist_ok=True)
-    _write_atlas_tables(design, root, seed)
-    parts = [design.iloc[i:i+16] for i in range(0, len(design), 16)]
-    done = _map_parts(partial(_write_images, sim, root, sizes), parts, num_cpus() if workers is None else workers)
-    with tqdm(total=len(design), desc='Simulating', unit='image', disable=None if progress and not os.environ.get('TQDM_DISABLE') else True) as bar, closing(done):
-        for n in done: bar.update(n)
+    with _begun(root, dict(asdict(sim), **asked, external_sizes=sizes)):
+        _write_atlas_tables(design, root, seed)
+        _write_all(partial(_write_images, sim, root, sizes), [design.iloc[i:i+16] for i in range(0, len(design), 16)], len(design), 'image', workers, progress)
     return root

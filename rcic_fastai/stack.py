@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
 from . import __version__
-from .checkpoint import write_text
+from .files import write_json, write_whole
 from .folds import _group_codes, check_no_straddling, grouped_folds
 from .multilabel import macro_f1
 from .threshold import F1Threshold, best_threshold
@@ -229,7 +229,7 @@ class Stacker(BaseEstimator):
                 if inner is None: inner = grouped_folds(y[train], self.groups_[train], self.n_inner, seed=self.seed+r)
                 settings = dict(seed=self.seed+r, num_threads=self.num_threads, max_rounds=self.max_rounds, patience=self.patience, min_positives=self.min_positives)
                 m = _fit_model(x, z, y[:, c], train, inner, candidates, settings)
-                if self.folder_: write_text(self.folder_/f'{name}.json', json.dumps(m))
+                if self.folder_: write_json(self.folder_/f'{name}.json', m, None)
             self.oof_[out, c] += self._value(m, x[out], z[out])
             bar.update()
             self.models_.append({**m, 'name': name, 'repeat': r, 'fold': f, 'class': c, 'predicted': _packed(out, len(y))})
@@ -283,8 +283,7 @@ class Stacker(BaseEstimator):
         digest = hashlib.sha256(text.encode())
         for a in (x, y, self.groups_): digest.update(np.ascontiguousarray(a).tobytes())
         folder = Path(self.folder)/digest.hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder/'settings.json', text)
+        write_whole(folder/'settings.json', text)
         return folder
 
     def _read(self, name, train, n):

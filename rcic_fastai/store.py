@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'BatchBuffers', 'read_ahead', 'DamagedSite', 'Store', 'write_index', 'pack_sites', 'pack_screen',
-           'read_packed', 'open_store', 'verify_store']
+           'check_screen_output', 'read_packed', 'open_store', 'verify_store']
 
 # %% ../nbs/03_store.ipynb #52f4e5b9
 import errno, io, json, math, mmap, os, platform, shutil, struct, threading, weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from importlib.metadata import version
@@ -26,9 +27,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .credentials import scrub
-from .files import check_name, parse_json, path_within, read_json
+from .files import check_name, check_output, claim_folder, clean_partials, folder_contents, parse_json, path_within, read_json, user_path, write_json, write_whole
 from .image import read_site, resize_site
-from .screen import CHANNELS, WELL_COLUMNS, Screen, check_files, has_channels, packed_row, present_sites
+from .screen import CHANNELS, WELL_COLUMNS, Screen, _expand, check_files, has_channels, packed_row, present_sites
 
 # %% ../nbs/03_store.ipynb #23a15fce
 _presets = dict( # codec, level, block
@@ -491,18 +492,8 @@ def _tables_of(folder):
     path_within(folder, table, links=True) # another one would be copied out of its folder, and to elsewhere
     return [*names, table]
 
-def _write(path, data):
-    "Bytes to the disk under a temporary name, then renamed; nothing stays behind if the disk is full"
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(temporary, 'wb') as f:
-            for part in data: f.write(part)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def _write_parts(path, parts):
+    with open(path, 'wb') as f: f.writelines(parts)
 
 def _downscale(x, size):
     c, h, w = x.shape
@@ -552,8 +543,8 @@ class _Packer:
                 moved()
                 yield encoded
         if self.plan['format']=='zarr': checksums, lengths = self._pack_zarr(k, moved)
-        else: _write(self.out/'shards'/f'{k:05d}.bin', data())
-        _write(self.part(k), [np.array([lengths, checksums], np.uint64).tobytes()])
+        else: write_whole(self.out/'shards'/f'{k:05d}.bin', lambda p: _write_parts(p, data()))
+        write_whole(self.part(k), np.array([lengths, checksums], np.uint64).tobytes())
 
     @cached_property
     def array(self):
@@ -583,12 +574,13 @@ class _Packer:
         table = self.sites[[c for c in _INDEX_COLUMNS if c in self.sites]].assign(offset=starts, length=lengths, checksum=checksums)
         write_index(table, self.out/_INDEX)
         files = {name: xxhash.xxh3_64_hexdigest((self.out/name).read_bytes()) for name in (_INDEX, *self.plan['tables'])}
-        _write(self.out/_MANIFEST, [_json(dict(self.plan, files=files, versions=_versions(self.plan['format'])))])
+        write_json(self.out/_MANIFEST, dict(self.plan, files=files, versions=_versions(self.plan['format'])))
         _tidy(self.out)
 
 def _tidy(out):
     "Remove what a finished store does not need"
-    shutil.rmtree(out/_PARTS, ignore_errors=True)
+    for p in (out/_PARTS).glob('*.npy'): p.unlink()
+    with suppress(OSError): (out/_PARTS).rmdir() # gone already, or it holds something else
     (out/_PLAN).unlink(missing_ok=True)
 
 def write_index(
@@ -596,11 +588,7 @@ def write_index(
     path:str|Path # Parquet file
 ):
     "Write the index of a store."
-    data = io.BytesIO()
-    table.reset_index(drop=True).to_parquet(data, index=False)
-    _write(Path(path), [data.getbuffer()])
-
-def _json(d): return (json.dumps(d, indent=1)+'\n').encode()
+    write_whole(path, lambda p: table.reset_index(drop=True).to_parquet(p, index=False))
 
 def _versions(format):
     packages = dict(blosc2=['blosc2'], zarr=['zarr'], raw=[])[format] + ['numpy', 'rcic_fastai']
@@ -647,14 +635,14 @@ def _check_folder(out, plan):
         if not other and old!=plan: other.append('other images or tables')
         if other: raise ValueError(f'{out} holds an unfinished store with {"; ".join(other)}: pack with those settings, choose another folder or delete it')
         return
-    others = [f for f in out.iterdir() if not f.name.startswith(f'.{_PLAN}.')] if out.exists() else [] # a kill can come while the plan is written
-    if others: raise FileExistsError(f'{out} is not empty; choose a new folder')
+    if others := folder_contents(out): raise FileExistsError(f'{out} is not empty, it holds {others[0].name}; choose a new folder')
 
 def _begin(out, plan):
     "Write the plan; clear away what a killed process had half written"
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in [f for f in out.rglob('.*') if f.is_file()]: stale.unlink()
-    if not (out/_PLAN).exists(): _write(out/_PLAN, [_json(plan)])
+    clean_partials(out, deep=True, held=True)
+    if (out/_PLAN).exists(): # zarr writes under names of its own
+        for p in (out/'shards').glob('**/*.partial'): p.unlink()
+    if not (out/_PLAN).exists(): write_json(out/_PLAN, plan)
     for d in (out/'shards', out/_PARTS): d.mkdir(exist_ok=True)
 
 def pack_sites(
@@ -674,13 +662,17 @@ def pack_sites(
     Raises: FileExistsError for a folder that holds something else; ValueError for settings or images that do not fit; OSError if the disk is too
     small, before anything is written, or full.
     """
-    out, sites = Path(out), sites.sort_values(['experiment', 'plate', 'well', 'site'], kind='stable').reset_index(drop=True)
+    out, sites = user_path(out), sites.sort_values(['experiment', 'plate', 'well', 'site'], kind='stable').reset_index(drop=True)
     found = [] if tables is None else _tables_of(Path(tables))
     plan = _plan(sites, out, channels, format, preset, size, shard_sites, found)
-    _check_folder(out, plan)
-    if (out/_MANIFEST).exists(): # killed between its last two steps
-        _tidy(out)
-        return Store(out)
+    with claim_folder(out):
+        _check_folder(out, plan)
+        if (out/_MANIFEST).exists(): _tidy(out) # killed between its last two steps
+        else: _pack(sites, out, plan, workers, progress, tables)
+    return Store(out)
+
+def _pack(sites, out, plan, workers, progress, tables):
+    "Write what a store lacks"
     packer = _Packer(sites, out, plan, workers or os.cpu_count())
     left = [k for k in packer.shards() if not packer.part(k).exists()]
     try:
@@ -688,13 +680,12 @@ def pack_sites(
         _begin(out, plan)
         with tqdm(total=len(sites), initial=len(sites)-sum(len(packer.rows(k)) for k in left), unit='site', disable=not progress) as bar:
             for k in left: packer.pack(k, bar.update)
-        for t in found: _write(out/t, [(Path(tables)/t).read_bytes()])
+        for t in plan['tables']: write_whole(out/t, (Path(tables)/t).read_bytes())
         packer.finish()
     except OSError as e:
         if e.errno!=errno.ENOSPC or isinstance(e, _TooSmall): raise
         raise OSError(errno.ENOSPC, f'the disk of {out} is full; make room and run the same command: finished shards are kept') from None
     finally: packer.pool.shutdown(cancel_futures=True)
-    return Store(out)
 
 def pack_screen(
     screen:Screen, # from `read_screen`
@@ -707,7 +698,7 @@ def pack_screen(
 
     Raises: FileNotFoundError naming the first missing file, without `present_only`; as `pack_sites` does.
     """
-    sites = screen.sites()
+    out, sites = check_output(out, screen.path), screen.sites()
     if present_only:
         sites, left_out = present_sites(sites, screen.channels)
         say(f'{len(sites):,} sites have all their files; left out: {left_out:,}')
@@ -715,6 +706,23 @@ def pack_screen(
         try: check_files(sites, screen.channels)
         except FileNotFoundError as e: raise FileNotFoundError(f'{e}; present_only (--present-only) packs the sites that are complete') from None
     return pack_sites(sites, out, screen.channels, tables=screen.path, **kwargs)
+
+def check_screen_output(
+    out:str|Path, # file that is to be written
+    screen:Screen, # that it must not belong to
+    *inputs:str|Path|None, # what else is read, see `check_output`
+    option:str='--out' # what the output was called, for the message
+) -> Path: # the output
+    "Refuse to write over a table, an image or a shard of a screen. Raises: ValueError naming it."
+    if '://' in str(screen.path): return check_output(out, *inputs, option=option)
+    root = Path(screen.path)
+    out = check_output(out, root, *(root/t for t in _tables_of(root)), *inputs, option=option)
+    real, ask = Path(os.path.realpath(out)), screen.sites().files if out.exists() else ()
+    files = (Path(f) for pattern in ask for f in _expand(pattern, screen.channels) if Path(f).name==real.name)
+    store = [Path(os.path.realpath(root/n)) for n in (_MANIFEST, _INDEX, 'shards')] if (root/_MANIFEST).is_file() else []
+    if real in store or set(store) & set(real.parents) or any(Path(os.path.realpath(f))==real for f in files):
+        raise ValueError(f'{option} {out} belongs to {root}: give another name')
+    return out
 
 # %% ../nbs/03_store.ipynb #c286c5dd
 def read_packed(

@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
-from .checkpoint import write_text
+from .files import write_json
 from .folds import _group_codes, grouped_folds
 from .multilabel import f1_scores, macro_f1
 
@@ -446,7 +446,7 @@ def write_thresholds(
     _check_names(names)
     empty = estimator.empty if isinstance(estimator.empty, str) else {'class': names[estimator.empty]}
     made = ' '.join(repr(estimator).split())
-    write_text(path, json.dumps(dict(made=made, empty=empty, thresholds=dict(zip(names, t))), indent=1, ensure_ascii=False)+'\n')
+    write_json(path, dict(made=made, empty=empty, thresholds=dict(zip(names, t))))
 
 def read_thresholds(
     path:str|Path, # file of `write_thresholds`

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from fastai.callback.core import Callback  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import rcic_fastai.checkpoint as checkpoint  # noqa: E402
+import rcic_fastai.files as files  # noqa: E402
 from rcic_fastai.recipe import check_recipe  # noqa: E402
 from rcic_fastai.run import train_run  # noqa: E402
 from rcic_fastai.screen import read_screen  # noqa: E402
@@ -62,7 +62,7 @@ class Steps(Callback):
         if self.where[3] == moment:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.where[3] == "within a checkpoint":
-            checkpoint.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)  # everything is written but for the name
+            files.os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)  # everything is written but for the name
 
     def before_batch(self):
         self._at("before_batch")

@@ -156,7 +156,7 @@ def test_members_that_would_leave(tmp_path, name, why):
 
 
 def test_unpacking_goes_on(tmp_path, monkeypatch):
-    "What is there whole is left alone; what is half, or another file of the same size, is written again"
+    "What is there whole is left alone; what is half is written again, unless this archive was never unpacked here"
     good = archive(tmp_path / "good.zip", {"a/": "", **{f"a/{i}.bin": DATA[i : i + 5000] for i in range(4)}})
     out = tmp_path / "out"
     assert extract_archive(good, out, progress=False) == 4
@@ -164,6 +164,9 @@ def test_unpacking_goes_on(tmp_path, monkeypatch):
     (out / "a" / "1.bin").write_bytes(DATA[1:100])
     (out / "a" / "2.bin").write_bytes(b"x" * 5000)
     (out / "a" / "3.bin").unlink()
+    with pytest.raises(FileExistsError, match="1.bin exists and is not the file of the archive"): extract_archive(good, out, progress=False)
+    assert (out / "a" / "2.bin").read_bytes() == b"x" * 5000 and not (out / "a" / "3.bin").exists()
+    (out / ".good.zip.unpacking").touch()  # an attempt that was killed
     extract_archive(good, out, progress=False)
     assert all((out / "a" / f"{i}.bin").read_bytes() == DATA[i : i + 5000] for i in range(4)) and (out / "a" / "0.bin").stat().st_mtime_ns == kept
     whole = good.read_bytes()

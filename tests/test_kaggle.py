@@ -171,7 +171,7 @@ def test_several_labels_and_a_session_that_ends(tmp_path, monkeypatch, capsys):
     assert {"macro-F1", "average precision"} <= set(table.index)
     kept = weights_folder(tmp_path / "outside", tmp_path / "weights", "ada", "Atlas weights")[0]
     assert (kept / "predictions" / "valid.npz").exists()  # what thresholds are chosen on
-    with pytest.raises(FileExistsError, match="holds something else"): weights_folder(tmp_path / "outside", tmp_path / "session1", "ada", "Atlas weights")
+    with pytest.raises(FileExistsError, match="holds run, and no dataset of weights"): weights_folder(tmp_path / "outside", tmp_path / "session1", "ada", "Atlas weights")
 
 
 # Wheels and folders

@@ -345,7 +345,7 @@ def test_a_folder_with_another_screen_is_refused_and_left_alone(small, small_byt
         simulate_screen(small, **{**SMALL, "seed": 5, "effect": 0.7})
     assert contents(small) == small_bytes
     (tmp_path / "train.csv").write_text("id_code\n")
-    with pytest.raises(ValueError, match="holds a screen that is not a simulated one"):
+    with pytest.raises(FileExistsError, match="holds train.csv, and no simulated screen"):
         simulate_screen(tmp_path, **SMALL)
     assert contents(tmp_path) == {"train.csv": b"id_code\n"}
 

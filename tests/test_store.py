@@ -249,8 +249,10 @@ def test_wrong_settings(screen, tmp_path, change, message):
 def test_folders_that_hold_something_else(screen, copy, tmp_path):
     with pytest.raises(FileExistsError, match="holds a finished store"):
         pack_screen(screen, copy, progress=False)
-    with pytest.raises(FileExistsError, match="is not empty"):
+    with pytest.raises(ValueError, match="is what is read"):
         pack_screen(screen, screen.path, progress=False)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        pack_sites(screen.sites(), screen.path, progress=False)
     with pytest.raises(FileNotFoundError, match="holds no finished store"):
         Store(tmp_path)
     (copy / "manifest.json").write_text(json.dumps(dict(kind="other")))

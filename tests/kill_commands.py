@@ -1,0 +1,171 @@
+"""Commands that are killed while they write, and two at once: `python kill_commands.py FOLDER` prints JSON.
+
+Run by test_writing.py in a process of its own: each attempt is a fork, which kills itself with SIGKILL before or after a file gets its name.
+"""
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from pathlib import Path
+
+os.environ.update({"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"})
+warnings.filterwarnings("ignore")
+
+import nbformat  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import rcic_fastai.files as files  # noqa: E402
+from rcic_fastai import cli, hpa_cli  # noqa: E402
+from rcic_fastai.embed import embedding_report  # noqa: E402, F401
+from rcic_fastai.files import write_json  # noqa: E402
+from rcic_fastai.hpa import label_truth, read_hpa  # noqa: E402
+from rcic_fastai.hpa_stack import stack_runs  # noqa: E402, F401
+from rcic_fastai.predict import Predictions  # noqa: E402
+from rcic_fastai.recipe import recipe_to_json  # noqa: E402
+from rcic_fastai.report import make_report  # noqa: E402, F401
+from rcic_fastai.simulate_hpa import simulate_hpa  # noqa: E402
+from rcic_fastai.store import pack_screen  # noqa: E402, F401
+from rcic_fastai.train import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings  # noqa: E402
+
+TINY = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)), data=DataSettings(batch_size=8, cache=True),
+               loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)), train=TrainSettings(epochs=1, lr=1e-3), checkpoint=CheckpointSettings(steps=2))  # fmt: skip
+ORPHANS = Path(sys.argv[1], "orphans") if len(sys.argv) > 1 else None
+SCREEN = dict(sirnas=6, train_experiments=3, test_experiments=1, cell_types="HUVEC", image_size=32)
+
+
+def kill_at(name, after):
+    "SIGKILL when a file of that name is renamed into place, before or after that; in a worker of a pool it is the parent that dies"
+    replace_, parent = os.replace, os.getpid()
+
+    def patched(a, b):
+        hit = name in str(b)
+        if not hit or after: replace_(a, b)
+        if not hit: return
+        os.kill(parent, signal.SIGKILL)
+        time.sleep(5)  # only a worker is still there
+        ORPHANS.write_text(f"{b}: a worker outlived its parent")
+
+    files.os.replace = patched
+
+
+def attempt(what, at=None):
+    "In a fork: 0, 1 with what was said, or minus the signal"
+    r, w = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(w)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with os.fdopen(r, errors="replace") as f: return status, f.read() if status == 1 else ""
+    os.close(r)
+    said, status = "", 0
+    try:
+        if at: kill_at(*at)
+        with redirect_stdout(io.StringIO()): what()
+    except BaseException as e:
+        said, status = f"{type(e).__name__}: {e}", 1
+    os.write(w, said[:4000].encode())
+    os._exit(status)
+
+
+def content(path):
+    "What is compared: tensors of networks, arrays of archives, bytes of all else"
+    if path.suffix == ".safetensors": return [(k, v.shape, v.numpy().tobytes()) for k, v in sorted(load_file(path).items())]
+    if path.suffix == ".npz": return [(k, v.tobytes()) for k, v in np.load(path).items()]
+    if path.name == "history.csv": return path.read_text().split(",time")[0]
+    return path.read_bytes().replace(b"/killed/", b"/whole/")
+
+
+def same(folder, a="whole", b="killed"):
+    "Files that differ; nothing hidden may be left"
+    trees = [{p.relative_to(folder / n).as_posix(): content(p) for p in sorted((folder / n).rglob("*")) if p.is_file()} for n in (a, b)]
+    return [k for k in sorted({*trees[0], *trees[1]}) if trees[0].get(k) != trees[1].get(k) or "rcic-" in k]
+
+
+def killed(folder, make, points, both=True):
+    "Files that differ after a command was killed at each point and run to its end, and how it ended each time"
+    assert (done := attempt(lambda: make(folder / "whole")))[0] == 0, done
+    ends = [attempt(lambda: make(folder / "killed"), (p, after))[0] for p in points for after in ((False, True) if both else (False,))]
+    done = attempt(lambda: make(folder / "killed"))
+    return dict(ends=ends, last=done, differ=same(folder))
+
+
+def at_once(make):
+    "Two processes that start together"
+    r, w = os.pipe()
+
+    def wait_and_make():
+        os.read(r, 1)
+        make()
+
+    pipes = []
+    for _ in range(2):
+        a, b = os.pipe()
+        if not os.fork():
+            said = attempt(wait_and_make)
+            os.write(b, json.dumps(said).encode())
+            os._exit(0)
+        os.close(b)
+        pipes.append(a)
+    os.write(w, b"go")
+    out = []
+    for a in pipes:
+        with os.fdopen(a) as f: out.append(json.loads(f.read()))
+        os.wait()
+    return sorted(out)
+
+
+def atlas_and_runs(root):
+    "An atlas, and two runs whose networks were never trained"
+    atlas = read_hpa(simulate_hpa(root / "atlas", n_images=150, n_test=30, n_external=0, image_size=24, min_positives=3, workers=1, progress=False))
+    train, test = (atlas.wells.id_code[atlas.wells.split == s].tolist() for s in ("train", "test"))
+    rng = np.random.default_rng(0)
+    for k in range(2):
+        run, y = root / f"net{k}", label_truth(atlas, train)[0]
+        for split, ids in (("valid", train), ("test", test)):
+            logits = rng.normal(0, 1, (len(ids), y.shape[1])) + (2 * y - 1 if split == "valid" else 0)
+            Predictions([f"{i}_1" for i in ids], atlas.classes, logits, dict(activation="sigmoid")).save(run / "predictions" / f"{split}.npz")
+        write_json(run / "recipe.json", asdict(Recipe(loss=LossSettings("multilabel_focal"))))
+        write_json(run / "run.json", dict(target="labels", wells="treatments", valid="fold=0/5", present_only=False, data=str(atlas.path), valid_wells=train, blend=["a network"]))
+    return atlas.path, [root / "net0", root / "net1"]
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    found, screen, recipe, template = {}, folder / "simulate" / "whole" / "screen", folder / "recipe.json", folder / "template.ipynb"
+    recipe.write_text(recipe_to_json(TINY))
+    cells = [nbformat.v4.new_markdown_cell("# A run", id="a"), nbformat.v4.new_code_cell("print(len(run) > 0)", id="b")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), template)
+
+    def simulate(out): cli.rcic_simulate(out=out / "screen", workers=2, **SCREEN)
+    found["simulate"] = killed(folder / "simulate", simulate, ("simulation.json", "test.csv", "HUVEC-01/Plate2/B02_s2_w1.png", "HUVEC-02/Plate2/C11_s2_w1.png"))
+
+    def train(out): cli.rcic_train(data=screen, recipe=str(recipe), run=out / "run", valid="experiment=HUVEC-03", submit=True)
+    found["train"] = killed(folder / "train", train, ("recipe.json", "model.safetensors", "run.json", "valid.npz", "test.npz", "submission.csv"))
+    run = folder / "train" / "whole" / "run"
+    found["embed"] = killed(folder / "embed", lambda out: cli.rcic_embed(run=run, split="train", out=out / "train.npz"), ("train.npz",))
+    found["report"] = killed(folder / "report", lambda out: cli.rcic_report(run, out=out / "page.html", template=template), ("page.ipynb", "page.html"), False)
+    data, runs = atlas_and_runs(folder / "stack")
+    stack = dict(data=data, min_positives=10**6, no_statistics=False)
+    found["stack"] = killed(folder / "stack", lambda out: hpa_cli.rcic_hpa_stack(run=runs, out=out / "stack", **stack),
+                            ("stack.json", "statistics-valid", "settings.json", "fold2-class05", "test.npz", "run.json"), False)  # fmt: skip
+
+    both = folder / "both"
+    for name, make in dict(simulate=lambda: cli.rcic_simulate(out=both / "simulate", workers=2, **SCREEN),
+                           pack=lambda: cli.rcic_pack(data=screen, out=both / "pack", workers=1),
+                           train=lambda: cli.rcic_train(data=screen, recipe=str(recipe), run=both / "train")).items():  # fmt: skip
+        found[f"two at once: {name}"] = at_once(make)
+    found["simulated"] = same(folder, "simulate/whole/screen", "both/simulate")
+    found["orphans"] = ORPHANS.read_text() if ORPHANS.exists() else ""
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

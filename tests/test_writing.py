@@ -1,0 +1,214 @@
+"Nothing lost: one function writes, links and devices are left alone, a full disk leaves what was there."
+import ast
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from fastcore.script import CliError
+from PIL import Image
+
+from rcic_fastai import cli, hpa_cli, kaggle, run
+from rcic_fastai.files import write_whole
+from rcic_fastai.platemap import describe_screen
+from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, recipe_to_json
+from rcic_fastai.screen import read_screen
+
+MODULES = sorted((Path(__file__).parents[1] / "rcic_fastai").glob("*.py"))
+WRITES = {"write_bytes", "write_text", "copyfile", "copytree", "save_file", "savez", "savez_compressed", "savefig", "savetxt",
+          "write_table", "write_h5ad", "to_parquet", "to_pickle", "mkstemp"}  # fmt: skip
+ALLOWED = {  # beside what `write_whole` itself calls
+    ("files", "write_whole"),  # it is the one
+    ("page", "figure"), ("hpa_stack", "_statistics"),  # into memory
+    ("predict", "_save_arrays"), ("store", "_write_parts"), ("download", "_copy_member"),  # given to `write_whole`
+    ("store", "_pack_zarr"),  # zarr writes its shards itself; here they are forced to the disk
+    ("download", "_load"), ("download", "fetch_file"),  # a download is appended to until it is complete
+    ("wheels", "installed_wheel"), ("wheels", "pack_wheels"),  # a module that runs alone; into a temporary folder, into memory
+    ("kaggle", "copy_run"),  # a folder that is renamed as a whole
+    ("checkpoint", "save_checkpoint"),  # torch.save into memory
+}  # fmt: skip
+
+
+def writes(module):
+    "Function and name of each call in a module that writes a file without `write_whole`"
+
+    def name(call): return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+    def look(node, function):
+        if isinstance(node, ast.FunctionDef): function = node.name
+        if isinstance(node, ast.Call):
+            called, owner = name(node), getattr(getattr(node.func, "value", None), "id", None)
+            if called == "write_whole": return
+            text = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            if called == "open" and any(set(t) & set("wax+") and set(t) <= set("rwabtx+U") for t in text): yield function, "open"
+            if called == "ZipFile" and any(t in "wax" for t in text): yield function, "ZipFile"
+            if called in ("replace", "rename", "link", "symlink") and owner == "os": yield function, f"os.{called}"
+            if called in ("rename", "symlink_to", "hardlink_to", "touch") and owner != "os" and not node.keywords: yield function, called
+            if called == "to_csv" and node.args: yield function, called
+            if called == "save" and owner in ("torch", "np", "image", "nbformat"): yield function, called
+            if called in WRITES or owner == "shutil" and called in ("copy", "copy2", "move"): yield function, called
+            if called == "rmtree": yield function, called
+        for child in ast.iter_child_nodes(node): yield from look(child, function)
+
+    return list(look(ast.parse(module.read_text(encoding="utf-8")), ""))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+def test_one_function_writes(module):
+    found = [(f, what) for f, what in writes(module) if (module.stem, f) not in ALLOWED]
+    assert not found, f"{module.name} writes or removes without `write_whole`: {found}"
+
+
+def test_what_the_rule_looks_for(tmp_path):
+    (tmp_path / "m.py").write_text("import os\ndef f(p):\n    open(p, 'wb')\n    os.replace(p, p)\n    p.write_text('')\n    t.to_csv(p)\n    t.to_csv()\n"
+                                   "    write_whole(p, lambda q: t.to_csv(q))\n    open(p, 'rb')\n    s.replace('a', 'b')\n")  # fmt: skip
+    assert [what for _, what in writes(tmp_path / "m.py")] == ["open", "os.replace", "write_text", "to_csv"]
+
+
+def cannot(path):
+    Path(path).write_bytes(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    write_whole(tmp_path / "a.txt", "before")
+    with pytest.raises(OSError, match="No space left"): write_whole(tmp_path / "a.txt", cannot)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "before")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
+def test_what_is_no_file_is_left_alone(tmp_path):
+    (tmp_path / "there.txt").write_text("before")
+    (tmp_path / "link.txt").symlink_to("there.txt")
+    (tmp_path / "dangling.txt").symlink_to("nowhere.txt")
+    (tmp_path / "folder.txt").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    before = {p.name: p.lstat().st_mode for p in tmp_path.iterdir()}
+    for path, what in [*((tmp_path / f"{n}.txt", w) for n, w in dict(link="a link", dangling="a link", folder="a folder", pipe="a pipe").items()), (Path("/dev/null"), "a device")]:
+        with pytest.raises(ValueError, match=f"{path.name} is {what}"): write_whole(path, "new")
+    assert {p.name: p.lstat().st_mode for p in tmp_path.iterdir()} == before and (tmp_path / "there.txt").read_text() == "before"
+    assert Path("/dev/null").is_char_device()
+
+
+# Outputs that are inputs, and folders of somebody else
+
+def tree(*folders):
+    return {p: p.read_bytes() for f in folders for p in sorted(Path(f).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def mine(small_screen, small_run, tmp_path_factory):
+    "Copies of a screen and of a run, a notebook, a plate map: what a user would not want to lose"
+    root = tmp_path_factory.mktemp("mine")
+    shutil.copytree(small_screen, root / "screen")
+    shutil.copytree(small_run, root / "run")
+    (root / "parts" / "HUVEC").mkdir(parents=True)
+    shutil.copy(root / "run" / "model.safetensors", root / "parts" / "HUVEC")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Mine", id="a")]), root / "mine.ipynb")
+    (root / "weights").mkdir()
+    (root / "weights" / "dataset-metadata.json").write_text('{"id": "ada/others"}')
+    (root / "data").mkdir()
+    (root / "data" / "photo.jpg").write_bytes(b"a photo")
+    return root
+
+
+COMMANDS = {  # what it would have written over, and the message
+    "show over an image": (lambda r: cli.rcic_show(data=r / "screen", out=next((r / "screen" / "train").rglob("*_w3.png"))), "belongs to"),
+    "find-lr over an image": (lambda r: cli.rcic_find_lr(data=r / "screen", out=next((r / "screen" / "train").rglob("*_w3.png"))), "belongs to"),
+    "submit over the sample": (lambda r: cli.rcic_submit(run=r / "run", data=r / "screen", out=r / "screen" / "sample_submission.csv"), "is what is read"),
+    "submit over the truth": (lambda r: cli.rcic_submit(run=r / "run", data=r / "screen", out=r / "screen" / "truth.csv"), "is what is read"),
+    "submit over predictions": (lambda r: cli.rcic_submit(run=r / "run", data=r / "screen", out=r / "run" / "predictions" / "test.npz"), "is what is read"),
+    "submit over the screen": (lambda r: cli.rcic_submit(run=r / "run", data=r / "screen", out=r / "screen"), "is what is read"),
+    "embed over predictions": (lambda r: cli.rcic_embed(run=r / "run", data=r / "screen", out=r / "run" / "predictions" / "test.npz"), "is what is read"),
+    "pack into the screen": (lambda r: cli.rcic_pack(data=r / "screen", out=r / "screen"), "is what is read"),
+    "pack around the screen": (lambda r: cli.rcic_pack(data=r / "screen", out=r), "which is read"),
+    "pack into a run": (lambda r: cli.rcic_pack(data=r / "screen", out=r / "run"), "is not empty"),
+    "train into the screen": (lambda r: cli.rcic_train(data=r / "screen", run=r / "screen"), "is what is read"),
+    "train into its own start": (lambda r: cli.rcic_train(data=r / "screen", run=r / "run", start=r / "run"), "is what is read"),
+    "train over its recipe": (lambda r: cli.rcic_train(data=r / "screen", run=r / "data", recipe=str(r / "data" / "recipe.json")), "is what is read"),
+    "simulate over a run": (lambda r: cli.rcic_simulate(out=r / "run"), "no simulated screen"),
+    "simulate over photos": (lambda r: cli.rcic_simulate(out=r / "data"), "holds photo.jpg.*, and no simulated screen"),
+    "simulate an atlas over a screen": (lambda r: hpa_cli.rcic_hpa_simulate(out=r / "screen"), "other settings"),
+    "blend over a run": (lambda r: run.blend_runs([r / "run", r / "parts" / ".." / "run2"], read_screen(r / "screen"), r / "run"), "is what is read"),
+    "report over its template": (lambda r: cli.rcic_report(r / "run", data=r / "screen", template=r / "mine.ipynb", out=r / "mine.html"), "the executed notebook .*mine.ipynb is what is read"),
+    "report over a notebook": (lambda r: cli.rcic_report(r / "run", data=r / "screen", out=r / "mine.html"), "not written by a report"),
+    "weights over the run": (lambda r: kaggle.build_kernel(r, "infer", run=r / "run", user="ada"), "holds .*run, which is read"),
+    "weights into the run": (lambda r: kaggle.weights_folder(r / "run", r / "run", "ada", "My weights"), "is what is read"),
+    "weights over a data set": (lambda r: kaggle.weights_folder(r / "run", r / "weights", "ada", "My weights"), "holds the dataset ada/others"),
+    "a kernel among photos": (lambda r: kaggle.build_kernel(r / "data", user="ada", lacking=()), "no kernel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_read_stays(mine, name):
+    command, message = COMMANDS[name]
+    if name == "train over its recipe": (mine / "data" / "recipe.json").write_text(recipe_to_json(get_recipe("laptop")))
+    before = tree(mine)
+    with pytest.raises((CliError, ValueError, FileExistsError), match=message): command(mine)
+    assert tree(mine) == before
+
+
+def test_a_blend_is_written_to_a_folder_of_its_own(mine, tmp_path):
+    "Neither over a run with a network per cell type, nor over another blend; the same blend again is welcome"
+    shutil.copytree(mine / "run", tmp_path / "second")
+    screen, runs = read_screen(mine / "screen"), [mine / "run", tmp_path / "second"]
+    with pytest.raises(FileExistsError, match="holds HUVEC, and no blend"): run.blend_runs(runs, screen, mine / "parts")
+    for _ in range(2): run.blend_runs(runs, screen, tmp_path / "blend")
+    before = tree(tmp_path / "blend")
+    with pytest.raises(ValueError, match="holds a blend with other settings .space is probability there, logit now"): run.blend_runs(runs, screen, tmp_path / "blend", space="logit")
+    assert tree(tmp_path / "blend") == before
+
+
+def simulate_own_screen(folder):
+    root = folder / "images"
+    root.mkdir()
+    for well in ("A01", "A02"):
+        for c in ("w1", "w2"): Image.fromarray(np.full((16, 16), ord(well[-1]), np.uint8)).save(root / f"{well}_s1_{c}.tif")
+    (folder / "wells.csv").write_text("well,treatment\nA01,a\nA02,b\n")
+    return root
+
+
+def test_a_plate_map_of_the_same_name_stays(tmp_path):
+    "The copy gets a free name, which screen.json names; described again, it is the same one"
+    root = simulate_own_screen(tmp_path)
+    (root / "wells.csv").write_text("another,table\n1,2\n")
+    for _ in range(2):
+        screen = describe_screen(root, tmp_path / "wells.csv", say=lambda *a: None)
+        assert (root / "wells.csv").read_text() == "another,table\n1,2\n" and json.loads((root / "screen.json").read_text())["table"] == "wells-2.csv"
+    assert len(screen.wells) and sorted(p.name for p in root.glob("*.csv")) == ["wells-2.csv", "wells.csv"]
+
+
+def test_only_what_is_ours_is_removed(small_screen, tmp_path):
+    "A folder `checkpoints` with files of the user's, hidden files, a folder `parts` within a store"
+    recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "checkpoint.steps=2")
+    theirs = [tmp_path / "run" / n for n in ("checkpoints/best.pt", "checkpoints/.notes", ".gitignore", ".run.json.1234", "model.txt")]
+    ours = [tmp_path / "run" / n for n in ("checkpoints/.00000001-0123456789abcdef.2147483646.rcic-part.pt", ".run.2147483646.rcic-part.json")]
+    for p in theirs + ours:
+        p.parent.mkdir(parents=True, exist_ok=True)
+        p.write_text("mine")
+    run.train_run(read_screen(small_screen), recipe, tmp_path / "run", say=lambda *a: None)
+    assert all(p.read_text() == "mine" for p in theirs) and not any(p.exists() for p in ours)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [".notes", "best.pt"]
+
+
+# Killed, and two at once
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which this system does not have")
+@pytest.mark.timeout(400)
+def test_killed_commands_end_with_the_same_files_and_folders_have_one_holder(tmp_path):
+    done = subprocess.run([sys.executable, Path(__file__).with_name("kill_commands.py"), tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, moments in dict(simulate=8, train=12, embed=2, report=2, stack=6).items():
+        assert found[name] == dict(ends=[-9] * moments, last=[0, ""], differ=[]), name
+    assert found["orphans"] == ""
+    for name in ("simulate", "pack", "train"):
+        (won, _), (told, said) = found[f"two at once: {name}"]
+        assert (won, told) == (0, 1) and "is in use by kill_commands.py (process " in said, name
+    assert found["simulated"] == []
