@@ -6,10 +6,10 @@
 __all__ = ['RUN_FORMAT', 'DataSettings', 'ModelSettings', 'LossSettings', 'TrainSettings', 'PseudoSettings', 'DeviceSettings',
            'CheckpointSettings', 'InferenceSettings', 'Recipe', 'compare_recipes', 'schedule_function',
            'SkipEmptyValidation', 'LeaveOutControls', 'known_accuracy', 'loss_metrics', 'recipe_model', 'new_head',
-           'ScreenLearner', 'SmoothLoss', 'LossOnDevice', 'screen_learner', 'stage_callbacks', 'suggest_lr',
-           'fit_stage', 'sample_sites', 'measure_stats', 'measure_histograms', 'stats_with', 'histograms_with',
-           'complete_stats', 'recipe_dataloaders', 'pretrain_on_controls', 'recipe_from_dict', 'noted_path',
-           'write_run', 'read_run', 'run_data', 'load_run']
+           'ScreenRecorder', 'ScreenLearner', 'SmoothLoss', 'LossOnDevice', 'screen_learner', 'stage_callbacks',
+           'suggest_lr', 'fit_stage', 'sample_sites', 'measure_stats', 'measure_histograms', 'stats_with',
+           'histograms_with', 'complete_stats', 'recipe_dataloaders', 'pretrain_on_controls', 'recipe_from_dict',
+           'noted_path', 'write_run', 'read_run', 'run_data', 'load_run']
 
 # %% ../nbs/09_train.ipynb #23896608
 import difflib, json, math, os, sys, types, typing, warnings
@@ -22,32 +22,38 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.all import (Callback, CancelEpochException, CancelValidException, EarlyStoppingCallback, GradientAccumulation, ParamScheduler,
-                                 ProgressCallback, valley)
+from fastai.callback.all import (Callback, CancelEpochException, CancelValidException, CSVLogger, EarlyStoppingCallback, GradientAccumulation,
+                                 ParamScheduler, ProgressCallback, ShowGraphCallback, valley)
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import event
-from fastai.data.core import DataLoaders
+from fastai.callback.fp16 import AMPMode
+from fastai.callback.tracker import TrackerCallback
+from fastai.data.core import DataLoaders, test_set
 from fastai.learner import AvgMetric, AvgSmoothLoss, Learner, Recorder
 from fastai.metrics import AccumMetric
 from fastai.torch_core import num_distrib, set_seed
+from fastcore.basics import getcallable, noop, patch, tuplify
+from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
+from fastcore.meta import delegates
 from torch import nn
 
 from . import __version__
 from .augment import ChannelStats, MatchHistograms, Standardize, channel_histograms, channel_stats, screen_transforms
-from .batchnorm import DomainSlices
+from .batchnorm import DomainSlices, batchnorm_layers
 from .checkpoint import Checkpoint, History, StopOnNaN, random_state, set_random_state
-from .data import screen_dataloaders, select_sites
+from .data import SITE_COLUMNS, DomainDL, _domain_names, control_pools, plain_rows, screen_dataloaders, select_sites, sites_table
 from .files import path_within, read_arrays, read_json, user_path, write_json
 from .image import read_site, resize_site
 from .loss import ScreenLoss, create_loss
 from .mix import create_mix
-from .model import ScreenModel, create_model, create_screen_head, load_weights, param_groups, plain
+from .model import ScreenModel, check_arch, create_model, create_screen_head, load_weights, param_groups, plain
 from .multilabel import average_precision, macro_f1
 from .multilabel_loss import MultiLabelLoss, multilabel_losses
 from .renamed import renamed
 from .screen import Screen
 from .step import AutoMixedPrecision, ChannelsLastImages, InferenceMode, adam, adamw, fast_precision, optimizers, radam
-from .target import is_multilabel
+from .target import MultiLabelCategorize, is_multilabel
 from .weights import EMA, FreezeBody, KeepBest, LastEpochs, ValidateWithin, geometric_rates
 
 # %% ../nbs/09_train.ipynb #df686a09
@@ -206,12 +212,16 @@ def schedule_function(
 
 # %% ../nbs/09_train.ipynb #a926a838
 class SkipEmptyValidation(Callback):
-    "Where there is no validation set, leave validation out and log the accuracy on the training batches."
-    order = -20
+    "Where there is no validation set, a fit leaves validation out and logs the metrics on the training batches."
+    order, kept = -20, None
     def before_fit(self):
-        if not len(self.dls.valid_ds): self.learn.recorder.train_metrics, self.learn.recorder.valid_metrics = True, False
+        rec = self.learn.recorder
+        if self.kept: (rec.train_metrics, rec.valid_metrics), self.kept = self.kept, None
+        if len(self.dls.valid_ds) or not getattr(self.learn, 'fits', True): return
+        self.kept = rec.train_metrics, rec.valid_metrics
+        rec.train_metrics, rec.valid_metrics = True, False
     def before_validate(self):
-        if not len(self.dl.dataset): raise CancelValidException
+        if not len(getattr(self.dl, 'dataset', self.dl)): raise CancelValidException
 
 class LeaveOutControls(Callback):
     "Drop the controls that are in a batch for its statistics alone before the loss, the metrics and `get_preds` see them."
@@ -246,14 +256,25 @@ class _Accuracy(AvgMetric):
     name = 'accuracy' # what logs, histories and `monitor` call it
     def __init__(self): super().__init__(known_accuracy)
 
+def _label_precision(y, p):
+    known = (y >= 0).all(1)
+    return average_precision(y[known] > .5, p[known])
+
+def _label_f1(y, p):
+    known = (y >= 0).all(1)
+    return macro_f1(y[known] > .5, p[known] > .5)
+
+def _metrics(several):
+    "Metrics of one label or of several; named functions, so that a learner can be pickled"
+    if not several: return [_Accuracy()]
+    how = dict(activation='sigmoid', to_np=True, invert_arg=True, flatten=False)
+    return [AccumMetric(_label_precision, name='average_precision', **how), AccumMetric(_label_f1, name='macro_f1', **how)]
+
 def loss_metrics(
     loss:ScreenLoss # from `create_loss`
 ) -> list: # metrics; the first one says which weights are best
     "What is logged beside a loss: the accuracy; where there are several labels, macro average precision, which needs no thresholds, and macro-F1 at .5."
-    if not isinstance(loss, MultiLabelLoss): return [_Accuracy()]
-    known = lambda y: (y >= 0).all(1)
-    return [AccumMetric(lambda y, p: average_precision(y[known(y)] > .5, p[known(y)]), activation='sigmoid', to_np=True, invert_arg=True, flatten=False, name='average_precision'),
-            AccumMetric(lambda y, p: macro_f1(y[known(y)] > .5, p[known(y)] > .5), activation='sigmoid', to_np=True, invert_arg=True, flatten=False, name='macro_f1')]
+    return _metrics(isinstance(loss, MultiLabelLoss))
 
 # %% ../nbs/09_train.ipynb #0b1c554f
 def _head_options(recipe, n_cell_types):
@@ -282,17 +303,35 @@ def new_head(
     model.head = create_screen_head(recipe.model.head, model.n_features, n_classes, **_head_options(recipe, n_cell_types)).to(p.device, p.dtype)
     return model
 
-def _statistics_callbacks(data):
+def _statistics_callbacks(data, model):
     "How BatchNorm sees a batch: in training per domain where there are several, in validation by batch"
-    cbs = [InferenceMode('batch' if data.domain else 'running')]
+    cbs = [InferenceMode('batch' if data.domain and batchnorm_layers(model) else 'running')]
     if data.domains_per_batch > 1 or data.statistics=='controls': cbs.append(DomainSlices(data.domain, reference=data.statistics))
     return cbs + ([LeaveOutControls()] if data.controls else [])
+
+class ScreenRecorder(Recorder):
+    "fastai's `Recorder`, which keeps the log of the last fit while the learner validates or predicts."
+    name, before = 'recorder', None
+    def before_fit(self):
+        self.before = None if getattr(self.learn, 'fits', True) else {k: v for k,v in vars(self).items() if k in (*self._stateattrs, 'metric_names')}
+        super().before_fit()
+    def after_fit(self):
+        if self.before: vars(self).update(self.before)
+    @delegates(Recorder.plot_loss)
+    def plot_loss(self, skip_start=5, with_valid=True, **kwargs):
+        if not vars(self).get('losses'): raise ValueError('nothing was trained with this learner yet, so there are no losses to plot: call learn.fit first')
+        if with_valid and 'valid_loss' not in self.metric_names:
+            raise ValueError('there is no validation set: learn.recorder.plot_loss(with_valid=False) plots the training loss')
+        return super().plot_loss(skip_start, with_valid, **kwargs)
 
 class ScreenLearner(Learner):
     """A `Learner` that calls a callback for the events it knows, and begins a fit with the epoch a `Checkpoint` says.
 
     fastai calls each callback for each event, and an unknown one is looked for in callback, learner and network in turn."""
-    first_epoch = 0
+    first_epoch, fits = 0, False # `fits`: is this a training, and no mere validation?
+    chosen:dict = {} # loss and optimiser as the recipe says; anything else in their place was somebody's choice
+    def add_cb(self, cb): return super().add_cb(ScreenRecorder() if cb is Recorder else cb)
+
     def _do_fit(self):
         start, self.first_epoch = self.first_epoch, 0
         for epoch in range(start, self.n_epoch):
@@ -336,28 +375,293 @@ def _compile(model, recipe):
     backend = recipe.device.compile
     getattr(model, 'body', model).compile(**({} if backend is True else dict(backend=backend)))
 
+def _several_labels(dls): return any(isinstance(t, MultiLabelCategorize) for tl in dls.train_ds.tls for t in tl.tfms)
+
+def _asked_recipe(recipe, dls, loss_given):
+    "A recipe, or one around the name of an architecture, with the batches that `dls` makes"
+    if isinstance(recipe, Recipe): return recipe
+    if not isinstance(recipe, (str, type(None))): raise ValueError(f'recipe is {type(recipe).__name__}, expected a Recipe or the name of an architecture')
+    if recipe is not None:
+        try: check_arch(recipe)
+        except ValueError as e: raise ValueError(f'{e}. A recipe by its name is get_recipe({recipe!r})') from None
+    dl, several, plain_head = dls.train, _several_labels(dls), loss_given or _several_labels(dls)
+    data = {k: getattr(dl, o) for k,o in dict(domain='domain', domains_per_batch='domains_per_batch', controls='n_controls').items() if hasattr(dl, o)}
+    return Recipe(name=recipe or 'custom', data=DataSettings(batch_size=dl.bs, **data), loss=LossSettings('multilabel_focal') if several else LossSettings(),
+                  model=ModelSettings(**({} if recipe is None else dict(arch=recipe)), **(dict(head='linear') if plain_head else {})))
+
 def screen_learner(
     dls:DataLoaders, # from `screen_dataloaders`
-    recipe:Recipe=Recipe(), # settings
+    recipe:Recipe|str=None, # settings; or the name of an architecture, for which head and loss are chosen; None: the defaults, on batches like those of `dls`
     model:nn.Module=None, # a network to go on with; by default a new one of the recipe
     path:str|Path=None, # folder of the learner; by default that of `dls`
     cbs:Iterable[Callback]=None, # further callbacks
-    **kwargs # of `Learner`
+    **kwargs # of `Learner`; metrics, loss_func, opt_func and splitter that are given take the place of the recipe's
 ) -> Learner:
-    "A fastai `Learner` as the recipe describes it: `fit_one_cycle`, `lr_find`, `get_preds` and all the rest work on it."
+    """A fastai `Learner` as the recipe describes it: `fit_one_cycle`, `lr_find`, `get_preds` and all the rest work on it.
+
+    Raises: ValueError for an unknown architecture, or a recipe whose number of labels is not that of `dls`.
+    """
+    given = {k: v for k,v in kwargs.items() if v is not None}
+    recipe = _asked_recipe(recipe, dls, 'loss_func' in given)
     if model is None:
         set_seed(recipe.seed)
         image, context, *_ = dls.train.dataset[0]
         model = recipe_model(recipe, len(dls.vocab), len(image), len(_context_encoder(dls).cell_types))
     device = recipe.device
-    callbacks = [AutoMixedPrecision(device.precision), SkipEmptyValidation(), LossOnDevice(), *_statistics_callbacks(recipe.data)]
+    callbacks = [AutoMixedPrecision(device.precision), SkipEmptyValidation(), LossOnDevice(), *_statistics_callbacks(recipe.data, model)]
     if device.channels_last: callbacks.append(ChannelsLastImages(device.channels_last))
     if device.compile: _compile(model, recipe)
-    loss = create_loss(recipe.loss.name, **recipe.loss.options)
-    return ScreenLearner(dls, model, loss_func=loss, opt_func=optimizers[recipe.train.optimizer], metrics=loss_metrics(loss),
-                   splitter=param_groups, path=path, cbs=callbacks+list(cbs or []), **kwargs)
+    chosen, several = dict(loss_func=create_loss(recipe.loss.name, **recipe.loss.options), opt_func=optimizers[recipe.train.optimizer]), _several_labels(dls)
+    if 'loss_func' not in given and several!=isinstance(chosen['loss_func'], MultiLabelLoss):
+        raise ValueError(f'the sites have {"several labels" if several else "one label"} each, and loss {recipe.loss.name!r} is one of {"one label" if several else "several"}')
+    own = dict(**chosen, splitter=param_groups, metrics=_metrics(several), path=path, cbs=callbacks+list(L(cbs)))
+    learn = ScreenLearner(dls, model, **{**own, **given})
+    learn.chosen = chosen
+    return learn
 
 def _context_encoder(dls): return next(t for t in dls.train_ds.tls[1].tfms if hasattr(t, 'cell_types'))
+
+# %% ../nbs/09_train.ipynb #c3d1b002
+def _sites_of(learn, call, ds_idx=1, dl=None, labels=''):
+    "The loader that a call means. Raises: ValueError if it has no sites, with what to call instead"
+    given, dl = dl is not None, learn.dls[ds_idx] if dl is None else dl
+    if not isinstance(dl, DomainDL) or len(dl.dataset): return dl
+    what = 'no validation set' if given or ds_idx else 'no training set'
+    own = f', {call}(ds_idx=0) the training set' if len(learn.dls.train_ds) else ''
+    raise ValueError(f'there is {what}: {call}(dl=learn.dls.test_dl(sites{labels})) takes any sites{own}')
+
+def _need_training(learn):
+    if not len(learn.dls.train_ds): raise ValueError('this learner has no training sites: give it some, learn.dls = screen_dataloaders(sites, ...)')
+
+def _check_callbacks(learn, cbs):
+    "Raises: ValueError for callbacks that watch what is not logged, above all where there is no validation set"
+    empty = not len(learn.dls.valid_ds)
+    known = ['train_loss', *([] if empty else ['valid_loss']), *learn.metrics.attrgot('name')]
+    if not empty and learn.recorder.train_metrics: known = [f'{s}_{m}' for s in ('train', 'valid') for m in ('loss', *known[2:])]
+    for cb in cbs:
+        if isinstance(cb, TrackerCallback) and cb.monitor not in known:
+            why = 'there is no validation set, so' if empty else f'{cb.monitor!r} is not logged:'
+            raise ValueError(f'{why} {type(cb).__name__} cannot watch {cb.monitor!r}; give it monitor={" or ".join(map(repr, known))}')
+        if empty and isinstance(cb, ShowGraphCallback):
+            raise ValueError('there is no validation set for ShowGraphCallback: learn.recorder.plot_loss(with_valid=False) plots the training loss after the fit')
+
+def _keep_history(learn, cbs):
+    "A `CSVLogger` does not write over the history of a run"
+    taken = {cb.path.absolute() for cb in cbs if isinstance(cb, History)}
+    if (learn.path/'run.json').exists(): taken.add((learn.path/'history.csv').absolute())
+    for cb in cbs:
+        if not isinstance(cb, CSVLogger) or (learn.path/cb.fname).absolute() not in taken: continue
+        before, cb.fname = cb.fname, cb.fname.with_stem(f'{cb.fname.stem}_csvlogger')
+        warnings.warn(f'{learn.path/before} is the history of the run: CSVLogger writes to {cb.fname} next to it')
+
+@patch
+@delegates(Learner.fit)
+def fit(self:ScreenLearner, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
+    "fastai's `fit`. Raises: ValueError without training sites, or for callbacks that need a validation set where there is none."
+    _need_training(self)
+    given = L(cbs).map(lambda cb: cb() if isinstance(cb, type) else cb)
+    _check_callbacks(self, self.cbs+given)
+    _keep_history(self, self.cbs+given)
+    self.fits = True
+    try: Learner.fit(self, n_epoch, lr, wd, given, **kwargs)
+    finally: self.fits = False
+
+# %% ../nbs/09_train.ipynb #c3d1b003
+def _with_controls(learn, dl):
+    "The loader with controls, if the learner was trained with some and knows those of the same domains"
+    own = learn.dls.train
+    if dl.n_controls or not getattr(own, 'n_controls', 0) or not learn._grab_cbs(LeaveOutControls): return dl
+    try: control_pools(dl.sites, own.controls.table, dl.domain)
+    except ValueError:
+        if _must_have_controls(learn): raise
+        return dl
+    return dl.new(dl.dataset, n_controls=own.n_controls, controls=own.controls.table)
+
+def _measure_new(learn, sites):
+    "Statistics of the pixels of plates or experiments that are met for the first time, where images are standardised by them"
+    if getattr(learn.dls, 'stats', None) is None and getattr(learn.dls, 'counts', None) is None or 'experiment' not in sites: return
+    sites = sites[sites.experiment.isin(_context_encoder(learn.dls).experiments)]
+    if len(sites): complete_stats(learn.dls, sites)
+
+def _must_have_controls(learn):
+    return getattr(getattr(learn.model, 'head', None), 'controls', False) or any(cb.reference=='controls' for cb in learn._grab_cbs(DomainSlices))
+
+def _companions(learn, dl):
+    "Other sites of the domains of `dl`, where it has fewer than a batch of validation: of the loader that knows most of it"
+    domains, own = lambda sites: pd.Series(map(str, _domain_names(sites, dl.domain))), set(dl.sites.files)
+    names, known = domains(dl.sites), [(o.sites, domains(o.sites), o.sites.files.isin(own).to_numpy()) for o in learn.dls.loaders if len(o.sites)]
+    rows = []
+    for name, n in names.value_counts(sort=False).items():
+        room, found = learn.dls.valid.bs-n, [(t, k==name, same) for t,k,same in known if (k==name).any()]
+        if room <= 0 or not found: continue
+        sites, inside, same = max(found, key=lambda o: (o[1] & o[2]).sum())
+        others = sites[inside.to_numpy() & ~same]
+        rows.append(others.iloc[np.linspace(0, len(others)-1, min(room, len(others))).round().astype(int)])
+    return pd.concat(rows) if rows else dl.sites[:0]
+
+def _with_companions(learn, dl):
+    "The loader with these sites behind its own, if its batches shape their statistics"
+    mode = next(iter(learn._grab_cbs(InferenceMode)), None)
+    if mode is None or mode.mode!='batch' or dl.domain is None or not isinstance(dl.sites, pd.DataFrame) or 'files' not in dl.sites: return dl
+    others = _companions(learn, dl)
+    if not len(others): return dl
+    columns = [c for c in (*SITE_COLUMNS, 'well_type', *([dl.target_name] if len(dl.dataset.tls)==3 else [])) if c in dl.sites and c in others]
+    sites = pd.concat([dl.sites[columns], others[columns]], ignore_index=True)
+    wide = test_set(dl.dataset, sites, with_labels=True)
+    for tl in wide.tls: tl.tfms.split_idx = dl.dataset.split_idx # `tta` switches the augmentations on
+    return dl.new(wide, bs=max(dl.bs, learn.dls.valid.bs))
+
+# %% ../nbs/09_train.ipynb #c3d1b004
+def _pick(t, rows, n, n_sites):
+    "The rows of the data set, in its order, of outputs for `rows`; controls, behind `n_sites`, may be left out of them already"
+    if t is None: return None
+    if isinstance(t, (tuple, list)): return type(t)(_pick(o, rows, n, n_sites) for o in t)
+    if len(t)!=len(rows): rows = rows[rows < n_sites]
+    own = rows < n
+    return t[own][rows[own].argsort()]
+
+@patch
+def get_preds(self:ScreenLearner, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None, inner=False, reorder=True, cbs=None, **kwargs):
+    """fastai's `get_preds`: each site once, in the order of the table, with the statistics of its domain as far as the learner knows sites of it.
+
+    Raises: ValueError if there are no sites, or no controls for a network that compares with controls.
+    """
+    dl = _sites_of(self, 'get_preds', ds_idx, dl)
+    how = dict(with_input=with_input, with_decoded=with_decoded, with_loss=with_loss, act=act, inner=inner, cbs=cbs, **kwargs)
+    if not isinstance(dl, DomainDL) or 'get_idxs' in vars(dl): return Learner.get_preds(self, dl=dl, reorder=reorder, **how)
+    n = len(dl.dataset)
+    _measure_new(self, dl.sites)
+    if dl.shuffle or dl.drop_last: dl = dl.new(shuffle=False, drop_last=False)
+    dl = _with_controls(self, _with_companions(self, dl))
+    idxs = dl.get_idxs()
+    res = Learner.get_preds(self, dl=dl.new(get_idxs=lambda: idxs), reorder=False, **how)
+    return _pick(res, torch.tensor(idxs), n, len(dl.dataset))
+
+# %% ../nbs/09_train.ipynb #c3d1b005
+@patch
+def validate(self:ScreenLearner, ds_idx=1, dl=None, cbs=None):
+    "fastai's `validate`: loss and metrics. Raises: ValueError if there are no sites."
+    dl = _sites_of(self, 'validate', ds_idx, dl, ', with_labels=True')
+    return Learner.validate(self, ds_idx, _with_controls(self, dl) if isinstance(dl, DomainDL) else dl, cbs)
+
+@patch
+@delegates(Learner.show_results)
+def show_results(self:ScreenLearner, ds_idx=1, dl=None, max_n=9, shuffle=True, **kwargs):
+    "fastai's `show_results`: true and predicted classes under images. Raises: ValueError if there are no sites."
+    given, dl = dl is not None, _sites_of(self, 'show_results', ds_idx, dl, ', with_labels=True')
+    if not isinstance(dl, DomainDL): return Learner.show_results(self, ds_idx, dl, max_n, **kwargs)
+    seed = int(torch.randint(2**31, ())) if shuffle and not given else dl.seed
+    rows = dl.new(shuffle=shuffle and not given, drop_last=False, pairs=False, domains_per_batch=1, repeats=1, n_controls=0, seed=seed).get_idxs().batches[0][:max_n]
+    few = dl.new(test_set(dl.dataset, dl.sites.iloc[rows], with_labels=True), shuffle=False, drop_last=False)
+    batch = few.new(domain=None, bs=len(rows)).one_batch()
+    _, _, decoded = self.get_preds(dl=few, with_decoded=True)
+    dl.show_results(batch, decoded, max_n=max_n, **kwargs)
+
+@patch
+@delegates(Learner.tta)
+def tta(self:ScreenLearner, ds_idx=1, dl=None, **kwargs):
+    "fastai's `tta`: mean over augmented views. Raises: ValueError if there are no sites."
+    dl = _sites_of(self, 'tta', ds_idx, dl)
+    return Learner.tta(self, ds_idx, dl, **kwargs)
+
+@patch
+def summary(self:ScreenLearner):
+    "fastai's `summary` of layers and parameters. Raises: ValueError without training sites, or for a network that cannot see one site alone."
+    _need_training(self)
+    if getattr(getattr(self.model, 'head', None), 'controls', False):
+        raise ValueError('summary shows the network one site, and this one compares it with controls: print(learn.model) lists its layers')
+    with self.removed_cbs(self._grab_cbs(DomainSlices)): return Learner.summary(self)
+
+@patch
+def lr_find(self:ScreenLearner, *args, **kwargs):
+    "fastai's `lr_find`. Raises: ValueError without training sites."
+    _need_training(self)
+    return Learner.lr_find(self, *args, **kwargs)
+
+@patch
+def show_batch(self:ScreenLearner, **kwargs):
+    "Training images, as `dls.show_batch`."
+    _need_training(self)
+    self.dls.show_batch(**kwargs)
+
+# %% ../nbs/09_train.ipynb #c3d1b007
+def _one_place(item):
+    "The sites of one well, or one site"
+    sites = sites_table(item)
+    if len(sites)==1 or len(sites) and 'id_code' in sites and sites.id_code.nunique()==1: return sites.reset_index(drop=True)
+    raise ValueError(f'predict takes one site or the sites of one well, not {len(sites)} sites: get_preds(dl=learn.dls.test_dl(sites)) takes many')
+
+@patch
+def predict(self:ScreenLearner,
+    item:pd.DataFrame|pd.Series|str|Path, # a row of the sites, a table of one site or one well, or a path pattern with `{channel}`
+    rm_type_tfms=None, # as in fastai
+    with_input:bool=False # the image and its context first?
+) -> tuple: # decoded class or classes, their number or mask, probabilities (K,)
+    """fastai's `predict` of one site, or of one well.
+
+    Raises: ValueError for several wells or anything that is no site; FileNotFoundError for a missing file.
+    """
+    sites = _one_place(item)
+    dl = self.dls.test_dl(sites, rm_type_tfms=rm_type_tfms, num_workers=0)
+    alone = not len(_companions(self, dl)) and any(cb.mode=='batch' for cb in self._grab_cbs(InferenceMode))
+    if alone and len(sites)==1:
+        warnings.warn(f'{sites.files[0]}: no other site of its {dl.domain} is known to this learner, so the running statistics of the network are used; '
+                      'get_preds(dl=learn.dls.test_dl(sites)) takes all sites of an experiment together')
+    try: inputs, raw, _ = self.get_preds(dl=dl, with_input=True, act=noop)
+    except ValueError as e:
+        if not isinstance(item, (str, Path)): raise
+        raise ValueError(f'{item}: a path says nothing of the origin of the site, which this network needs ({e}): give a row of the sites') from None
+    mean = tuple(o.mean(0, keepdim=True) for o in raw) if isinstance(raw, tuple) else raw.mean(0, keepdim=True)
+    probs = getcallable(self.loss_func, 'activation')(mean)
+    decoded = getcallable(self.loss_func, 'decodes')(probs)
+    image, context, target = self.dls.decode_batch((*(o[:1] for o in inputs), *tuplify(decoded)))[0]
+    res = target, decoded[0], probs[0]
+    return ((image, context), *res) if with_input else res
+
+# %% ../nbs/09_train.ipynb #c3d1b008
+@patch
+@delegates(Learner.export)
+def export(self:ScreenLearner, fname='export.pkl', **kwargs):
+    "fastai's `export`, without the sites; if it fails, the learner stays as it was."
+    dls, opt = self.dls, self.opt
+    try: Learner.export(self, fname, **kwargs)
+    finally:
+        self.dls = dls
+        if opt is not None: self.opt = opt
+
+def _to_precision(learn, precision, **kwargs):
+    if precision=='fp16' and learn.dls.device.type=='cpu': raise ValueError("precision 'fp16' cannot train on a CPU; use to_bf16 or to_fp32")
+    learn.remove_cb(AutoMixedPrecision)
+    return learn.add_cb(AutoMixedPrecision(precision, **kwargs))
+
+@patch
+def to_fp16(self:ScreenLearner, **kwargs):
+    "Train in float16. Raises: ValueError on a CPU, which cannot."
+    return _to_precision(self, 'fp16', **kwargs)
+
+@patch
+def to_bf16(self:ScreenLearner):
+    "Train in bfloat16."
+    return _to_precision(self, 'bf16')
+
+@patch
+def to_fp32(self:ScreenLearner):
+    "Train in float32."
+    return _to_precision(self, 'fp32')
+
+@patch
+def to_channelslast(self:ScreenLearner, use_amp=True, amp_mode=AMPMode.FP16, **kwargs):
+    "Images and network in channels-last layout; on a GPU in mixed precision too, if that is asked for."
+    self.remove_cbs([ChannelsLast, ChannelsLastImages])
+    if use_amp and self.dls.device.type!='cpu': _to_precision(self, AMPMode(amp_mode).value, **kwargs)
+    return self.add_cb(ChannelsLastImages())
+
+@patch
+def to_contiguous(self:ScreenLearner, to_fp32=False):
+    "Images and network in the default layout, in float32 if that is asked for."
+    self.remove_cbs([ChannelsLast, ChannelsLastImages])
+    self.model.to(memory_format=torch.contiguous_format)
+    return self.to_fp32() if to_fp32 else self
 
 # %% ../nbs/09_train.ipynb #c781580b
 def stage_callbacks(
@@ -374,7 +678,7 @@ def stage_callbacks(
     if stage.ema: cbs.append(EMA(stage.ema))
     if stage.average: cbs.append(LastEpochs(stage.average))
     if not len(learn.dls.valid_ds): return cbs
-    monitor = learn.metrics[0].name
+    monitor = learn.metrics[0].name if learn.metrics else 'valid_loss'
     cbs.append(KeepBest(monitor, learn.path/'best.safetensors' if save_best else None, restore=stage.keep=='best'))
     if stage.validate_steps: cbs.append(ValidateWithin(stage.validate_steps))
     if stage.patience: cbs.append(EarlyStoppingCallback(monitor, patience=stage.patience))
@@ -382,15 +686,18 @@ def stage_callbacks(
 
 def _begin_stage(learn, stage):
     "No traces of a stage before"
-    if learn.opt_func in optimizers.values(): learn.opt_func = optimizers[stage.optimizer] # anything else was somebody's choice
+    chosen = getattr(learn, 'chosen', {}) # of the recipe; anything else was somebody's choice
+    if learn.opt_func is chosen.get('opt_func') or not chosen and learn.opt_func in optimizers.values():
+        learn.opt_func = optimizers[stage.optimizer]
+        if chosen: learn.chosen = dict(chosen, opt_func=learn.opt_func)
     learn.opt = None
     learn.model.zero_grad() # a stage before may have ended within a virtual batch
 
 @contextmanager
 def _loss_of(learn, stage):
-    "The loss of a stage instead of that of the learner"
+    "The loss of a stage instead of that of the recipe; a loss that somebody gave stays"
     own = learn.loss_func
-    if stage.loss: learn.loss_func = create_loss(stage.loss, **stage.loss_options)
+    if stage.loss and own is getattr(learn, 'chosen', {}).get('loss_func', own): learn.loss_func = create_loss(stage.loss, **stage.loss_options)
     try: yield
     finally: learn.loss_func = own
 
@@ -725,7 +1032,8 @@ def _side(files, channels, read_size):
 def load_run(
     run:str|Path, # a run folder
     sites:pd.DataFrame, # sites to make DataLoaders of; labels are not needed
-    device:str|torch.device=None # where to; by default fastai's default device
+    device:str|torch.device=None, # where to; by default fastai's default device
+    valid:str|np.ndarray=None # mask of the validation rows, or a sentence for `valid_mask`; None: the wells that the run set aside, where `sites` has others too
 ) -> Learner: # ready for `get_preds` and `predict_sites`
     """The learner of a finished run, with DataLoaders for `sites`; experiments it has never seen get the next numbers.
 
@@ -744,6 +1052,8 @@ def load_run(
     common = dict(target=info['target'], classes=info['classes'], cell_types=info['cell_types'], experiments=experiments,
                   channels=info['channels'], device=device, path=Path(run))
     stats, counts = _run_stats(run, info), _run_histograms(run) if recipe.data.match_histograms else None
-    dls = recipe_dataloaders(sites, recipe, stats=stats, counts=counts, **common)
+    if valid is None: valid = sites.id_code.isin(info['valid_wells']).to_numpy() if 'id_code' in sites else np.zeros(len(sites), bool)
+    if not isinstance(valid, str) and np.asarray(valid).all(): valid = None # nothing would be left for the training set, which holds the transforms
+    dls = recipe_dataloaders(sites, recipe, valid, stats=stats, counts=counts, **common)
     model = recipe_model(recipe, len(info['classes']), len(info['channels']), len(info['cell_types']))
     return screen_learner(dls, recipe, load_weights(model, Path(run)/'model.safetensors'), path=Path(run))

@@ -1,0 +1,560 @@
+"What README, docstrings and pages promise to somebody who knows fastai: one test per promise, on the four ways to a learner."
+
+import warnings
+from dataclasses import replace
+from functools import partial
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.all import (ActivationStats, CSVLogger, EarlyStoppingCallback, FetchPredsCallback, GradientClip, ReduceLROnPlateau, SaveModelCallback,
+                                 ShowGraphCallback, TerminateOnNaNCallback, minimum, slide, steep, valley)  # fmt: skip
+from fastai.interpret import ClassificationInterpretation, Interpretation
+from fastai.learner import AvgMetric, Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy, error_rate
+from fastai.optimizer import SGD, Adam
+from fastai.torch_core import params
+from torch import nn
+
+from rcic_fastai.checkpoint import History
+from rcic_fastai.data import screen_dataloaders, select_sites, sites_table
+from rcic_fastai.loss import SoftmaxCrossEntropyLoss
+from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
+from rcic_fastai.run import control_sites, train_run
+from rcic_fastai.screen import read_screen
+from rcic_fastai.simulate_hpa import simulate_hpa
+from rcic_fastai.step import radam
+from rcic_fastai.train import LossSettings, TrainSettings, fit_stage, load_run, recipe_dataloaders, screen_learner
+
+matplotlib.use("Agg")
+
+KINDS = "screen_learner", "train_run", "load_run", "load_learner"
+HELD = "experiment=HUVEC-03"
+recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "device.precision=fp32",
+                       'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}', "loss.options.m=0.2", "loss.options.s=16")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def screen(small_screen):
+    return read_screen(small_screen)
+
+
+@pytest.fixture(scope="module")
+def sites(screen):
+    return select_sites(screen)
+
+
+@pytest.fixture(scope="module")
+def new_sites(screen):
+    return select_sites(screen, "test")
+
+
+@pytest.fixture(scope="module")
+def learners(screen, sites, new_sites, tmp_path_factory):
+    "By kind: a learner with a validation set, and one without"
+    path, quiet = tmp_path_factory.mktemp("learners"), lambda *a: None
+
+    def two(valid):
+        name = "with" if valid else "without"
+        dls = recipe_dataloaders(sites, recipe, valid, path=path / name)
+        (path / name).mkdir()
+        own = screen_learner(dls, recipe)
+        trained = train_run(screen, recipe, path / f"run_{name}", valid=valid, say=quiet)
+        loaded = load_run(path / f"run_{name}", sites if valid else new_sites)
+        exported = screen_learner(dls, recipe)
+        exported.export("learner.pkl")
+        again = load_learner(path / name / "learner.pkl")
+        if valid:
+            again.dls = dls
+        return dict(zip(KINDS, (own, trained, loaded, again)))
+
+    return dict(valid=two(HELD), none=two(None))
+
+
+@pytest.fixture(params=KINDS)
+def learn(learners, request):
+    return calm(learners["valid"][request.param])
+
+
+@pytest.fixture(params=KINDS)
+def bare(learners, request):
+    "A learner without a validation set; from `load_learner` one without any sites"
+    return calm(learners["none"][request.param])
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+def calm(learn):
+    learn.logger = lambda values: None
+    return learn
+
+
+def titles():
+    return [ax.get_title() for ax in plt.gcf().axes if ax.get_title()]
+
+
+# With a validation set
+
+
+def test_show_batch(learn):
+    learn.show_batch(max_n=4)
+    assert len(titles()) == 4 and all("siRNA" in t and "HUVEC-0" in t for t in titles())
+    plt.close("all")
+    learn.dls.valid.show_batch(max_n=2)
+    assert all("HUVEC-03" in t for t in titles())
+
+
+@pytest.mark.parametrize("kwargs, experiments", [(dict(), ["HUVEC-03"]), (dict(ds_idx=0, max_n=3), ["HUVEC-01", "HUVEC-02"])])
+def test_show_results(learn, kwargs, experiments):
+    learn.show_results(**kwargs)
+    found = titles()
+    assert len(found) == kwargs.get("max_n", 9) and all("predicted" in t and any(e in t for e in experiments) for t in found)
+    assert all(("(wrong)" in t) == (t.split("siRNA ")[1].split(",")[0] != t.split("predicted ")[1].split()[0]) for t in found)
+
+
+def test_show_results_tells_what_get_preds_tells(learn):
+    few = learn.dls.valid_ds.items.iloc[:4]
+    learn.show_results(dl=learn.dls.test_dl(few, with_labels=True))
+    expected = learn.get_preds()[0][:4].argmax(1).tolist()
+    assert [t.split("predicted ")[1].split()[0] for t in titles()] == [str(learn.dls.vocab[i]) for i in expected]
+
+
+def test_summary(learn):
+    text = str(learn.summary())
+    assert f"Total params: {sum(p.numel() for p in learn.model.parameters() if p.ndim):,}"[:15] in text and "Callbacks" in text and "BatchNorm2d" in text
+
+
+def test_predict_takes_a_row_a_table_and_a_path(learn):
+    row = learn.dls.valid_ds.items.iloc[3]
+    decoded, number, probs = learn.predict(row)
+    assert probs.shape == (8,) and probs.sum() == pytest.approx(1, abs=1e-5) and probs.argmax() == number and str(learn.dls.vocab[int(number)]) == decoded
+    for same in (learn.dls.valid_ds.items.iloc[3:4], [row]):
+        torch.testing.assert_close(learn.predict(same)[2], probs)
+    with pytest.warns(UserWarning, match="no other site of its experiment is known to this learner, so the running statistics"):
+        _, _, alone = learn.predict(row.files)
+    assert alone.shape == (8,) and alone.sum() == pytest.approx(1, abs=1e-5)
+    (image, context), *rest = learn.predict(row, with_input=True)
+    assert image.shape == (6, 48, 48) and context.shape == (4,) and rest[0] == decoded
+
+
+def test_predict_is_that_row_of_get_preds(learn):
+    "A site asked about alone keeps the statistics of its experiment"
+    probs = learn.get_preds()[0]
+    for i in (0, 7, 15):
+        torch.testing.assert_close(learn.predict(learn.dls.valid_ds.items.iloc[i])[2], probs[i], atol=1e-5, rtol=1e-4)
+
+
+def test_predict_of_a_well_is_the_mean_of_its_scores(learn):
+    well = learn.dls.valid_ds.items[lambda t: t.id_code == t.id_code.iloc[0]]
+    scores = learn.get_preds(act=lambda x: x)[0][:len(well)]
+    assert len(well) == 2
+    torch.testing.assert_close(learn.predict(well)[2], learn.loss_func.activation(scores.mean(0, keepdim=True))[0], atol=1e-5, rtol=1e-4)
+
+
+def test_predict_says_what_it_takes(learn, screen, sites):
+    for wrong, message in ((sites.head(6), "predict takes one site or the sites of one well, not 6 sites: get_preds"), (screen.wells.iloc[0], "no column 'files'"),
+                           (3, "given as int, expected a table of sites")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            learn.predict(wrong)
+    with pytest.raises(FileNotFoundError, match="nowhere_w1.png does not exist"), warnings.catch_warnings(action="ignore"):
+        learn.predict("nowhere_w{channel}.png")
+    assert len(learn.predict(sites.iloc[0])) == 3  # still usable
+
+
+def test_validate_and_get_preds(learn):
+    loss, acc = learn.validate()
+    probs, y, decoded, losses = learn.get_preds(with_decoded=True, with_loss=True)
+    table = learn.dls.valid_ds.items
+    assert [learn.dls.vocab[int(i)] for i in y] == table.sirna.tolist()
+    assert losses.mean() == pytest.approx(loss, rel=1e-4) and (decoded == y).float().mean() == pytest.approx(acc, abs=1e-6)
+    assert type(probs) is not None and not probs.is_inference() and learn.validate(ds_idx=0)[0] > 0
+
+
+def test_get_preds_of_the_training_set_is_in_its_order(learn):
+    _, y, losses = learn.get_preds(ds_idx=0, with_loss=True)
+    assert [learn.dls.vocab[int(i)] for i in y] == learn.dls.train_ds.items.sirna.tolist() and len(losses) == 32
+
+
+def test_get_preds_of_new_sites_in_any_form(learn, new_sites):
+    shuffled = new_sites.sample(frac=1, random_state=1)
+    probs, y = learn.get_preds(dl=learn.dls.test_dl(shuffled))
+    assert probs.shape == (16, 8) and y is None
+    back = torch.from_numpy(np.argsort(shuffled.index.to_numpy()))
+    torch.testing.assert_close(probs[back], learn.get_preds(dl=learn.dls.test_dl(new_sites))[0], atol=1e-5, rtol=1e-4)
+    rows = [new_sites.iloc[0], new_sites.iloc[5]]
+    assert learn.get_preds(dl=learn.dls.test_dl(rows))[0].shape == learn.get_preds(dl=learn.dls.test_dl(new_sites.files[:2].tolist()))[0].shape == (2, 8)
+
+
+def test_get_preds_with_inputs(learn, sites):
+    mixed = sites.sample(12, random_state=0)  # of three experiments, out of order
+    (images, context), _, y = learn.get_preds(dl=learn.dls.test_dl(mixed, with_labels=True), with_input=True)
+    assert images.shape == (12, 6, 48, 48) and [learn.dls.vocab[int(i)] for i in y] == mixed.sirna.tolist()
+    names = next(t for t in learn.dls.train_ds.tls[1].tfms if hasattr(t, "experiments")).experiments
+    assert [names[i] for i in context[:, 1]] == mixed.experiment.tolist()
+
+
+def test_tta(learn, new_sites):
+    preds, y = learn.tta(n=2)
+    assert preds.shape == (16, 8) and len(y) == 16
+    torch.testing.assert_close(learn.tta(n=1, beta=1.0)[0], learn.get_preds()[0], atol=1e-5, rtol=1e-4)
+    assert not torch.equal(learn.tta(n=1, beta=0.0)[0], preds) and learn.tta(dl=learn.dls.test_dl(new_sites), n=1)[0].shape == (16, 8)
+
+
+def test_confusion_matrix(learn, capsys):
+    interp = ClassificationInterpretation.from_learner(learn)
+    cm = interp.confusion_matrix()
+    assert cm.sum() == 16 and np.trace(cm) == round(16 * learn.validate()[1])
+    interp.plot_confusion_matrix(normalize=True)
+    assert [t.get_text() for t in plt.gca().get_yticklabels()] == [str(v) for v in learn.dls.vocab]
+    assert sum(n for *_, n in interp.most_confused(1)) == 16 - np.trace(cm)
+    interp.print_classification_report()
+    assert "precision" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cls", [Interpretation, ClassificationInterpretation])
+def test_top_losses_and_their_pictures_agree(learn, cls):
+    "Of several experiments too: the loss in a title belongs to the prediction next to it"
+    for source in (dict(), dict(ds_idx=0)):
+        interp = cls.from_learner(learn, **source)
+        probs, y = learn.get_preds(**source)
+        losses, rows = interp.top_losses(4)
+        interp.plot_top_losses(4)
+        vocab = [str(v) for v in learn.dls.vocab]
+        found = [[o.strip() for o in t.split("/")] for t in titles() if t[0].isdigit()]
+        plt.close("all")
+        assert [f[:2] for f in found] == [[vocab[probs[i].argmax()], vocab[int(y[i])]] for i in rows]
+        assert [float(f[2]) for f in found] == pytest.approx(losses.tolist(), abs=6e-3)
+        assert [float(f[3]) for f in found] == pytest.approx([probs[i].max().item() for i in rows], abs=6e-3)
+    interp.show_results([0, 3])
+    assert len(titles()) == 2
+    assert interp.top_losses(2, items=True)[2].id_code.tolist() == interp.dl.items.iloc[rows[:2].tolist()].id_code.tolist()
+
+
+def test_csv_logger(learn):
+    history = learn.path / "history.csv"
+    before = history.read_bytes() if (learn.path / "run.json").exists() else None
+    if before is None:
+        logger = CSVLogger()
+        learn.fit(1, cbs=logger)
+    else:
+        with pytest.warns(UserWarning, match="is the history of the run: CSVLogger writes to history_csvlogger.csv"):
+            learn.fit(1, cbs=(logger := CSVLogger()))
+        assert history.read_bytes() == before
+    log = pd.read_csv(learn.path / logger.fname)
+    assert log.columns.tolist() == ["epoch", "train_loss", "valid_loss", "accuracy", "time"] and len(log) == 1
+
+
+def test_callbacks_that_watch(learn):
+    learn.fit(2, cbs=[SaveModelCallback(monitor="accuracy"), EarlyStoppingCallback(patience=1, min_delta=100.0), ReduceLROnPlateau()])
+    assert len(learn.recorder.values) == 2 and (learn.path / "models" / "model.pth").exists()
+    with pytest.raises(ValueError, match="'f1' is not logged: SaveModelCallback cannot watch 'f1'; give it monitor='train_loss' or 'valid_loss' or 'accuracy'"):
+        learn.fit(1, cbs=SaveModelCallback(monitor="f1"))
+
+
+def test_other_callbacks(learn):
+    stats, fetched = ActivationStats(), FetchPredsCallback()
+    learn.fit(1, lr=1e-4, cbs=[stats, fetched, GradientClip(1.0), TerminateOnNaNCallback()])
+    assert len(stats.stats) == len(learn.dls.train) and fetched.preds[0].shape == (16, 8)
+    learn.fit(1, lr=1e-4, cbs=ShowGraphCallback())
+
+
+def test_the_log_stays_after_a_validation(learn):
+    learn.fit_one_cycle(2, 1e-4)
+    losses, values = list(learn.recorder.losses), list(learn.recorder.values)
+    learn.validate()
+    learn.get_preds()
+    assert list(learn.recorder.losses) == losses and list(learn.recorder.values) == values and len(values) == 2
+    assert [line.get_label() for line in learn.recorder.plot_loss(skip_start=0).lines] == ["train", "valid"]
+    learn.recorder.plot_sched()
+
+
+def test_lr_find_leaves_the_network_as_it_was(learn):
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    found = learn.lr_find(num_it=20, suggest_funcs=(minimum, steep, valley, slide))
+    assert all(1e-8 < v < 10 for v in found) and all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["fit", "fit_one_cycle", "fit_flat_cos", "fine_tune", "fit_sgdr"])
+def test_ways_to_fit(learn, how):
+    before = [p.clone() for p in learn.model.parameters()]
+    getattr(learn, how)(1, *([1] if how == "fit_sgdr" else []))
+    assert sum(not torch.equal(a, b) for a, b in zip(before, learn.model.parameters())) > len(before) / 2
+    assert [len(v) for v in learn.recorder.values] == [3]
+
+
+def test_freezing(learn):
+    learn.freeze()
+    before = {k: v.clone() for k, v in learn.model.named_parameters() if v.ndim == 4}
+    learn.fit(1, 1e-3)
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.named_parameters() if v.ndim == 4)
+    learn.unfreeze()
+    learn.fit(1, slice(1e-4, 1e-3))
+    assert any(not torch.equal(v, before[k]) for k, v in learn.model.named_parameters() if v.ndim == 4)
+
+
+def test_precision_and_layout(learn):
+    assert learn.to_bf16().auto_mixed_precision.dtype == torch.bfloat16
+    learn.fit(1, 1e-4)
+    assert next(learn.model.parameters()).dtype == torch.float32 and learn.get_preds()[0].dtype == torch.float32
+    assert learn.to_fp32().auto_mixed_precision.dtype == torch.float32
+    with pytest.raises(ValueError, match="precision 'fp16' cannot train on a CPU; use to_bf16 or to_fp32"):
+        learn.to_fp16()
+    learn.to_channelslast().fit(1, 1e-4)
+    learn.to_contiguous(to_fp32=True).fit(1, 1e-4)
+    assert all(p.is_contiguous() for p in learn.model.parameters()) and len(learn.get_preds()[0]) == 16
+
+
+def test_save_and_load(learn):
+    before = learn.get_preds()[0]
+    learn.save("kept")
+    learn.fit(1, 1e-2)
+    learn.load("kept")
+    torch.testing.assert_close(learn.get_preds()[0], before, atol=1e-5, rtol=1e-4)
+
+
+def test_export_and_load_learner(learn, new_sites):
+    before, dls, opt = learn.get_preds(dl=learn.dls.test_dl(new_sites))[0], learn.dls, learn.opt
+    learn.export("again.pkl")
+    assert learn.dls is dls and learn.opt is opt
+    again = load_learner(learn.path / "again.pkl")
+    torch.testing.assert_close(again.get_preds(dl=again.dls.test_dl(new_sites))[0], before, atol=1e-5, rtol=1e-4)
+    assert not len(again.dls.train_ds) and not len(again.dls.valid_ds) and list(again.dls.vocab) == list(dls.vocab)
+    with pytest.raises(AttributeError):
+        learn.export("broken.pkl", pickle_module=None)
+    assert learn.dls is dls and len(learn.get_preds()[0]) == 16  # still usable
+
+
+# Without one: each says so, and what to call instead
+
+TAKES = r"there is no validation set: {}\(dl=learn.dls.test_dl\(sites{}\)\) takes any sites"
+LABELS = ", with_labels=True"
+
+
+@pytest.mark.parametrize("call, labels", [("validate", LABELS), ("get_preds", ""), ("show_results", LABELS), ("tta", "")])
+def test_no_validation_set(bare, sites, call, labels):
+    with pytest.raises(ValueError, match=TAKES.format(call, labels)) as e:
+        getattr(bare, call)()
+    assert "\n" not in str(e.value)
+    dl = bare.dls.test_dl(sites, with_labels=bool(labels))  # what it says works
+    out = getattr(bare, call)(dl=dl)
+    if call == "validate":
+        assert len(out) == 2 and out[1] == pytest.approx(accuracy(*bare.get_preds(dl=dl)).item(), abs=1e-6)
+    elif call != "show_results":
+        assert out[0].shape == (48, 8)
+    if len(bare.dls.train_ds):
+        assert "ds_idx=0) the training set" in str(e.value)
+        getattr(bare, call)(ds_idx=0)
+    else:
+        with pytest.raises(ValueError, match="there is no training set"):
+            getattr(bare, call)(ds_idx=0)
+
+
+def test_no_validation_set_to_interpret(bare, sites):
+    for cls in (Interpretation, ClassificationInterpretation):
+        with pytest.raises(ValueError, match=TAKES.format("get_preds", "")):
+            cls.from_learner(bare)
+    interp = ClassificationInterpretation.from_learner(bare, dl=bare.dls.test_dl(sites, with_labels=True))
+    assert interp.confusion_matrix().sum() == 48
+    interp.plot_top_losses(3)
+    assert len(titles()) == 3
+
+
+def test_predict_without_a_validation_set(bare, new_sites):
+    with warnings.catch_warnings(action="ignore"):
+        decoded, _, probs = bare.predict(new_sites.iloc[0])
+        assert decoded in map(str, bare.dls.vocab) and probs.shape == (8,) and bare.predict(new_sites.files[0])[2].shape == (8,)
+
+
+def test_fits_without_a_validation_set(bare, sites):
+    if not len(bare.dls.train_ds):
+        for call in (lambda: bare.fit(1), lambda: bare.fine_tune(1), bare.lr_find, bare.summary, bare.show_batch):
+            with pytest.raises(ValueError, match=r"no training sites: give it some, learn.dls = screen_dataloaders\(sites, ...\)"):
+                call()
+        return
+    if bare.dls.train_ds.items.sirna.isna().all():  # the test split: nothing to learn from
+        return
+    for cb, message in ((SaveModelCallback(), "there is no validation set, so SaveModelCallback cannot watch 'valid_loss'; give it monitor='train_loss' or 'accuracy'"),
+                        (EarlyStoppingCallback(), "EarlyStoppingCallback cannot watch 'valid_loss'"), (ReduceLROnPlateau(), "ReduceLROnPlateau cannot watch"),
+                        (ShowGraphCallback(), "no validation set for ShowGraphCallback: learn.recorder.plot_loss"),
+                        (FetchPredsCallback(), "there is no validation set: get_preds")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            bare.fit(1, cbs=cb)
+    with warnings.catch_warnings(action="ignore"):
+        bare.fit(1, 1e-4, cbs=[logger := CSVLogger(), SaveModelCallback(monitor="train_loss")])
+    assert pd.read_csv(bare.path / logger.fname).columns.tolist() == ["epoch", "train_loss", "accuracy", "time"]
+    with pytest.raises(ValueError, match=r"no validation set: learn.recorder.plot_loss\(with_valid=False\)"):
+        bare.recorder.plot_loss()
+    bare.recorder.plot_loss(with_valid=False)
+
+
+def test_a_learner_that_was_never_trained_has_no_losses(sites):
+    with pytest.raises(ValueError, match="nothing was trained with this learner yet"):
+        screen_learner(recipe_dataloaders(sites, recipe), recipe).recorder.plot_loss()
+
+
+# What is given wins
+
+
+def test_metrics_loss_optimiser_and_splitter_that_are_given(sites):
+    dls, loss = recipe_dataloaders(sites, recipe, HELD), CrossEntropyLossFlat()
+    learn = calm(screen_learner(dls, recipe, metrics=[error_rate, accuracy], loss_func=loss, opt_func=SGD, splitter=params, lr=1e-4, wd=0.1))
+    assert learn.metrics.attrgot("name") == ["error_rate", "accuracy"] and learn.loss_func is loss and learn.opt_func is SGD and learn.lr == 1e-4 and learn.wd == 0.1
+    learn.fit(1)
+    assert len(learn.opt.param_lists) == 1 and learn.recorder.values[-1][2] == pytest.approx(1 - learn.recorder.values[-1][3])
+    assert screen_learner(dls, recipe, metrics=[]).metrics == [] and len(screen_learner(dls, recipe, metrics=None).metrics) == 1
+
+
+@pytest.mark.parametrize("opt_func", [Adam, radam, partial(SGD, mom=0.9)])
+def test_a_stage_respects_them(sites, opt_func):
+    stage, seen = TrainSettings(epochs=1, lr=1e-3, optimizer="adamw", loss="cross_entropy"), []
+
+    class Mine(SoftmaxCrossEntropyLoss):
+        def __call__(self, inp, targ):
+            seen.append(len(targ))
+            return super().__call__(inp, targ)
+
+    dls = recipe_dataloaders(sites, recipe, HELD)
+    learn = calm(screen_learner(dls, recipe, loss_func=(loss := Mine()), opt_func=opt_func))
+    fit_stage(learn, stage)
+    assert seen and learn.loss_func is loss and learn.opt_func is opt_func
+    learn = calm(screen_learner(dls, recipe))  # nothing given: the stage says
+    fit_stage(learn, stage)
+    assert type(learn.opt.opt) is torch.optim.AdamW
+
+
+def test_a_stage_without_metrics(sites):
+    learn = calm(screen_learner(recipe_dataloaders(sites, recipe, HELD), recipe, metrics=[]))
+    fit_stage(learn, TrainSettings(epochs=1, lr=1e-3, keep="best"))
+    assert [len(v) for v in learn.recorder.values] == [2]
+
+
+@pytest.mark.parametrize("kwargs", [dict(), dict(loss_func=CrossEntropyLossFlat())])
+@pytest.mark.parametrize("domain", ["experiment", None])
+def test_an_architecture_in_place_of_a_recipe(sites, kwargs, domain):
+    dls = screen_dataloaders(sites, valid=HELD, bs=16, domain=domain)
+    learn = calm(screen_learner(dls, "resnet10t", **kwargs).to_fp32())
+    learn.fit(1, 1e-4)
+    assert np.isfinite(learn.validate()).all() and learn.inference_mode.mode == ("batch" if domain else "running")
+    assert learn.model.head.classifier.weight.shape[0] == 8 and isinstance(learn.model.head.classifier, nn.Linear) == bool(kwargs)
+
+
+def test_a_name_that_is_no_architecture(sites):
+    dls = screen_dataloaders(sites, valid=HELD, bs=16)
+    with pytest.raises(ValueError, match=r"architecture 'laptop' is unknown.* A recipe by its name is get_recipe\('laptop'\)"):
+        screen_learner(dls, "laptop")
+    with pytest.raises(ValueError, match="recipe is int, expected a Recipe or the name of an architecture"):
+        screen_learner(dls, 3)
+    with pytest.raises(ValueError, match="the sites have one label each, and loss 'lsep' is one of several"):
+        screen_learner(dls, replace(recipe, loss=LossSettings("lsep")))
+
+
+def test_a_network_without_batchnorm(sites):
+    learn = calm(screen_learner(screen_dataloaders(sites, valid=HELD, bs=16), "convnext_atto").to_fp32())
+    assert learn.inference_mode.mode == "running" and np.isfinite(learn.validate()[0])
+
+
+def test_a_callback_history_of_ours_and_one_of_fastai(sites, tmp_path):
+    learn = calm(screen_learner(recipe_dataloaders(sites, recipe, HELD), recipe, path=tmp_path))
+    with pytest.warns(UserWarning, match="CSVLogger writes to history_csvlogger.csv"):
+        learn.fit(1, 1e-4, cbs=[History(tmp_path / "history.csv"), CSVLogger()])
+    assert len(pd.read_csv(tmp_path / "history.csv")) == len(pd.read_csv(tmp_path / "history_csvlogger.csv")) == 1
+
+
+# Controls in the batch, statistics of plates, several labels
+
+
+@pytest.mark.parametrize("settings", [['data.statistics="controls"', "data.domains_per_batch=2"], ['model.head="controls"', 'loss.name="cross_entropy"', "loss.options={}"]])
+def test_learners_that_need_controls(screen, sites, settings):
+    own = change_recipe(recipe, "data.controls=4", *settings)
+    dls = recipe_dataloaders(sites, own, HELD, controls=control_sites(screen), cell_types=screen.cell_types, experiments=screen.experiments)
+    learn = calm(screen_learner(dls, own))
+    probs, y, losses = learn.get_preds(with_loss=True)
+    assert probs.shape == (16, 8) and [dls.vocab[int(i)] for i in y] == dls.valid_ds.items.sirna.tolist() and len(losses) == 16
+    (images, context), preds, _ = learn.get_preds(dl=dls.test_dl(sites.sample(9, random_state=2)), with_input=True)
+    assert len(images) == len(context) == len(preds) == 9 and (context[:, 3] == 0).all()
+    assert learn.predict(sites.iloc[0])[2].shape == (8,) and len(learn.validate(dl=dls.test_dl(sites, with_labels=True))) == 2
+    learn.show_results(ds_idx=0, max_n=4)
+    assert len(titles()) == 4 and all("predicted" in t for t in titles())
+    interp = ClassificationInterpretation.from_learner(learn)
+    assert interp.confusion_matrix().sum() == 16
+    interp.plot_top_losses(3)
+    with pytest.raises(ValueError, match="a path says nothing of the origin of the site, which this network needs .*: give a row of the sites"):
+        learn.predict(sites.files[0])
+
+
+def test_learners_that_standardise_by_plate(screen, sites, new_sites):
+    own = change_recipe(recipe, 'data.standardize="plate"')
+    dls = recipe_dataloaders(sites, own, HELD, cell_types=screen.cell_types, experiments=screen.experiments)
+    learn = calm(screen_learner(dls, own))
+    assert learn.predict(sites.iloc[0])[2].shape == (8,) and learn.get_preds(dl=dls.test_dl(new_sites))[0].shape == (16, 8)
+    with pytest.raises(ValueError, match="a path says nothing of the origin"):
+        learn.predict(sites.files[0])
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    "A learner of several labels per site"
+    folder = tmp_path_factory.mktemp("atlas")
+    atlas = read_screen(simulate_hpa(folder / "atlas", n_images=56, n_test=8, n_external=0, image_size=32, min_positives=1, progress=False))
+    sites, own = select_sites(atlas), change_recipe(laptop_recipe(get_recipe("hpa_seresnext50_focal"), 1), "device.precision=fp32", "data.batch_size=16")
+    dls = recipe_dataloaders(sites, own, np.arange(len(sites)) % 4 == 0, target=atlas.target, channels=atlas.channels, classes=atlas.classes, path=folder)
+    return calm(screen_learner(dls, own))
+
+
+def test_several_labels(several):
+    n, row = len(several.dls.valid_ds), several.dls.valid_ds.items.iloc[0]
+    loss, precision, f1 = several.validate()
+    probs, y = several.get_preds()
+    assert probs.shape == y.shape == (n, 28) and set(y.unique().tolist()) == {0, 1} and 0 <= f1 <= 1 and 0 <= precision <= 1 and loss > 0
+    decoded, mask, one = several.predict(row)
+    assert decoded == [several.dls.vocab[i] for i in mask.nonzero()[:, 0]] and one.shape == (28,)
+    torch.testing.assert_close(one, several.predict(row.files)[2])
+    several.show_results(max_n=4)
+    assert len(titles()) == 4
+    plt.close("all")
+    interp = Interpretation.from_learner(several)
+    interp.plot_top_losses(3)
+    assert len(titles()) == 3 and all(t.count("/") == 3 for t in titles())
+    several.fit_one_cycle(1, cbs=[CSVLogger(), SaveModelCallback(monitor="macro_f1")])
+    several.export("several.pkl")
+    assert load_learner(several.path / "several.pkl").predict(row)[2].shape == (28,)
+
+
+def test_an_architecture_for_several_labels(several):
+    learn = calm(screen_learner(several.dls, "resnet10t").to_fp32())
+    learn.fit(1, 1e-4)
+    assert learn.metrics.attrgot("name") == ["average_precision", "macro_f1"] and np.isfinite(learn.validate()[0])
+    with pytest.raises(ValueError, match="the sites have several labels each, and loss 'am_softmax' is one of one label"):
+        screen_learner(several.dls, recipe)
+
+
+def test_sites_in_any_form(sites):
+    row = sites.iloc[0]
+    assert sites_table([row, row.files, sites.head(2)]).files.tolist() == [row.files, row.files, *sites.files[:2]]
+    assert sites_table(sites) is sites and not len(sites_table(sites[:0]))
+
+
+def test_a_plain_learner_of_fastai_on_our_loaders(sites):
+    "What is ours stands on DataLoaders and callbacks; fastai's own Learner trains on them too"
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(96, 8))
+
+        def forward(self, x, context):
+            return self.net(x)
+
+    learn = calm(Learner(recipe_dataloaders(sites, recipe, HELD), Net(), loss_func=CrossEntropyLossFlat(), metrics=AvgMetric(accuracy)))
+    learn.fit(1)
+    learn.show_results(max_n=4)
+    ClassificationInterpretation.from_learner(learn).plot_top_losses(3)
+    assert learn.get_preds()[0].shape == (16, 8) and len(learn.predict(sites.iloc[0])) == 3
