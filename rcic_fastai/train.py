@@ -329,7 +329,7 @@ class ScreenLearner(Learner):
 
     fastai calls each callback for each event, and an unknown one is looked for in callback, learner and network in turn."""
     first_epoch, fits = 0, False # `fits`: is this a training, and no mere validation?
-    chosen:dict = {} # loss and optimiser as the recipe says; anything else in their place was somebody's choice
+    chosen:dict|None = None # of loss and optimiser, what the recipe says and nobody gave; anything else in their place was somebody's choice
     def add_cb(self, cb): return super().add_cb(ScreenRecorder() if cb is Recorder else cb)
 
     def _do_fit(self):
@@ -416,7 +416,7 @@ def screen_learner(
         raise ValueError(f'the sites have {"several labels" if several else "one label"} each, and loss {recipe.loss.name!r} is one of {"one label" if several else "several"}')
     own = dict(**chosen, splitter=param_groups, metrics=_metrics(several), path=path, cbs=callbacks+list(L(cbs)))
     learn = ScreenLearner(dls, model, **{**own, **given})
-    learn.chosen = chosen
+    learn.chosen = {k: v for k,v in chosen.items() if k not in given}
     return learn
 
 def _context_encoder(dls): return next(t for t in dls.train_ds.tls[1].tfms if hasattr(t, 'cell_types'))
@@ -462,6 +462,7 @@ def fit(self:ScreenLearner, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
     given = L(cbs).map(lambda cb: cb() if isinstance(cb, type) else cb)
     _check_callbacks(self, self.cbs+given)
     _keep_history(self, self.cbs+given)
+    if any(isinstance(cb, ShowGraphCallback) for cb in self.cbs+given) and not hasattr(self, 'progress'): given += [ProgressCallback()] # which draws it
     self.fits = True
     try: Learner.fit(self, n_epoch, lr, wd, given, **kwargs)
     finally: self.fits = False
@@ -534,7 +535,8 @@ def get_preds(self:ScreenLearner, ds_idx=1, dl=None, with_input=False, with_deco
     if dl.shuffle or dl.drop_last: dl = dl.new(shuffle=False, drop_last=False)
     dl = _with_controls(self, _with_companions(self, dl))
     idxs = dl.get_idxs()
-    res = Learner.get_preds(self, dl=dl.new(get_idxs=lambda: idxs), reorder=False, **how)
+    plain_views = nullcontext() if inner else dl.dataset.set_split_idx(1) # of training sites too; `tta` asks from within
+    with plain_views: res = Learner.get_preds(self, dl=dl.new(get_idxs=lambda: idxs), reorder=False, **how)
     return _pick(res, torch.tensor(idxs), n, len(dl.dataset))
 
 # %% ../nbs/09_train.ipynb #c3d1b005
@@ -686,10 +688,10 @@ def stage_callbacks(
 
 def _begin_stage(learn, stage):
     "No traces of a stage before"
-    chosen = getattr(learn, 'chosen', {}) # of the recipe; anything else was somebody's choice
-    if learn.opt_func is chosen.get('opt_func') or not chosen and learn.opt_func in optimizers.values():
+    chosen = getattr(learn, 'chosen', None) # of the recipe; anything else was somebody's choice
+    if learn.opt_func in optimizers.values() if chosen is None else learn.opt_func is chosen.get('opt_func'):
         learn.opt_func = optimizers[stage.optimizer]
-        if chosen: learn.chosen = dict(chosen, opt_func=learn.opt_func)
+        if chosen is not None: learn.chosen = dict(chosen, opt_func=learn.opt_func)
     learn.opt = None
     learn.model.zero_grad() # a stage before may have ended within a virtual batch
 
@@ -697,7 +699,8 @@ def _begin_stage(learn, stage):
 def _loss_of(learn, stage):
     "The loss of a stage instead of that of the recipe; a loss that somebody gave stays"
     own = learn.loss_func
-    if stage.loss and own is getattr(learn, 'chosen', {}).get('loss_func', own): learn.loss_func = create_loss(stage.loss, **stage.loss_options)
+    chosen = getattr(learn, 'chosen', None)
+    if stage.loss and (chosen is None or own is chosen.get('loss_func')): learn.loss_func = create_loss(stage.loss, **stage.loss_options)
     try: yield
     finally: learn.loss_func = own
 
