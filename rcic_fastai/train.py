@@ -316,7 +316,7 @@ class ScreenRecorder(Recorder):
         self.before = None if getattr(self.learn, 'fits', True) else {k: v for k,v in vars(self).items() if k in (*self._stateattrs, 'metric_names')}
         super().before_fit()
     def after_fit(self):
-        if self.before: vars(self).update(self.before)
+        for k,v in (self.before or {}).items(): setattr(self, k, v)
     @delegates(Recorder.plot_loss)
     def plot_loss(self, skip_start=5, with_valid=True, **kwargs):
         if not vars(self).get('losses'): raise ValueError('nothing was trained with this learner yet, so there are no losses to plot: call learn.fit first')
@@ -377,7 +377,7 @@ def _compile(model, recipe):
 
 def _several_labels(dls): return any(isinstance(t, MultiLabelCategorize) for tl in dls.train_ds.tls for t in tl.tfms)
 
-def _asked_recipe(recipe, dls, loss_given):
+def _asked_recipe(recipe, dls, loss_given) -> Recipe:
     "A recipe, or one around the name of an architecture, with the batches that `dls` makes"
     if isinstance(recipe, Recipe): return recipe
     if not isinstance(recipe, (str, type(None))): raise ValueError(f'recipe is {type(recipe).__name__}, expected a Recipe or the name of an architecture')
@@ -386,8 +386,9 @@ def _asked_recipe(recipe, dls, loss_given):
         except ValueError as e: raise ValueError(f'{e}. A recipe by its name is get_recipe({recipe!r})') from None
     dl, several, plain_head = dls.train, _several_labels(dls), loss_given or _several_labels(dls)
     data = {k: getattr(dl, o) for k,o in dict(domain='domain', domains_per_batch='domains_per_batch', controls='n_controls').items() if hasattr(dl, o)}
+    model = ModelSettings(head='linear') if plain_head else ModelSettings()
     return Recipe(name=recipe or 'custom', data=DataSettings(batch_size=dl.bs, **data), loss=LossSettings('multilabel_focal') if several else LossSettings(),
-                  model=ModelSettings(**({} if recipe is None else dict(arch=recipe)), **(dict(head='linear') if plain_head else {})))
+                  model=replace(model, arch=recipe or model.arch))
 
 def screen_learner(
     dls:DataLoaders, # from `screen_dataloaders`
@@ -402,18 +403,18 @@ def screen_learner(
     Raises: ValueError for an unknown architecture, or a recipe whose number of labels is not that of `dls`.
     """
     given = {k: v for k,v in kwargs.items() if v is not None}
-    recipe = _asked_recipe(recipe, dls, 'loss_func' in given)
+    settings = _asked_recipe(recipe, dls, 'loss_func' in given)
     if model is None:
-        set_seed(recipe.seed)
+        set_seed(settings.seed)
         image, context, *_ = dls.train.dataset[0]
-        model = recipe_model(recipe, len(dls.vocab), len(image), len(_context_encoder(dls).cell_types))
-    device = recipe.device
-    callbacks = [AutoMixedPrecision(device.precision), SkipEmptyValidation(), LossOnDevice(), *_statistics_callbacks(recipe.data, model)]
+        model = recipe_model(settings, len(dls.vocab), len(image), len(_context_encoder(dls).cell_types))
+    device = settings.device
+    callbacks = [AutoMixedPrecision(device.precision), SkipEmptyValidation(), LossOnDevice(), *_statistics_callbacks(settings.data, model)]
     if device.channels_last: callbacks.append(ChannelsLastImages(device.channels_last))
-    if device.compile: _compile(model, recipe)
-    chosen, several = dict(loss_func=create_loss(recipe.loss.name, **recipe.loss.options), opt_func=optimizers[recipe.train.optimizer]), _several_labels(dls)
+    if device.compile: _compile(model, settings)
+    chosen, several = dict(loss_func=create_loss(settings.loss.name, **settings.loss.options), opt_func=optimizers[settings.train.optimizer]), _several_labels(dls)
     if 'loss_func' not in given and several!=isinstance(chosen['loss_func'], MultiLabelLoss):
-        raise ValueError(f'the sites have {"several labels" if several else "one label"} each, and loss {recipe.loss.name!r} is one of {"one label" if several else "several"}')
+        raise ValueError(f'the sites have {"several labels" if several else "one label"} each, and loss {settings.loss.name!r} is one of {"one label" if several else "several"}')
     own = dict(**chosen, splitter=param_groups, metrics=_metrics(several), path=path, cbs=callbacks+list(L(cbs)))
     learn = ScreenLearner(dls, model, **{**own, **given})
     learn.chosen = {k: v for k,v in chosen.items() if k not in given}
