@@ -197,8 +197,10 @@ class AutoMixedPrecision(MixedPrecision):
     def before_fit(self):
         self._unwrap() # of a fit that an error ended
         kind, dtype, model = self.dls.device.type, self.dtype, self.learn.model
+        if dtype==torch.float16 and kind=='cpu':
+            if getattr(self.learn, 'fits', True): raise ValueError("precision 'fp16' cannot train on a CPU; use 'bf16', 'fp32' or 'auto'")
+            dtype = torch.float32 # of a network trained elsewhere, that only predicts here
         self.scaling, self.scales = dtype==torch.float16, []
-        if self.scaling and kind=='cpu': raise ValueError("precision 'fp16' cannot train on a CPU; use 'bf16', 'fp32' or 'auto'")
         self.learn.scaler = torch.amp.GradScaler(kind, enabled=self.scaling, **self.kwargs)
         if dtype==torch.float32: return
         self._wrapped = model, model.forward, model.__dict__.get('forward'), partial(torch.autocast, kind, dtype=dtype)
@@ -251,7 +253,10 @@ class ChannelsLastImages(Callback):
 
 # %% ../nbs/08b_step.ipynb #000d86f3
 class InferenceMode(BatchNormModeCallback):
-    "Validate and predict (`validate`, `get_preds`, `tta`) under `torch.inference_mode` and named BatchNorm statistics; what comes out are ordinary tensors."
+    """Validate and predict (`validate`, `get_preds`, `tta`) under `torch.inference_mode` and named BatchNorm statistics; what comes out are ordinary tensors.
+
+    A single image has no statistics but its own content, so it gets the running ones."""
     def _forward(self, *args, **kwargs):
-        with torch.inference_mode(): out = super()._forward(*args, **kwargs)
+        with torch.inference_mode():
+            out = self._wrapped[1](*args, **kwargs) if args and len(args[0])==1 else super()._forward(*args, **kwargs)
         return tuple(o.clone() for o in out) if isinstance(out, tuple) else out.clone()

@@ -379,7 +379,7 @@ def _several_labels(dls): return any(isinstance(t, MultiLabelCategorize) for tl 
 
 def _asked_recipe(recipe, dls, loss_given) -> Recipe:
     "A recipe, or one around the name of an architecture, with the batches that `dls` makes"
-    if isinstance(recipe, Recipe): return recipe
+    if is_dataclass(recipe): return recipe
     if not isinstance(recipe, (str, type(None))): raise ValueError(f'recipe is {type(recipe).__name__}, expected a Recipe or the name of an architecture')
     if recipe is not None:
         try: check_arch(recipe)
