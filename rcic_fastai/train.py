@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -379,7 +380,7 @@ def _several_labels(dls): return any(isinstance(t, MultiLabelCategorize) for tl 
 
 def _asked_recipe(recipe, dls, loss_given) -> Recipe:
     "A recipe, or one around the name of an architecture, with the batches that `dls` makes"
-    if is_dataclass(recipe): return recipe
+    if is_dataclass(recipe): return cast(Recipe, recipe)
     if not isinstance(recipe, (str, type(None))): raise ValueError(f'recipe is {type(recipe).__name__}, expected a Recipe or the name of an architecture')
     if recipe is not None:
         try: check_arch(recipe)

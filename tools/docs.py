@@ -27,7 +27,7 @@ warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
 import docs_api as api  # noqa: E402
 from docs_links import broken_links  # noqa: E402
 
-TUTORIALS = ["walkthrough", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]  # in this order; others follow
+TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]  # in this order; others follow
 GUIDES = ["which_recipe", "runs", "published_systems", "limits"]
 # groups of the API in the order of the data: title, sentence, numbers of the notebooks; the last but one has those that no group names
 GROUPS = [

@@ -40,7 +40,8 @@ def prepare(nb, folder):
         cell.source = DIRECTIVE.sub("", cell.source)
         if said.get("echo") == "false" or not cell.source.strip():
             cell.metadata["transient"] = {"remove_source": True}
-        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        bars = {"<div></div>", ""}  # what a finished progress bar leaves
+        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and (h := "".join(o.get("data", {}).get("text/html", "x")).strip()) not in bars and "appearance: none" not in h]
         for i, out in enumerate(cell.outputs):
             if "text/html" in out.get("data", {}):  # GitHub prints the text of a <style> element
                 out.data["text/html"] = re.sub(r"<style.*?</style>\s*", "", out.data["text/html"], flags=re.S)
