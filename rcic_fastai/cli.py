@@ -11,7 +11,7 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai and timm are imported; nothing a user can act on
 
 # %% ../nbs/17_cli.ipynb #b50b93a6
-import os, re, signal, sys, time, traceback
+import inspect, math, os, re, signal, sys, time, traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -72,13 +72,36 @@ def _expanded(value):
     if isinstance(value, Path): return user_path(value)
     return [_expanded(v) for v in value] if isinstance(value, list) else value
 
+# lowest and highest value of each option that is a number
+_limits:dict[str, tuple[float, float]] = dict(
+    sirnas=(1, 100_000), train_experiments=(1, 10_000), test_experiments=(0, 10_000), image_size=(16, 4096), sites=(1, 2), effect=(0, 100), batch_effect=(0, 100),
+    seed=(0, 2**32-1), workers=(1, 1024), site=(0, 1_000_000), size=(1, 16_384), laptop=(1, 100_000), steps=(20, 1_000_000),
+    images=(1, 1_000_000), test=(0, 1_000_000), external=(0, 1_000_000), size_shift=(.1, 10), contrast=(1e-3, 100), max_distance=(0, 64), folds=(2, 1000), repeats=(1, 1000),
+    min_positives=(0, 1_000_000), hours=(.01, 1000))
+
+def _check_limits(func, args, kwargs):
+    for name, value in inspect.signature(func).bind_partial(*args, **kwargs).arguments.items():
+        if value is None or name not in _limits: continue
+        low, high = _limits[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high: # NaN is neither
+            raise ValueError(f'--{name.replace("_", "-")} is {value}, expected {low:,} to {high:,}')
+
+def _numbers(text, option, kind=int, low=-math.inf):
+    "Numbers between commas"
+    try: found = [kind(t) for t in text.split(',')]
+    except ValueError: found = [math.nan]
+    if all(math.isfinite(f) and f >= low for f in found): return found
+    raise ValueError(f'--{option} {text!r} is not understood; expected numbers'+(f' from {low} on' if low > -math.inf else '')+' with commas between')
+
 def command(
     func:Callable # its parameters are the options
 ) -> Callable: # reads the options from the command line, or is called like `func`
     "A command: `call_parse`, with the home folder in place of ~ in every path."
     @wraps(func)
     def called(*args, **kwargs):
-        with one_line_errors(kwargs.get('debug', False)): args, kwargs = _expanded(list(args)), {k: _expanded(v) for k, v in kwargs.items()}
+        with one_line_errors(kwargs.get('debug', False)):
+            args, kwargs = _expanded(list(args)), {k: _expanded(v) for k, v in kwargs.items()}
+            _check_limits(func, args, kwargs)
         return func(*args, **kwargs)
     return call_parse(called)
 
@@ -288,7 +311,7 @@ def rcic_predict(
         from rcic_fastai.predict import predict_run
         from rcic_fastai.screen import read_screen
         from rcic_fastai.train import run_data
-        sizes = [int(b) for b in bagging.split(',')] if bagging else None
+        sizes = _numbers(bagging, 'bagging', low=2) if bagging else None
         views = int(tta) if tta and tta.isdigit() else tta
         p = predict_run(run, read_screen(run_data(run, data)), split, batchnorm, views, present_only=present_only or None, say=_say,
                         domain=domain, bagging=sizes, postprocess=postprocess)
@@ -345,7 +368,7 @@ def rcic_blend(
         from rcic_fastai.train import run_data
         if len(run) < 2: raise ValueError('a blend needs at least two runs: repeat --run')
         screen = read_screen(run_data(run[0], data))
-        given = weights if weights in (None, 'chosen') else [float(w) for w in weights.split(',')]
+        given = weights if weights in (None, 'chosen') else _numbers(weights, 'weights', float, 0)
         report = blend_runs(run, screen, out, given, space, present_only, _say)
         _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
         _say(f'Written: {out}')

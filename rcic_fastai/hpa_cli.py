@@ -6,11 +6,11 @@
 __all__ = ['rcic_hpa_simulate', 'rcic_hpa_duplicates', 'rcic_hpa_stack']
 
 # %% ../nbs/17a_hpa_cli.ipynb #50b2113f
-import json
 from pathlib import Path
 from typing import Annotated
 
 from .cli import _say, command, one_line_errors
+from .files import parse_json
 
 # %% ../nbs/17a_hpa_cli.ipynb #57d02e91
 @command
@@ -75,6 +75,6 @@ def rcic_hpa_stack(
         from rcic_fastai.hpa_stack import stack_runs
         from rcic_fastai.train import run_data
         atlas = read_hpa(run_data(run[0], data))
-        report = stack_runs(run, atlas, out, repeats, not no_statistics, combine, min_positives, json.loads(params) if params else None, seed=seed, say=_say)
+        report = stack_runs(run, atlas, out, repeats, not no_statistics, combine, min_positives, parse_json(params, '--params', dict) if params else None, seed=seed, say=_say)
         _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
         _say(f'Written: {out}')

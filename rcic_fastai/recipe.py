@@ -7,15 +7,15 @@ __all__ = ['recipes', 'laptop_rates', 'small_resnet', 'list_recipes', 'check_rec
            'get_recipe', 'change_recipe', 'laptop_recipe']
 
 # %% ../nbs/12_recipe.ipynb #0652408f
-import json
+import inspect, json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 
 from .embed import postprocess_names
-from .files import read_text, user_path
-from .loss import losses
+from .files import parse_json, read_text, user_path
+from .loss import create_loss, losses
 from .multilabel_loss import multilabel_losses
 from .train import DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, _nearest, compare_recipes, recipe_from_dict
 from .step import optimizers
@@ -107,13 +107,44 @@ _choices = {('data', 'domain'): _domains, ('data', 'standardize'): (None, 'image
             ('device', 'precision'): ('auto', 'fp32', 'bf16', 'fp16'), ('inference', 'batchnorm'): ('running', 'batch', 'domain', 'controls'),
             ('inference', 'domain'): (*_domains, 'screen'), ('inference', 'postprocess'): (None, *postprocess_names),
             ('data', 'statistics'): ('all', 'controls'), ('data', 'match_histograms'): (None, 'plate', 'experiment'), ('data', 'control_classes'): (None, 'train', 'all'),
+            ('inference', 'thresholds'): ('constant', 'global', 'f1', 'repeated_f1', 'soft_f1', 'share', 'em_share', *(f'{n}_{to}' for n in ('f1', 'repeated_f1') for to in ('shrunk', 'to_share')), 'share_shrunk'),
             ('inference', 'assignment'): ('exact', 'vote', 'vote_zero'), **{(s, 'keep'): ('last', 'best') for s in _stages},
             **{(s, 'optimizer'): tuple(optimizers) for s in _stages}, **{(s, 'mix'): (None, 'mixup', 'cutmix', 'lisa') for s in _stages},
             **{(s, 'schedule'): ('one_cycle', 'cosine', 'steps', 'exponential', 'constant') for s in _stages}}
 
-_at_least = {('data', 'batch_size'): 1, ('data', 'domains_per_batch'): 1, ('data', 'controls'): 0, ('data', 'workers'): 0, ('controls', 'epochs'): 0, ('train', 'epochs'): 1,
-             ('finetune', 'epochs'): 0, ('cell_type', 'epochs'): 0, ('checkpoint', 'steps'): 0, ('checkpoint', 'keep'): 1, ('pseudo', 'every'): 1, **{(s, 'accumulate'): 1 for s in _stages}, **{(s, 'lr'): 1e-12 for s in _stages},
-             **{(s, 'lr_ratio'): 1 for s in _stages}, **{(s, k): 0 for s in _stages for k in ('find_lr', 'freeze_epochs', 'ema', 'average', 'validate_steps', 'patience', 'weight_decay')}}
+_most, _pixels, _share = 10**9, (8, 16_384), (0, 1)
+_stage_ranges = dict(epochs=(0, 100_000), lr=(1e-12, 1000), find_lr=(0, 1_000_000), pct_start=_share, decay=(1e-9, 1), weight_decay=(0, 1000), accumulate=(1, 1_000_000),
+                     mix_alpha=(1e-3, 1000), lr_ratio=(1, 1e9), freeze_epochs=(0, 100_000), ema=_share, average=(0, 100_000), validate_steps=(0, _most), patience=(0, 100_000))
+_data_ranges = dict(batch_size=(1, 65_536), domains_per_batch=(1, 65_536), controls=(0, 65_536), read_size=_pixels, size=_pixels, crop=_pixels, intensity=(0, 100), brightness=(0, 100),
+                    warp=_share, min_scale=(1e-3, 1), cutout=(0, 1000), epoch_sites=(0, _most), workers=(0, 1024))
+# lowest and highest value of each number
+_ranges = {**{('data', k): v for k, v in _data_ranges.items()}, **{(s, k): v for s in _stages for k, v in _stage_ranges.items()}, ('train', 'epochs'): (1, 100_000),
+           ('model', 'hidden'): (1, 65_536), ('model', 'dropout'): (0, .999), ('pseudo', 'start'): (0, 100_000), ('pseudo', 'every'): (1, 100_000), ('pseudo', 'first'): (1e-6, 1),
+           ('pseudo', 'last'): (1e-6, 1), ('checkpoint', 'steps'): (0, _most), ('checkpoint', 'keep'): (1, 100_000), ('inference', 'pool_sites'): (1, _most),
+           ('inference', 'head_weight'): _share, ('inference', 'tta'): (1, 64)}
+
+def _check_range(key, value, low, high):
+    if value is None or isinstance(value, str): return # their own checks
+    if value < low: raise ValueError(f'{key} is {value}, expected at least {low}')
+    if value > high: raise ValueError(f'{key} is {value}, expected at most {high:,}')
+
+def _check_lists(recipe):
+    "Numbers that come as lists"
+    for name in _stages:
+        for s in getattr(recipe, name).steps:
+            if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 < s < 1: raise ValueError(f'{name}.steps has {json.dumps(s)}, expected shares of the stage between 0 and 1')
+    for b in recipe.inference.bagging:
+        if isinstance(b, bool) or not isinstance(b, int) or not 2 <= b <= 65_536: raise ValueError(f'inference.bagging has {json.dumps(b)}, expected batch sizes of 2 to 65,536')
+
+def _check_loss(key, name, options):
+    "Refuse options that the loss does not have, or cannot work with"
+    known = inspect.signature(losses[name]).parameters
+    for k, v in options.items():
+        if k=='reduction' and v!='mean': raise ValueError(f'{key}.reduction is {json.dumps(v)}, and training needs "mean"')
+        word = k in known and isinstance(known[k].default, str)
+        if isinstance(v, dict) or isinstance(v, str)!=word: raise ValueError(f'{key}.{k} is {json.dumps(v)}, expected a {"word" if word else "number"}')
+    try: create_loss(name, **options)
+    except (TypeError, ValueError) as e: raise ValueError(f'{key}: {e}') from None
 
 def _margin_head(model): return model.head=='cosine' or model.head in ('batchnorm', 'neck') and model.classifier=='cosine'
 
@@ -155,10 +186,12 @@ def check_recipe(
 ) -> Recipe: # the same
     "Refuse what cannot work. Raises: ValueError naming the setting and what it may be."
     get = lambda k: getattr(getattr(recipe, k[0]), k[1])
+    recipe = recipe_from_dict(asdict(recipe)) # types
     for k, known in _choices.items():
         if get(k) not in known: raise ValueError(f'{".".join(k)} is {json.dumps(get(k))}, expected one of {", ".join(map(json.dumps, known))}')
-    for k, low in _at_least.items():
-        if get(k) < low: raise ValueError(f'{".".join(k)} is {get(k)}, expected at least {low}')
+    for k, limits in _ranges.items(): _check_range('.'.join(k), get(k), *limits)
+    _check_range('seed', recipe.seed, 0, 2**63-1)
+    _check_lists(recipe)
     for key, value, holds, why in _combinations:
         if get(tuple(key.split('.')))==value and not holds(recipe): raise ValueError(f'{key} {value!r} {why}')
     for name in _stages: _check_stage(name, getattr(recipe, name))
@@ -166,6 +199,11 @@ def check_recipe(
     if recipe.data.domains_per_batch > 1 and recipe.data.domain is None: raise ValueError('data.domains_per_batch needs data.domain, whose domains those are')
     if recipe.data.batch_size % recipe.data.domains_per_batch: raise ValueError(f'data.batch_size is {recipe.data.batch_size}, expected a multiple of data.domains_per_batch, {recipe.data.domains_per_batch}')
     _check_labels(recipe)
+    _check_loss('loss.options', recipe.loss.name, recipe.loss.options)
+    for name in _stages:
+        stage = getattr(recipe, name)
+        if stage.loss_options and not stage.loss: raise ValueError(f'{name}.loss_options are those of {name}.loss, which is not set')
+        if stage.loss: _check_loss(f'{name}.loss_options', stage.loss, stage.loss_options)
     dual = recipe.model.classifier=='linear_cosine' and recipe.model.head in ('batchnorm', 'neck')
     if (recipe.loss.name in ('am_softmax', 'arcface'))!=_margin_head(recipe.model) or (recipe.loss.name=='ce_arcface')!=dual:
         raise ValueError(f'loss {recipe.loss.name!r} and head {recipe.model.head!r} do not fit: margin losses need the cosine head (or a neck with that classifier), '
@@ -175,11 +213,11 @@ def check_recipe(
 
 # %% ../nbs/12_recipe.ipynb #98d38e5a
 def recipe_from_json(
-    text:str # JSON, as `recipe_to_json` writes it; settings that are left out keep their defaults
+    text:str, # JSON, as `recipe_to_json` writes it; settings that are left out keep their defaults
+    where:str|Path='recipe' # file, for messages
 ) -> Recipe: # checked
     "Raises: ValueError for what is no JSON, an unknown setting, a wrong type or an impossible combination."
-    try: d = json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f'line {e.lineno}: {e.msg}') from None
+    d = parse_json(text, where, dict)
     return check_recipe(recipe_from_dict(d))
 
 def recipe_to_json(
@@ -209,8 +247,8 @@ def get_recipe(
     path = user_path(name)
     if path.suffix!='.json': raise ValueError(f'there is no recipe {str(name)!r}{_nearest(str(name), list(recipes))}')
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
-    try: return recipe_from_json(read_text(path))
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+    try: return recipe_from_json(read_text(path), path)
+    except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(path)) else f'{path}: {e}') from None
 
 # %% ../nbs/12_recipe.ipynb #d5fcbed5
 def change_recipe(
@@ -222,8 +260,9 @@ def change_recipe(
     for s in settings:
         key, equals, text = s.partition('=')
         if not equals: raise ValueError(f'{s!r} has no "=", expected something like train.epochs=5')
-        try: value = json.loads(text)
-        except json.JSONDecodeError: value = text
+        try: json.loads(text)
+        except ValueError: value = text # no JSON, so it is a word
+        else: value = parse_json(text, key)
         *parents, last = key.split('.')
         at = d
         for i, k in enumerate(parents):
@@ -249,6 +288,9 @@ def laptop_recipe(
     **model # of `ModelSettings`; by default `small_resnet`
 ) -> Recipe: # checked
     "The same system on a small network and a short schedule, with images kept in memory."
+    if isinstance(epochs, bool) or not 1 <= epochs <= 100_000: raise ValueError(f'epochs is {epochs} (--laptop), expected 1 to 100,000 epochs of all stages together')
+    if lr is not None and not 0 < lr < 1000: raise ValueError(f'lr is {lr}, expected a learning rate above 0')
+    if not virtual_batch >= 1: raise ValueError(f'virtual_batch is {virtual_batch}, expected 1 site or more')
     stages = {s: getattr(recipe, s) for s in _stages}
     stages['head'] = replace(recipe.head, epochs=0) # nothing is pretrained, so there is no body that a head could wait for
     total = sum(s.epochs for s in stages.values())

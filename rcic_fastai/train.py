@@ -897,14 +897,22 @@ def _nearest(key, known):
     close = difflib.get_close_matches(key, known, n=1, cutoff=.5)
     return f'; did you mean {close[0]!r}?' if close else f'; there are {", ".join(known)}'
 
+def _check_finite(key, value):
+    "NaN, infinities and integers that no float can hold are numbers of no setting, in lists and braces neither"
+    if isinstance(value, (list, tuple)): value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for k, v in value.items(): _check_finite(f'{key}.{k}', v)
+    elif isinstance(value, (int, float)) and not (abs(value) < 1e300): raise ValueError(f'{key} is {value if isinstance(value, float) else "too large"}, expected a finite number')
+
 def _check_type(key, value, hint):
     "Return `value`, an int as a float where a float is wanted, or say what was expected"
+    _check_finite(key, value)
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, bool) and bool not in kinds: kinds_ok = False
     elif isinstance(value, int) and float in kinds and int not in kinds: return float(value)
     else: kinds_ok = isinstance(value, kinds)
     names = ' or '.join('null' if k is types.NoneType else k.__name__ for k in kinds)
-    if not kinds_ok: raise ValueError(f'{key} is {json.dumps(value)}, expected {names}')
+    if not kinds_ok: raise ValueError(f'{key} is {json.dumps(value, default=str)}, expected {names}')
     return value
 
 def recipe_from_dict(

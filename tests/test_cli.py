@@ -163,3 +163,29 @@ def test_packing_that_is_interrupted_says_how_to_go_on(small_screen, tmp_path, m
     assert status == 1 and err.strip() == "rcic-pack: interrupted; run the same command to go on"
     status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--out", tmp_path / "nothing", "--verify")
     assert status == 1 and "nothing holds no finished store" in err
+
+
+def test_every_option_that_is_a_number_has_limits():
+    "Zero, negative, NaN and huge numbers end in one line that names the option, before any work"
+    import inspect
+
+    from fastcore.script import CliError
+
+    from rcic_fastai import cli, hpa_cli, kaggle_cli
+
+    seen = 0
+    for module in (cli, hpa_cli, kaggle_cli):
+        for name in module.__all__:
+            if not name.startswith("rcic_"):
+                continue
+            function = getattr(module, name)
+            for p in inspect.signature(function).parameters.values():
+                if p.annotation not in (int, float):
+                    continue
+                low, high = cli._limits[p.name]
+                for value in (low - 1, high * 2 + 1, float("nan"), float("inf"), -float("inf"), 10**400):
+                    with pytest.raises(CliError, match=f"--{p.name.replace('_', '-')} is .* expected") as e:
+                        function(**{p.name: value})
+                    assert len(str(e.value).splitlines()) == 1
+                    seen += 1
+    assert seen > 150

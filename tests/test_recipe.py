@@ -54,7 +54,7 @@ def test_every_setting_can_be_set_and_wrong_types_are_named(key, default):
     ('{"train": {"schedule": "linear"}}', "train.schedule is"),
     ('{"loss": {"name": "cross_entropy"}}', "do not fit"),
     ('{"name": "x",}', "line 1"),
-    ("[1]", "expected settings in braces"),
+    ("[1]", "an object in braces is expected"),
 ])  # fmt: skip
 def test_bad_files(text, message, tmp_path):
     path = tmp_path / "bad.json"
@@ -94,3 +94,47 @@ def test_list_names_source_and_score():
     table = list_recipes()
     assert list(table.index) == list(recipes) and {"source", "score", "arch"} <= set(table.columns)
     assert asdict(recipes["laptop"])["name"] == "laptop"
+
+
+def test_every_number_of_a_recipe_has_a_range():
+    "What is zero, negative, huge, NaN or infinite is refused by name"
+    import dataclasses
+    import typing
+
+    from rcic_fastai.recipe import _ranges
+
+    base, checked = get_recipe("laptop"), 0
+    for section in dataclasses.fields(base):
+        part = getattr(base, section.name)
+        for f in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+            hint = typing.get_type_hints(type(part))[f.name]
+            kinds = typing.get_args(hint) or (hint,)
+            if not {int, float} & set(kinds) or hint in (dict, list):
+                continue
+            key, (low, high) = f"{section.name}.{f.name}", _ranges[section.name, f.name]
+            for text in ("NaN", "Infinity", "-Infinity", "1e999", "true", "[1]", "{}", '"nan"', str(low - 1), str(int(high * 2 + 1)), "-1e30", str(10**400)):
+                with pytest.raises(ValueError, match=key.removeprefix("inference.")) as e:
+                    change_recipe(base, f"{key}={text}")
+                assert "\n" not in str(e.value)
+                checked += 1
+    assert checked > 600
+
+
+def test_the_names_of_thresholds_are_those_there_are():
+    from rcic_fastai.recipe import _choices
+    from rcic_fastai.threshold import threshold_methods
+
+    assert set(_choices["inference", "thresholds"]) == set(threshold_methods)
+
+
+@pytest.mark.parametrize("setting", ['loss.options={"m": 1, "m": 2}', 'loss.options={"m": "a"}', 'loss.options={"s": NaN}', 'loss.options={"reduction": "none"}', "train.steps=[2]",
+                                     'train.steps=["a"]', "inference.bagging=[1]", 'train.loss_options={"m": 1}', "inference.thresholds=best"])  # fmt: skip
+def test_lists_and_options_are_looked_into(setting):
+    with pytest.raises(ValueError, match=setting.partition("=")[0]):
+        change_recipe(get_recipe("laptop"), setting)
+
+
+@pytest.mark.parametrize("epochs", [0, -5, True, 10**9])
+def test_a_laptop_needs_epochs(epochs):
+    with pytest.raises(ValueError, match="--laptop"):
+        laptop_recipe(get_recipe("laptop"), epochs)
