@@ -45,6 +45,7 @@ def rcic_kaggle(
     internet:bool=False, # run with internet; most competitions take no submission from such a kernel
     public:bool=False, # let everyone see the kernel
     wheel:Annotated[list[Path], dict(type=Path, metavar='(path)', action='append')]=None, # put a further wheel into the notebook; may be repeated
+    attached_wheel:Annotated[list[Path], dict(type=Path, metavar='(path)', action='append')]=None, # let the kernel install this wheel from an attached dataset; may be repeated
     no_wheel:bool=False, # put no wheel into the notebook but the library's and those of --wheel
     to:Path=None, # of output: folder to fetch to; by default output in that of the kernel
     debug:bool=False, # show the traceback of an error
@@ -62,7 +63,7 @@ def rcic_kaggle(
             elif recipe or set or laptop: raise ValueError('--recipe, --set and --laptop are for kernels that train; one that infers has the recipe of its run')
             values = dict(VALID=valid, TARGET=target, PRESENT_ONLY=present_only, HOURS=hours) if kind=='train' else {}
             meta = build_kernel(folder, kind, chosen, run, weights, user, title, competition, dataset or (), wheel or (), () if no_wheel else image_lacks, go_on, values,
-                                private=not public, gpu=not no_gpu, internet=internet, kernels=kernel or (), models=model or (), machine=machine)
+                                private=not public, gpu=not no_gpu, internet=internet, kernels=kernel or (), models=model or (), machine=machine, attached=attached_wheel or ())
             if chosen is not None and isinstance(chosen.model.pretrained, str): _say(f'The kernel will look for {chosen.model.pretrained} in what is attached: {", ".join(dataset or ["no dataset yet"])}')
             return _say(_steps(folder, meta))
         from rcic_fastai.kaggle import read_kernel

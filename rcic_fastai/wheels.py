@@ -90,22 +90,27 @@ def input_folders(
         level = sorted(Path(e) for f in level if not any((f/t).is_file() for t in ('train.csv', 'metadata.csv')) for e in os.scandir(f) if e.is_dir())
         yield from level
 
+# %% ../nbs/17b_wheels.ipynb #49eda417
 def install_wheels(
     packed:str, # text from `pack_wheels`
-    root:'str|Path' # wheels below this folder are installed too
+    root:'str|Path', # folder that attached datasets lie in
+    attached:'dict'={} # wheels that lie there: name -> SHA-256; no other one is installed
 ) -> list:
     "Install the wheels whose version is not there already; return their names."
     folder = Path(tempfile.mkdtemp())
     chosen:dict[str, str] = {}
     with zipfile.ZipFile(io.BytesIO(lzma.decompress(base64.b85decode(''.join(packed.split()))))) as z: z.extractall(folder)
-    for wheel in [*sorted(folder.glob('*.whl')), *(w for f in input_folders(root) for w in sorted(f.glob('*.whl')))]:
+    there = [w for f in input_folders(root) for w in sorted(f.glob('*.whl')) if w.name in attached] if attached else []
+    theirs = {w.name: w for w in reversed(there) if hashlib.sha256(w.read_bytes()).hexdigest()==attached[w.name]}
+    if lost := sorted(set(attached)-set(theirs)): raise FileNotFoundError(f'{", ".join(lost)}: no attached dataset holds this wheel as it was when the notebook was built')
+    for wheel in [*sorted(folder.glob('*.whl')), *theirs.values()]:
         name, version = wheel.name.split('-')[:2]
-        try: there = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: there = None
-        if there!=version: chosen.setdefault(name, str(wheel))
+        try: has = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: has = None
+        if has!=version: chosen.setdefault(name, str(wheel))
     if not chosen: return []
     pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--disable-pip-version-check', '--root-user-action=ignore']
-    done = subprocess.run([*pip, *chosen.values()], capture_output=True, text=True)
+    done = subprocess.run([*pip, *chosen.values()], capture_output=True, text=True, env={**os.environ, 'PYTHONSAFEPATH': '1'}) # pip itself is not looked for here
     if done.returncode: raise RuntimeError(f'pip could not install {", ".join(chosen)}: {done.stderr or done.stdout}')
     importlib.invalidate_caches()
     return [Path(w).name for w in chosen.values()]

@@ -177,7 +177,7 @@ def test_broken_template_leaves_what_was_there(pages, run, tmp_path):
         make_report(run, template=tmp_path / "mine.ipynb", say=quiet)
     assert pages["single"].read_bytes() == before
     with pytest.raises(ValueError, match="written as .html"): make_report(run, tmp_path / "page.pdf")
-    with pytest.raises(FileNotFoundError, match="elsewhere, the data of .* is not there"): make_report(run, data=tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="elsewhere does not exist; expected the folder of the screen"): make_report(run, data=tmp_path / "elsewhere")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.ipynb"]
 
 

@@ -2,10 +2,13 @@
 
 import ast
 import base64
+import hashlib
 import json
 import os
 import shutil
 import sys
+import types
+import zipfile
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,7 +22,7 @@ from fastcore.script import CliError
 from rcic_fastai.cli import _say, one_line_errors
 from rcic_fastai.credentials import scrub
 from rcic_fastai.hpa import read_hpa
-from rcic_fastai.kaggle import copy_run, read_kernel
+from rcic_fastai.kaggle import build_kernel, copy_run, read_kernel
 from rcic_fastai.kaggle_client import run_client, scrub_kaggle
 from rcic_fastai.page import execute_notebook, notebook_page, table, tiles
 from rcic_fastai.platemap import describe_screen
@@ -28,6 +31,7 @@ from rcic_fastai.run import train_run
 from rcic_fastai.screen import read_screen
 from rcic_fastai.store import DamagedSite, Store, _Blosc2, pack_screen, pack_sites
 from rcic_fastai.train import load_run, read_run
+from rcic_fastai.wheels import install_wheels, pack_wheels
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,6 +121,29 @@ def test_a_copied_run_is_data_alone(small_run, tmp_path):
     names = {p.relative_to(copied).as_posix() for p in copied.rglob("*")}
     assert names == {p.relative_to(small_run).as_posix() for p in small_run.rglob("*") if p.suffix in (".json", ".csv", ".npz", ".safetensors") or p.is_dir()}
     assert not (copied / "recipe.json").is_symlink() and read_run(copied)[1] == read_run(small_run)[1]
+
+
+def test_a_kernel_installs_only_the_wheels_that_were_named(tmp_path, monkeypatch):
+    "Others may lie beside the weights of an attached dataset, also under the same name"
+    def wheel(path, text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w") as z: z.writestr("x.py", text)
+        return path
+    mine = wheel(tmp_path / "mine" / "mine-1.0-py3-none-any.whl", "mine")
+    wheel(tmp_path / "input" / "a" / mine.name, "theirs")
+    wheel(tmp_path / "input" / "a" / "torch-99.0-py3-none-any.whl", "theirs")
+    installed = []
+    monkeypatch.setattr("subprocess.run", lambda args, **kwargs: installed.append((args[-1], kwargs["env"]["PYTHONSAFEPATH"])) or types.SimpleNamespace(returncode=0))
+    named = dict.fromkeys([mine.name], hashlib.sha256(mine.read_bytes()).hexdigest())
+    assert install_wheels(pack_wheels([]), tmp_path / "input") == [] == installed
+    with pytest.raises(FileNotFoundError, match="mine-1.0.*as it was when the notebook was built"): install_wheels(pack_wheels([]), tmp_path / "input", named)
+    (tmp_path / "input" / "b").mkdir()
+    shutil.copy(mine, tmp_path / "input" / "b")
+    assert install_wheels(pack_wheels([]), tmp_path / "input", named) == [mine.name] and installed == [(str(tmp_path / "input" / "b" / mine.name), "1")]
+    meta = build_kernel(tmp_path / "kernel", user="ada", title="With a wheel", datasets=["ada/wheels"], lacking=(), attached=[mine])
+    source, = [c.source for c in nbformat.read(tmp_path / "kernel" / meta["code_file"], 4).cells if "PACKED = " in c.source]
+    assert f"ATTACHED = {named}" in source
+    with pytest.raises(ValueError, match="--attached-wheel .*: this is no wheel"): build_kernel(tmp_path / "kernel", user="ada", title="With a wheel", attached=[tmp_path / "x.whl"])
 
 
 # Names
@@ -393,7 +420,7 @@ def test_a_store_shows_no_password(stores, forged, monkeypatch):
 
 def test_messages_without_passwords_stay_as_they_are():
     for text in ("train.csv: row 17: plate 5 is outside 1-4", "recipe.json: unknown setting 'token'; did you mean 'taken'?", "its MD5 is 0a1b2c3d4e5f60718293a4b5c6d7e8f9", "files '{well}_s{site}_{channel}.tif' has no {channel}",
-                 "unknown key: learning_rate", "store#17 of C:/Users/me@home", "https://www.kaggle.com/code/ada/rcic", "--set train.lr=.1", "valid 'experiment=HUVEC-07,RPE-07': x", "mail ada@example.org: 5 tokens"):  # fmt: skip
+                 "unknown key: learning_rate", "store#17 of C:/mine/ada@home", "https://www.kaggle.com/code/ada/rcic", "--set train.lr=.1", "valid 'experiment=HUVEC-07,RPE-07': x", "mail ada@example.org: 5 tokens"):  # fmt: skip
         assert scrub(text) == text
 
 
