@@ -12,7 +12,7 @@ import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai is imported; nothing a user can act on
 
 # %% ../nbs/18_kaggle.ipynb #30218c1c
-import inspect, json, os, re, shutil, signal, tempfile, time, zipfile
+import hashlib, inspect, json, os, re, shutil, signal, tempfile, time, zipfile
 from dataclasses import replace
 from contextlib import suppress
 from functools import partial
@@ -209,7 +209,8 @@ def kernel_notebook(
     title:str, # heading
     packed:str, # from `pack_wheels`
     recipe:Recipe=None, # of a kernel that trains
-    values:dict=None # settings of the first cell, such as VALID='fold=0/5'
+    values:dict=None, # settings of the first cell, such as VALID='fold=0/5'
+    attached:dict=None # wheels in attached datasets: name -> SHA-256
 ) -> dict: # notebook, as JSON has it
     "The template with a recipe, settings and wheels. Raises: ValueError for another kind, or a setting that is none."
     if kind not in _kinds: raise ValueError(f'kind is {kind!r}, expected one of {", ".join(_kinds)}')
@@ -219,7 +220,7 @@ def kernel_notebook(
     text = {'title': lambda s: s.replace('TITLE', title), 'settings': lambda s: _with_values(s, values or {}),
             'recipe': lambda s: "RECIPE = r'''\n" + recipe_to_json(recipe).replace("'''", r'\u0027\u0027\u0027') + "'''",
             'functions': lambda s: '\n'.join(inspect.getsource(f) for f in (input_folders, install_wheels)),
-            'wheels': lambda s: s.replace("PACKED = ''", f"PACKED = '''\n{packed}\n'''")}
+            'wheels': lambda s: s.replace("PACKED = ''", f"PACKED = '''\n{packed}\n'''").replace('ATTACHED = {}', f'ATTACHED = {attached or {}}')}
     for c in nb['cells']:
         source = ''.join(c['source'])
         for tag in tags(c): source = text.get(tag, lambda s: s)(source)
@@ -288,11 +289,15 @@ def _check_kernel(kind, recipe, run, weights, internet):
         raise ValueError(f'recipe {recipe.name} begins with weights that are downloaded, and this kernel has no internet: --set model.pretrained=NAME/FILE with --dataset USER/NAME '
                          'that holds the file, --set model.pretrained=false, or --internet')
 
-def _embedded(wheels, lacking, folder):
-    "The library, what the image lacks unless it was given, and what was given"
+def _check_wheels(wheels, option):
     given = [Path(w) for w in wheels]
     for w in given:
-        if not zipfile.is_zipfile(w) or w.suffix!='.whl' or w.name.count('-') < 4: raise ValueError(f'--wheel {w}: this is no wheel')
+        if not zipfile.is_zipfile(w) or w.suffix!='.whl' or w.name.count('-') < 4: raise ValueError(f'{option} {w}: this is no wheel')
+    return given
+
+def _embedded(wheels, lacking, folder):
+    "The library, what the image lacks unless it was given, and what was given"
+    given = _check_wheels(wheels, '--wheel')
     names = {w.name.split('-')[0] for w in given}
     return [*(installed_wheel(n, folder) for n in ('rcic_fastai', *lacking) if n not in names), *given]
 
@@ -300,7 +305,7 @@ def _check_size(text, wheels):
     if (size := len(text.encode())) <= notebook_limit: return
     largest, most = max(((w, len(pack_wheels([w]))) for w in wheels), key=lambda x: x[1])
     raise ValueError(f'the notebook has {size/1e6:.2f} MB and Kaggle takes {notebook_limit/1e6:g} MB; {largest.name} alone takes {most/1e6:.2f} MB: '
-                     'put it into a dataset and attach that (--dataset), where the kernel finds it')
+                     'put it into a dataset, attach that (--dataset), and give the wheel as --attached-wheel, not as --wheel')
 
 def _check_folder(out):
     notebook = check_free(out, 'kernel-metadata.json', 'kernel')/'kernel.ipynb'
@@ -320,6 +325,7 @@ def build_kernel(
     lacking:Sequence[str]=image_lacks, # installed packages whose wheels go into it too
     go_on:bool=False, # attach the output of the last version, to go on with its training
     values:dict=None, # settings of the notebook's first cell, such as VALID='fold=0/5'
+    attached:Sequence[str|Path]=(), # wheels that lie in an attached dataset too; the kernel installs these very files, and none that it finds beside them
     **metadata # of `kernel_metadata`: private, gpu, internet, kernels, models, machine
 ) -> dict: # what `kernel-metadata.json` says
     """Write a folder for `kaggle kernels push`: a notebook and `kernel-metadata.json`.
@@ -339,9 +345,10 @@ def build_kernel(
     if go_on: kernels.append(f'{user}/{kaggle_slug(title)}')
     competition = competition or competitions['labels' if recipe.loss.name in multilabel_losses else 'sirna']
     meta = kernel_metadata(user, title, competition=competition, datasets=dict.fromkeys(datasets), kernels=dict.fromkeys(kernels), **metadata)
+    hashes = {w.name: hashlib.sha256(w.read_bytes()).hexdigest() for w in _check_wheels(attached, '--attached-wheel')}
     with tempfile.TemporaryDirectory() as folder:
         found = _embedded(wheels, lacking, folder)
-        text = json.dumps(kernel_notebook(kind, title, pack_wheels(found), recipe if kind=='train' else None, values), indent=1, ensure_ascii=False)+'\n'
+        text = json.dumps(kernel_notebook(kind, title, pack_wheels(found), recipe if kind=='train' else None, values, hashes), indent=1, ensure_ascii=False)+'\n'
         _check_size(text, found)
     with claim_folder(out):
         write_json(out/'kernel-metadata.json', meta)

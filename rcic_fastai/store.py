@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .credentials import scrub
-from .files import check_name, check_output, claim_folder, clean_partials, folder_contents, parse_json, path_within, read_json, user_path, write_json, write_whole
+from .files import check_output, claim_folder, clean_partials, folder_contents, parse_json, path_within, read_json, user_path, write_json, write_whole
 from .image import read_site, resize_site
 from .screen import CHANNELS, WELL_COLUMNS, Screen, _expand, check_files, has_channels, packed_row, present_sites
 
@@ -204,7 +204,7 @@ def _read_bytes(path):
 # %% ../nbs/03_store.ipynb #d200451f
 def _whole(v, least): return isinstance(v, int) and not isinstance(v, bool) and v >= least
 def _list(v, test): return isinstance(v, list) and len(v) > 0 and all(map(test, v))
-def _plain_name(name): return isinstance(name, str) and name==check_name(name)
+def _inside(name): return isinstance(name, str) and path_within('.', name, links=True).name!=''
 
 _rules = dict( # what an entry of the manifest has to be
     format=(lambda v: v in FORMATS, f'one of {", ".join(FORMATS)}'), preset=(lambda v: v in _presets, f'one of {", ".join(_presets)}'),
@@ -212,7 +212,9 @@ _rules = dict( # what an entry of the manifest has to be
     channels=(lambda v: _list(v, lambda c: _whole(c, 0) or isinstance(c, str)) and len(set(v))==len(v), 'different numbers or names'),
     composite=(lambda v: isinstance(v, bool), 'true or false'), size=(lambda v: v is None or _whole(v, 1), 'null or a number of pixels'),
     n_sites=(lambda v: _whole(v, 1), 'a number from 1 on'), shard_sites=(lambda v: _whole(v, 1), 'a number from 1 on'),
-    files=(lambda v: isinstance(v, dict) and _INDEX in v and all(map(_plain_name, v)) and all(isinstance(h, str) for h in v.values()), f'checksums of files, {_INDEX} among them'))
+    files=(lambda v: isinstance(v, dict) and _INDEX in v and all(map(_inside, v)) and all(isinstance(h, str) for h in v.values()), f'checksums of files, {_INDEX} among them'))
+
+def _digest(manifest): return xxhash.xxh3_64_hexdigest(json.dumps({k: v for k, v in manifest.items() if k!='digest'}, sort_keys=True).encode())
 
 def _check_manifest(manifest, where):
     "Raises: ValueError naming the entry that no store of ours has"
@@ -221,6 +223,7 @@ def _check_manifest(manifest, where):
         try: good = fits(manifest[name])
         except (KeyError, TypeError, ValueError): good = False
         if not good: raise ValueError(f'{where}: {name} is {str(manifest.get(name, "missing"))[:80]}, expected {expected}')
+    if 'digest' in manifest and manifest['digest']!=_digest(manifest): raise ValueError(f'{where} is not as it was written: its digest differs')
     c = manifest['shape'][0]
     if not manifest['composite'] and c!=len(manifest['channels']): raise ValueError(f'{where}: {len(manifest["channels"])} channels, but the shape says {c}')
 
@@ -271,6 +274,31 @@ def _check_zarr(found, manifest, where):
     wanted = _zarr_sketch([manifest['n_sites'], *manifest['shape']], min(manifest['shard_sites'], -(-manifest['n_sites']//manifest['shard_sites'])*manifest['shard_sites']))
     for name, value in wanted.items():
         if (got := _bare({name: found.get(name)}).get(name))!=_bare({name: value}).get(name): raise ValueError(f'{where}: {name} is {json.dumps(got)[:200]}, expected {json.dumps(value)}')
+
+# %% ../nbs/03_store.ipynb #40e4e914
+def _zstd_size(head):
+    "Bytes that a zstd frame says it holds, from its first 18 bytes; None if it does not say (RFC 8878, section 3.1.1.1)"
+    if len(head) < 6 or head[:4]!=bytes.fromhex('28b52ffd'): return None
+    flag, single, ids = head[4] >> 6, head[4] >> 5 & 1, (0, 1, 2, 4)[head[4] & 3]
+    n, start = (single, 2, 4, 8)[flag], 5+(not single)+ids
+    return int.from_bytes(head[start:start+n], 'little')+256*(n==2) if n and len(head) >= start+n else None
+
+@lru_cache
+def _checked_zstd():
+    "Name of zarr's codec that first compares what a chunk says it holds with what an image has; zarr takes it for arrays that are opened with this setting"
+    from zarr.codecs import ZstdCodec
+    from zarr.registry import register_codec
+    def check(data, spec):
+        if (size := _zstd_size(data[:18].to_bytes()))!=math.prod(spec.shape): raise ValueError(f'it holds {size} bytes, not {math.prod(spec.shape):,}')
+    class CheckedZstd(ZstdCodec):
+        def _decode_sync(self, chunk_bytes, chunk_spec):
+            check(chunk_bytes, chunk_spec)
+            return super()._decode_sync(chunk_bytes, chunk_spec)
+        async def _decode_single(self, chunk_bytes, chunk_spec): # older releases decode here
+            check(chunk_bytes, chunk_spec)
+            return await super()._decode_single(chunk_bytes, chunk_spec)
+    register_codec('zstd', CheckedZstd)
+    return f'{CheckedZstd.__module__}.{CheckedZstd.__qualname__}'
 
 # %% ../nbs/03_store.ipynb #6b32e224
 class Store:
@@ -332,11 +360,17 @@ class Store:
         import zarr
         where = _join(self.path, 'shards', 'zarr.json')
         _check_zarr(parse_json(_read_bytes(where).decode(errors='replace'), scrub(where), dict), self.manifest, scrub(where))
-        return zarr.open_array(_join(self.path, 'shards'), mode='r', zarr_format=3) # older formats have codecs that unpickle
+        with zarr.config.set({'codecs.zstd': _checked_zstd()}):
+            return zarr.open_array(_join(self.path, 'shards'), mode='r', zarr_format=3) # older formats have codecs that unpickle
     def _shard_path(self, k): return Path(self.path)/'shards'/f'{k:05d}.bin'
 
     def __getstate__(self): return dict(path=self.path, manifest=self.manifest)
     def __setstate__(self, state): self.__dict__.update(state, _local=threading.local())
+
+    def check(self) -> 'Store': # itself
+        "Hold manifest, index and first site against each other; whatever reads does so too. Raises: ValueError naming the file."
+        _ = self._fits
+        return self
 
     def places(self,
         channels:Sequence[int|str] # numbers or names of channels
@@ -574,7 +608,8 @@ class _Packer:
         table = self.sites[[c for c in _INDEX_COLUMNS if c in self.sites]].assign(offset=starts, length=lengths, checksum=checksums)
         write_index(table, self.out/_INDEX)
         files = {name: xxhash.xxh3_64_hexdigest((self.out/name).read_bytes()) for name in (_INDEX, *self.plan['tables'])}
-        write_json(self.out/_MANIFEST, dict(self.plan, files=files, versions=_versions(self.plan['format'])))
+        manifest = dict(self.plan, files=files, versions=_versions(self.plan['format']))
+        write_json(self.out/_MANIFEST, dict(manifest, digest=_digest(manifest)))
         _tidy(self.out)
 
 def _tidy(out):

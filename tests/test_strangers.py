@@ -29,7 +29,7 @@ from rcic_fastai.platemap import describe_screen
 from rcic_fastai.report import folder_sizes, make_report
 from rcic_fastai.run import train_run
 from rcic_fastai.screen import read_screen
-from rcic_fastai.store import DamagedSite, Store, _Blosc2, pack_screen, pack_sites
+from rcic_fastai.store import DamagedSite, Store, _Blosc2, _digest, _zstd_size, pack_screen, pack_sites
 from rcic_fastai.train import load_run, read_run
 from rcic_fastai.wheels import install_wheels, pack_wheels
 
@@ -266,6 +266,7 @@ def forged(stores, tmp_path):
         if index is not None or chunk is not None:
             table.to_parquet(theirs / "sites.parquet", index=False)
             m["files"] = {**m["files"], "sites.parquet": xxhash.xxh3_64_hexdigest((theirs / "sites.parquet").read_bytes())}
+        if "digest" in m: m["digest"] = _digest(m)
         (theirs / "manifest.json").write_text(json.dumps(m))
         return theirs
     return forge
@@ -312,6 +313,10 @@ def test_an_index_that_is_none(forged):
     theirs = forged("blosc2")
     (theirs / "sites.parquet").write_bytes(b"PAR1")
     m = json.loads((theirs / "manifest.json").read_text())
+    for change in (dict(shape=[6, 96, 24]), dict(channels=["a", "b", "c", "d", "e", "f"]), dict(digest="0")):  # nothing else would tell
+        (theirs / "manifest.json").write_text(json.dumps({**m, **change}))
+        with pytest.raises(ValueError, match="manifest.json is not as it was written"): Store(theirs)
+    del m["digest"]
     (theirs / "manifest.json").write_text(json.dumps({**m, "files": {"sites.parquet": xxhash.xxh3_64_hexdigest(b"PAR1")}}))
     with pytest.raises(ValueError, match="sites.parquet is no Parquet file"): Store(theirs).read(0)
     for text in ("{", "[]", '{"kind": NaN}', '{"kind": 1, "kind": 2}', "\x00"):
@@ -348,6 +353,47 @@ def test_zarr_is_format_3_and_the_array_that_was_packed(stores, forged):
     path.unlink()
     (theirs / "shards" / ".zarray").write_text(json.dumps(dict(zarr_format=2, shape=[10, 6, 48, 48], chunks=[1, 6, 48, 48], dtype="|O", filters=[dict(id="pickle")], compressor=None, fill_value=0, order="C")))
     with pytest.raises(FileNotFoundError, match="zarr.json"): Store(theirs).read(0)
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 70000, 2**20])
+def test_what_a_zstd_frame_says_it_holds(size):
+    numcodecs = pytest.importorskip("numcodecs", reason="it comes with zarr")
+    assert _zstd_size(bytes(numcodecs.Zstd().encode(bytes(size)))[:18]) == size
+    assert _zstd_size(b"") is _zstd_size(b"\x28\xb5\x2f\xfd\x00\x00") is _zstd_size(b"PK\x03\x04" * 5) is None
+
+
+@pytest.mark.parametrize("address", ["{}", "memory://strangers/store"])
+def test_a_zarr_chunk_that_holds_too_much(stores, tmp_path, address):
+    "Ten times the pixels of a site, compressed to less than one: refused before they are there"
+    pytest.importorskip("zarr", reason="the format zarr needs zarr 3, which needs Python 3.11")
+    import fsspec
+    from numcodecs import Zstd
+    from zarr.codecs import ZstdCodec
+
+    google_crc32c = pytest.importorskip("google_crc32c", reason="it comes with zarr")
+    def crc(data): return google_crc32c.value(bytes(data)).to_bytes(4, "little")
+    theirs = shutil.copytree(stores["zarr"], tmp_path / "theirs")
+    assert Store(theirs).read(1).any()
+    shard = theirs / "shards" / "c" / "0" / "0" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    starts = np.frombuffer(data[-4 - 16 * 4 : -4], "<u8").reshape(-1, 2).astype(int)  # of the chunks, and how long they are
+    bomb = bytes(Zstd().encode(bytes(10 * 6 * 48 * 48)))
+    chunk = bomb + crc(bomb)
+    index = starts.copy()
+    index[1, 1] = len(chunk)
+    assert len(chunk) <= starts[1, 1]
+    data[starts[1, 0] : starts[1, 0] + len(chunk)] = chunk
+    raw = index.astype("<u8").tobytes()
+    data[-4 - 16 * 4 :] = raw + crc(raw)
+    shard.write_bytes(data)
+    address = address.format(theirs)
+    if "://" in address: fsspec.filesystem("memory").put(str(theirs), "/strangers/store", recursive=True)
+    with pytest.raises(DamagedSite, match="it holds 138240 bytes, not 13,824"): Store(address).read(1)
+    assert Store(address).read(0).any()
+    from zarr.registry import get_codec_class
+
+    assert get_codec_class("zstd") is ZstdCodec  # for everybody else
+    if "://" in address: fsspec.filesystem("memory").rm("/strangers", recursive=True)
 
 
 # Passwords
