@@ -350,7 +350,7 @@ class _BatchSource:
         if store is None: shape, self.read_into = self.reader.pixels(self.files[0]).shape, self._read_file
         else:
             places = slice(None) if store.manifest['composite'] else store.places(self.reader.channels)
-            shape = store.shape if isinstance(places, slice) else (len(places), *store.shape[1:])
+            shape = store.check().shape if isinstance(places, slice) else (len(places), *store.shape[1:])
             def some_channels(i, out): out[...] = store.read(i)[places]
             self.read_into = store.read_into if isinstance(places, slice) else some_channels
         self.buffers = BatchBuffers(shape, self.pin_memory)
