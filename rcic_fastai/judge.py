@@ -219,7 +219,8 @@ def confused_pairs(
     counts, wrong = t.true.value_counts(), t[t.true!=t.predicted]
     directed = wrong.groupby(['true', 'predicted']).size() if len(wrong) else pd.Series(dtype=int)
     rows = []
-    for a, b in sorted({tuple(sorted(pair)) for pair in directed.index}):
+    order = lambda k: (isinstance(k, str), k) # names and numbers, where a treatment is new
+    for a, b in sorted({tuple(sorted(pair, key=order)) for pair in directed.index}, key=lambda pair: tuple(map(order, pair))):
         there, back = int(directed.get((a, b), 0)), int(directed.get((b, a), 0))
         rows.append((a, b, there+back, there, back, int(counts.get(a, 0)+counts.get(b, 0))))
     table = pd.DataFrame(rows, columns=['first', 'second', 'wells', 'as_second', 'as_first', 'of'])

@@ -432,8 +432,8 @@ def test_score_and_its_table(sample, tmp_path):
     ('id_code,sirna\nHUVEC-17_1_B03,0\n', r'submission.csv: 3 wells of truth are missing: HUVEC-17_2_B04, HUVEC-18_1_B03, U2OS-04_1_B03'),
     ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+['X-01_1_B03']), '1 wells are not in truth: X-01_1_B03'),
     ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+IDS[:1]), 'submission.csv: HUVEC-17_1_B03 occurs more than once'),
-    ('id_code,sirna\n' + ''.join(f'{i},\n' for i in IDS), r'submission.csv: row 2 \(HUVEC-17_1_B03\): sirna is empty'),
-    ('id,sirna\na,0\n', 'submission.csv: column id_code is missing'),
+    ('id_code,sirna\n' + ''.join(f'{i},\n' for i in IDS), r'submission.csv: row 2 \(HUVEC-17_1_B03\) has no sirna'),
+    ('id,sirna\na,0\n', 'submission.csv: neither id_code nor well is among its columns, id, sirna'),
     ('', 'submission.csv: the file is empty'),
 ])
 def test_a_submission_that_cannot_be_scored_is_explained(tmp_path, submission, message):
