@@ -23,8 +23,9 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from .files import write_whole
+from .platemap import read_well_table
 from .predict import Predictions
-from .screen import is_unknown, read_rows, whole_numbers
+from .screen import Screen, is_unknown, whole_numbers
 
 # %% ../nbs/11_assign.ipynb #c0efc442
 def _as_scores(scores) -> np.ndarray:
@@ -341,10 +342,10 @@ def _some(ids, n=3):
     ids = sorted(map(str, ids))
     return ', '.join(ids[:n]) + (f' and {len(ids)-n} more' if len(ids) > n else '')
 
-def _read_table(table, name, columns):
+def _read_table(table, name, columns, screen=None, ids=()):
     "A table (or the CSV file it is in) with the numbers of its rows as index, and its name for messages; in a file the header is row 1."
     if isinstance(table, pd.DataFrame): rows = table.reset_index(drop=True)
-    else: rows, name = read_rows(table, f'a table with the columns {", ".join(columns)}').set_index('row').drop(columns='file'), str(table)
+    else: rows, name = read_well_table(table, screen, ids).set_index('row').drop(columns='file'), str(table)
     if missing := [c for c in columns if c not in rows]: raise ValueError(f'{name}: column {missing[0]} is missing, it has {list(rows.columns)}')
     return rows, name
 
@@ -387,14 +388,40 @@ def write_submission(
     return write_whole(path, lambda p: out.to_csv(p, index=False))
 
 # %% ../nbs/11_assign.ipynb #2a24a9a0
-def _hits(submission, truth):
+def _numbered(table): return 'sirna' in table and bool(whole_numbers(table['sirna'].astype(str)).notna().any())
+
+def _check_names(table, ids, name):
+    "Names of treatments, none of them unknown"
+    column = 'treatment' if 'treatment' in table else 'sirna'
+    if column not in table: raise ValueError(f'{name}: column sirna or treatment is missing, it has {[c for c in table if c not in ("file", "row")]}')
+    names = pd.Series(table[column].to_numpy(object), index=ids.index).map(lambda v: '' if pd.isna(v) else str(v).strip())
+    if (names=='').any(): raise ValueError(f'{name}: row {(row := (names=="").idxmax())} ({ids[row]}) has no {column}')
+    return names
+
+def _labels_alike(tables, screen):
+    "Labels of both tables: names if both have them, else numbers; `tables` are (table, ids, name)"
+    named = [_check_names(*t) if 'treatment' in t[0] or not _numbered(t[0]) else None for t in tables]
+    if all(n is not None for n in named): return named
+    if all(_numbered(t) for t, _, _ in tables): return [_check_labels(t['sirna'], ids, name) for t, ids, name in tables]
+    if screen is None or 'treatment' not in screen.wells:
+        a, b = sorted(tables, key=lambda t: _numbered(t[0]) and 'treatment' not in t[0])
+        raise ValueError(f'{b[2]} has the numbers of treatments and {a[2]} their names: the screen (--data) says which is which')
+    names = screen.wells.dropna(subset=['sirna', 'treatment']).drop_duplicates('sirna').set_index('sirna').treatment
+    def by_name(table, ids, name):
+        numbers = _check_labels(table['sirna'], ids, name)
+        return numbers.map(names).fillna(numbers.astype(str)) # a number that the screen does not have is no name of it
+    return [by_name(*t) if n is None else n for t, n in zip(tables, named)]
+
+def _hits(submission, truth, screen=None):
     "Wells with `experiment`, `cell_type` and whether the submission is right, in the order of the truth."
-    submission, name = _read_table(submission, 'submission', ['id_code', 'sirna'])
-    truth, truth_name = _read_table(truth, 'truth', ['id_code', 'sirna'])
-    ids, true_ids = _check_ids(submission['id_code'], name), _check_ids(truth['id_code'], truth_name)
-    labels, true = _check_labels(submission['sirna'], ids, name), _check_labels(truth['sirna'], true_ids, truth_name)
+    submission, name = _read_table(submission, 'submission', ['id_code'])
+    ids = _check_ids(submission['id_code'], name)
+    truth, truth_name = _read_table(truth, 'truth', ['id_code'], screen, ids)
+    if truth.attrs.get('plate_map'): truth = truth[truth.id_code.isin(ids)] # it has controls and wells of other splits too
+    true_ids = _check_ids(truth['id_code'], truth_name)
     _compare_ids(ids, name, true_ids, truth_name)
     if not len(true_ids): raise ValueError(f'{truth_name}: there are no wells to score')
+    labels, true = _labels_alike([(submission, ids, name), (truth, true_ids, truth_name)], screen)
     labels = pd.Series(labels.to_numpy(), index=ids.to_numpy())[true_ids.to_numpy()].to_numpy()
     experiment = true_ids.astype(str).str.rsplit('_', n=2).str[0]
     cell_type = experiment.str.rsplit('-', n=1).str[0]
@@ -432,23 +459,25 @@ def merge_truth(
     return wells.assign(sirna=known.fillna(true.astype('Float64')).astype('Int64').to_numpy())
 
 def score_submission(
-    submission:str|Path|pd.DataFrame, # CSV file or DataFrame with id_code, sirna
-    truth:str|Path|pd.DataFrame, # CSV file or DataFrame with at least id_code, sirna
+    submission:str|Path|pd.DataFrame, # CSV file or DataFrame with id_code and sirna (numbers) or treatment (names)
+    truth:str|Path|pd.DataFrame, # the same, or with well, plate and treatment as in a plate map
+    screen:Screen=None, # knows which well, and which treatment, is which, where one has numbers and the other names
 ) -> float: # accuracy, 0 to 1
-    """Share of the wells whose siRNA is right.
+    """Share of the wells whose siRNA, or treatment, is right.
 
     Raises: ValueError that names wells which only one of the two has, repeated wells and labels that are no siRNA numbers.
     """
-    return float(_hits(submission, truth)['right'].mean())
+    return float(_hits(submission, truth, screen)['right'].mean())
 
 def score_table(
-    submission:str|Path|pd.DataFrame, # CSV file or DataFrame with id_code, sirna
-    truth:str|Path|pd.DataFrame, # CSV file or DataFrame with at least id_code, sirna
+    submission:str|Path|pd.DataFrame, # as for `score_submission`
+    truth:str|Path|pd.DataFrame, # as for `score_submission`
     by:str='experiment', # 'experiment' or 'cell_type', both taken from the id_code (`HUVEC-17_1_B03`)
+    screen:Screen=None, # as for `score_submission`
 ) -> pd.DataFrame: # index `by`, columns wells, right, accuracy; a last row `all`
     "Accuracy per experiment or cell type."
     if by not in ('experiment', 'cell_type'): raise ValueError(f"by is {by!r}, expected 'experiment' or 'cell_type'")
-    hits = _hits(submission, truth)
+    hits = _hits(submission, truth, screen)
     table = hits.groupby(by)['right'].agg(wells='size', right='sum')
     table.loc['all'] = table.sum()
     return table.assign(accuracy=table['right']/table['wells'])

@@ -400,22 +400,23 @@ def rcic_submit(
 
 @command
 def rcic_score(
-    submission:Annotated[Path, dict(required=True)]=None, # CSV file with id_code, sirna; or with Id, Predicted
-    truth:Annotated[Path, dict(required=True)]=None, # CSV file with id_code, sirna; or with Id, Target
+    submission:Annotated[Path, dict(required=True)]=None, # CSV file with id_code and sirna (numbers) or treatment (names); or with Id, Predicted
+    truth:Annotated[Path, dict(required=True)]=None, # the same, or with well, plate and treatment as in a plate map; or with Id, Target
+    data:Path=None, # folder of the screen, which says which well and which treatment is which, where the two files do not
     debug:bool=False, # show the traceback of an error
 ):
     "Accuracy of a submission per experiment, and over all wells on the last line; of several labels macro-F1, and F1 per class."
     with one_line_errors(debug):
-        import pandas as pd
         from rcic_fastai.assign import score_submission, score_table
         from rcic_fastai.hpa import label_score_table
         from rcic_fastai.multilabel import score_label_submission
-        if truth.is_file() and 'Id' in pd.read_csv(truth, nrows=0):
+        from rcic_fastai.screen import read_rows, read_screen
+        if 'Id' in read_rows(truth, 'a table with the truth'):
             _say(label_score_table(submission, truth).to_string(float_format=lambda v: f'{v:.4f}'))
             return _say(f'{score_label_submission(submission, truth):.6f}')
-        score = score_submission(submission, truth)
-        _say(score_table(submission, truth).to_string(float_format=lambda v: f'{v:.4f}'))
-        _say(f'{score:.6f}')
+        screen = None if data is None else read_screen(data)
+        _say(score_table(submission, truth, screen=screen).to_string(float_format=lambda v: f'{v:.4f}'))
+        _say(f'{score_submission(submission, truth, screen):.6f}')
 
 @command
 def rcic_report(

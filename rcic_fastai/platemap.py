@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_plate_map', 'number_treatments', 'plate_map_wells', 'pattern_regex', 'find_sites', 'guess_pattern',
-           'find_grey_limits', 'PlateMapScreen', 'read_platemap', 'describe_screen']
+           'find_grey_limits', 'PlateMapScreen', 'read_platemap', 'describe_screen', 'read_well_table']
 
 # %% ../nbs/02a_platemap.ipynb #8a5f0a3b
 import json, os, re
@@ -381,3 +381,40 @@ def _write_description(out, table, description):
     if path.exists() and 'images' not in read_json(path): raise FileExistsError(f'{path} is no description of a screen; give another folder with out=... (--out)')
     if not copy.exists(): write_whole(copy, table.read_bytes())
     write_json(path, description)
+
+# %% ../nbs/02a_platemap.ipynb #0946169b
+def _well_keys(rows, screen, path):
+    "id_code of rows that name plate and well, by the wells of a screen"
+    rows = rows.assign(well=rows.well.map(_well_name), **({'plate': rows.plate.map(_same)} if 'plate' in rows else {}))
+    keys, wells = [c for c in ('experiment', 'plate', 'well') if c in rows], screen.wells
+    wells = wells.assign(plate=(wells.plate_name if 'plate_name' in wells else wells.plate).astype(str).map(_same))
+    twice = wells[wells.duplicated(keys) & wells.well.isin(rows.well)]
+    if len(twice): raise ValueError(f'{path}: {screen.path} has several wells {twice.well.iloc[0]}; columns for experiment and plate tell them apart, and here there are only {", ".join(keys)}')
+    found = rows.merge(wells[[*keys, 'id_code']], on=keys, how='left')
+    _require(found, found.id_code.notna(), lambda r: f'{" ".join(f"{k} {r[k]}" for k in keys)} is not in {screen.path}')
+    return found
+
+def _plate_map(table):
+    table.attrs['plate_map'] = True
+    return table
+
+def read_well_table(
+    path:str|Path, # CSV file with `id_code`, or with well, plate and experiment as in a plate map
+    screen:Screen=None, # whose wells they are; None: plates are numbered as in a plate map
+    ids:Sequence[str]=() # id_codes to expect: where the table names no experiment, theirs if it is the same for all
+) -> pd.DataFrame: # its columns as text with `id_code`, `file` and `row`; of a plate map, those that are known under our names, and `attrs['plate_map']`
+    """What somebody knows of wells, such as their treatments.
+
+    Raises: FileNotFoundError; ValueError naming file and row of a well that is unknown or cannot be told apart.
+    """
+    rows = read_rows(path, 'a table with id_code, or with well, plate and treatment')
+    if 'id_code' in rows: return rows
+    described = screen is not None and (Path(screen.path)/'screen.json').is_file()
+    columns = {ours: theirs for ours, theirs in (_read_description(screen.path)['columns'] if described else {}).items() if theirs in rows}
+    if 'well' not in columns and not any(_plain(c) in _aliases['well'] for c in rows):
+        raise ValueError(f'{path}: neither id_code nor well is among its columns, {", ".join(rows.columns.drop(["file", "row"]))}')
+    rows = read_plate_map(path, columns)
+    if screen is not None: return _plate_map(_well_keys(rows, screen, path))
+    experiments = {str(i).rsplit('_', 2)[0] for i in ids}
+    wells = plate_map_wells(rows, experiments.pop() if len(experiments)==1 else 'experiment-1')
+    return _plate_map(wells.drop(columns='sirna')) # a number that no screen knows

@@ -35,35 +35,52 @@ from .hpa import Atlas, read_labels
 from .image import MultiChannelImage, channel_limits, resize_site, stain_colors, stains_to_rgb
 from .judge import BLUE, GREY, ORANGE, accuracy_by, clean_axes, judge_wells, statistic_shift, worst_wells
 from .page import duration, execute_notebook, interval, notebook_page, percent, with_parameters
+from .platemap import read_well_table
 from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, embed_with, inference_needs, predict_run, run_references,
                                  predict_sites)
 from .recipe import recipes
-from .screen import Screen, plain_text, plate_groups, present_sites, read_screen
+from .screen import Screen, is_unknown, plain_text, plate_groups, present_sites, read_screen
 from .train import Recipe, compare_recipes, complete_stats, load_run, read_run, run_data
 from .tta import tta_group
 
 # %% ../nbs/16_report.ipynb #cd1b3fbc
+def _true_classes(rows, target, screen, path):
+    "Classes in the column of the target, which may be names of treatments: their numbers, and names that the screen does not have"
+    column = target if target in rows or target!='sirna' else 'treatment'
+    if column not in rows: raise ValueError(f'{path}: column {target!r} is missing, it has {", ".join(c for c in rows if c not in ("file", "row"))}')
+    values, here = rows[column].fillna('').astype(str), screen.wells[target]
+    numbers = pd.to_numeric(values, errors='coerce')
+    if target=='sirna' and not numbers.notna().any() and 'treatment' in screen.wells:
+        named = screen.wells.dropna(subset=['sirna', 'treatment']).drop_duplicates('treatment').set_index('treatment').sirna
+        return values.map(lambda v: named.get(v, v)).where(~is_unknown(values, named.index))
+    if not pd.api.types.is_numeric_dtype(here): return values.where(~is_unknown(values, here.dropna().astype(str).unique()))
+    bad = numbers.isna() & ~is_unknown(values)
+    if bad.any(): raise ValueError(f'{path}: row {rows.row[bad.idxmax()]}: {column} is {values[bad.idxmax()]!r}, expected a number')
+    return (numbers.astype('Int64') if pd.api.types.is_integer_dtype(here) else numbers).astype(object)
+
 def read_truth(
     screen:Screen, # from `read_screen`
     target:str, # column of the wells that is predicted
-    path:str|Path=None # CSV file with id_code and the target, of an atlas with Id and Target; by default truth.csv of the screen, if there is one
-) -> pd.Series: # by id_code: classes, or tuples of class numbers
+    path:str|Path=None # CSV file with id_code and the target or the names of treatments, or with well, plate and treatment as in a plate map; of an atlas with Id and Target; by default truth.csv of the screen, if there is one
+) -> pd.Series: # by id_code: classes, or tuples of class numbers; a treatment that the screen does not have by its name
     """The truth of all wells of which it is known, from the screen and a file.
 
-    Raises: FileNotFoundError; ValueError for a file without these columns.
+    Raises: FileNotFoundError; ValueError for a file without these columns, or without wells of the screen.
     """
     known = screen.wells.dropna(subset=target).drop_duplicates('id_code').set_index('id_code')[target].astype(object)
-    given, path = path is not None, Path(path or screen.path/'truth.csv')
+    given, path = path is not None, user_path(path or screen.path/'truth.csv')
     if not path.exists():
         if given: raise FileNotFoundError(f'{path} does not exist; expected a table with the truth')
         return known
     if isinstance(screen, Atlas): more = read_labels(path, n_classes=len(screen.class_names))
     else:
-        rows = pd.read_csv(path, dtype={'id_code': str})
-        if lost := [c for c in ('id_code', target) if c not in rows]:
-            if given: raise ValueError(f'{path}: column {lost[0]!r} is missing, it has {", ".join(rows.columns)}')
-            return known
-        more = rows.dropna(subset=target).drop_duplicates('id_code').set_index('id_code')[target]
+        rows = read_well_table(path, screen)
+        if not given and target not in rows: return known # a file of that name that is about something else
+        rows = rows.assign(true=_true_classes(rows, target, screen, path)).dropna(subset='true')
+        twice = rows.id_code[rows.id_code.duplicated()]
+        if len(twice): raise ValueError(f'{path}: row {rows.row[twice.index[0]]}: well {twice.iloc[0]} occurs more than once')
+        more = rows.set_index('id_code').true
+    if given and not more.index.isin(screen.wells.id_code).any(): raise ValueError(f'{path}: none of its {len(more):,} wells' + (f', such as {more.index[0]},' if len(more) else '') + f' is in {screen.path}')
     return pd.concat([known[~known.index.isin(more.index)], more.astype(object)])
 
 def _run_name(run):
@@ -117,7 +134,7 @@ class RunContext:
         w = self.screen.wells
         if self.target=='sirna' and 'treatment' in w: return w.dropna(subset=['sirna', 'treatment']).drop_duplicates('sirna').set_index('sirna').treatment.to_dict()
         return {}
-    def class_name(self, k:object) -> str: return str(self.class_names.get(k, f'siRNA\u00a0{k}' if self.target=='sirna' else k))
+    def class_name(self, k:object) -> str: return str(self.class_names.get(k, f'siRNA\u00a0{k}' if self.target=='sirna' and not isinstance(k, str) else k))
 
     @cached_property
     def judged(self) -> pd.DataFrame|None: return None if self.split is None else self.judge(self.split)
@@ -455,7 +472,7 @@ def embedding_numbers(
         if x.shape[1] <= x.shape[0]: return x
         u, s, _ = np.linalg.svd(x, full_matrices=False)
         return (u*s)@np.linalg.qr(np.random.default_rng(0).normal(size=(len(s), len(s))))[0]
-    reports = {k: embedding_report(turned(x), w.assign(sirna=w.true.astype(int))) for k, (x, w) in maps.items()}
+    reports = {k: embedding_report(turned(x), w.assign(sirna=pd.factorize(w.true)[0])) for k, (x, w) in maps.items()}
     t = pd.concat({k: r.value for k, r in reports.items()}, axis=1).assign(chance=next(iter(reports.values())).chance).dropna(how='all')
     return t.rename(index={f'probe {k}': f'{k.replace("_", " ")} told by a linear classifier' for k in ('plate', 'experiment', 'cell_type')})
 
@@ -467,7 +484,7 @@ def map_labels(
     "What colours show: the most frequent classes."
     sets = [v if isinstance(v, tuple) else () if pd.isna(v) else (v,) for v in values]
     counts = pd.Series([k for s in sets for k in s], dtype=object).value_counts()
-    top = set(sorted(counts.index, key=lambda k: (-counts[k], k))[:n])
+    top = set(sorted(counts.index, key=lambda k: (-counts[k], isinstance(k, str), k))[:n]) # names and numbers, where a treatment is new
     own = [[k for k in s if k in top] for s in sets]
     return np.array([names(o[0]) if len(o)==1 and len(s)==1 else 'other' for o, s in zip(own, sets)])
 
@@ -597,7 +614,6 @@ def make_report(
     _, info = read_run(run)
     where = run_data(run, data)
     out = _check_page(user_path(out or run/'report.html'), run, where, truth, template)
-    if not where.exists(): raise FileNotFoundError(f'{where} does not exist; expected the folder of the screen (--data)')
     if truth is not None and not (truth := user_path(truth)).exists(): raise FileNotFoundError(f'{truth} does not exist; expected a table with the truth')
     template = user_path(template or report_template(info['target']=='labels'))
     if not template.exists(): raise FileNotFoundError(f'{template} does not exist; expected a notebook to execute')

@@ -1009,7 +1009,8 @@ def run_data(
     data:str|Path=None # folder that somebody gave instead
 ) -> Path: # folder of the screen of the run
     "Raises: FileNotFoundError that says where the data was noted, and how to give another place."
-    if data is not None: return user_path(data)
+    if data is not None and user_path(data).exists(): return user_path(data)
+    if data is not None: raise FileNotFoundError(f'{data} does not exist; expected the folder of the screen of {run} (--data)')
     info = read_run(run)[1]
     if (there := Path(info['data'])).exists(): return there
     from_where = '' if there.is_absolute() else ' (as seen from where it was trained)'
