@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 OLDEST ?= python3.10
+KAGGLE_PYTHON ?= python3.12
 VENV ?= .venv
 # one thread per process, one process per core, at most four (each holds a torch of about 1 GB)
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(4, os.cpu_count() or 1)))')
@@ -67,6 +68,11 @@ dist: install ## wheel and sdist in dist, checked, and the demo on a tiny screen
 test-oldest: ## pytest with the oldest releases that settings.ini permits (OLDEST=python3.10)
 	$(OLDEST) tools/oldest.py build/oldest
 	OMP_NUM_THREADS=1 PATH="$$PWD/build/oldest/bin:$$PATH" build/oldest/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+.PHONY: test-kaggle
+test-kaggle: ## kernels, reports and commands in an environment like Kaggle's image, in build/kaggle (KAGGLE_PYTHON=python3.12; 6 GB)
+	$(KAGGLE_PYTHON) tools/kaggle_image.py build/kaggle
+	OMP_NUM_THREADS=1 PATH="$$PWD/build/kaggle/bin:$$PATH" build/kaggle/bin/pytest -n $(WORKERS) $(or $(ARGS),tests/test_kaggle.py tests/test_report.py tests/test_cli.py)
 
 .PHONY: bench-recipes
 bench-recipes: install ## the published systems at an equal budget, three seeds, and the blend of four; resumable (ARGS="--seeds 7 8")

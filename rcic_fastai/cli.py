@@ -18,10 +18,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
-from fastcore.script import CliError, call_parse
-
 from .credentials import scrub
 from .files import user_path
+from .script import CliError, call_parse
 
 # %% ../nbs/17_cli.ipynb #52f479aa
 def _scrubbed_traceback(kind, error, trace):

@@ -16,7 +16,6 @@ import pytest
 import torch
 import xxhash
 from fastai.callback.core import Callback
-from fastcore.script import CliError
 from safetensors.torch import load_file
 
 import rcic_fastai.checkpoint as checkpoint
@@ -25,6 +24,7 @@ from rcic_fastai.checkpoint import TrainingStopped, checkpoint_files, latest_che
 from rcic_fastai.recipe import change_recipe, recipe_to_json
 from rcic_fastai.run import check_no_leak, train_run
 from rcic_fastai.screen import read_screen
+from rcic_fastai.script import CliError
 from rcic_fastai.simulate import simulate_screen
 from rcic_fastai.train import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings, load_run
 

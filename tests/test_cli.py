@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rcic_fastai.script import run_cli
+
 ROOT = Path(__file__).parents[1]
 config = configparser.ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini")
@@ -28,13 +30,11 @@ def run(*args, ok=True):
 
 def in_process(monkeypatch, capsys, name, *args):
     "The same without a new interpreter; returns exit status, stdout and stderr."
-    from fastcore.script import _run_cli
-
     module, _, function = scripts[name].partition(":")
     monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
     status, message = 0, ""
     try:
-        _run_cli(getattr(importlib.import_module(module), function).__wrapped__, False, None)
+        run_cli(getattr(importlib.import_module(module), function).__wrapped__)
     except SystemExit as e:
         status, message = (1, f"{e.code}\n") if isinstance(e.code, str) else (e.code or 0, "")  # Python prints a text and exits with 1
     out = capsys.readouterr()
@@ -169,7 +169,7 @@ def test_every_option_that_is_a_number_has_limits():
     "Zero, negative, NaN and huge numbers end in one line that names the option, before any work"
     import inspect
 
-    from fastcore.script import CliError
+    from rcic_fastai.script import CliError
 
     from rcic_fastai import cli, hpa_cli, kaggle_cli
 

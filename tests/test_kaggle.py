@@ -1,10 +1,13 @@
 "Kernels executed from start to end where this library is not installed, and the official client against a server on this machine."
 
 import base64
+import configparser
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -18,6 +21,7 @@ from socketserver import ThreadingTCPServer
 
 import nbformat
 import pytest
+from packaging.requirements import Requirement
 
 import rcic_fastai.kaggle
 from rcic_fastai.hpa import submit_labels
@@ -33,6 +37,9 @@ from rcic_fastai.train import read_run
 from rcic_fastai.wheels import image_lacks, installed_wheel, pack_wheels
 
 KEY = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"  # looks like one of Kaggle's
+ROOT = Path(__file__).parents[1]
+TOOL = runpy.run_path(str(ROOT / "tools" / "kaggle_image.py"))
+IMAGE = TOOL["read_pins"]()
 NO_NETWORK = """
 import socket
 def only_here(real):
@@ -66,7 +73,7 @@ def bare(tmp_path):
     root = tmp_path / "environment"
     venv.create(root, symlinks=True, with_pip=importlib.util.find_spec("pip") is None)
     site = next(root.glob("lib/python*/site-packages"))
-    hidden = tuple(n.replace("-", "_") for n in ("rcic_fastai", "__editable__", *image_lacks))
+    hidden = tuple(n.replace("-", "_") for n in ("rcic_fastai", "__editable__", "munch", *image_lacks))  # munch: comes with pretrainedmodels
     for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         for p in Path(folder).iterdir():
             if not p.name.lstrip("_").startswith(tuple(h.lstrip("_") for h in hidden)) and p.name != "__pycache__" and not (site / p.name).exists():
@@ -135,6 +142,27 @@ def test_kernels_run_offline_without_the_library(bare, tiny_run, small_screen, t
     for folder in ("first", "second"): assert (tmp_path / folder / "submission.csv").read_bytes() == (tiny_run / "submission.csv").read_bytes()
     assert not list((tmp_path / "second" / "run").glob("history.csv"))  # nothing was trained there
     assert (tmp_path / "environment" / "bin" / "rcic-train").exists()  # the commands came too
+    if not image_differs():  # elsewhere tests/test_report.py is enough
+        page = tmp_path / "page.html"
+        bare(tmp_path / "environment" / "bin" / "rcic-report", "--run", tmp_path / "first" / "run", "--data", small_screen, "--out", page)
+        assert "resnet10t" in page.read_text() and page.stat().st_size > 100_000
+
+
+def test_requirements_admit_kaggles_image():
+    "So that installing this library there replaces nothing."
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    needed = [Requirement(r) for r in config["DEFAULT"]["requirements"].split()]
+    names = {TOOL["normal"](r.name): r for r in needed}
+    assert {n: v for n, v in IMAGE.items() if n in names and not names[n].specifier.contains(v)} == {}
+    assert set(names) - set(IMAGE) == {*image_lacks, "nbclient"}  # nbclient: as nbconvert wants it
+    assert TOOL["replaced"]({"fastcore": "2.2.22", "munch": "4.0"}, IMAGE) == [f"fastcore {IMAGE['fastcore']} -> 2.2.22"]
+
+
+def image_differs():
+    "Packages of this environment that are not those of Kaggle's image"
+    there = {TOOL["normal"](d.name): d.version for d in importlib.metadata.distributions()}
+    return {n: there.get(n) for n, v in IMAGE.items() if there.get(n) != v}
 
 
 def run_cells(folder, monkeypatch, inputs, working):

@@ -79,7 +79,7 @@ def test_the_same_statistics_everywhere(screen, tmp_path, name, monkeypatch):
 
 def test_embed_without_and_with_a_truth(small_run, small_screen, tmp_path, capsys, monkeypatch):
     "Without labels the file and a sentence; a truth fills in what is unknown, keeps the controls, and may not contradict"
-    from fastcore.script import CliError
+    from rcic_fastai.script import CliError
 
     from rcic_fastai.cli import rcic_embed
 

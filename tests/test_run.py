@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastcore.script import CliError
 
 import rcic_fastai.cli as cli
 from rcic_fastai.data import select_sites
@@ -16,6 +15,7 @@ from rcic_fastai.predict import Predictions, embed_run, predict_run, predict_sit
 from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, small_resnet
 from rcic_fastai.run import control_sites, held_out, train_run, training_sites
 from rcic_fastai.screen import read_screen
+from rcic_fastai.script import CliError
 from rcic_fastai.simulate import simulate_screen
 from rcic_fastai.train import (ModelSettings, Recipe, TrainSettings, complete_stats, fit_stage, known_accuracy, load_run, new_head, read_run,
                                recipe_dataloaders, schedule_function, screen_learner)  # fmt: skip

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import xxhash
-from fastcore.script import CliError
 
 from rcic_fastai.cli import _say, one_line_errors
 from rcic_fastai.credentials import scrub
@@ -28,6 +27,7 @@ from rcic_fastai.page import notebook_page, table, tiles
 from rcic_fastai.platemap import describe_screen
 from rcic_fastai.report import folder_sizes, make_report
 from rcic_fastai.run import train_run
+from rcic_fastai.script import CliError
 from rcic_fastai.screen import read_screen
 from rcic_fastai.store import DamagedSite, Store, _Blosc2, _digest, _zstd_size, pack_screen, pack_sites
 from rcic_fastai.train import load_run, read_run

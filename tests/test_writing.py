@@ -11,7 +11,6 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from fastcore.script import CliError
 from PIL import Image
 
 from rcic_fastai import cli, hpa_cli, kaggle, run
@@ -19,6 +18,7 @@ from rcic_fastai.files import write_whole
 from rcic_fastai.platemap import describe_screen
 from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, recipe_to_json
 from rcic_fastai.screen import read_screen
+from rcic_fastai.script import CliError
 
 MODULES = sorted((Path(__file__).parents[1] / "rcic_fastai").glob("*.py"))
 WRITES = {"write_bytes", "write_text", "copyfile", "copytree", "save_file", "savez", "savez_compressed", "savefig", "savetxt",

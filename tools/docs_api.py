@@ -9,7 +9,8 @@ from typing import Annotated, get_args, get_origin
 
 from fastcore.docments import docments
 from numpy.typing import ArrayLike
-from fastcore.script import anno_parser
+
+from rcic_fastai.script import option_parser
 
 FIELDS = re.compile(r"(?:^|\s)(Shape|Raises|Source): ")  # what a docstring of this project says after its first sentence
 CODE = re.compile(r"(`[^`]+`)")
@@ -192,7 +193,7 @@ def commands(settings):
 
 def command_entry(name, function):
     "What `--help` says about a command, with a link target for each option"
-    parser = anno_parser(inspect.unwrap(function), prog=name)
+    parser = option_parser(function, prog=name)
     usage = re.sub(r"\((\w+)\)", r"\1", parser.format_usage().removeprefix("usage: ")).replace("[-h] ", "")
     out = [f"({name})=\n## {name}\n\n{escape(parser.description)}\n\n```text\n{usage.rstrip()}\n```\n\n:::{{program}} {name}\n:::\n"]
     for action in parser._actions:
