@@ -46,7 +46,7 @@ def _scrub_names(text):
     return text
 
 # %% ../nbs/00_credentials.ipynb #873be2ec
-_secret_variable = re.compile(r'(?i)(?:passw(?:or)?d|pwd|secret|token|credentials?|(?:^|_)key|apikey|(?:^|_)sas|connection_string)(?:_id)?$')
+_secret_variable = re.compile(r'(?i)(?:passw(?:or)?d|_pwd|secret|token|credentials?|(?:^|_)key|apikey|(?:^|_)sas|connection_string)(?:_id)?$')
 
 def _known_secrets() -> Iterator[str]:
     "Of the environment: keys and tokens, and passwords of addresses such as that of a proxy"
@@ -72,11 +72,11 @@ def _spellings(secret:str) -> set:
     return {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], secret.replace('/', r'\/'), *encoded, *lower, *map(quote, encoded), *_in_base64(secret)}
 
 def scrub(
-    text:str, # for a person, a file or a log
+    text:object, # for a person, a file or a log: text, an exception, a path
     secrets:Iterable[str]=() # further ones that are known
 ) -> str: # with *** for credentials
     "Take passwords, keys and tokens out of a text."
-    text = str(text)
+    said = str(text)
     known = {s for secret in (*secrets, *_known_secrets()) if secret for s in _spellings(secret)}
-    for s in sorted(known, key=len, reverse=True): text = text.replace(s, '***')
-    return _scrub_names(_scrub_addresses(text))
+    for s in sorted(known, key=len, reverse=True): said = said.replace(s, '***')
+    return _scrub_names(_scrub_addresses(said))

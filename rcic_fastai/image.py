@@ -34,7 +34,7 @@ def _image_file(path):
             yield im
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
     except UnidentifiedImageError: raise ValueError(f'{path} is not an image') from None
-    except (OSError, SyntaxError) as e: raise ValueError(f'{path} cannot be read: {e}') from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f'{path} cannot be read: {e}') from None
 
 def read_channel(
     path:str|Path, # PNG, TIFF or JPEG, grey or RGB; of 8 bits, or with `limits` of any depth

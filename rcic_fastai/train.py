@@ -1000,7 +1000,7 @@ def read_run(
     settings, info = read_json(need('recipe.json'), nan=True), _check_info(read_json(need('run.json'), nan=True), run/'run.json')
     try: recipe = recipe_from_dict(settings)
     except ValueError as e: raise ValueError(f'{run/"recipe.json"}: {e}; written by rcic_fastai {info.get("version", "0.1")}, and this is {__version__}') from None
-    for part in info.get('parts', [] if 'blend' in info else ['.']): need(path_within(run, part, 'model.safetensors').relative_to(run))
+    for part in info.get('parts', [] if 'blend' in info else ['.']): need((path_within(run, part)/'model.safetensors').relative_to(run)) # which may be a link, as in caches of downloads
     return recipe, _each_path({'format': 1, **info}, lambda p: _found_path(p, run, info.get('format', 1)))
 
 # %% ../nbs/09_train.ipynb #7a0800c8

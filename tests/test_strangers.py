@@ -9,6 +9,7 @@ import shutil
 import sys
 import types
 import zipfile
+import zlib
 from pathlib import Path
 from urllib.parse import quote
 
@@ -114,8 +115,10 @@ def test_a_copied_run_is_data_alone(small_run, tmp_path):
     theirs = shutil.copytree(small_run, tmp_path / "theirs")
     for name in ("torch.py", "x.so", ".hidden", "predictions/y.pth.py", "z.ipynb"): (theirs / name).write_text("raise SystemExit")
     (theirs / "elsewhere").symlink_to("/usr")
-    (theirs / "recipe.json").unlink()
-    (theirs / "recipe.json").symlink_to(small_run / "recipe.json")  # as caches of downloads have it
+    for name in ("recipe.json", "model.safetensors"):  # as caches of downloads have it
+        (theirs / name).unlink()
+        (theirs / name).symlink_to(small_run / name)
+    assert read_run(theirs)[1] == read_run(small_run)[1]
     assert folder_sizes(theirs).files["elsewhere/"] == 0
     copied = copy_run(theirs, tmp_path / "ours")
     names = {p.relative_to(copied).as_posix() for p in copied.rglob("*")}
@@ -234,6 +237,16 @@ def test_a_kernel_uploads_its_own_notebook(tmp_path):
         with pytest.raises(ValueError, match="expected USER/NAME"): read_kernel(folder)
     write(id="ada/x", code_file="kernel.ipynb")
     assert read_kernel(folder)["id"] == "ada/x"
+
+
+def test_an_image_that_would_fill_the_memory(tmp_path):
+    "Forty thousand pixels a side by its header, and nothing in it"
+    from rcic_fastai.image import read_grey
+
+    def chunk(kind, data): return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    header = (40_000).to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match="x.png cannot be read: .*decompression bomb"): read_grey(tmp_path / "x.png")
 
 
 # Stores
