@@ -6,8 +6,8 @@
 __all__ = ['seresnext_layers', 'first_conv_inits', 'classifier_keys', 'pools', 'cell_type_kinds', 'classifiers', 'head_kinds',
            'Backbone', 'check_arch', 'channel_mixing', 'first_convs', 'patch_first_conv', 'load_checked',
            'read_weights', 'weight_urls', 'download_weights', 'create_backbone', 'GeM', 'ScreenBody', 'CosineLinear',
-           'LinearCosine', 'condition_on_controls', 'ScreenHead', 'create_screen_head', 'plain', 'ScreenModel',
-           'create_model', 'param_groups', 'save_weights', 'read_meta', 'load_weights']
+           'LinearCosine', 'condition_on_controls', 'ScreenHead', 'create_screen_head', 'ScreenModel', 'create_model',
+           'param_groups', 'save_weights', 'read_meta', 'load_weights']
 
 # %% ../nbs/06_model.ipynb #8efe35b5
 import json, pickle, socket
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
 from .files import write_whole
-from .mix import MixedContext, cell_type_weights
+from .mix import MixedContext, cell_type_weights, is_traced, plain
 from .renamed import renamed
 
 # %% ../nbs/06_model.ipynb #66c9ab59
@@ -319,7 +319,7 @@ def _control_mean(x, domain, control, name):
     "Mean features (B, F) of the `control` rows of every row's domain, differentiable"
     among = ((domain[:,None] == domain) & control).to(x.dtype)
     n = among.sum(1, keepdim=True)
-    if not n.all():
+    if not is_traced() and not n.all():
         raise ValueError(f"experiment {domain[n.argmin()].item()} of the context has no {name} control in this batch: "
                          "put controls into the batch (data.controls)")
     return among @ x / n
@@ -330,7 +330,7 @@ def condition_on_controls(
 )->Tensor: # (B, 4F), float32 at least
     "`x, x*p, x*n, x*p*n` with the mean positive and negative control of each experiment. Raises: `ValueError` where one has none."
     if context is None: raise ValueError("this head compares with controls and needs the context of the batch, got None")
-    context = (context.context if isinstance(context, MixedContext) else context).as_subclass(Tensor)
+    context = plain(context.context if isinstance(context, MixedContext) else context)
     role = context[:,3] if context.shape[1] > 3 else torch.zeros_like(context[:,0])
     with torch.autocast(x.device.type, enabled=False): # products of three features overflow fp16
         x = x if x.dtype == torch.float64 else x.float()
@@ -412,13 +412,6 @@ def create_screen_head(
     head = ScreenHead(neck, classifiers[classifier](n_out, n_classes), n_cell_types, cell_type, kind == 'controls')
     head.config = config
     return head
-
-# %% ../nbs/06_model.ipynb #13930c7d
-def plain(
-    x:Any, # Any tensor, such as a `TensorImage`; what is no tensor stays as it is
-)->Any: # The same memory
-    "A tensor without fastai's type."
-    return x.as_subclass(Tensor) if isinstance(x, Tensor) and type(x) is not Tensor else x
 
 # %% ../nbs/06_model.ipynb #7e86e291
 class ScreenModel(nn.Module):

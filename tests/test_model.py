@@ -20,15 +20,15 @@ from rcic_fastai.loss import CrossEntropyArcFaceLoss
 from rcic_fastai.mix import MixedContext
 from rcic_fastai.model import (
     Backbone,
-    ScreenBody,
     CosineLinear,
     GeM,
+    ScreenBody,
     ScreenModel,
     channel_mixing,
     condition_on_controls,
     create_backbone,
-    create_screen_head,
     create_model,
+    create_screen_head,
     download_weights,
     first_convs,
     load_weights,
@@ -496,6 +496,73 @@ def test_param_groups_of_a_plain_body():
         def forward(self, x): return self.conv(x)
     groups = param_groups(ScreenModel(ScreenBody(Flat()), create_screen_head('linear', 4, 2)))
     assert [len(g) for g in groups] == [2, 0, 2]
+
+# ---- written down
+
+CONTEXT = torch.tensor([[0, 0, 0, 1], [1, 0, 2, 2], [1, 0, 3, 0], [-1, 0, 0, 0]]) # with both controls of the experiment
+WRITTEN = {'cosine': dict(head='cosine'), 'gem': dict(arch='small_seresnext', head='linear', pool='gem'), 'both': dict(head='linear_cosine', pool='concat'),
+           'transformer': dict(arch='vit_tiny_patch16_224', img_size=32), 'neck': dict(head='neck', n_hidden=16, n_cell_types=2),
+           'embedding': dict(n_cell_types=2, cell_type='embedding'), 'controls': dict(head='controls')}
+NEED_CONTEXT = 'neck', 'embedding', 'controls'
+INPUTS = [(kind, 2 if kind in NEED_CONTEXT else 1) for kind in WRITTEN] + [('cosine', 2)]
+
+def written(kind, n):
+    "A network in evaluation mode, its inputs, and what it gives for them"
+    model = create_model(**{'arch': 'resnet10t', 'n_classes': 5, **WRITTEN[kind]}).eval()
+    inputs = (torch.randn(4, 6, 32, 32), CONTEXT)[:n]
+    with torch.no_grad(): return model, inputs, model(*inputs)
+
+def same(out, wanted): torch.testing.assert_close(out.detach(), wanted, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize('kind,n', INPUTS)
+def test_a_network_is_exported(kind, n):
+    model,inputs,wanted = written(kind, n)
+    sites = torch.export.Dim('sites', min=2, max=64)
+    shapes = {name: {0: sites} for name in ('x', 'context')[:n]}
+    module = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False).module()
+    same(module(*inputs), wanted)
+    more = [torch.cat([i, i.flip(0)]) for i in inputs] # another number of sites
+    with torch.no_grad(): same(module(*more), model(*more))
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+@pytest.mark.parametrize('kind,n', INPUTS)
+def test_a_network_is_traced(kind, n, tmp_path):
+    model,inputs,wanted = written(kind, n)
+    torch.jit.save(torch.jit.trace(model, inputs), tmp_path/'m.pt')
+    again = torch.jit.load(tmp_path/'m.pt')
+    same(again(*inputs), wanted)
+    more = [torch.cat([i, i.flip(0)]) for i in inputs]
+    with torch.no_grad(): same(again(*more), model(*more))
+
+@pytest.mark.parametrize('kind,n', INPUTS)
+def test_a_network_is_copied_pickled_and_compiled(kind, n):
+    model,inputs,wanted = written(kind, n)
+    fresh = written(kind, n)[0]
+    fresh.load_state_dict(model.state_dict())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh, torch.compile(copy.deepcopy(model), backend='eager')):
+        with torch.no_grad(): same(other(*inputs), wanted)
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
+@pytest.mark.parametrize('kind,n,dynamo', [('gem', 1, True), ('neck', 2, False), ('neck', 2, True), ('controls', 2, False)])
+def test_a_network_becomes_onnx(kind, n, dynamo, tmp_path):
+    for needed in ('onnx', 'onnxruntime', *(['onnxscript'] if dynamo else [])): pytest.importorskip(needed, reason=f'{needed} is a tool of development')
+    import onnxruntime
+    model,inputs,wanted = written(kind, n)
+    names = ['x', 'context'][:n]
+    axes = dict(dynamic_shapes={k: {0: torch.export.Dim('sites', min=2, max=64)} for k in names}) if dynamo else dict(dynamic_axes={k: {0: 'sites'} for k in names})
+    torch.onnx.export(model, inputs, str(tmp_path/'m.onnx'), input_names=names, dynamo=dynamo, **axes)
+    session = onnxruntime.InferenceSession(str(tmp_path/'m.onnx'))
+    run = lambda given: torch.from_numpy(session.run(None, {i.name: g.numpy() for i,g in zip(session.get_inputs(), given)})[0])
+    same(run(inputs), wanted)
+    more = [torch.cat([i, i.flip(0)]) for i in inputs]
+    with torch.no_grad(): same(run(more), model(*more))
+
+def test_outside_of_a_written_network_values_are_still_looked_at():
+    model = written('neck', 2)[0]
+    with pytest.raises(ValueError, match='row 1 has cell type 7, but the head knows 2'):
+        model(torch.randn(2, 6, 32, 32), torch.tensor([[0, 0, 0, 0], [7, 0, 0, 0]]))
+    with pytest.raises(ValueError, match='experiment 3 of the context has no positive control'):
+        written('controls', 2)[0](torch.randn(2, 6, 32, 32), torch.tensor([[0, 3, 0, 0], [0, 3, 0, 2]]))
 
 # ---- files
 
