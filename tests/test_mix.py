@@ -1,12 +1,20 @@
-"MixUp, CutMix and LISA: who is mixed with whom, exact weights, targets and contexts, and the callbacks in a Learner."
+"MixUp, CutMix and LISA: who is mixed with whom, exact weights, targets and contexts, the callbacks in a Learner, and fastai's own ones there."
+import copy
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
-from fastai.basics import DataLoader, DataLoaders, Learner, nn
+from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn
+from fastai.callback.all import CSVLogger, CutMix, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau, TerminateOnNaNCallback
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback  # noqa: F401  brings Learner.no_bar
+from fastai.losses import FocalLossFlat, LabelSmoothingCrossEntropy
 from fastai.torch_core import TensorBase, TensorCategory, TensorImage
 
+from rcic_fastai.data import select_sites
 from rcic_fastai.loss import AMSoftmaxLoss, ArcFaceLoss, OneHotBCELoss
 from rcic_fastai.mix import (
     LISA,
@@ -21,7 +29,11 @@ from rcic_fastai.mix import (
     mix_partners,
     mix_targets,
     mixup_images,
+    refuse_plain_mix,
 )
+from rcic_fastai.recipe import change_recipe, small_resnet
+from rcic_fastai.screen import read_screen
+from rcic_fastai.train import ModelSettings, Recipe, recipe_dataloaders, screen_learner
 
 # two cell types, three experiments (two of cell type 0), two plates each; siRNAs 0-2 on every plate, and a control for the statistics
 CONTEXT = torch.tensor([[e//2, e, p, 2*(s < 0)] for e in range(3) for p in range(2) for s in (0, 1, 2, -1)])
@@ -211,3 +223,68 @@ def test_settings_and_batches_that_cannot_be_mixed(x):
     assert (mix.alpha, mix.p, mix.within) == (.5, .5, None) and create_mix('cutmix', within='plate').alpha == 1.
     class Second(ScreenMixUp): order = 61
     with pytest.raises(ValueError, match='mixes them already'): fit(x, ScreenMixUp(), [Second()])
+
+
+# fastai's own callbacks and losses on the learner of a screen
+
+RECIPE = change_recipe(replace(Recipe(), model=ModelSettings(**small_resnet)), 'data.batch_size=16', 'data.cache=true', 'device.precision=fp32')
+
+
+@pytest.fixture(scope='module')
+def dls(small_screen): return recipe_dataloaders(select_sites(read_screen(small_screen)), RECIPE, valid='experiment=HUVEC-03')
+
+
+def epoch(learn, cbs=None):
+    "Losses and metrics of an epoch"
+    learn.dls.train.epoch = 0
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=cbs)
+    return learn.recorder.values[-1]
+
+
+class OwnMix(MixHandler): pass
+
+
+@pytest.mark.parametrize('theirs,ours', [(MixUp(), "use ScreenMixUp() or create_mix('mixup')"), (CutMix, "use ScreenCutMix() or create_mix('cutmix')"),
+                                         (CutMix(alpha=.3), 'ScreenCutMix'), (OwnMix(), 'ScreenMixUp'), ([GradientClip(1.), MixUp()], 'ScreenMixUp')])
+def test_fastais_mixing_is_refused_and_leaves_no_trace(dls, theirs, ours):
+    learn = screen_learner(dls, RECIPE)
+    before, loss = [type(cb) for cb in learn.cbs], learn.loss_func
+    for how in (lambda: learn.fit(1, cbs=theirs), lambda: learn.fit_one_cycle(1, cbs=theirs), lambda: learn.fine_tune(1, cbs=theirs),
+                lambda: learn.add_cbs(theirs), lambda: screen_learner(dls, RECIPE, cbs=theirs)):
+        with pytest.raises(ValueError) as e: how()
+        assert ours in str(e.value) and 'cannot mix a batch that has a context beside the image' in str(e.value) and str(e.value).count('.') == 0
+        learn.unfreeze()
+    assert [type(cb) for cb in learn.cbs] == before and learn.loss_func is loss
+    torch.manual_seed(1); first = epoch(learn, [create_mix('mixup')])
+    assert np.isfinite(first).all() and epoch(learn)[0] < 50
+
+
+def test_other_callbacks_are_not_refused(): refuse_plain_mix([ScreenMixUp(), LISA, GradientClip, Callback()]); refuse_plain_mix(None)
+
+
+@pytest.mark.parametrize('cb', [lambda: GradientAccumulation(32), lambda: GradientClip(.1), MixedPrecision, lambda: [CSVLogger(), TerminateOnNaNCallback()],
+                                lambda: ReduceLROnPlateau('valid_loss')])  # fmt: skip
+def test_fastais_callbacks_train_and_leave_the_learner_as_it_was(dls, cb, tmp_path):
+    learn = screen_learner(dls, RECIPE, path=tmp_path)
+    loss, before = learn.loss_func, {type(c) for c in learn.cbs}
+    assert np.isfinite(epoch(learn, cb())).all() and np.isfinite(epoch(learn)).all()
+    assert learn.loss_func is loss and {type(c) for c in learn.cbs} == before
+
+
+@pytest.mark.parametrize('loss', [LabelSmoothingCrossEntropy, CrossEntropyLossFlat, FocalLossFlat])
+def test_losses_of_fastai(dls, loss):
+    learn = screen_learner(dls, RECIPE, loss_func=loss())
+    assert np.isfinite(epoch(learn)).all() and learn.get_preds()[0].sum(1).sub(1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('settings', [['device.precision=fp32'], ['device.precision=bf16'], ['data.domains_per_batch=2', 'device.precision=fp32']])
+def test_a_network_that_was_trained_is_exported_copied_and_traced(dls, settings):
+    recipe = change_recipe(RECIPE, *settings)
+    learn = screen_learner(recipe_dataloaders(dls.train_ds.items, recipe), recipe)
+    epoch(learn)
+    model = learn.model.eval()
+    x, c, _ = (o.as_subclass(torch.Tensor) for o in dls.valid.one_batch())
+    with torch.no_grad(), pytest.warns():
+        wanted, traced = model(x, c), torch.jit.trace(model, (x, c))
+    for other in (torch.export.export(model, (x, c), strict=False).module(), traced, copy.deepcopy(model)):
+        torch.testing.assert_close(other(x, c).detach(), wanted, rtol=1e-5, atol=1e-5)
