@@ -47,7 +47,7 @@ from .data import SITE_COLUMNS, DomainDL, _domain_names, control_pools, plain_ro
 from .files import path_within, read_arrays, read_json, user_path, write_json
 from .image import read_site, resize_site
 from .loss import ScreenLoss, create_loss
-from .mix import create_mix
+from .mix import create_mix, refuse_plain_mix
 from .model import ScreenModel, check_arch, create_model, create_screen_head, load_weights, param_groups, plain
 from .multilabel import average_precision, macro_f1
 from .multilabel_loss import MultiLabelLoss, multilabel_losses
@@ -331,7 +331,13 @@ class ScreenLearner(Learner):
     fastai calls each callback for each event, and an unknown one is looked for in callback, learner and network in turn."""
     first_epoch, fits = 0, False # `fits`: is this a training, and no mere validation?
     chosen:dict|None = None # of loss and optimiser, what the recipe says and nobody gave; anything else in their place was somebody's choice
-    def add_cb(self, cb): return super().add_cb(ScreenRecorder() if cb is Recorder else cb)
+    def add_cb(self, cb):
+        refuse_plain_mix(cb)
+        return super().add_cb(ScreenRecorder() if cb is Recorder else cb)
+
+    def add_cbs(self, cbs):
+        refuse_plain_mix(cbs) # before any of them is added
+        return super().add_cbs(cbs)
 
     def _do_fit(self):
         start, self.first_epoch = self.first_epoch, 0
