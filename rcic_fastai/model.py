@@ -330,11 +330,11 @@ def condition_on_controls(
 )->Tensor: # (B, 4F), float32 at least
     "`x, x*p, x*n, x*p*n` with the mean positive and negative control of each experiment. Raises: `ValueError` where one has none."
     if context is None: raise ValueError("this head compares with controls and needs the context of the batch, got None")
-    context = plain(context.context if isinstance(context, MixedContext) else context)
-    role = context[:,3] if context.shape[1] > 3 else torch.zeros_like(context[:,0])
+    c = plain(context.context if isinstance(context, MixedContext) else context)
+    role = c[:,3] if c.shape[1] > 3 else torch.zeros_like(c[:,0])
     with torch.autocast(x.device.type, enabled=False): # products of three features overflow fp16
         x = x if x.dtype == torch.float64 else x.float()
-        p,n = (_control_mean(x, context[:,1], role == i, name) for i,name in ((1, 'positive'), (2, 'negative')))
+        p,n = (_control_mean(x, c[:,1], role == i, name) for i,name in ((1, 'positive'), (2, 'negative')))
         return torch.cat([x, x*p, x*n, x*p*n], 1)
 
 # %% ../nbs/06_model.ipynb #92108617

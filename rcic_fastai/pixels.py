@@ -6,6 +6,8 @@
 __all__ = ['PixelsToFloat']
 
 # %% ../nbs/03b_pixels.ipynb #c339f668
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,9 +44,9 @@ class PixelsToFloat(DisplayedTransform):
         return x.float().div_(_levels[x.dtype])
 
 # %% ../nbs/03b_pixels.ipynb #ec9d7da1
-_padding = {PadMode.Zeros: 'constant', PadMode.Border: 'edge', PadMode.Reflection: 'reflect'} # for numpy
-_resampling = {Image.Resampling.NEAREST: dict(mode='nearest-exact'), Image.Resampling.BOX: dict(mode='area'),
-               Image.Resampling.BILINEAR: dict(mode='bilinear', antialias=True), Image.Resampling.BICUBIC: dict(mode='bicubic', antialias=True)}
+_padding:dict[Any, Any] = {PadMode.Zeros: 'constant', PadMode.Border: 'edge', PadMode.Reflection: 'reflect'} # for numpy
+_resampling:dict[Any, dict[str, Any]] = {Image.Resampling.NEAREST: dict(mode='nearest-exact'), Image.Resampling.BOX: dict(mode='area'),
+    Image.Resampling.BILINEAR: dict(mode='bilinear', antialias=True), Image.Resampling.BICUBIC: dict(mode='bicubic', antialias=True)}
 
 def _window(x, size, corner, pad_mode):
     "The part of an array (C, H, W) that lies in a window, and what `pad_mode` puts where the window leaves it"

@@ -31,7 +31,7 @@ TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa"
 GUIDES = ["which_recipe", "runs", "published_systems", "limits"]
 # groups of the API in the order of the data: title, sentence, numbers of the notebooks; the last but one has those that no group names
 GROUPS = [
-    ("Data", "From tables and files to batches of one experiment.", "00 01 02 02a 03 03a 04"),
+    ("Data", "From tables and files to batches of one experiment.", "00a 01 02 02a 03 03a 03b 04"),
     ("Model and training", "From batches to weights, and the recipes that say how.", "05 05a 06 07 08 08b 08c 08d 09 11b 12"),
     ("Inference", "From weights to one siRNA per well.", "08a 09a 10 10a 11 11a"),
     ("Several labels", "What is special where an image has several labels.", "07a 07b 12a 12b 13 13a 14 14a 15 15a 15b 15c 15d"),
