@@ -158,7 +158,7 @@ def rcic_describe(
 @command
 def rcic_show(
     data:Annotated[Path, dict(required=True)]=None, # folder of the screen, or of a store
-    well:str=None, # id such as HUVEC-01_1_B03, or a name such as B03; by default the first
+    well:str=None, # id such as HUVEC-01_1_B03 or that of an atlas, plate and name such as 2_B03, or a name such as B03; by default the first with images
     site:int=None, # number of the site; by default its first
     out:Path=Path('well.png'), # picture to write
     debug:bool=False, # show the traceback of an error

@@ -7,6 +7,7 @@ __all__ = ['stain_planes', 'stain_names', 'stain_colors', 'atlas_colors', 'read_
            'MultiChannelImage', 'resize_site', 'channel_limits', 'stains_to_rgb', 'show_channels']
 
 # %% ../nbs/02_image.ipynb #ca299bf9
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .screen import CHANNELS, Screen, channel_name, grey_limits, is_optional, packed_row, plain_text, site_files
+from .screen import CHANNELS, Screen, _nearest, channel_name, grey_limits, is_optional, packed_row, plain_text, present_sites, site_files
 
 # %% ../nbs/02_image.ipynb #ec0aea24
 stain_planes = dict(red=[0], green=[1], blue=[2], yellow=[0, 1]) # of an RGB picture in which a stain is shown in its colour
@@ -176,7 +177,7 @@ def stains_to_rgb(
     """
     x = _float_array(x)
     if x.ndim!=3: raise ValueError(f'an image of shape {x.shape}, expected (channels, height, width)')
-    if colors is None: colors = atlas_colors if len(x)==4 else stain_colors
+    if colors is None: colors = atlas_colors if len(x)==4 else (stain_colors*len(x))[:max(len(x), len(stain_colors))] # again from the first where there are more channels
     limits = channel_limits(x) if limits is None else np.asarray(limits, np.float32)
     if len(x) > len(colors): raise ValueError(f'{len(x)} channels, but {len(colors)} colours; give `colors`')
     if limits.shape!=(len(x), 2): raise ValueError(f'limits of shape {limits.shape}, expected ({len(x)}, 2)')
@@ -202,9 +203,18 @@ def show_channels(
     fig.tight_layout()
     return axes
 
+def _called(wells, name):
+    "Mask of the wells that a person calls so"
+    def place(text): return re.sub(r'^([A-Z])0*([1-9]\d?)$', lambda m: f'{m[1]}{m[2]:0>2}', text.strip().upper())
+    if (mask := (wells.id_code==name) | (wells.well==place(name))).any(): return mask
+    plate, _, well = name.replace('/', '_').rpartition('_')
+    same = wells.plate.astype(str)==plate.lstrip('0')
+    if 'plate_name' in wells: same |= wells.plate_name==plate
+    return same & (wells.well==place(well))
+
 @patch
 def show_well(self:Screen,
-    well:str=None, # id such as 'HUVEC-01_1_B03', or a name such as 'B03', of the first plate that has it; None: the first well with images
+    well:str=None, # id such as 'HUVEC-01_1_B03' or that of an atlas, plate and name such as '2_B03' or 'P07/B03', or a name such as 'B03', of the first plate that has it; None: the first well with images
     site:int=None, # number of the site; None: its first
     **kwargs # of `show_channels`
 ) -> np.ndarray: # the axes
@@ -212,10 +222,12 @@ def show_well(self:Screen,
 
     Raises: ValueError for a well or a site that has no images; FileNotFoundError naming a file that is missing.
     """
-    sites = self.sites()
-    if well is not None: sites = sites[(sites.id_code==well) | (sites.well==well[:1].upper()+well[1:].zfill(2))]
+    wells = self.wells if well is None else self.wells[_called(self.wells, well)]
+    if not len(wells): raise ValueError(f'{self.path} has no well {well}' + _nearest(well, self.wells.id_code))
+    sites = self.sites(wells)
     if site is not None: sites = sites[sites.site==site]
     if not len(sites): raise ValueError(f'{self.path} has no images of well {well or "any"}' + ('' if site is None else f', site {site}'))
+    if well is None: sites = next((s for i in range(0, len(sites), 256) if len(s := present_sites(sites.iloc[i:i+256], self.channels)[0])), sites)
     row, named = sites.iloc[0], self.channels!=CHANNELS[:len(self.channels)]
     axes = show_channels(MultiChannelImage.create(row.files, self.channels), **{**({'names': [channel_name(c) for c in self.channels]} if named else {}), **kwargs})
     axes[0].figure.suptitle(plain_text(f'{row.id_code}, site {row.site}' + (f', {row.treatment}' if isinstance(row.get('treatment'), str) else '')), y=1.06, fontsize=10)

@@ -259,13 +259,17 @@ class PlateMapScreen(Screen):
         table.insert(len(table.columns)-2, 'site_id', table.id_code+'_'+table.site.astype(str))
         return table
 
+def _texts(v): return isinstance(v, list) and all(isinstance(t, str) for t in v)
+_described = dict(**dict.fromkeys(('table', 'images', 'files', 'experiment'), (lambda v: isinstance(v, str) and v!='', 'a text')), channels=(lambda v: _texts(v) and v!=[], 'a list of names'),
+                  columns=(lambda v: isinstance(v, dict) and _texts(list(v.values())), 'names of columns in braces'), **dict.fromkeys(('negative', 'positive', 'treatments'), (_texts, 'a list of names')))
+
 def _read_description(folder):
     path = Path(folder)/'screen.json'
     if not path.is_file(): raise FileNotFoundError(f'{folder} has no screen.json: describe_screen (rcic-describe) makes one')
-    try: d = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{path}: not JSON ({e})') from e
-    missing = [k for k in ('table', 'images', 'files', 'channels', 'columns', 'experiment', 'negative', 'positive', 'treatments') if k not in d]
-    if missing: raise ValueError(f'{path}: {missing[0]!r} is missing')
+    d = read_json(path)
+    for key, (good, expected) in _described.items():
+        if key not in d: raise ValueError(f'{path}: {key!r} is missing')
+        if not good(d[key]): raise ValueError(f'{path}: {key} is {json.dumps(d[key])[:60]}, expected {expected}')
     return d
 
 def read_platemap(
@@ -279,13 +283,16 @@ def read_platemap(
     d = _read_description(root)
     try: table = path_within(root, d['table'], links=True)
     except ValueError as e: raise ValueError(f'{root/"screen.json"}: table {e}') from None
+    if not table.is_file(): raise FileNotFoundError(f'{root/"screen.json"}: the table {d["table"]} does not exist')
     rows = read_plate_map(table, d['columns'])
-    wells = plate_map_wells(rows, d['experiment'], d['negative'], d['positive'], d['treatments'])
+    try: wells = plate_map_wells(rows, d['experiment'], d['negative'], d['positive'], d['treatments'])
+    except ValueError as e: raise ValueError(f'{root/"screen.json"} and its table do not fit: {e}') from None
     new = wells[wells.sirna.fillna(-1) >= len(d['treatments'])]
     if len(new): raise ValueError(f"{d['table']}: row {new.row.iloc[0]}: treatment {new.treatment.iloc[0]!r} has no number in screen.json; describe the screen anew")
     packed = _packed_files(root) if (root/'sites.parquet').is_file() else None
     if packed is None:
-        sites, _, _ = find_sites(root/d['images'], d['files'], rows)
+        try: sites, _, _ = find_sites(root/d['images'], d['files'], rows)
+        except ValueError as e: raise ValueError(f'{root/"screen.json"}: {e}') from None
         ids = wells.set_index('row').id_code.reindex(rows.row.loc[sites.index])
         start = escape_braces(os.path.normpath(root/d['images']).replace(os.sep, '/'))
         table = pd.DataFrame(dict(id_code=ids.to_numpy(), site=sites.site.to_numpy(), files=(start+'/'+sites.files).to_numpy()))

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 from .assign import assign_predictions
 from .batchnorm import BatchNormMode, batchnorm_layers, pool_stats
 from .embed import embedding_report, plot_embedding, well_means
-from .files import check_output, check_target, read_arrays, read_json, user_path, write_whole
+from .files import check_output, check_target, naming, read_arrays, read_json, user_path, write_whole
 from .hpa import Atlas, read_labels
 from .image import MultiChannelImage, channel_limits, resize_site, stain_colors, stains_to_rgb
 from .judge import BLUE, GREY, ORANGE, accuracy_by, clean_axes, judge_wells, statistic_shift, worst_wells
@@ -256,8 +256,10 @@ def read_history(
     "The epochs of all stages."
     path = Path(folder)/'history.csv'
     if not path.exists(): return pd.DataFrame(columns=['stage', 'epoch', 'train_loss', 'seconds'])
-    t = pd.read_csv(path)
-    return t.assign(seconds=t.pop('time').map(_seconds) if 'time' in t else np.nan)
+    with naming(path, 'history of a training (CSV)'):
+        t = pd.read_csv(path)
+        if lost := [k for k in ('stage', 'epoch', 'train_loss') if k not in t]: raise ValueError(f'column {lost[0]!r} is missing')
+        return t.assign(seconds=t.pop('time').map(_seconds) if 'time' in t else np.nan, train_loss=t.train_loss.astype(float))
 
 def plot_history(
     history:pd.DataFrame # from `read_history`

@@ -440,6 +440,9 @@ def logger(
             del self.learn.gather_args
     return RecipeToWandb(log_preds=False, log_model=False)
 
+def _slide(lrs, losses, num_it): return slide(lrs, losses, num_it, lr_diff=min(15, len(losses)-1)) # fastai's own looks back further than a short test goes
+_slide.__name__ = 'slide'
+
 def find_lr(
     screen:Screen, # from `read_screen`
     recipe:Recipe, # settings
@@ -451,7 +454,7 @@ def find_lr(
 ) -> Any: # named tuple of suggestions: valley, slide, steep, minimum
     "A learning rate for the main stage, by fastai's `lr_find`: the rate rises from step to step, and the loss says when it is too much."
     import matplotlib.pyplot as plt
-    if steps < 20: raise ValueError(f'steps is {steps}, expected 20 or more: fewer points show no curve')
+    if steps < 20: raise ValueError(f'--steps is {steps}, expected 20 or more: fewer points show no curve')
     if path is not None: path = check_screen_output(path, screen)
     sites, target = training_sites(screen, recipe, present_only=present_only, say=say), target or screen.target
     _check_losses(sites, recipe, target)
@@ -460,7 +463,7 @@ def find_lr(
         dls = recipe_dataloaders(sites, _usable_domain(sites, recipe, target, say), controls=controls, target=target, cell_types=screen.cell_types,
                                  experiments=screen.experiments, channels=screen.channels, path=folder)
         learn = screen_learner(dls, recipe, path=folder)
-        with learn.no_bar(): found = learn.lr_find(num_it=steps, suggest_funcs=(valley, slide, steep, minimum), show_plot=path is not None)
+        with learn.no_bar(): found = learn.lr_find(num_it=steps, suggest_funcs=(valley, _slide, steep, minimum), show_plot=path is not None)
     if path is not None:
         write_whole(path, lambda p: plt.savefig(p, format=Path(path).suffix[1:] or 'png'))
         plt.close()

@@ -663,7 +663,8 @@ def _check_folder(out, plan):
     "Is this folder new, or does it hold the beginning of the same store?"
     if (out/_MANIFEST).exists() and not (out/_PLAN).exists(): raise FileExistsError(f'{out} holds a finished store; choose another folder or delete it')
     if (out/_PLAN).exists():
-        old = json.loads((out/_PLAN).read_text())
+        old = read_json(out/_PLAN)
+        if old.get('kind')!=_KIND or not isinstance(old.get('n_sites'), int): raise ValueError(f'{out/_PLAN} is damaged, or no plan of a store: delete {out} and pack anew')
         same_sites = all(old.get(k)==plan[k] for k in ('n_sites', 'sites'))
         other = [f'{k} {old.get(k)!r} instead of {plan[k]!r}' for k in ('format', 'preset', 'size', 'channels', 'shard_sites') if old.get(k)!=plan[k]]
         if not same_sites: other.append(f'{old.get("n_sites"):,} sites instead of these {plan["n_sites"]:,}')

@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
-from .files import write_json
+from .files import read_json, write_json
 from .folds import _group_codes, grouped_folds
 from .multilabel import f1_scores, macro_f1
 
@@ -456,8 +456,7 @@ def read_thresholds(
 
     Raises: ValueError naming the file if it is none of these, or if its classes are others.
     """
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path} is no JSON file: {e}') from None
+    found = read_json(path, None)
     t = found.get('thresholds') if isinstance(found, dict) else None
     if not isinstance(t, dict) or not t or 'empty' not in found:
         raise ValueError(f'{path} holds no thresholds: expected `thresholds` by class name and `empty`')
@@ -470,9 +469,10 @@ def read_thresholds(
         raise ValueError(f'{path} has other classes: {odd[0]!r} is only {"here" if odd[0] in t else "asked for"}')
     empty = found['empty']
     if isinstance(empty, dict):
-        if empty.get('class') not in t:
+        if not isinstance(empty.get('class'), str) or empty['class'] not in t:
             raise ValueError(f'{path}: empty predictions get class {empty.get("class")!r}, which has no threshold')
         empty = names.index(empty['class'])
+    elif empty not in ('argmax', 'none'): raise ValueError(f"{path}: empty is {json.dumps(empty)[:60]}, expected 'argmax', 'none' or the name of a class")
     return ConstantThreshold([t[name] for name in names], empty=empty).fit(np.zeros((1, len(names))))
 
 # %% ../nbs/13_threshold.ipynb #eb46b19a

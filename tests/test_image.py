@@ -352,7 +352,7 @@ def test_four_channels_with_colours_of_their_own():
 
 def test_colour_errors():
     with pytest.raises(ValueError, match="7 channels, but 6 colours; give `colors`"):
-        stains_to_rgb(grey((7, 4, 4)))
+        stains_to_rgb(grey((7, 4, 4)), colors=stain_colors)
     with pytest.raises(ValueError, match=r"limits of shape \(5, 2\), expected \(6, 2\)"):
         stains_to_rgb(grey((6, 4, 4)), limits=np.zeros((5, 2)))
     with pytest.raises(ValueError, match=r"shape \(2, 6, 4, 4\), expected \(channels, height, width\)"):

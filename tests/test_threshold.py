@@ -334,7 +334,7 @@ def broken(file, **changes):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda f: f.write_text("{"), "thresholds.json is no JSON file"),
+        (lambda f: f.write_text("{"), "thresholds.json: line 1"),
         (lambda f: f.write_text("[1]"), "thresholds.json holds no thresholds"),
         (lambda f: broken(f, thresholds={}), "thresholds.json holds no thresholds"),
         (lambda f: broken(f, thresholds={"a": "high", "b": 1}), "the threshold of 'a' is 'high', expected a number"),

@@ -1,0 +1,202 @@
+"Every file of ours, damaged in every way that a disk, an editor or another version can think of, is named in the message."
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from rcic_fastai.assign import score_submission
+from rcic_fastai.platemap import describe_screen, read_platemap
+from rcic_fastai.predict import Predictions
+from rcic_fastai.report import read_history, read_truth
+from rcic_fastai.run import Stages, submit_run
+from rcic_fastai.screen import read_screen
+from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.store import Store, pack_screen
+from rcic_fastai.threshold import ConstantThreshold, read_thresholds, write_thresholds
+from rcic_fastai.train import _run_histograms, load_run, read_run
+
+EXPECTED = ValueError, OSError  # what commands tell in one line
+
+
+def quiet(*args):
+    pass
+
+
+def damages(data):
+    "Ways to damage a file"
+    yield from dict(empty=b"", half=data[: len(data) // 2], list=b"[]", dict=b"{}", null=b"null", number=b"7", bytes=np.random.default_rng(0).bytes(999), zeros=bytes(len(data)), text="größer".encode("latin-1")).items()
+    try:
+        whole = json.loads(data)
+    except ValueError:
+        return
+    if isinstance(whole, dict):
+        for key, value in whole.items():
+            yield f"without {key}", json.dumps({k: v for k, v in whole.items() if k != key}).encode()
+            for other in ([], {}, "text", 7, -1.5, True, None, [[1], "x"], {"a": {}}):
+                if type(other) is not type(value) or other != value:
+                    yield f"{key} {other!r}", json.dumps({**whole, key: other}).encode()
+
+
+def faults(path, read, names=()):
+    "What is not told as it should be; `names` of other files that a message may name instead"
+    data, found = path.read_bytes(), []
+    for how, bad in damages(data):
+        path.write_bytes(bad)
+        try:
+            read()
+        except EXPECTED as e:
+            if not any(n in str(e) for n in (path.name, *names)):
+                found.append(f"{how}: {type(e).__name__}: {e}")
+        except Exception as e:
+            found.append(f"{how}: {type(e).__name__}: {e}")
+        finally:
+            path.write_bytes(data)
+    return found
+
+
+@pytest.fixture
+def run(small_run, tmp_path):
+    return shutil.copytree(small_run, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def sites(small_screen):
+    return read_screen(small_screen).sites().head(4)
+
+
+def test_settings_of_a_run(run):
+    for name in ("run.json", "recipe.json"):
+        assert not faults(run / name, lambda: read_run(run)), name
+
+
+def test_run_that_is_loaded(run, sites):
+    assert not faults(run / "model.safetensors", lambda: load_run(run, sites))
+    stats = json.loads((run / "run.json").read_text())
+    for other in ([], [[1, 2], [3]], [1, 2], [["a"] * 6] * 2, [[1.0] * 5] * 2, [[1.0] * 6]):
+        (run / "run.json").write_text(json.dumps({**stats, "stats": other}))
+        with pytest.raises(ValueError, match="run.json: stats"):
+            load_run(run, sites)
+
+
+def test_histograms(run):
+    np.savez(run / "histograms.npz", counts=np.zeros((2, 6, 256), np.int64))
+    assert not faults(run / "histograms.npz", lambda: _run_histograms(run))
+    for counts in (np.zeros((2, 6, 256)), np.zeros((2, 6, 255), int), np.zeros(256, int)):
+        np.savez(run / "histograms.npz", counts=counts)
+        with pytest.raises(ValueError, match="histograms.npz: counts are"):
+            _run_histograms(run)
+
+
+def test_learning_rates(run):
+    (run / "learning_rates.json").write_text('{"recipe": "x", "train": 0.1}')
+    stages = Stages.__new__(Stages)
+    stages.run, stages.extra, stages.say = run, {}, quiet
+    key = json.loads('"x"')
+
+    def read():
+        import rcic_fastai.run as module
+
+        stages.extra = {}
+        was, module.xxhash = module.xxhash, type("", (), {"xxh3_64_hexdigest": staticmethod(lambda b: key)})
+        try:
+            stages._found_lr(None, "train", read_run(run)[0].train)
+        except AttributeError as e:  # it went on to look for the rate, which needs a learner
+            assert "NoneType" in str(e)
+        finally:
+            module.xxhash = was
+
+    assert not faults(run / "learning_rates.json", read)
+
+
+def test_predictions(run, small_screen):
+    path, screen = run / "predictions" / "test.npz", read_screen(small_screen)
+    assert not faults(path, lambda: submit_run(run, screen, say=quiet))
+    whole = dict(np.load(path))
+    for name in ("ids", "classes", "logits", "made"):
+        for other in (None, np.zeros(3), np.array(["a"]), np.array("{"), np.zeros((2, 2, 2, 2)), np.array(7)):
+            np.savez(path, **{k: v for k, v in whole.items() if k != name}, **({} if other is None else {name: other}))
+            with pytest.raises(EXPECTED, match="test.npz"):
+                Predictions.load(path)
+
+
+def test_tables_of_a_run(run, small_screen, tmp_path):
+    assert not faults(run / "history.csv", lambda: read_history(run), names=("the file is empty",))
+    screen, truth = read_screen(small_screen), shutil.copy(small_screen / "truth.csv", tmp_path / "truth.csv")
+    submission = submit_run(run, screen, say=quiet)
+    assert not faults(submission, lambda: score_submission(submission, truth))
+    assert not faults(tmp_path / "truth.csv", lambda: score_submission(submission, truth))
+    assert not faults(tmp_path / "truth.csv", lambda: read_truth(screen, "sirna", truth))
+
+
+def test_screens(small_screen, tmp_path):
+    for name in ("train.csv", "test.csv", "train_controls.csv", "test_controls.csv"):
+        shutil.copy(small_screen / name, tmp_path / name)
+    for name in ("train.csv", "test.csv", "train_controls.csv", "test_controls.csv"):
+        assert not faults(tmp_path / name, lambda: read_screen(tmp_path), names=("train.csv", "train_controls.csv", "test.csv", "test_controls.csv", "HUVEC")), name
+
+
+def test_screen_of_ones_own(tmp_path):
+    for w in ("B02", "B03"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"{w}_DAPI.png")
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"{w}_ER.png")
+    (tmp_path / "map.csv").write_text("well,treatment\nB02,x\nB03,y\n")
+    describe_screen(tmp_path, say=quiet)
+    assert not faults(tmp_path / "screen.json", lambda: read_platemap(tmp_path), names=("map.csv", "no image fits"))
+    assert not faults(tmp_path / "map.csv", lambda: read_platemap(tmp_path), names=("no image",))
+    assert not faults(tmp_path / "screen.json", lambda: describe_screen(tmp_path, out=tmp_path / "new", like=tmp_path, say=quiet), names=("map.csv", "has no images", "channel"))
+
+
+def test_stores(small_screen, tmp_path):
+    screen = read_screen(small_screen)
+    part = type(screen)(**{**screen.__dict__, "wells": screen.wells.head(4)})
+    store = tmp_path / "store"
+    pack_screen(part, store, say=quiet, progress=False)
+
+    def read():
+        s = Store(store)
+        s.read(0), len(s.sites), repr(s)
+
+    assert not faults(store / "manifest.json", read, names=("sites.parquet", "shards"))
+    assert not faults(store / "sites.parquet", read)
+    assert not faults(store / "sites.parquet", lambda: read_screen(store))
+    assert not faults(store / "shards" / "00000.bin", read)
+    (tmp_path / "begun").mkdir()
+    plan = json.loads((store / "manifest.json").read_text())
+    (tmp_path / "begun" / "packing.json").write_text(json.dumps({k: v for k, v in plan.items() if k not in ("files", "versions")}))
+    assert not faults(tmp_path / "begun" / "packing.json", lambda: (shutil.rmtree(tmp_path / "copy", ignore_errors=True), shutil.copytree(tmp_path / "begun", tmp_path / "copy"),
+                      pack_screen(part, tmp_path / "copy", say=quiet, progress=False)), names=("unfinished store",))  # fmt: skip
+
+
+def test_simulation(tmp_path):
+    (tmp_path / "simulation.json").write_text('{"n_sirnas": 3}')
+    assert not faults(tmp_path / "simulation.json", lambda: simulate_screen(tmp_path, n_sirnas=4, progress=False), names=("other settings",))
+
+
+def test_thresholds(tmp_path):
+    write_thresholds(tmp_path / "thresholds.json", ConstantThreshold(.3).fit(np.full((4, 3), .5)), list("abc"))
+    assert not faults(tmp_path / "thresholds.json", lambda: read_thresholds(tmp_path / "thresholds.json", list("abc")))
+
+
+def test_later_versions_are_named(run):
+    info, settings = (json.loads((run / n).read_text()) for n in ("run.json", "recipe.json"))
+    (run / "run.json").write_text(json.dumps({**info, "format": 3, "version": "0.9.1"}))
+    with pytest.raises(ValueError, match="run.json has format 3, written by rcic_fastai 0.9.1; this is .* reads formats up to 2"):
+        read_run(run)
+    (run / "run.json").write_text(json.dumps({**info, "version": "0.9.1"}))
+    (run / "recipe.json").write_text(json.dumps({**settings, "train": {**settings["train"], "swing": 1}}))
+    with pytest.raises(ValueError, match=r"recipe.json: train.swing is no setting.*; written by rcic_fastai 0.9.1, and this is "):
+        read_run(run)
+
+
+def test_runs_of_the_first_version_are_read(run, small_screen, monkeypatch):
+    info, settings = (json.loads((run / n).read_text()) for n in ("run.json", "recipe.json"))
+    monkeypatch.chdir(small_screen.parent)
+    old = {k: v for k, v in info.items() if k not in ("format", "version")} | {"data": "screen"}
+    (run / "run.json").write_text(json.dumps(old))
+    (run / "recipe.json").write_text(json.dumps({**settings, "inference": {"batchnorm": "domain"}}))  # a setting that came later keeps its default
+    recipe, found = read_run(run)
+    assert found["data"] == "screen" and found["format"] == 1 and recipe.inference.batchnorm == "domain"
+    assert Predictions.load(run / "predictions" / "test.npz").ids is not None and len(pd.read_csv(run / "history.csv"))
