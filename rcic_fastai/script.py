@@ -14,6 +14,8 @@ from typing import Annotated, get_origin
 
 from fastcore.docments import docments
 
+from .credentials import scrub
+
 # %% ../nbs/00c_script.ipynb #2d737c05
 def _argument(name, parameter, said):
     "Names and settings of `add_argument`"
@@ -31,6 +33,10 @@ def _version(func):
     try: return f'{(package := func.__module__.partition(".")[0])} {importlib.metadata.version(package)}'
     except importlib.metadata.PackageNotFoundError: return None
 
+class _Parser(argparse.ArgumentParser):
+    "A parser whose messages quote no credentials"
+    def error(self, message): super().error(scrub(message))
+
 def option_parser(
     func:Callable, # its parameters are the options, the comments beside them the help
     prog:str=None # name of the command; by default that of the file that was started
@@ -38,7 +44,7 @@ def option_parser(
     "The parser of a command."
     func, width = inspect.unwrap(func), shutil.get_terminal_size((120, 30)).columns
     formatter = partial(argparse.HelpFormatter, max_help_position=width//2, width=width)
-    parser = argparse.ArgumentParser(prog=prog, description=func.__doc__, epilog=_version(func), formatter_class=formatter)
+    parser = _Parser(prog=prog, description=func.__doc__, epilog=_version(func), formatter_class=formatter)
     said = docments(func, returns=False)
     for name, parameter in inspect.signature(func).parameters.items():
         flags, settings = _argument(name, parameter, said.get(name) or '')

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import xxhash
 
-from rcic_fastai.cli import _say, one_line_errors
+from rcic_fastai.cli import _say, one_line_errors, rcic_show
 from rcic_fastai.credentials import scrub
 from rcic_fastai.hpa import read_hpa
 from rcic_fastai.kaggle import build_kernel, copy_run, read_kernel
@@ -30,6 +30,7 @@ from rcic_fastai.report import folder_sizes, make_report
 from rcic_fastai.run import train_run
 from rcic_fastai.script import CliError
 from rcic_fastai.screen import read_screen
+from rcic_fastai.script import CliError, option_parser
 from rcic_fastai.store import DamagedSite, Store, _Blosc2, _digest, _zstd_size, pack_screen, pack_sites
 from rcic_fastai.train import load_run, read_run
 from rcic_fastai.wheels import install_wheels, pack_wheels
@@ -457,6 +458,7 @@ def test_commands_show_no_password(capsys, monkeypatch):
         assert "feed" not in str(e.value).lower() and "***" in str(e.value)
     with pytest.raises(SystemExit):
         with one_line_errors(False): raise KeyboardInterrupt(address)
+    with pytest.raises(SystemExit): option_parser(rcic_show).parse_args(["--bogus", address])
     _say(f"Written: {address}")
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     with pytest.raises(ValueError):
