@@ -1481,6 +1481,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'rcic_fastai.screen.well_sites': ('screen.html#well_sites', 'rcic_fastai/screen.py'),
                                     'rcic_fastai.screen.whole_numbers': ('screen.html#whole_numbers', 'rcic_fastai/screen.py')},
             'rcic_fastai.script': { 'rcic_fastai.script.CliError': ('script.html#clierror', 'rcic_fastai/script.py'),
+                                    'rcic_fastai.script._Parser': ('script.html#_parser', 'rcic_fastai/script.py'),
+                                    'rcic_fastai.script._Parser.error': ('script.html#_parser.error', 'rcic_fastai/script.py'),
                                     'rcic_fastai.script._argument': ('script.html#_argument', 'rcic_fastai/script.py'),
                                     'rcic_fastai.script._is_started_file': ('script.html#_is_started_file', 'rcic_fastai/script.py'),
                                     'rcic_fastai.script._version': ('script.html#_version', 'rcic_fastai/script.py'),

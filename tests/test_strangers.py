@@ -30,7 +30,7 @@ from rcic_fastai.report import folder_sizes, make_report
 from rcic_fastai.run import train_run
 from rcic_fastai.script import CliError
 from rcic_fastai.screen import read_screen
-from rcic_fastai.script import CliError, option_parser
+from rcic_fastai.script import option_parser
 from rcic_fastai.store import DamagedSite, Store, _Blosc2, _digest, _zstd_size, pack_screen, pack_sites
 from rcic_fastai.train import load_run, read_run
 from rcic_fastai.wheels import install_wheels, pack_wheels
