@@ -33,6 +33,10 @@ from .pixels import PixelsToFloat
 from .screen import CHANNELS, Screen, check_files, packed_row, present_sites, valid_mask
 from .store import BatchBuffers, Store, open_store, read_ahead
 from .target import MASKED, MaskedCategorize, MultiLabelBlock, MultiLabelCategorize, TargetBlock, is_multilabel
+from .versions import check_versions
+
+# %% ../nbs/04_data.ipynb #f1d074b0
+check_versions() # before anything is made of transforms that would not work
 
 # %% ../nbs/04_data.ipynb #21adf888
 def _nearest_choice(value, choices, what):

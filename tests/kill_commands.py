@@ -89,10 +89,10 @@ def same(folder, a="whole", b="killed"):
     return [k for k in sorted({*trees[0], *trees[1]}) if trees[0].get(k) != trees[1].get(k) or "rcic-" in k]
 
 
-def killed(folder, make, points, both=True):
-    "Files that differ after a command was killed at each point and run to its end, and how it ended each time"
+def killed(folder, make, *points):
+    "Files that differ after a command was killed at each point (before a file gets its name, with a + after that) and run to its end, and how it ended each time"
     assert (done := attempt(lambda: make(folder / "whole")))[0] == 0, done
-    ends = [attempt(lambda: make(folder / "killed"), (p, after))[0] for p in points for after in ((False, True) if both else (False,))]
+    ends = [attempt(lambda: make(folder / "killed"), (p.rstrip("+"), "+" in p))[0] for p in points]
     done = attempt(lambda: make(folder / "killed"))
     return dict(ends=ends, last=done, differ=same(folder))
 
@@ -145,17 +145,17 @@ def main(folder):
     nbformat.write(nbformat.v4.new_notebook(cells=cells), template)
 
     def simulate(out): cli.rcic_simulate(out=out / "screen", workers=2, **SCREEN)
-    found["simulate"] = killed(folder / "simulate", simulate, ("simulation.json", "test.csv", "HUVEC-01/Plate2/B02_s2_w1.png", "HUVEC-02/Plate2/C11_s2_w1.png"))
+    found["simulate"] = killed(folder / "simulate", simulate, "simulation.json", "test.csv", "HUVEC-01/Plate2/B02_s2_w1.png", "HUVEC-02/Plate2/C11_s2_w1.png+")
 
     def train(out): cli.rcic_train(data=screen, recipe=str(recipe), run=out / "run", valid="experiment=HUVEC-03", submit=True)
-    found["train"] = killed(folder / "train", train, ("recipe.json", "model.safetensors", "run.json", "valid.npz", "test.npz", "submission.csv"))
+    found["train"] = killed(folder / "train", train, "model.safetensors", "run.json", "run.json+", "test.npz", "submission.csv", "submission.csv+")
     run = folder / "train" / "whole" / "run"
-    found["embed"] = killed(folder / "embed", lambda out: cli.rcic_embed(run=run, split="train", out=out / "train.npz"), ("train.npz",))
-    found["report"] = killed(folder / "report", lambda out: cli.rcic_report(run, out=out / "page.html", template=template), ("page.ipynb", "page.html"), False)
+    found["embed"] = killed(folder / "embed", lambda out: cli.rcic_embed(run=run, split="train", out=out / "train.npz"), "train.npz")
+    found["report"] = killed(folder / "report", lambda out: cli.rcic_report(run, out=out / "page.html", template=template), "page.html")
     data, runs = atlas_and_runs(folder / "stack")
     stack = dict(data=data, min_positives=10**6, no_statistics=False)
     found["stack"] = killed(folder / "stack", lambda out: hpa_cli.rcic_hpa_stack(run=runs, out=out / "stack", **stack),
-                            ("stack.json", "statistics-valid", "settings.json", "fold2-class05", "test.npz", "run.json"), False)  # fmt: skip
+                            "statistics-valid", "fold2-class05", "test.npz", "run.json")  # fmt: skip
 
     both = folder / "both"
     for name, make in dict(simulate=lambda: cli.rcic_simulate(out=both / "simulate", workers=2, **SCREEN),

@@ -10,6 +10,7 @@ import os
 import runpy
 import shutil
 import subprocess
+import sys
 import sysconfig
 import threading
 import venv
@@ -79,6 +80,8 @@ def bare(tmp_path):
             if not p.name.lstrip("_").startswith(tuple(h.lstrip("_") for h in hidden)) and p.name != "__pycache__" and not (site / p.name).exists():
                 (site / p.name).symlink_to(p)
     (site / "sitecustomize.py").write_text(NO_NETWORK)
+    (root / "share").mkdir(exist_ok=True)
+    (root / "share" / "jupyter").symlink_to(Path(sys.prefix) / "share" / "jupyter")  # templates of nbconvert
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "JUPYTER_PATH")}
     state = {n: str(tmp_path / "jupyter" / n) for n in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
 
