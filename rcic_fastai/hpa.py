@@ -17,7 +17,7 @@ import pandas as pd
 from sklearn.base import clone
 
 from .duplicates import external_keys, find_twins, hash_sites, join_groups, label_agreement, resolve_labels
-from .files import write_whole
+from .files import read_text, user_path, write_whole
 from .folds import grouped_folds
 from .multilabel import average_precision, f1_floors, f1_table, label_lists, label_matrix, parse_labels, read_label_submission, write_label_submission
 from .predict import Predictions, _run_files, predict_run
@@ -190,9 +190,11 @@ def find_duplicates(
 ) -> pd.DataFrame: # from `label_agreement`: how many twins there are, and how many carry the same labels
     """Find twins by perceptual hashes and write the groups; goes on where it was interrupted.
 
-    Raises: FileNotFoundError naming the first missing file, without `present_only`.
+    Raises: FileNotFoundError naming the first missing file, without `present_only`; FileExistsError for another table of that name.
     """
-    out, sites = Path(out or atlas.path), atlas.sites()
+    out, sites = user_path(out or atlas.path), atlas.sites()
+    for name, first in dict(duplicates='Id,twin,distance,largest', groups='Id,group,twins,antibody').items():
+        if (path := out/f'{name}.csv').exists() and read_text(path).partition('\n')[0].strip()!=first: raise FileExistsError(f'{path} is another table than the one that is written ({first}): give another folder')
     if present_only:
         sites, left = present_sites(sites, atlas.channels)
         if left: say(f'{left:,} images whose files are missing are groups by their ids alone')
