@@ -11,7 +11,9 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from rcic_fastai import cli, hpa_cli, kaggle, run
 from rcic_fastai.files import write_whole
@@ -114,6 +116,8 @@ def mine(small_screen, small_run, tmp_path_factory):
     (root / "weights").mkdir()
     (root / "weights" / "dataset-metadata.json").write_text('{"id": "ada/others"}')
     (root / "data").mkdir()
+    (root / "net").mkdir()
+    save_file(dict(x=torch.zeros(1)), root / "net" / "model.safetensors")
     (root / "data" / "photo.jpg").write_bytes(b"a photo")
     return root
 
@@ -132,6 +136,7 @@ COMMANDS = {  # what it would have written over, and the message
     "train into the screen": (lambda r: cli.rcic_train(data=r / "screen", run=r / "screen"), "is what is read"),
     "train into its own start": (lambda r: cli.rcic_train(data=r / "screen", run=r / "run", start=r / "run"), "is what is read"),
     "train over its recipe": (lambda r: cli.rcic_train(data=r / "screen", run=r / "data", recipe=str(r / "data" / "recipe.json")), "is what is read"),
+    "train over a network": (lambda r: cli.rcic_train(data=r / "screen", run=r / "net", laptop=1), "net holds model.safetensors, and no training"),
     "simulate over a run": (lambda r: cli.rcic_simulate(out=r / "run"), "no simulated screen"),
     "simulate over photos": (lambda r: cli.rcic_simulate(out=r / "data"), "holds photo.jpg.*, and no simulated screen"),
     "simulate an atlas over a screen": (lambda r: hpa_cli.rcic_hpa_simulate(out=r / "screen"), "other settings"),
