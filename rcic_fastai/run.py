@@ -23,10 +23,10 @@ from fastai.torch_core import set_seed
 
 from .assign import assign_predictions, write_submission
 from .blend import blend_predictions, blend_report, blend_weights
-from .checkpoint import Checkpoint, History, latest_checkpoint, remove_checkpoints
+from .checkpoint import Checkpoint, History, checkpoint_files, latest_checkpoint, remove_checkpoints
 from .data import select_sites
 from .files import check_name, check_output, claim_folder, clean_partials, note_request, read_json, user_path, write_json, write_whole
-from .model import load_weights, save_weights
+from .model import load_weights, read_meta, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
 from .predict import Predictions, _run_files, inference_needs, predict_run, predict_with
@@ -313,7 +313,7 @@ def train_run(
 ) -> Learner|dict: # trained; the run folder is complete; with networks per cell type a learner for each of them
     """Train a recipe on the training split of a screen and write its run folder.
 
-    Raises: FileExistsError if the folder holds a finished run; ValueError, FileNotFoundError for what is wrong with the data, or if the
+    Raises: FileExistsError if the folder holds a finished run, or somebody else's network; ValueError, FileNotFoundError for what is wrong with the data, or if the
     run was started otherwise; TrainingStopped for a signal, FloatingPointError for a loss that is no number, both with what is saved intact.
     """
     run, valid, target = check_output(run, screen.path, start, option='--run'), _wells_of_run(recipe.valid if valid is None else valid), target or screen.target
@@ -322,9 +322,17 @@ def train_run(
     parts = len(screen.cell_types) > 1 and (recipe.per_cell_type or recipe.cell_type.epochs)
     with claim_folder(run):
         if (run/'run.json').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
+        _check_begun(run)
         for folder in (run, run/'checkpoints'): clean_partials(folder, held=True)
         if parts: return _train_parts(screen, recipe, run, target, wells, valid, present_only, say, cbs)
         return _train(screen, recipe, run, target, wells, valid, present_only, say, cbs, start)
+
+def _check_begun(run):
+    "A network that no training of ours has left here would be replaced at the end"
+    found = [n for n in ('model.safetensors', 'recipe.json') if (run/n).exists()]
+    ours = checkpoint_files(run/'checkpoints') or any(run.glob('*/run.json')) or 'model.safetensors' in found and 'recipe' in read_meta(run/found[0])
+    if found and not ours:
+        raise FileExistsError(f'{run} holds {found[0]}, and no training that was begun: give another folder')
 
 def _train(screen, recipe, run, target, wells, valid, present_only, say, cbs, start):
     "All stages of one network"
