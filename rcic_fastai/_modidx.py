@@ -1384,6 +1384,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'rcic_fastai.run.Stages.past': ('run.html#stages.past', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._asked': ('run.html#_asked', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._blend': ('run.html#_blend', 'rcic_fastai/run.py'),
+                                 'rcic_fastai.run._check_begun': ('run.html#_check_begun', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._check_losses': ('run.html#_check_losses', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._check_request': ('run.html#_check_request', 'rcic_fastai/run.py'),
                                  'rcic_fastai.run._check_same': ('run.html#_check_same', 'rcic_fastai/run.py'),
