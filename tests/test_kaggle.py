@@ -86,7 +86,7 @@ def bare(tmp_path):
     state = {n: str(tmp_path / "jupyter" / n) for n in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
 
     def run(*args, ok=True, **env):
-        done = subprocess.run([root / "bin" / "python", *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=280,
+        done = subprocess.run([root / "bin" / "python", *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                               env={**keep, **state, "PIP_NO_INDEX": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg", **env})  # fmt: skip
         assert not ok or done.returncode == 0, done.stderr[-3000:]
         return done
@@ -115,6 +115,7 @@ def tiny_run(small_screen, tmp_path_factory):
     return run
 
 
+@pytest.mark.timeout(900)  # twice a library imported for the first time, on a machine that may be busy
 def test_kernels_run_offline_without_the_library(bare, tiny_run, small_screen, tmp_path):
     """One kernel trains, another one infers from an attached dataset: the same submission as outside.
 
