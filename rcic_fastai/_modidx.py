@@ -1436,6 +1436,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'rcic_fastai.screen._is_hpa': ('screen.html#_is_hpa', 'rcic_fastai/screen.py'),
                                     'rcic_fastai.screen._is_wilds': ('screen.html#_is_wilds', 'rcic_fastai/screen.py'),
                                     'rcic_fastai.screen._labelled': ('screen.html#_labelled', 'rcic_fastai/screen.py'),
+                                    'rcic_fastai.screen._listed': ('screen.html#_listed', 'rcic_fastai/screen.py'),
                                     'rcic_fastai.screen._misplaced': ('screen.html#_misplaced', 'rcic_fastai/screen.py'),
                                     'rcic_fastai.screen._missing_files': ('screen.html#_missing_files', 'rcic_fastai/screen.py'),
                                     'rcic_fastai.screen._nearest': ('screen.html#_nearest', 'rcic_fastai/screen.py'),

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
-from .files import write_whole
+from .files import user_path, write_whole
 from .mix import MixedContext, cell_type_weights, is_traced, plain
 from .renamed import renamed
 
@@ -171,7 +171,7 @@ def read_weights(
     path:str|Path, # .safetensors, or a file of `torch.save`
 )->dict[str,Tensor]: # On the CPU
     "Weights by name; nothing in the file is executed. Raises: `FileNotFoundError`, or `ValueError` if it holds anything else."
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, expected weights (.safetensors or .pth)")
     try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:

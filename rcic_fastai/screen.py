@@ -753,6 +753,15 @@ def _well_mask(wells, spec, text, seed):
     if not chosen: raise ValueError(f'valid {spec!r} holds out none of the {len(ids)} wells; choose another part or fewer parts')
     return wells.id_code.isin(chosen).to_numpy(bool)
 
+def _listed(text, known):
+    "Values between commas, those that are known as long as they can be"
+    parts, out = text.split(','), []
+    while parts:
+        n = next((n for n in range(len(parts), 1, -1) if ','.join(parts[:n]).strip() in known), 1)
+        out.append(','.join(parts[:n]).strip())
+        parts = parts[n:]
+    return out
+
 def valid_mask(
     wells:pd.DataFrame,  # wells or sites
     spec:str,            # `experiment=A,B`, `plate=4`, `cell_type=U2OS`, `split=val`, `fold=0` (of 5), `fold=0/3` or `well=0/5`
@@ -768,7 +777,8 @@ def valid_mask(
         raise ValueError(f'valid {spec!r} is not understood; expected {_VALID}')
     if column in ('fold', 'well'): mask = (_fold_mask if column == 'fold' else _well_mask)(wells, spec, text, seed)
     else:
-        values, there = [v.strip() for v in text.split(',')], wells[column].astype(str)
+        there = wells[column].astype(str)
+        values = [text] if text in set(there) else _listed(text, set(there)) # a name may hold a comma
         for v in values:
             if v not in set(there): raise ValueError(f'valid {spec!r}: no well has {column} {v!r}{_nearest(v, sorted(there.unique()))}')
         mask = there.isin(values).to_numpy(bool)

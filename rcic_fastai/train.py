@@ -967,7 +967,7 @@ def write_run(
     write_json(run/'recipe.json', asdict(recipe), indent=2)
     stats = info.get('stats')
     if stats is not None: info = {**info, 'stats': [np.where(np.isfinite(s), s, None).tolist() for s in map(np.asarray, stats)]} # JSON has no NaN
-    return write_json(run/'run.json', dict(format=RUN_FORMAT, version=__version__, **_each_path(info, lambda p: noted_path(p, run))))
+    return write_json(run/'run.json', {**_each_path(info, lambda p: noted_path(p, run)), 'format': RUN_FORMAT, 'version': __version__})
 
 # %% ../nbs/09_train.ipynb #80687d17
 def _is(kinds): return lambda v: isinstance(v, kinds) and not (isinstance(v, bool) and kinds is not bool)

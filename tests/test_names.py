@@ -1,4 +1,8 @@
 "Names with every character that a file system takes: in folders, tables, files of images, pictures and pages."
+import json
+import shutil
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,14 +13,16 @@ from rcic_fastai import cli
 from rcic_fastai.assign import score_submission
 from rcic_fastai.image import MultiChannelImage, read_site
 from rcic_fastai.judge import plot_intervals, plot_plate
+from rcic_fastai.model import create_backbone
 from rcic_fastai.platemap import describe_screen, find_sites, pattern_regex, read_plate_map
 from rcic_fastai.predict import predict_run
 from rcic_fastai.recipe import get_recipe, laptop_recipe
 from rcic_fastai.report import make_report, plot_map, run_context
-from rcic_fastai.run import submit_run, train_run
-from rcic_fastai.screen import check_files, escape_braces, has_channels, packed_row, pattern_parts, plain_text, read_screen, site_files
+from rcic_fastai.run import find_lr, submit_run, train_run
+from rcic_fastai.screen import check_files, escape_braces, has_channels, packed_row, pattern_parts, plain_text, read_screen, site_files, valid_mask
 from rcic_fastai.simulate import simulate_screen
 from rcic_fastai.store import pack_screen, verify_store
+from rcic_fastai.train import read_run, run_data, write_run
 
 FOLDER = "a #1 {channel} {{x}} $5 %20 & <b> \"q\" 's ü"
 TREATMENTS = ["$alpha$ & <b>", "#7", "{x}", "two\nlines", "-minus", "_under", "µM 5%", '"quoted, name"', "DMSO $"]
@@ -182,3 +188,69 @@ def test_report_by_name(own, own_run, tmp_path):
     truth.to_csv(tmp_path / "truth.csv", index=False)
     page = make_report(run, tmp_path / "re #1 {p}.html", truth=tmp_path / "truth.csv", max_wells=12, n_pictures=2, say=quiet).read_text()
     assert "$alpha$ &amp; &lt;b&gt;" in page and "<b>q" not in page and "siRNA\u00a0" not in page
+
+
+# Commands
+
+def test_wells_are_shown_by_whatever_they_are_called(own, small_screen, tmp_path):
+    for screen in (own[0], read_screen(small_screen)):
+        w = screen.wells.iloc[len(screen.wells) // 2]
+        for well in (None, w.id_code, w.well, w.well.lower(), f"{w.plate}_{w.well}", f"{w.get('plate_name', w.plate)}/{w.well}"):
+            title = screen.show_well(well)[0].figure._suptitle.get_text()
+            assert well is None or w.well in title
+        for well in ("nowhere", "Z99", ""):
+            with pytest.raises(ValueError, match="has no well"):
+                screen.show_well(well)
+        plt.close("all")
+    cli.rcic_show(data=own[0].path, out=tmp_path / "a $b$ #1.png")
+    assert (tmp_path / "a $b$ #1.png").stat().st_size
+
+
+def test_more_channels_than_colours(tmp_path):
+    for i in range(8):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"B02_c{i}.png")
+    (tmp_path / "map.csv").write_text("well,treatment\nB02,x\n")
+    assert len(describe_screen(tmp_path, say=quiet).show_well()) == 9
+    plt.close("all")
+
+
+def test_experiments_with_commas_are_set_aside():
+    wells = pd.DataFrame(dict(experiment=["a, b", "a", "c"], id_code=["x", "y", "z"]))
+    assert valid_mask(wells, "experiment=a, b").tolist() == [True, False, False]
+    assert valid_mask(wells, "experiment=a, b,c").tolist() == [True, False, True]
+    assert valid_mask(wells, "experiment=a,c").tolist() == [False, True, True]
+
+
+def test_home_folders(small_run, small_screen, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "screen").symlink_to(small_screen)
+    shutil.copytree(small_run, tmp_path / "run")
+    cli.rcic_show(data=Path("~/screen"), out=Path("~/well.png"))
+    cli.rcic_submit(run=Path("~/run"), data=Path("~/screen"), out=Path("~/submission.csv"))
+    cli.rcic_score(submission=Path("~/submission.csv"), truth=Path("~/screen/truth.csv"))
+    assert (tmp_path / "well.png").exists() and (tmp_path / "submission.csv").exists() and not Path("~").exists()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/w.pth"):
+        create_backbone("resnet18", 6, pretrained="~/w.pth")
+
+
+def test_run_and_data_that_move(small_run, small_screen, tmp_path, monkeypatch):
+    recipe, info = read_run(small_run)
+    shutil.copytree(small_screen, tmp_path / "a" / "screen")
+    shutil.copytree(small_run, tmp_path / "a" / "runs" / "first")
+    write_run(tmp_path / "a" / "runs" / "first", recipe, {**info, "data": str(tmp_path / "a" / "screen")})
+    assert json.loads((tmp_path / "a/runs/first/run.json").read_text())["data"] == "../../screen"
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    monkeypatch.chdir(tmp_path / "b" / "runs")
+    assert run_data("first") == tmp_path / "b" / "screen"
+    shutil.move(tmp_path / "b" / "screen", tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="the data of first was in .*/b/screen, which does not exist here: say where it is now with --data"):
+        run_data("first")
+    assert run_data("first", tmp_path / "other") == tmp_path / "other"
+
+
+@pytest.mark.parametrize("steps", [20, 23])
+def test_short_tests_of_learning_rates(small_screen, steps):
+    found = find_lr(read_screen(small_screen), laptop_recipe(get_recipe("laptop"), 1, virtual_batch=8), steps=steps, say=quiet)
+    assert all(1e-8 < v < 10 for v in found)
+    with pytest.raises(ValueError, match="--steps is 19, expected 20 or more"):
+        find_lr(read_screen(small_screen), get_recipe("laptop"), steps=19)
