@@ -485,6 +485,8 @@ def score_table(
 # %% ../nbs/11_assign.ipynb #1501e08b
 def _experiment_and_plate(id_codes):
     parts = pd.Series(id_codes).str.rsplit('_', n=2)
+    bad = [i for i, p in zip(id_codes, parts) if len(p) < 3 or not p[1].isdigit()]
+    if bad: raise ValueError(f'{str(bad[0])!r} is no id of a well such as HUVEC-01_1_B03')
     return parts.str[0].to_numpy(), parts.str[1].astype(int).to_numpy()
 
 def assign_predictions(

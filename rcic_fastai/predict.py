@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'well_accuracy', 'embed_sites', 'predict_sites', 'embed_with', 'Needs', 'inference_needs',
-           'predict_with', 'run_references', 'predict_run', 'embed_run', 'embeddings_path', 'write_embeddings']
+           'predict_with', 'check_channels', 'run_references', 'predict_run', 'embed_run', 'embeddings_path',
+           'write_embeddings']
 
 # %% ../nbs/10_predict.ipynb #21e74bae
 import json, os, warnings
@@ -24,10 +25,10 @@ from tqdm.auto import tqdm
 from .batchnorm import BatchNormMode, batchnorm_modes
 from .data import DOMAINS, domain_keys, select_sites
 from .embed import postprocess_embeddings, postprocess_names, to_anndata, well_means
-from .files import write_whole
+from .files import parse_json, read_arrays, write_whole
 from .model import plain
 from .multilabel_loss import MultiLabelLoss
-from .screen import Screen
+from .screen import Screen, channel_file, channel_name, grey_limits
 from .train import Recipe, complete_stats, load_run, read_run
 from .tta import TTA, ViewTransform, check_views, combine_views, image_keys, tta_group
 
@@ -49,10 +50,18 @@ class Predictions:
         self.ids, self.classes, self.logits = np.asarray(self.ids).astype(str), np.asarray(self.classes), np.asarray(self.logits, np.float32)
         if self.logits.shape!=(len(self.ids), len(self.classes)):
             raise ValueError(f'logits of shape {self.logits.shape} for {len(self.ids)} ids and {len(self.classes)} classes')
+        self._check()
         if self.views is None: return
         self.views, self.view_names = np.asarray(self.views, np.float32), list(map(str, self.view_names))
         if self.views.shape!=(expected := (len(self.view_names), *self.logits.shape)):
             raise ValueError(f'views of shape {self.views.shape}, expected {expected}: named views, ids, classes')
+
+    def _check(self):
+        "Each site and each class once, and scores that are numbers"
+        for what, values in (('site or well', pd.Index(self.ids)), ('class', pd.Index(self.classes))):
+            if values.has_duplicates: raise ValueError(f'{what} {values[values.duplicated()][0]} is there twice')
+        if not (good := np.isfinite(self.logits).all(1)).all():
+            raise ValueError(f'the scores of {self.ids[~good][0]} are NaN or infinite ({(~good).sum():,} of {len(good):,} rows)')
 
     def __repr__(self):
         kept = '' if self.views is None else f', {len(self.views)} views kept'
@@ -109,10 +118,12 @@ class Predictions:
     @classmethod
     def load(cls, path:str|Path) -> 'Predictions':
         "Read what `save` wrote. Raises: FileNotFoundError; ValueError if it is no such file."
-        try: f = np.load(path, allow_pickle=False)
-        except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist; rcic-predict writes it') from None
-        except (OSError, ValueError) as e: raise ValueError(f'{path} is no file of predictions: {e}') from None
-        with f: return cls(f['ids'], f['classes'], f['logits'], json.loads(str(f['made'])), *((f['views'], f['view_names'].tolist()) if 'views' in f else ()))
+        if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; rcic-predict writes it')
+        f = read_arrays(path, 'ids', 'classes', 'logits', 'made')
+        made = parse_json(str(f['made']), path, dict)
+        views = (f['views'], f['view_names'].tolist()) if {'views', 'view_names'} <= set(f) else ()
+        try: return cls(f['ids'], f['classes'], f['logits'], made, *views)
+        except (ValueError, TypeError) as e: raise ValueError(f'{path} is no file of predictions: {e}') from None
 
 def _tta_setting(tta):
     "A number or name as it was given, a group as its settings: what JSON can hold"
@@ -403,6 +414,23 @@ def predict_with(
                          pool_sites=i.pool_sites, bagging=i.bagging, postprocess=i.postprocess, head_weight=i.head_weight, seed=recipe.seed), **kwargs})
 
 # %% ../nbs/10_predict.ipynb #8d28fda9
+def check_channels(
+    run:str|Path, # folder, for the message
+    info:dict, # of the run, from `read_run`
+    screen:Screen # whose images it is to look at
+):
+    "Refuse a screen whose channels are not those that a run was trained on, in their order. Raises: ValueError naming the first that differs."
+    trained, own = info['channels'], list(screen.channels)
+    said = f'{run} was trained on the channels {", ".join(map(channel_name, trained))}, and {screen.path} has {", ".join(map(channel_name, own))}'
+    if len(trained)!=len(own): raise ValueError(said)
+    for a, b in zip(trained, own):
+        files, names = (channel_file(a), channel_file(b)), (channel_name(a), channel_name(b))
+        unnamed = files[0]==files[1] and (names[0]==files[0] or names[1]==files[1]) # the name came later, or was left out
+        if names[0]!=names[1] and not unnamed: raise ValueError(f'{said}: {names[1]} where {names[0]} is expected; rcic-describe --like gives a screen the channels of another')
+        if files[0]!=files[1] and screen.packed is None: raise ValueError(f'{said}: files call {names[0]} {files[1]} here, and {files[0]} there')
+        if screen.packed is not None and grey_limits(a)!=grey_limits(b):
+            raise ValueError(f'{run} was trained on grey values {grey_limits(a)} of {names[0]}, and {screen.path} was packed with {grey_limits(b)}: describe it --like the other, and pack it again')
+
 def _run_sites(info, screen, split, wells, present_only, say):
     "The sites to predict"
     sites = select_sites(screen, 'train' if split=='valid' else split, wells, present_only, say)
@@ -471,6 +499,7 @@ def predict_run(
                                        keep_views=keep_views)
     else:
         recipe = _with_inference(recipe, settings)
+        check_channels(run, info, screen)
         sites = _run_sites(info, screen, split, wells or info['wells'], present_only, say)
         reference, controls = run_references(inference_needs(recipe), info, screen, sites, present_only)
         learn = load_run(run, _together(sites, reference, controls), device)
@@ -507,6 +536,7 @@ def embed_run(
     recipe, info = read_run(run)
     if 'parts' in info: raise ValueError(f'{run} has a network for each cell type, whose embeddings have no common axes: give one of {", ".join(info["parts"])} within it')
     present_only = info['present_only'] if present_only is None else present_only
+    check_channels(run, info, screen)
     recipe = _with_inference(recipe, {} if batchnorm is None else dict(batchnorm=batchnorm))
     sites, hosts = _embedded_sites(info, screen, split, wells, present_only, say)
     reference, controls = run_references(inference_needs(recipe), info, screen, hosts, present_only)

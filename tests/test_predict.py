@@ -179,7 +179,7 @@ def test_files_hold_no_pickle(tmp_path):
     assert list(again.classes) == ["HUVEC", "RPE"] and again.made == dict(tta=8) and again.logits.dtype == np.float32
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["p.npz"]  # no temporary file stays
     (tmp_path / "bad.npz").write_bytes(b"no")
-    with pytest.raises(ValueError, match="bad.npz is no file of predictions"):
+    with pytest.raises(ValueError, match="bad.npz is damaged, or no file of arrays"):
         Predictions.load(tmp_path / "bad.npz")
     np.savez(tmp_path / "evil.npz", ids=np.array([print], dtype=object))
     with pytest.raises(ValueError):
