@@ -36,7 +36,7 @@ from .image import MultiChannelImage, channel_limits, resize_site, stain_colors,
 from .judge import BLUE, GREY, ORANGE, accuracy_by, clean_axes, judge_wells, statistic_shift, worst_wells
 from .page import duration, execute_notebook, interval, notebook_page, percent, with_parameters
 from .platemap import read_well_table
-from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, embed_with, inference_needs, predict_run, run_references,
+from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, check_channels, embed_with, inference_needs, predict_run, run_references,
                                  predict_sites)
 from .recipe import recipes
 from .screen import Screen, is_unknown, plain_text, plate_groups, present_sites, read_screen
@@ -350,6 +350,7 @@ def load_network(
     "A network of the run, ready for these wells."
     folder = c.networks[name]
     recipe, info = read_run(folder)
+    check_channels(folder, info, c.screen)
     sites = present_sites(c.screen.sites(wells), c.screen.channels)[0]
     if not len(sites): return None
     reference, controls = run_references(inference_needs(recipe), info, c.screen, sites, True)

@@ -29,7 +29,7 @@ from .files import check_name, check_output, claim_folder, clean_partials, note_
 from .model import load_weights, read_meta, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
-from .predict import Predictions, _run_files, inference_needs, predict_run, predict_with
+from .predict import Predictions, _run_files, check_channels, inference_needs, predict_run, predict_with
 from .pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites, pseudo_to_json, select_pseudo_labels
 from .screen import Screen, plate_groups, valid_mask
 from .store import check_screen_output
@@ -251,6 +251,7 @@ def _start_of(start, screen, target):
     recipe, info = read_run(start)
     if 'blend' in info: raise ValueError(f'{start} is a blend and has no network of its own; start from one of {", ".join(info["blend"])}')
     if 'parts' in info: raise ValueError(f'{start} has a network for each cell type; start from one of {", ".join(info["parts"])} within it')
+    check_channels(start, info, screen)
     if info['target']!=target: raise ValueError(f'{start} predicts {info["target"]}, not {target}')
     taken = dict(classes=info['classes'], cell_types=info['cell_types'], experiments=info['experiments'])
     known = dict(stats=_run_stats(start, info), counts=_run_histograms(start))
@@ -497,7 +498,8 @@ def submit_run(
         groups = one_to_one = False
         say('Treatments have several wells within an experiment: each well gets its most likely treatment, without plate groups and one-to-one assignment')
     method = method or (recipe.inference.assignment if groups and one_to_one else 'exact')
-    table = assign_predictions(p, plate_groups(screen.wells) if groups else None, one_to_one, method)
+    try: table = assign_predictions(p, plate_groups(screen.wells) if groups else None, one_to_one, method)
+    except ValueError as e: raise ValueError(f'{Path(run)/"predictions"/"test.npz"}: {e}') from None
     if sample is None and not (Path(screen.path)/'sample_submission.csv').exists(): # of somebody's own screen there is none
         sample = screen.wells.loc[(screen.wells.split=='test') & (screen.wells.well_type=='treatment'), ['id_code']]
     write_submission(table.id_code, table.sirna, Path(screen.path)/'sample_submission.csv' if sample is None else sample, out)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastcore.script import CliError
+from rcic_fastai.script import CliError
 
 
 def made(root):
