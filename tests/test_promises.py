@@ -1,6 +1,7 @@
 "What README, docstrings and pages promise to somebody who knows fastai: one test per promise, on the four ways to a learner."
 
 import warnings
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -167,6 +168,21 @@ def test_predict_says_what_it_takes(learn, screen, sites):
     with pytest.raises(FileNotFoundError, match="nowhere_w1.png does not exist"), warnings.catch_warnings(action="ignore"):
         learn.predict("nowhere_w{channel}.png")
     assert len(learn.predict(sites.iloc[0])) == 3  # still usable
+
+
+def test_labels_that_are_not_there(learn, sites):
+    with pytest.raises(ValueError, match=r"validate needs labels: learn.dls.test_dl\(sites, with_labels=True\)"):
+        learn.validate(dl=learn.dls.test_dl(sites))
+    with pytest.raises(ValueError, match="with_labels: the sites have no column 'sirna'"):
+        learn.dls.test_dl(sites.drop(columns="sirna"), with_labels=True)
+    with pytest.raises(ValueError, match="there are no sites in the table"):
+        learn.dls.test_dl(sites[:0])
+
+
+def test_copies(learn):
+    "A learner whose loaders have read something already"
+    learn.validate()
+    torch.testing.assert_close(deepcopy(learn).get_preds()[0], learn.get_preds()[0], atol=1e-5, rtol=1e-4)
 
 
 def test_validate_and_get_preds(learn):
@@ -359,8 +375,10 @@ def test_no_validation_set(bare, sites, call, labels):
 
 def test_no_validation_set_to_interpret(bare, sites):
     for cls in (Interpretation, ClassificationInterpretation):
-        with pytest.raises(ValueError, match=TAKES.format("get_preds", "")):
+        with pytest.raises(ValueError, match=r"there is no validation set: give dl=learn.dls.test_dl\(sites, with_labels=True\) for any sites"):
             cls.from_learner(bare)
+        with pytest.raises(ValueError, match="the loss of each site needs labels"):
+            cls.from_learner(bare, dl=bare.dls.test_dl(sites))
     interp = ClassificationInterpretation.from_learner(bare, dl=bare.dls.test_dl(sites, with_labels=True))
     assert interp.confusion_matrix().sum() == 48
     interp.plot_top_losses(3)
@@ -379,7 +397,9 @@ def test_fits_without_a_validation_set(bare, sites):
             with pytest.raises(ValueError, match=r"no training sites: give it some, learn.dls = screen_dataloaders\(sites, ...\)"):
                 call()
         return
-    if bare.dls.train_ds.items.sirna.isna().all():  # the test split: nothing to learn from
+    if bare.dls.train_ds.items.sirna.isna().all():  # the test split
+        with pytest.raises(ValueError, match="sirna is unknown for all .* training sites: there is nothing to learn from"):
+            bare.fit(1)
         return
     for cb, message in ((SaveModelCallback(), "there is no validation set, so SaveModelCallback cannot watch 'valid_loss'; give it monitor='train_loss' or 'accuracy'"),
                         (EarlyStoppingCallback(), "EarlyStoppingCallback cannot watch 'valid_loss'"), (ReduceLROnPlateau(), "ReduceLROnPlateau cannot watch"),
@@ -540,6 +560,7 @@ def test_sites_in_any_form(sites):
     row = sites.iloc[0]
     assert sites_table([row, row.files, sites.head(2)]).files.tolist() == [row.files, row.files, *sites.files[:2]]
     assert sites_table(sites) is sites and not len(sites_table(sites[:0]))
+    assert sites_table(dict(row)).files[0] == sites_table(next(sites.itertuples())).files[0] == row.files
 
 
 def test_a_plain_learner_of_fastai_on_our_loaders(sites):
