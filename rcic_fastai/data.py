@@ -420,6 +420,8 @@ class DomainDL(TfmdDL):
         self._check(controls)
         self.controls = controls if isinstance(controls, DomainControls) or not n_controls else DomainControls(dataset, controls, domain)
 
+    def __getstate__(self): return {**self.__dict__, '_source': None} # memory and locks stay where they are
+
     def _check(self, controls):
         n, k = self.n_controls, self.domains_per_batch
         if n < 0: raise ValueError(f'n_controls is {n}, expected 0 or more')
@@ -582,7 +584,9 @@ def sites_table(
     if isinstance(items, (str, Path)):
         files = str(user_path(items) if str(items).startswith('~') else items)
         items = pd.DataFrame([dict(files=files, cell_type='', experiment='', plate=0, well_type=ROLES[0], site_id=files, id_code=files)])
-    elif isinstance(items, pd.Series): items = items.to_frame().T.infer_objects()
+    if hasattr(items, '_asdict'): items = items._asdict() # a row of `itertuples`
+    if isinstance(items, dict): items = pd.Series(items)
+    if isinstance(items, pd.Series): items = items.to_frame().T.infer_objects()
     elif is_listy(items) and len(items): items = pd.concat([sites_table(o) for o in items], ignore_index=True)
     if not isinstance(items, pd.DataFrame):
         raise ValueError(f'sites are given as {type(items).__name__}, expected a table of sites, a row of it, or a path pattern with {{channel}}')
@@ -601,8 +605,9 @@ class ScreenDataLoaders(DataLoaders):
         with_labels:bool=False, # do the sites have a target?
         **kwargs
     ) -> TfmdDL: # in batches of one domain
-        "A loader of other sites. Raises: ValueError, as `sites_table` does, or if labels are asked for and there is no column of them."
+        "A loader of other sites. Raises: ValueError, as `sites_table` does, without sites, or if labels are asked for and there is no column of them."
         sites, target = sites_table(test_items), self.train.target_name
+        if not len(sites): raise ValueError('there are no sites in the table')
         if with_labels and target not in sites: raise ValueError(f'with_labels: the sites have no column {target!r}')
         return super().test_dl(sites, rm_type_tfms, with_labels, **kwargs)
 

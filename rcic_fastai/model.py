@@ -180,6 +180,8 @@ def read_weights(
         if isinstance(state, dict) and isinstance(state.get(k), dict): state = state[k]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path}: holds {type(state).__name__}, expected a dictionary of tensors")
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise ValueError(f"{path}: {_few(bad)} hold{'s' if len(bad)==1 else ''} NaN or infinite weights: the training that wrote them had failed")
     return dict(state)
 
 # %% ../nbs/06_model.ipynb #4a8747f6

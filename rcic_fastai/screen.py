@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import xxhash
 from fastcore.basics import patch
 from matplotlib.collections import PatchCollection
 from matplotlib.lines import Line2D
@@ -26,7 +27,7 @@ from matplotlib.patches import Circle
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .files import naming, path_within
+from .files import check_name, naming, read_json, path_within
 
 # %% ../nbs/00a_screen.ipynb #8fe10977
 def _where(row): return f'{row.file}: row {row.row}' if 'file' in row else f'well {row.id_code}'
@@ -581,8 +582,18 @@ class Screen:
     def cell_types(self)->list[str]: return sorted(self.wells.cell_type.unique())
 
 # %% ../nbs/00a_screen.ipynb #56aa6a32
+def _check_tables(root):
+    "Raises: ValueError naming a table of a store that is not as it was packed; groups.csv may be made anew."
+    tables = read_json(root/'manifest.json').get('files')
+    for name, checksum in tables.items() if isinstance(tables, dict) else ():
+        path = root/check_name(name, 'table')
+        if name in ('sites.parquet', 'groups.csv') or not path.is_file(): continue # the store checks its index
+        if xxhash.xxh3_64_hexdigest(path.read_bytes())!=checksum:
+            raise ValueError(f'{path} is not the table that was packed: its checksum differs (rcic-pack --verify --out {root} compares all); bring it back, or pack the screen again')
+
 def _packed_files(root):
     "What stands for the files of the sites in a store, see `rcic_fastai.store`."
+    _check_tables(root)
     with naming(root/'sites.parquet', 'index of a store (Parquet)'): ids = pd.read_parquet(root/'sites.parquet', columns=['site_id']).site_id
     return pd.Series([f'{root.as_posix()}#{i}' for i in range(len(ids))], index=ids)
 

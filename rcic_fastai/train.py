@@ -282,6 +282,7 @@ def _head_options(recipe, n_cell_types):
     m = recipe.model
     return dict(n_hidden=m.hidden, dropout=m.dropout, classifier=m.classifier, n_cell_types=n_cell_types if m.cell_type else 0, cell_type=m.cell_type or 'one_hot')
 
+# %% ../nbs/09_train.ipynb #c3d1b030
 def recipe_model(
     recipe:Recipe, # settings
     n_classes:int, # outputs
@@ -304,6 +305,7 @@ def new_head(
     model.head = create_screen_head(recipe.model.head, model.n_features, n_classes, **_head_options(recipe, n_cell_types)).to(p.device, p.dtype)
     return model
 
+# %% ../nbs/09_train.ipynb #c3d1b031
 def _statistics_callbacks(data, model):
     "How BatchNorm sees a batch: in training per domain where there are several, in validation by batch"
     cbs = [InferenceMode('batch' if data.domain and batchnorm_layers(model) else 'running')]
@@ -314,23 +316,26 @@ class ScreenRecorder(Recorder):
     "fastai's `Recorder`, which keeps the log of the last fit while the learner validates or predicts."
     name, before = 'recorder', None
     def before_fit(self):
-        self.before = None if getattr(self.learn, 'fits', True) else {k: v for k,v in vars(self).items() if k in (*self._stateattrs, 'metric_names')}
+        names = () if getattr(self.learn, 'fits', True) else (*self._stateattrs, 'metric_names')
+        self.before = {k: v for k,v in vars(self).items() if k in names}
         super().before_fit()
     def after_fit(self):
         for k,v in (self.before or {}).items(): setattr(self, k, v)
     @delegates(Recorder.plot_loss)
     def plot_loss(self, skip_start=5, with_valid=True, **kwargs):
-        if not vars(self).get('losses'): raise ValueError('nothing was trained with this learner yet, so there are no losses to plot: call learn.fit first')
+        if not vars(self).get('losses'):
+            raise ValueError('nothing was trained with this learner yet, so there are no losses to plot: call learn.fit first')
         if with_valid and 'valid_loss' not in self.metric_names:
             raise ValueError('there is no validation set: learn.recorder.plot_loss(with_valid=False) plots the training loss')
         return super().plot_loss(skip_start, with_valid, **kwargs)
 
+# %% ../nbs/09_train.ipynb #c3d1b032
 class ScreenLearner(Learner):
     """A `Learner` that calls a callback for the events it knows, and begins a fit with the epoch a `Checkpoint` says.
 
     fastai calls each callback for each event, and an unknown one is looked for in callback, learner and network in turn."""
     first_epoch, fits = 0, False # `fits`: is this a training, and no mere validation?
-    chosen:dict|None = None # of loss and optimiser, what the recipe says and nobody gave; anything else in their place was somebody's choice
+    chosen:dict|None = None # loss and optimiser of the recipe that nobody gave; others in their place were somebody's choice
     def add_cb(self, cb):
         refuse_plain_mix(cb)
         return super().add_cb(ScreenRecorder() if cb is Recorder else cb)
@@ -354,6 +359,7 @@ class ScreenLearner(Learner):
         for cb in sorted(self.cbs, key=lambda cb: cb.order):
             if event_name in cb.__dict__ or hasattr(type(cb), event_name): cb(event_name)
 
+# %% ../nbs/09_train.ipynb #c3d1b033
 class SmoothLoss(AvgSmoothLoss):
     "fastai's running mean of the loss, left on the device: a copy would make each step wait for the GPU."
     val:torch.Tensor
@@ -382,24 +388,28 @@ def _compile(model, recipe):
     backend = recipe.device.compile
     getattr(model, 'body', model).compile(**({} if backend is True else dict(backend=backend)))
 
+# %% ../nbs/09_train.ipynb #c3d1b034
 def _several_labels(dls): return any(isinstance(t, MultiLabelCategorize) for tl in dls.train_ds.tls for t in tl.tfms)
 
 def _asked_recipe(recipe, dls, loss_given) -> Recipe:
     "A recipe, or one around the name of an architecture, with the batches that `dls` makes"
     if is_dataclass(recipe): return cast(Recipe, recipe)
-    if not isinstance(recipe, (str, type(None))): raise ValueError(f'recipe is {type(recipe).__name__}, expected a Recipe or the name of an architecture')
+    if not isinstance(recipe, (str, type(None))):
+        raise ValueError(f'recipe is {type(recipe).__name__}, expected a Recipe or the name of an architecture')
     if recipe is not None:
         try: check_arch(recipe)
         except ValueError as e: raise ValueError(f'{e}. A recipe by its name is get_recipe({recipe!r})') from None
     dl, several, plain_head = dls.train, _several_labels(dls), loss_given or _several_labels(dls)
-    data = {k: getattr(dl, o) for k,o in dict(domain='domain', domains_per_batch='domains_per_batch', controls='n_controls').items() if hasattr(dl, o)}
+    names = dict(domain='domain', domains_per_batch='domains_per_batch', controls='n_controls')
+    data = {k: getattr(dl, o) for k,o in names.items() if hasattr(dl, o)}
     model = ModelSettings(head='linear') if plain_head else ModelSettings()
-    return Recipe(name=recipe or 'custom', data=DataSettings(batch_size=dl.bs, **data), loss=LossSettings('multilabel_focal') if several else LossSettings(),
-                  model=replace(model, arch=recipe or model.arch))
+    loss = LossSettings('multilabel_focal') if several else LossSettings()
+    return Recipe(name=recipe or 'custom', data=DataSettings(batch_size=dl.bs, **data), loss=loss, model=replace(model, arch=recipe or model.arch))
 
+# %% ../nbs/09_train.ipynb #c3d1b035
 def screen_learner(
     dls:DataLoaders, # from `screen_dataloaders`
-    recipe:Recipe|str=None, # settings; or the name of an architecture, for which head and loss are chosen; None: the defaults, on batches like those of `dls`
+    recipe:Recipe|str=None, # settings, or the name of an architecture, which gets a head and a loss that fit; None: the defaults
     model:nn.Module=None, # a network to go on with; by default a new one of the recipe
     path:str|Path=None, # folder of the learner; by default that of `dls`
     cbs:Iterable[Callback]=None, # further callbacks
@@ -419,9 +429,11 @@ def screen_learner(
     callbacks = [AutoMixedPrecision(device.precision), SkipEmptyValidation(), LossOnDevice(), *_statistics_callbacks(settings.data, model)]
     if device.channels_last: callbacks.append(ChannelsLastImages(device.channels_last))
     if device.compile: _compile(model, settings)
-    chosen, several = dict(loss_func=create_loss(settings.loss.name, **settings.loss.options), opt_func=optimizers[settings.train.optimizer]), _several_labels(dls)
-    if 'loss_func' not in given and several!=isinstance(chosen['loss_func'], MultiLabelLoss):
-        raise ValueError(f'the sites have {"several labels" if several else "one label"} each, and loss {settings.loss.name!r} is one of {"one label" if several else "several"}')
+    loss, several = create_loss(settings.loss.name, **settings.loss.options), _several_labels(dls)
+    chosen = dict(loss_func=loss, opt_func=optimizers[settings.train.optimizer])
+    if 'loss_func' not in given and several!=isinstance(loss, MultiLabelLoss):
+        have, wants = ('several labels', 'one label') if several else ('one label', 'several')
+        raise ValueError(f'the sites have {have} each, and loss {settings.loss.name!r} is one of {wants}')
     own = dict(**chosen, splitter=param_groups, metrics=_metrics(several), path=path, cbs=callbacks+list(L(cbs)))
     learn = ScreenLearner(dls, model, **{**own, **given})
     learn.chosen = {k: v for k,v in chosen.items() if k not in given}
@@ -436,11 +448,24 @@ def _sites_of(learn, call, ds_idx=1, dl=None, labels=''):
     if not isinstance(dl, DomainDL) or len(dl.dataset): return dl
     what = 'no validation set' if given or ds_idx else 'no training set'
     own = f', {call}(ds_idx=0) the training set' if len(learn.dls.train_ds) else ''
+    other = ', or ds_idx=0 for the training set' if own else ''
+    if given: raise ValueError(f'there is {what}: give dl=learn.dls.test_dl(sites, with_labels=True) for any sites{other}')
     raise ValueError(f'there is {what}: {call}(dl=learn.dls.test_dl(sites{labels})) takes any sites{own}')
 
-def _need_training(learn):
-    if not len(learn.dls.train_ds): raise ValueError('this learner has no training sites: give it some, learn.dls = screen_dataloaders(sites, ...)')
+def _need_labels(dl, what):
+    if isinstance(dl, DomainDL) and len(dl.dataset.tls) < 3:
+        raise ValueError(f'{what} needs labels: learn.dls.test_dl(sites, with_labels=True)')
 
+def _need_training(learn):
+    if not len(learn.dls.train_ds):
+        raise ValueError('this learner has no training sites: give it some, learn.dls = screen_dataloaders(sites, ...)')
+
+def _need_known(learn):
+    sites, target = getattr(learn.dls.train, 'sites', None), getattr(learn.dls.train, 'target_name', None)
+    if isinstance(sites, pd.DataFrame) and target in sites and not sites[target].notna().any():
+        raise ValueError(f'{target} is unknown for all {len(sites):,} training sites: there is nothing to learn from')
+
+# %% ../nbs/09_train.ipynb #c3d1b020
 def _check_callbacks(learn, cbs):
     "Raises: ValueError for callbacks that watch what is not logged, above all where there is no validation set"
     empty = not len(learn.dls.valid_ds)
@@ -451,7 +476,8 @@ def _check_callbacks(learn, cbs):
             why = 'there is no validation set, so' if empty else f'{cb.monitor!r} is not logged:'
             raise ValueError(f'{why} {type(cb).__name__} cannot watch {cb.monitor!r}; give it monitor={" or ".join(map(repr, known))}')
         if empty and isinstance(cb, ShowGraphCallback):
-            raise ValueError('there is no validation set for ShowGraphCallback: learn.recorder.plot_loss(with_valid=False) plots the training loss after the fit')
+            raise ValueError('there is no validation set for ShowGraphCallback: '
+                             'learn.recorder.plot_loss(with_valid=False) plots the training loss after the fit')
 
 def _keep_history(learn, cbs):
     "A `CSVLogger` does not write over the history of a run"
@@ -462,17 +488,20 @@ def _keep_history(learn, cbs):
         before, cb.fname = cb.fname, cb.fname.with_stem(f'{cb.fname.stem}_csvlogger')
         warnings.warn(f'{learn.path/before} is the history of the run: CSVLogger writes to {cb.fname} next to it')
 
+# %% ../nbs/09_train.ipynb #c3d1b021
 @patch
 @delegates(Learner.fit)
-def fit(self:ScreenLearner, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
+def fit(self:ScreenLearner, n_epoch, lr=None, wd=None, cbs=None, *args, **kwargs):
     "fastai's `fit`. Raises: ValueError without training sites, or for callbacks that need a validation set where there is none."
     _need_training(self)
+    _need_known(self)
     given = L(cbs).map(lambda cb: cb() if isinstance(cb, type) else cb)
     _check_callbacks(self, self.cbs+given)
     _keep_history(self, self.cbs+given)
-    if any(isinstance(cb, ShowGraphCallback) for cb in self.cbs+given) and not hasattr(self, 'progress'): given += [ProgressCallback()] # which draws it
+    graph = any(isinstance(cb, ShowGraphCallback) for cb in self.cbs+given)
+    if graph and not hasattr(self, 'progress'): given += [ProgressCallback()] # which draws it
     self.fits = True
-    try: Learner.fit(self, n_epoch, lr, wd, given, **kwargs)
+    try: Learner.fit(self, n_epoch, lr, wd, given, *args, **kwargs)
     finally: self.fits = False
 
 # %% ../nbs/09_train.ipynb #c3d1b003
@@ -493,12 +522,15 @@ def _measure_new(learn, sites):
     if len(sites): complete_stats(learn.dls, sites)
 
 def _must_have_controls(learn):
-    return getattr(getattr(learn.model, 'head', None), 'controls', False) or any(cb.reference=='controls' for cb in learn._grab_cbs(DomainSlices))
+    by_head = getattr(getattr(learn.model, 'head', None), 'controls', False)
+    return by_head or any(cb.reference=='controls' for cb in learn._grab_cbs(DomainSlices))
 
+# %% ../nbs/09_train.ipynb #c3d1b022
 def _companions(learn, dl):
     "Other sites of the domains of `dl`, where it has fewer than a batch of validation: of the loader that knows most of it"
     domains, own = lambda sites: pd.Series(map(str, _domain_names(sites, dl.domain))), set(dl.sites.files)
-    names, known = domains(dl.sites), [(o.sites, domains(o.sites), o.sites.files.isin(own).to_numpy()) for o in learn.dls.loaders if len(o.sites)]
+    names, tables = domains(dl.sites), [o.sites for o in learn.dls.loaders if len(o.sites)]
+    known = [(t, domains(t), t.files.isin(own).to_numpy()) for t in tables]
     rows = []
     for name, n in names.value_counts(sort=False).items():
         room, found = learn.dls.valid.bs-n, [(t, k==name, same) for t,k,same in known if (k==name).any()]
@@ -511,10 +543,12 @@ def _companions(learn, dl):
 def _with_companions(learn, dl):
     "The loader with these sites behind its own, if its batches shape their statistics"
     mode = next(iter(learn._grab_cbs(InferenceMode)), None)
-    if mode is None or mode.mode!='batch' or dl.domain is None or not isinstance(dl.sites, pd.DataFrame) or 'files' not in dl.sites: return dl
+    if mode is None or mode.mode!='batch' or dl.domain is None: return dl
+    if not isinstance(dl.sites, pd.DataFrame) or 'files' not in dl.sites: return dl
     others = _companions(learn, dl)
     if not len(others): return dl
-    columns = [c for c in (*SITE_COLUMNS, 'well_type', *([dl.target_name] if len(dl.dataset.tls)==3 else [])) if c in dl.sites and c in others]
+    wanted = [*SITE_COLUMNS, 'well_type'] + ([dl.target_name] if len(dl.dataset.tls)==3 else [])
+    columns = [c for c in wanted if c in dl.sites and c in others]
     sites = pd.concat([dl.sites[columns], others[columns]], ignore_index=True)
     wide = test_set(dl.dataset, sites, with_labels=True)
     for tl in wide.tls: tl.tfms.split_idx = dl.dataset.split_idx # `tta` switches the augmentations on
@@ -529,13 +563,17 @@ def _pick(t, rows, n, n_sites):
     own = rows < n
     return t[own][rows[own].argsort()]
 
+# %% ../nbs/09_train.ipynb #c3d1b023
 @patch
-def get_preds(self:ScreenLearner, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None, inner=False, reorder=True, cbs=None, **kwargs):
-    """fastai's `get_preds`: each site once, in the order of the table, with the statistics of its domain as far as the learner knows sites of it.
+@delegates(Learner.get_preds)
+def get_preds(self:ScreenLearner, ds_idx=1, dl=None, with_input=False, with_decoded=False, with_loss=False, act=None,
+              inner=False, reorder=True, cbs=None, **kwargs):
+    """fastai's `get_preds`, in the order of the table and with statistics of the domain as far as the learner knows its sites.
 
     Raises: ValueError if there are no sites, or no controls for a network that compares with controls.
     """
     dl = _sites_of(self, 'get_preds', ds_idx, dl)
+    if with_loss: _need_labels(dl, 'the loss of each site')
     how = dict(with_input=with_input, with_decoded=with_decoded, with_loss=with_loss, act=act, inner=inner, cbs=cbs, **kwargs)
     if not isinstance(dl, DomainDL) or 'get_idxs' in vars(dl): return Learner.get_preds(self, dl=dl, reorder=reorder, **how)
     n = len(dl.dataset)
@@ -552,6 +590,7 @@ def get_preds(self:ScreenLearner, ds_idx=1, dl=None, with_input=False, with_deco
 def validate(self:ScreenLearner, ds_idx=1, dl=None, cbs=None):
     "fastai's `validate`: loss and metrics. Raises: ValueError if there are no sites."
     dl = _sites_of(self, 'validate', ds_idx, dl, ', with_labels=True')
+    _need_labels(dl, 'validate')
     return Learner.validate(self, ds_idx, _with_controls(self, dl) if isinstance(dl, DomainDL) else dl, cbs)
 
 @patch
@@ -561,12 +600,15 @@ def show_results(self:ScreenLearner, ds_idx=1, dl=None, max_n=9, shuffle=True, *
     given, dl = dl is not None, _sites_of(self, 'show_results', ds_idx, dl, ', with_labels=True')
     if not isinstance(dl, DomainDL): return Learner.show_results(self, ds_idx, dl, max_n, **kwargs)
     seed = int(torch.randint(2**31, ())) if shuffle and not given else dl.seed
-    rows = dl.new(shuffle=shuffle and not given, drop_last=False, pairs=False, domains_per_batch=1, repeats=1, n_controls=0, seed=seed).get_idxs().batches[0][:max_n]
+    order = dl.new(shuffle=shuffle and not given, drop_last=False, pairs=False, domains_per_batch=1, repeats=1, n_controls=0,
+                   seed=seed).get_idxs()
+    rows = order.batches[0][:max_n]
     few = dl.new(test_set(dl.dataset, dl.sites.iloc[rows], with_labels=True), shuffle=False, drop_last=False)
     batch = few.new(domain=None, bs=len(rows)).one_batch()
     _, _, decoded = self.get_preds(dl=few, with_decoded=True)
     dl.show_results(batch, decoded, max_n=max_n, **kwargs)
 
+# %% ../nbs/09_train.ipynb #c3d1b024
 @patch
 @delegates(Learner.tta)
 def tta(self:ScreenLearner, ds_idx=1, dl=None, **kwargs):
@@ -576,7 +618,7 @@ def tta(self:ScreenLearner, ds_idx=1, dl=None, **kwargs):
 
 @patch
 def summary(self:ScreenLearner):
-    "fastai's `summary` of layers and parameters. Raises: ValueError without training sites, or for a network that cannot see one site alone."
+    "fastai's `summary`. Raises: ValueError without training sites, or for a network that compares a site with controls."
     _need_training(self)
     if getattr(getattr(self.model, 'head', None), 'controls', False):
         raise ValueError('summary shows the network one site, and this one compares it with controls: print(learn.model) lists its layers')
@@ -599,7 +641,8 @@ def _one_place(item):
     "The sites of one well, or one site"
     sites = sites_table(item)
     if len(sites)==1 or len(sites) and 'id_code' in sites and sites.id_code.nunique()==1: return sites.reset_index(drop=True)
-    raise ValueError(f'predict takes one site or the sites of one well, not {len(sites)} sites: get_preds(dl=learn.dls.test_dl(sites)) takes many')
+    raise ValueError(f'predict takes one site or the sites of one well, not {len(sites)} sites: '
+                     'get_preds(dl=learn.dls.test_dl(sites)) takes many')
 
 @patch
 def predict(self:ScreenLearner,
@@ -615,12 +658,14 @@ def predict(self:ScreenLearner,
     dl = self.dls.test_dl(sites, rm_type_tfms=rm_type_tfms, num_workers=0)
     alone = not len(_companions(self, dl)) and any(cb.mode=='batch' for cb in self._grab_cbs(InferenceMode))
     if alone and len(sites)==1:
-        warnings.warn(f'{sites.files[0]}: no other site of its {dl.domain} is known to this learner, so the running statistics of the network are used; '
+        warnings.warn(f'{sites.files[0]}: no other site of its {dl.domain} is known to this learner, '
+                      'so the running statistics of the network are used; '
                       'get_preds(dl=learn.dls.test_dl(sites)) takes all sites of an experiment together')
     try: inputs, raw, _ = self.get_preds(dl=dl, with_input=True, act=noop)
     except ValueError as e:
         if not isinstance(item, (str, Path)): raise
-        raise ValueError(f'{item}: a path says nothing of the origin of the site, which this network needs ({e}): give a row of the sites') from None
+        raise ValueError(f'{item}: a path says nothing of the origin of the site, which this network needs ({e}): '
+                         'give a row of the sites') from None
     mean = tuple(o.mean(0, keepdim=True) for o in raw) if isinstance(raw, tuple) else raw.mean(0, keepdim=True)
     probs = getcallable(self.loss_func, 'activation')(mean)
     decoded = getcallable(self.loss_func, 'decodes')(probs)
@@ -639,8 +684,10 @@ def export(self:ScreenLearner, fname='export.pkl', **kwargs):
         self.dls = dls
         if opt is not None: self.opt = opt
 
+# %% ../nbs/09_train.ipynb #c3d1b025
 def _to_precision(learn, precision, **kwargs):
-    if precision=='fp16' and learn.dls.device.type=='cpu': raise ValueError("precision 'fp16' cannot train on a CPU; use to_bf16 or to_fp32")
+    if precision=='fp16' and learn.dls.device.type=='cpu':
+        raise ValueError("precision 'fp16' cannot train on a CPU; use to_bf16 or to_fp32")
     learn.remove_cb(AutoMixedPrecision)
     return learn.add_cb(AutoMixedPrecision(precision, **kwargs))
 
