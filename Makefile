@@ -70,7 +70,7 @@ test-oldest: ## pytest with the oldest releases that settings.ini permits (OLDES
 	OMP_NUM_THREADS=1 PATH="$$PWD/build/oldest/bin:$$PATH" build/oldest/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .PHONY: test-kaggle
-test-kaggle: ## kernels, reports and commands in an environment like Kaggle's image, in build/kaggle (KAGGLE_PYTHON=python3.12; 6 GB)
+test-kaggle: ## kernels, reports and commands in an environment like Kaggle's image, in build/kaggle (KAGGLE_PYTHON=python3.12; 8 GB)
 	$(KAGGLE_PYTHON) tools/kaggle_image.py build/kaggle
 	OMP_NUM_THREADS=1 PATH="$$PWD/build/kaggle/bin:$$PATH" build/kaggle/bin/pytest -n $(WORKERS) $(or $(ARGS),tests/test_kaggle.py tests/test_report.py tests/test_cli.py)
 
