@@ -121,7 +121,6 @@ class Predictions:
         if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; rcic-predict writes it')
         f = read_arrays(path, 'ids', 'classes', 'logits', 'made')
         made = parse_json(str(f['made']), path, dict)
-        if not f['ids'].size: raise ValueError(f'{path} has no sites')
         views = (f['views'], f['view_names'].tolist()) if {'views', 'view_names'} <= set(f) else ()
         try: return cls(f['ids'], f['classes'], f['logits'], made, *views)
         except (ValueError, TypeError) as e: raise ValueError(f'{path} is no file of predictions: {e}') from None

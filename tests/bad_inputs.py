@@ -302,7 +302,7 @@ def tried(kind, fault, words, context, name, options):
         else:
             return ""
     line = line.strip()
-    if "(unexpected;" in line or "Traceback" in line:
+    if "unexpected" in line or "Traceback" in line:
         return line
     if len(line.splitlines()) != 1:
         return f"{len(line.splitlines())} lines: {line}"
