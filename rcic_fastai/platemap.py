@@ -85,7 +85,7 @@ def plate_map_wells(
     """
     for c, default in dict(plate='1', experiment=experiment, cell_type='cells', treatment='').items():
         rows = rows.assign(**{c: rows[c] if c in rows else default})
-        unknown = is_unknown(rows[c], {*negative, *positive, *treatments} if c=='treatment' else ())
+        unknown = is_unknown(rows[c], (*negative, *positive, *treatments) if c=='treatment' else ())
         if c!='treatment': _require(rows, ~unknown, lambda r: f'{c} is {"unknown: "+repr(r[c]) if r[c] else "empty"}')
         rows[c] = rows[c].mask(unknown, '')
     _require(rows, ~rows.experiment.str.contains(r'[/\\\0]'), lambda r: f'experiment {r.experiment!r} has a slash in its name')

@@ -627,5 +627,5 @@ def make_report(
     nb = execute_notebook(with_parameters(nb, parameters), timeout, template.name)
     page = notebook_page(nb, _run_name(run), code)
     nb.metadata['rcic_fastai'] = dict(written_by='rcic-report') # so that the next report may replace it
-    write_whole(out.with_suffix('.ipynb'), nbformat.writes(nb)+'\n')
+    write_whole(Path(out).with_suffix('.ipynb'), nbformat.writes(nb)+'\n')
     return write_whole(out, page)

@@ -506,10 +506,10 @@ def submit_run(
     if 'treatment' in screen.wells: # treatments have names
         names = screen.wells.dropna(subset='treatment').drop_duplicates('sirna').set_index('sirna').treatment
         write_whole(out, (given := pd.read_csv(out)).assign(treatment=given.sirna.map(names)).to_csv(index=False))
-    for e, g in table.groupby('experiment') if groups else ():
+    for experiment, g in table.groupby('experiment') if groups else ():
         mapping, margin = g.drop_duplicates('plate').set_index('plate').group, g.mapping_margin.iloc[0]
         sure = f'better than any other order by {margin:.1f}{"" if method=="exact" else " votes"}' if margin >= .05 else 'a guess: another order scores as well'
-        say(f'{e}: groups {mapping.tolist()} on plates {mapping.index.tolist()}, {sure}')
+        say(f'{experiment}: groups {mapping.tolist()} on plates {mapping.index.tolist()}, {sure}')
     say(f'Written: {out}, {len(table):,} wells')
     return out
 

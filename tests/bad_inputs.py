@@ -50,7 +50,7 @@ def made(root):
 def bad_table(rng, text):
     "A name of the fault, and a table that has it"
     rows = [line.split(",") for line in text.splitlines()]
-    header, n, at = rows[0], len(rows), int(rng.integers(1, len(rows)))
+    header, at = rows[0], int(rng.integers(1, len(rows)))
     column = int(rng.integers(len(header)))
     join = lambda rows: "\n".join(",".join(r) for r in rows) + "\n"
     changed = lambda f: join([f(list(r)) if i == at else r for i, r in enumerate(rows)])

@@ -164,7 +164,7 @@ def test_scores_by_name(own, own_run, tmp_path):
 
 
 def test_truth_of_a_treatment_that_is_new(own, own_run, tmp_path):
-    (screen, truth), (run, submission) = own, own_run
+    (_, truth), (run, _) = own, own_run
     truth.assign(Compound=truth.Compound.replace("#7", "never seen")).to_csv(tmp_path / "truth.csv", index=False)
     c = run_context(run, truth=tmp_path / "truth.csv", say=quiet)
     new = c.judged[c.judged.true == "never seen"]

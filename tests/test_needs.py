@@ -35,31 +35,30 @@ def screen(small_screen):
     return read_screen(small_screen)
 
 
+def features_of_prediction(monkeypatch, recipe, run, screen, split):
+    "Mean features of each well as `predict_run` sees them, and the ids: a prediction with the features in place of the logits"
+    import rcic_fastai.predict as module
+
+    seen, original = {}, module._forward
+    with monkeypatch.context() as m:
+        m.setattr(module, "_forward", lambda learn, view, prepare, embed=False: original(learn, view, prepare, True))
+        m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids, x=logits) or Predictions(ids, [0, 1], logits[:, :2], *a))
+        m.setattr(module, "postprocess_embeddings", lambda n, x, sites, *a: seen.update(x=x) or (np.zeros((len(x), 2)), np.array([0, 1])))
+        m.setattr(Predictions, "only", lambda self, classes: self)
+        if recipe.inference.postprocess:
+            m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids) or Predictions(ids, [0, 1], logits[:, :2], *a))
+        predict_run(run, screen, split, progress=False, say=lambda *a: None)
+    return means(seen["x"], pd.DataFrame(dict(id_code=pd.Series(seen["ids"]).str.rsplit("_", n=1).str[0])))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_statistics_everywhere(screen, tmp_path, name, monkeypatch):
     "What `embed` gets while a run predicts, what `embed_run` returns and what the report draws, for the test wells and the same ones"
-    import rcic_fastai.predict as module
-
     recipe, quiet = change_recipe(quick, *CASES[name]), lambda *a: None
     train_run(screen, recipe, tmp_path, valid="well=0/3", say=quiet)
     embedded = {}
     for split in ("valid", "test"):
-        seen = {}
-        original = module._forward
-
-        def watching(learn, view, prepare, embed=False):
-            "Predict with the features in place of the logits: what the classifier sees, in the passes of a prediction"
-            return original(learn, view, prepare, True)
-
-        with monkeypatch.context() as m:
-            m.setattr(module, "_forward", watching)
-            m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids, x=logits) or Predictions(ids, [0, 1], logits[:, :2], *a))
-            m.setattr(module, "postprocess_embeddings", lambda n, x, sites, *a: seen.update(x=x) or (np.zeros((len(x), 2)), np.array([0, 1])))
-            m.setattr(Predictions, "only", lambda self, classes: self)
-            if recipe.inference.postprocess:
-                m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids) or Predictions(ids, [0, 1], logits[:, :2], *a))
-            predict_run(tmp_path, screen, split, progress=False, say=quiet)
-        predicted, ids = means(seen["x"], pd.DataFrame(dict(id_code=pd.Series(seen["ids"]).str.rsplit("_", n=1).str[0])))
+        predicted, ids = features_of_prediction(monkeypatch, recipe, tmp_path, screen, split)
         x, wells = embed_run(tmp_path, screen, split, progress=False, say=quiet)
         assert (split == "valid" or set(wells.well_type) >= {"treatment", "negative_control"}) and np.isfinite(x).all()
         at = pd.Index(wells.id_code).get_indexer(ids)
