@@ -9,12 +9,13 @@ __all__ = ['WELLS', 'ROLES', 'DOMAINS', 'SITE_COLUMNS', 'select_sites', 'ScreenC
            'sites_table', 'ScreenDataLoaders', 'screen_block', 'packed_sites', 'screen_dataloaders']
 
 # %% ../nbs/04_data.ipynb #7aff504a
-import warnings
+import glob, warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,7 +31,7 @@ from torch import Tensor
 from .files import user_path
 from .image import MultiChannelImage, read_site, resize_site
 from .pixels import PixelsToFloat
-from .screen import CHANNELS, Screen, check_files, packed_row, present_sites, valid_mask
+from .screen import _VALID, CHANNELS, Screen, _nearest, check_files, has_channels, packed_row, pattern_parts, present_sites, valid_mask
 from .store import BatchBuffers, Store, open_store, read_ahead
 from .target import MASKED, MaskedCategorize, MultiLabelBlock, MultiLabelCategorize, TargetBlock, is_multilabel
 from .versions import check_versions
@@ -121,6 +122,13 @@ def ContextBlock(
     return TransformBlock(type_tfms=ContextEncoder(cell_types, experiments))
 
 # %% ../nbs/04_data.ipynb #99424aa7
+def _files_of_channels(files):
+    "Names of what exists with any text in the place of the channel, where a pattern names no file of its own"
+    if not isinstance(files, (str, Path)) or not has_channels(str(files)): return []
+    parts = pattern_parts(str(files))
+    found = glob.glob(''.join(glob.escape(text)+('*' if field=='channel' else glob.escape(f'{{{field}}}') if field else '') for text, field in parts))
+    return sorted(Path(f).name for f in found)
+
 class SiteReader(DisplayedTransform):
     """Files of a site, a row of the table of sites, or pixels, to `MultiChannelImage`.
 
@@ -140,9 +148,17 @@ class SiteReader(DisplayedTransform):
         "Read a site, or get it from the cache."
         x = self._images.get(str(files))
         if x is None:
-            x = self._resized(read_site(files, self.channels))
+            x = self._resized(self._read(files))
             if self.cache: self._images[str(files)] = x
         return x
+
+    def _read(self, files):
+        try: return read_site(files, self.channels)
+        except FileNotFoundError as e:
+            others = _files_of_channels(files)
+            if not others: raise
+            raise FileNotFoundError(f'{e}; of this site there are {", ".join(others[:8])}: say which channels those are, '
+                                    f'channels=screen.channels; now they are {", ".join(map(str, self.channels))}') from None
 
     def _resized(self, x): return resize_site(x, self.size) if self.size else x
 
@@ -541,13 +557,13 @@ class DomainDL(TfmdDL):
             lines.append(f'{first}\n{encoder.describe(c[:3])}'.strip())
         return lines
 
-    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, figsize=None, ncols=None, titles=None, **kwargs):
+    def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, figsize=None, nrows=None, ncols=None, titles=None, **kwargs):
         "Colour images with siRNA, cell type, experiment and plate."
         if b is None: b = (self.new(get_idxs=lambda: [0]*max_n) if unique else self).one_batch()
         if not show: return self._pre_show_batch(b, max_n=max_n)
         b = self.decode(b)
         n = min(max_n, len(b[0]))
-        if ctxs is None: ctxs = get_grid(n, ncols=ncols, figsize=figsize, imsize=2.4)
+        if ctxs is None: ctxs = get_grid(n, nrows=nrows, ncols=ncols, figsize=figsize, imsize=2.4)
         for x, title, ax in zip(b[0], self.titles(b) if titles is None else titles, ctxs): x.show(ctx=ax, title=title, **kwargs)
 
     def _pre_show_batch(self, b, max_n=9):
@@ -594,19 +610,48 @@ def sites_table(
     if missing: raise ValueError(f'the sites have no column {missing[0]!r}; screen.sites() and select_sites(screen, ...) have, the table of wells has not')
     return items
 
+def _refuse_one_channel(item, reader):
+    "A path without `{channel}` may be a composite of all channels, but not one of them"
+    path = user_path(item)
+    if reader is None or len(reader.channels) < 2 or packed_row(str(item)) or has_channels(str(item)) or not path.is_file(): return
+    if len(read_site(str(path), reader.channels)) > 1: return
+    raise ValueError(f'{item} is an image of one channel, and a site has {len(reader.channels)}: give a row of the sites, or a path pattern '
+                     "with {channel} in the place of the channel, such as 'B02_s1_w{channel}.png'")
+
 class ScreenDataLoaders(DataLoaders):
-    "DataLoaders of a screen; `test_dl` takes sites as `sites_table` does."
+    "DataLoaders of a screen; `test_dl` takes sites as `sites_table` does, and the ids of wells and sites that it has."
     stats, counts = None, None # what images are standardised by, see `recipe_dataloaders`
+
+    def known_sites(self,
+        items:pd.DataFrame|pd.Series|str|Path|Sequence # as `sites_table` takes them, or ids
+    ) -> pd.DataFrame: # a row per site
+        "Sites in any form as a table. Raises: ValueError as `sites_table` does, for an unknown id, or an image of one channel of several."
+        found:Any = self._named(items)
+        if is_listy(found) and not hasattr(found, '_asdict'): found = [self._named(o) for o in found]
+        first = found[0] if isinstance(found, list) and found else found
+        if isinstance(first, (str, Path)): _refuse_one_channel(first, self.train._transform(SiteReader))
+        return sites_table(found)
+
+    def _named(self, item):
+        "The sites of a well or a site that an id names; anything else as it is"
+        if not isinstance(item, (str, Path)) or has_channels(str(item)) or packed_row(str(item)): return item
+        for table in (dl.sites for dl in self.loaders if isinstance(dl.sites, pd.DataFrame)):
+            for column in ('id_code', 'site_id'):
+                if column in table and (rows := table[table[column]==str(item)]).shape[0]: return rows
+        path = user_path(item)
+        if path.suffix or path.exists(): return item
+        raise ValueError(f'{str(item)!r} is no well or site that this learner has, and no file: give a row of the sites, '
+                         "or a path pattern with {channel}, such as 'B02_s1_w{channel}.png'")
 
     @delegates(TfmdDL.__init__)
     def test_dl(self,
-        test_items:pd.DataFrame|pd.Series|str|Path|Sequence, # as `sites_table` takes them
+        test_items:pd.DataFrame|pd.Series|str|Path|Sequence, # as `known_sites` takes them
         rm_type_tfms:int|tuple=None, # as in fastai
         with_labels:bool=False, # do the sites have a target?
         **kwargs
     ) -> TfmdDL: # in batches of one domain
         "A loader of other sites. Raises: ValueError, as `sites_table` does, without sites, or if labels are asked for and there is no column of them."
-        sites, target = sites_table(test_items), self.train.target_name
+        sites, target = self.known_sites(test_items), self.train.target_name
         if not len(sites): raise ValueError('there are no sites in the table')
         if with_labels and target not in sites: raise ValueError(f'with_labels: the sites have no column {target!r}')
         return super().test_dl(sites, rm_type_tfms, with_labels, **kwargs)
@@ -616,7 +661,6 @@ class ScreenDataLoaders(DataLoaders):
         res = super().new_empty()
         res.stats, res.counts = self.stats, self.counts
         return res
-
 
 # %% ../nbs/04_data.ipynb #c3d1a005
 def _names(o): return ' '.join(map(str, o)) if is_listy(o) else str(o)
@@ -693,18 +737,60 @@ def packed_sites(
     store = source if isinstance(source, Store) else open_store(source)
     return sites.assign(files=[f'{store.path}#{i}' for i in store.rows(sites.site_id)])
 
+# %% ../nbs/04_data.ipynb #c3d1a006
+_fastai_names = dict(batch_tfms='transforms=[...]', after_batch='transforms=[...]', splitter='valid=...', valid_idx='valid=mask', valid_col='valid=mask',
+                     item_tfms='transforms=screen_transforms(size=...), and read_size=... for images of several sizes',
+                     valid_pct="valid='well=0/5', which is a fifth of the wells", batch_size='bs=...', vocab='classes=...', label_col='target=...',
+                     get_y='target=...', y_block='target=...', get_x='source=...', after_item='transforms=[...]', split='valid=...')
+
+def _refuse_names(kwargs):
+    for k in kwargs:
+        if k in _fastai_names: raise TypeError(f'screen_dataloaders has no {k!r}; here it is {_fastai_names[k]}')
+        known = screen_dataloaders.__annotations__
+        raise TypeError(f'screen_dataloaders has no {k!r}{_nearest(k, [n for n in known if n!="return"])}')
+
+def _default_target(sites):
+    "The siRNA, or the labels where there are none"
+    return 'labels' if 'labels' in sites and not ('sirna' in sites and sites.sirna.notna().any()) else 'sirna'
+
+def _screen_settings(screen, given):
+    "Training sites of a screen, and its settings where nobody gives others"
+    if isinstance(screen, (str, Path)): raise ValueError(f'sites are {str(screen)!r}, expected a table of sites or a screen, read_screen({str(screen)!r})')
+    if not isinstance(screen, Screen): return sites_table(screen), given
+    own = dict(target=screen.target, channels=screen.channels, cell_types=screen.cell_types, experiments=screen.experiments,
+               classes=getattr(screen, 'classes', None)) # of an atlas
+    if given['target'] not in (None, screen.target): own['classes'] = None
+    return select_sites(screen), {k: own[k] if v is None else v for k,v in given.items()}
+
+def _valid_rows(sites, valid, seed):
+    "Mask of the validation rows"
+    if valid is None: return np.zeros(len(sites), bool)
+    if isinstance(valid, str): return valid_mask(sites, valid, seed)
+    mask = np.asarray(valid)
+    if mask.ndim!=1 or not set(mask.tolist()) <= {False, True}:
+        share = f"; a share of the wells is valid='well=0/{round(1/valid)}'" if isinstance(valid, float) and 0 < valid <= .5 else ''
+        raise ValueError(f'valid is {str(valid)[:60]}, expected a mask with True for each validation row, or one of {_VALID}{share}')
+    if len(mask)!=len(sites): raise ValueError(f'a validation mask of {len(mask)} rows for {len(sites)} sites')
+    return mask.astype(bool)
+
+def _float_transforms(transforms):
+    "Batch transforms, with the step from integers to floats where none of them takes it, as fastai's do not"
+    tfms = list(transforms) if is_listy(transforms) else [transforms]
+    return tfms if not tfms or any(hasattr(t, 'grey_values') or type(t).__name__ in ('Standardize', 'MatchHistograms') for t in tfms) else [*tfms, PixelsToFloat()]
+
+# %% ../nbs/04_data.ipynb #c3d1a007
 def screen_dataloaders(
-    sites:pd.DataFrame, # sites, for instance from `select_sites`; an unknown target is masked
-    valid:str|np.ndarray|None=None, # mask of the validation rows, or a sentence for `valid_mask`; None: no validation set
-    target:str='sirna', # column to predict
+    sites:pd.DataFrame|Screen, # sites, for instance from `select_sites`; an unknown target is masked. Or a screen: its training sites, with its channels and its target
+    valid:str|np.ndarray|None=None, # mask of the validation rows, or a sentence for `valid_mask`, such as 'experiment=HUVEC-07' or 'well=0/5'; None: no validation set
+    target:str=None, # column to predict; by default that of the screen, or 'sirna', or 'labels' where sites have these only
     domain:str|None='experiment', # what the sites of a batch share: None, 'cell_type', 'experiment' or 'plate'
     bs:int=32, # sites per training batch; controls come on top
     val_bs:int=None, # of validation batches, which are of one domain too; by default 4 times `bs`, at least 64
     classes:Sequence=None, # values of the target in order; by default those of the training sites
-    transforms:list=None, # batch transforms; by default `screen_transforms()`
+    transforms:list=None, # batch transforms, fastai's or ours; by default `screen_transforms()`, and `[]` for the pixels as they are
     cell_types:Sequence[str]=None, # names in order; by default those of `sites`
     experiments:Sequence[str]=None, # names in order; by default those of `sites`
-    channels:Sequence[int|str]=CHANNELS, # numbers or names of the channels
+    channels:Sequence[int|str]=None, # numbers or names of the channels; by default those of the screen, or 1 to 6
     repeats:int=1, # how often a site is seen per epoch; more than one where there are few large sites and small crops
     controls:pd.DataFrame=None, # control sites of any split, for `n_controls`
     n_controls:int=0, # how many of them follow the sites of each domain in a batch, of the same domain and with masked targets
@@ -717,26 +803,30 @@ def screen_dataloaders(
     source:Store|str|Path=None, # packed store to read from, instead of the files of the sites
     seed:int=0, # of the order of the sites
     device:str|torch.device=None, # where batches go; by default fastai's default device
-    path:str|Path='.' # folder of the learner
+    path:str|Path='.', # folder of the learner
+    **kwargs # nothing: what fastai calls by another name is refused with ours
 ) -> DataLoaders: # batches (image, context, target)
     """DataLoaders of a screen, in batches of one domain.
 
     Shape: image uint8 until it is on the device, then float (B, C, H, W); context int64 (B, 4); target int64 (B,).
-    Raises: ValueError for an unknown target or class, a domain without controls, and settings that do not go together; FileNotFoundError,
+    Raises: TypeError for another name; ValueError for an unknown target or class, a domain without controls, and settings that do not go together; FileNotFoundError,
     while reading, that names the file.
     """
     from rcic_fastai.augment import screen_transforms # numbered higher; a default, so imported late
-    sites = sites.reset_index(drop=True)
+    _refuse_names(kwargs)
+    given = dict(target=target, classes=classes, channels=channels, cell_types=cell_types, experiments=experiments)
+    sites, given = _screen_settings(sites, given)
+    sites, target = sites.reset_index(drop=True), given['target'] or _default_target(sites)
+    channels = CHANNELS if given['channels'] is None else given['channels']
     if source is not None: sites, controls = (None if t is None else packed_sites(t, source) for t in (sites, controls))
-    mask = np.zeros(len(sites), bool) if valid is None else valid_mask(sites, valid, seed) if isinstance(valid, str) else np.asarray(valid, bool)
-    if len(mask)!=len(sites): raise ValueError(f'a validation mask of {len(mask)} rows for {len(sites)} sites')
+    mask = _valid_rows(sites, valid, seed)
     if mask.all(): raise ValueError('every site is in the validation set; nothing is left to train on')
     if bs < 1: raise ValueError(f'bs is {bs}, expected a batch size of 1 or more')
     names = lambda given, column: sorted(sites[column].unique()) if given is None else given
-    block = screen_block(names(cell_types, 'cell_type'), names(experiments, 'experiment'), _target_classes(sites, target, mask, classes), target, channels,
-                         screen_transforms() if transforms is None else transforms,
+    block = screen_block(names(given['cell_types'], 'cell_type'), names(given['experiments'], 'experiment'), _target_classes(sites, target, mask, given['classes']), target, channels,
+                         screen_transforms() if transforms is None else _float_transforms(transforms),
                          splitter=lambda items: (np.flatnonzero(~mask).tolist(), np.flatnonzero(mask).tolist()), cache=cache,
                          read_size=read_size, multilabel=is_multilabel(sites[target]) if multilabel is None else multilabel)
-    return block.dataloaders(sites, path=path, bs=bs, val_bs=val_bs or max(4*bs, 64), domain=domain, repeats=repeats, seed=seed,
+    return block.dataloaders(sites, path=user_path(path), bs=bs, val_bs=val_bs or max(4*bs, 64), domain=domain, repeats=repeats, seed=seed,
                              controls=controls, n_controls=n_controls, domains_per_batch=domains_per_batch, pairs=pairs,
                              num_workers=num_workers, device=device, drop_last=False)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['mixes', 'MixedContext', 'plain', 'is_traced', 'cell_type_weights', 'context_domains', 'mix_partners', 'mixup_images',
-           'cutmix_images', 'mix_targets', 'lisa_partners', 'ScreenMixUp', 'ScreenCutMix', 'LISA', 'create_mix',
-           'refuse_plain_mix']
+           'cutmix_images', 'mix_targets', 'lisa_partners', 'heavier_class', 'MixedLoss', 'ScreenMixUp', 'ScreenCutMix',
+           'LISA', 'create_mix', 'refuse_plain_mix']
 
 # %% ../nbs/05a_mix.ipynb #7a3f8393
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
+from fastai.layers import NoneReduce
 from fastai.torch_core import TensorBase
 from fastcore.foundation import L
 from torch import Tensor
@@ -149,6 +151,41 @@ def lisa_partners(
     draw = torch.rand(len(y), len(y), generator=generator).to(y.device)
     return torch.where(fits.any(1), torch.where(fits, draw, -1.).argmax(1), torch.arange(len(y), device=y.device))
 
+# %% ../nbs/05a_mix.ipynb #f144c5a1
+def heavier_class(
+    y:Tensor, # Soft targets (B, K); rows of zeros are masked
+)->Tensor: # (B,) int64, -1 where masked
+    "The class that a mixture has most of."
+    return torch.where(y.sum(1) > 0, y.argmax(1), -1)
+
+def _takes_soft(loss):
+    "Not fastai's losses of a class; ours have a `row_loss`"
+    return not getattr(loss, 'y_int', False) or hasattr(loss, 'row_loss') or isinstance(loss, MixedLoss)
+
+class MixedLoss:
+    "One of fastai's losses of a class, on mixtures of two: the mean of both, each with its share. What it does else, the loss does."
+    def __init__(self,
+        loss:Callable, # Such as `CrossEntropyLossFlat()`
+    ): self.loss = loss
+
+    def __call__(self,
+        pred:Tensor, # (B, K)
+        y:Tensor, # (B,) int64, or soft targets (B, K) of two classes at most
+        **kwargs # Of the loss
+    )->Tensor: # Reduced as the loss is
+        "Loss of classes, or of mixtures."
+        if y.ndim == 1: return self.loss(pred, y, **kwargs)
+        share,classes = plain(y).topk(min(2, y.shape[1]))
+        with NoneReduce(self.loss) as each:
+            loss = sum(share[:,i]*plain(each(pred, classes[:,i], **kwargs)).view(-1) for i in range(share.shape[1]))
+        known = y.sum(1) > 0
+        how = getattr(self.loss, 'reduction', 'mean')
+        return loss.sum()/known.sum().clamp_min(1) if how == 'mean' else loss.sum() if how == 'sum' else loss
+
+    def __getattr__(self, k):
+        if k == 'loss' or k.startswith('__'): raise AttributeError(k)
+        return getattr(self.loss, k)
+
 # %% ../nbs/05a_mix.ipynb #f144c5b7
 class ScreenMixUp(Callback):
     """MixUp of training batches `(image, context)`, `(target,)`.
@@ -181,7 +218,16 @@ class ScreenMixUp(Callback):
         vocab = getattr(self.dls, 'vocab', None)
         return mix_targets(y, partner, weight, self.dls.c if vocab is None else len(vocab))
 
+    def before_train(self):
+        if not _takes_soft(self.loss_func): self.learn.loss_func = MixedLoss(self.loss_func)
+    def after_train(self):
+        if isinstance(self.loss_func, MixedLoss): self.learn.loss_func = self.loss_func.loss
+    after_cancel_fit = after_train
+
     def before_batch(self):
+        if len(self.xb) == 2 and len(self.yb) == 1 and self.yb[0].ndim == 2 and not isinstance(self.xb[1], MixedContext):
+            raise ValueError(f"{type(self).__name__} mixes two classes, and these sites have several labels each, which are not mixed: "
+                             "train without it")
         if len(self.xb) != 2 or not isinstance(self.xb[1], Tensor) or len(self.yb) != 1 or self.yb[0].ndim != 1:
             raise ValueError(f"{type(self).__name__} mixes batches (image, context, target) with integers (B,) as target; "
                              "is there another callback that mixes them already?")
@@ -193,6 +239,10 @@ class ScreenMixUp(Callback):
         image,weight = self.mix(image, partner, weight)
         self.learn.xb = image,MixedContext(context, context[partner], weight)
         self.learn.yb = (self.targets(y, partner, weight),)
+
+    def after_loss(self):
+        "Metrics of training batches see the heavier class"
+        if self.yb and self.yb[0].ndim == 2: self.learn.yb = (heavier_class(self.yb[0]),)
 
 class ScreenCutMix(ScreenMixUp):
     "CutMix of training batches. Source: Yun et al. 2019, https://arxiv.org/abs/1905.04899"

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .batchnorm import BatchNormMode, batchnorm_modes
-from .data import DOMAINS, domain_keys, select_sites
+from .data import DOMAINS, DomainDL, domain_keys, select_sites
 from .embed import postprocess_embeddings, postprocess_names, to_anndata, well_means
 from .files import parse_json, read_arrays, write_whole
 from .model import plain
@@ -211,10 +211,19 @@ def _combiner(learn, group, embed, keep_views):
     if embed: group = replace(group, combine='mean', space='logit')
     return lambda y: combine_views(y, group, _activation(learn))
 
+def _need_screen(learn, embed):
+    "Another learner knows no domains, and perhaps no embedding"
+    if not isinstance(learn.dls.train, DomainDL):
+        raise ValueError(f'{"embed" if embed else "predict"}_sites needs the batches of screen_dataloaders, whose domains are known; '
+                         'get_preds(dl=learn.dls.test_dl(sites)) is for any learner of fastai')
+    if embed and not hasattr(learn.model, 'embed'):
+        raise ValueError(f'the network, a {type(learn.model).__name__}, has no `embed(image, context)`, which says what its classifier sees')
+
 def _outputs(learn, sites, batchnorm, domain, tta, controls, pool_sites, bs, progress, bagging=(), seed=0, embed=False, keep_views=False, rides=None):
     """Output of the network over views and passes, float32 (N, K) or (N, E), domain by domain; the single views (N, V, K) if they are to be kept.
 
     Sites that ride along, a mask, are looked at under the statistics of the others."""
+    _need_screen(learn, embed)
     domain, group = domain or learn.dls.train.domain or 'experiment', tta_group(tta)
     load = lambda s, n=bs: _raw_batches(learn, s, n)
     groups, out = _domains(sites, domain, batchnorm, learn.model), None

@@ -16,8 +16,9 @@ import pandas as pd
 from .embed import postprocess_names
 from .files import parse_json, read_text, user_path
 from .loss import create_loss, losses
+from .model import check_arch
 from .multilabel_loss import multilabel_losses
-from .train import DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, _nearest, compare_recipes, recipe_from_dict
+from .train import DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings, _nearest, _nearest_setting, compare_recipes, recipe_from_dict
 from .step import optimizers
 from .tta import tta_group
 
@@ -232,6 +233,11 @@ _originals = {**{name: [*_original, 'inference.assignment=vote_zero'] for name i
                  ('efficientnet_b5_amsoftmax', 'densenet201_amsoftmax', 'efficientnet_b2_crossentropy', 'seresnext101_amsoftmax')},
               **{name: _original for name in ('densenet121_accumulate', 'resnext50_accumulate')}}
 
+def _is_arch(name):
+    try: check_arch(name)
+    except ValueError: return False
+    return True
+
 def get_recipe(
     name:str|Path, # name of a system, or a JSON file
     faithful:bool=False # as it was published, mistakes included?
@@ -245,6 +251,9 @@ def get_recipe(
         return change_recipe(recipes[str(name)], f'name={name}-faithful', *_originals[str(name)])
     if str(name) in recipes: return recipes[str(name)]
     path = user_path(name)
+    if path.suffix!='.json' and _is_arch(str(name)):
+        raise ValueError(f'there is no recipe {str(name)!r}: it is an architecture, which any recipe takes with --set model.arch={name} '
+                         f"(change_recipe(recipe, 'model.arch={name}'); screen_learner(dls, {str(name)!r}))")
     if path.suffix!='.json': raise ValueError(f'there is no recipe {str(name)!r}{_nearest(str(name), list(recipes))}')
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
     try: return recipe_from_json(read_text(path), path)
@@ -266,9 +275,9 @@ def change_recipe(
         *parents, last = key.split('.')
         at = d
         for i, k in enumerate(parents):
-            if k not in at or not isinstance(at[k], dict): raise ValueError(f'{key} is no setting{_nearest(k, list(at))}')
+            if k not in at or not isinstance(at[k], dict): raise ValueError(f'{key} is no setting{_nearest_setting(key)}')
             at = at[k]
-        if parents[:2] not in (['loss', 'options'], ['model', 'arch_options']) and last not in at: raise ValueError(f'{key} is no setting{_nearest(last, list(at))}')
+        if parents[:2] not in (['loss', 'options'], ['model', 'arch_options']) and last not in at: raise ValueError(f'{key} is no setting{_nearest_setting(key)}')
         at[last] = value
     return check_recipe(recipe_from_dict(d))
 

@@ -773,9 +773,15 @@ def _listed(text, known):
         parts = parts[n:]
     return out
 
+def _column_of(wells, name):
+    "Our name of a column of wells that somebody calls otherwise, such as batch"
+    if name in ('fold', 'well', *wells.columns): return name
+    from rcic_fastai.platemap import column_alias # numbered higher, where plate maps come from
+    return column_alias(name)
+
 def valid_mask(
     wells:pd.DataFrame,  # wells or sites
-    spec:str,            # `experiment=A,B`, `plate=4`, `cell_type=U2OS`, `split=val`, `fold=0` (of 5), `fold=0/3` or `well=0/5`
+    spec:str,            # `experiment=A,B`, `plate=4`, `cell_type=U2OS`, `split=val`, `fold=0` (of 5), `fold=0/3` or `well=0/5`; any column of the wells, such as `treatment=TP53`
     seed:int=0,          # of the folds and of the parts of wells
 )->np.ndarray:           # bool (n,): the rows to validate on
     """Rows that a specification such as `experiment=HEPG2-07,RPE-07` holds out.
@@ -784,7 +790,8 @@ def valid_mask(
     Raises: `ValueError` for a specification that is not understood, a value that occurs nowhere (naming the nearest),
     or no rows left to train on."""
     column, _, text = (s.strip() for s in spec.partition('='))
-    if not text or column not in ('experiment', 'plate', 'cell_type', 'split', 'fold', 'well'):
+    column = _column_of(wells, column)
+    if not text or column not in ('fold', 'well', *wells.columns):
         raise ValueError(f'valid {spec!r} is not understood; expected {_VALID}')
     if column in ('fold', 'well'): mask = (_fold_mask if column == 'fold' else _well_mask)(wells, spec, text, seed)
     else:

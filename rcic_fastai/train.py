@@ -6,13 +6,13 @@
 __all__ = ['RUN_FORMAT', 'DataSettings', 'ModelSettings', 'LossSettings', 'TrainSettings', 'PseudoSettings', 'DeviceSettings',
            'CheckpointSettings', 'InferenceSettings', 'Recipe', 'compare_recipes', 'schedule_function',
            'SkipEmptyValidation', 'LeaveOutControls', 'known_accuracy', 'loss_metrics', 'recipe_model', 'new_head',
-           'ScreenRecorder', 'ScreenLearner', 'SmoothLoss', 'LossOnDevice', 'screen_learner', 'stage_callbacks',
-           'suggest_lr', 'fit_stage', 'sample_sites', 'measure_stats', 'measure_histograms', 'stats_with',
-           'histograms_with', 'complete_stats', 'recipe_dataloaders', 'pretrain_on_controls', 'recipe_from_dict',
-           'noted_path', 'write_run', 'read_run', 'run_data', 'load_run']
+           'ScreenRecorder', 'ScreenLearner', 'SmoothLoss', 'LossOnDevice', 'ImageOnly', 'screen_learner',
+           'stage_callbacks', 'suggest_lr', 'fit_stage', 'sample_sites', 'measure_stats', 'measure_histograms',
+           'stats_with', 'histograms_with', 'complete_stats', 'recipe_dataloaders', 'pretrain_on_controls',
+           'recipe_from_dict', 'noted_path', 'write_run', 'read_run', 'run_data', 'load_run']
 
 # %% ../nbs/09_train.ipynb #23896608
-import difflib, json, math, os, sys, types, typing, warnings
+import difflib, inspect, json, math, os, sys, types, typing, warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -32,7 +32,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders, test_set
 from fastai.learner import AvgMetric, AvgSmoothLoss, Learner, Recorder
 from fastai.metrics import AccumMetric
-from fastai.torch_core import num_distrib, set_seed
+from fastai.torch_core import num_distrib, set_seed, trainable_params
 from fastcore.basics import getcallable, noop, patch, tuplify
 from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
@@ -48,7 +48,7 @@ from .files import path_within, read_arrays, read_json, user_path, write_json
 from .image import read_site, resize_site
 from .loss import ScreenLoss, create_loss
 from .mix import create_mix, refuse_plain_mix
-from .model import ScreenModel, check_arch, create_model, create_screen_head, load_weights, param_groups, plain
+from .model import ScreenModel, _bare, check_arch, create_model, create_screen_head, load_weights, param_groups, plain
 from .multilabel import average_precision, macro_f1
 from .multilabel_loss import MultiLabelLoss, multilabel_losses
 from .renamed import renamed
@@ -391,11 +391,14 @@ def _compile(model, recipe):
 # %% ../nbs/09_train.ipynb #c3d1b034
 def _several_labels(dls): return any(isinstance(t, MultiLabelCategorize) for tl in dls.train_ds.tls for t in tl.tfms)
 
-def _asked_recipe(recipe, dls, loss_given) -> Recipe:
+def _asked_recipe(recipe, dls, loss_given, model=None) -> Recipe:
     "A recipe, or one around the name of an architecture, with the batches that `dls` makes"
     if is_dataclass(recipe): return cast(Recipe, recipe)
+    if isinstance(recipe, nn.Module): raise ValueError(f'recipe is a {type(recipe).__name__}: a network of your own is given as model=...')
     if not isinstance(recipe, (str, type(None))):
-        raise ValueError(f'recipe is {type(recipe).__name__}, expected a Recipe or the name of an architecture')
+        name = getattr(recipe, '__name__', None) # fastai's learners take the function that makes a network
+        say = f': architectures are given by their name, such as {name!r}' if callable(recipe) and name else ''
+        raise ValueError(f'recipe is {name or type(recipe).__name__}, expected a Recipe or the name of an architecture{say}')
     if recipe is not None:
         try: check_arch(recipe)
         except ValueError as e: raise ValueError(f'{e}. A recipe by its name is get_recipe({recipe!r})') from None
@@ -403,28 +406,58 @@ def _asked_recipe(recipe, dls, loss_given) -> Recipe:
     names = dict(domain='domain', domains_per_batch='domains_per_batch', controls='n_controls')
     data = {k: getattr(dl, o) for k,o in names.items() if hasattr(dl, o)}
     model = ModelSettings(head='linear') if plain_head else ModelSettings()
-    loss = LossSettings('multilabel_focal') if several else LossSettings()
+    # the head of somebody's own network is no cosine
+    one = LossSettings() if model is None or isinstance(_bare(model), ScreenModel) else LossSettings('cross_entropy')
+    loss = LossSettings('multilabel_focal') if several else one
     return Recipe(name=recipe or 'custom', data=DataSettings(batch_size=dl.bs, **data), loss=loss, model=replace(model, arch=recipe or model.arch))
+
+# %% ../nbs/09_train.ipynb #c3d1b037
+class ImageOnly(nn.Module):
+    "A network that looks at the image and is not told its context."
+    def __init__(self,
+        net:nn.Module # takes images (B, C, H, W)
+    ):
+        super().__init__()
+        self.net = net
+
+    def forward(self,
+        image:torch.Tensor, # (B, C, H, W)
+        context:typing.Any=None # of the sites
+    ) -> torch.Tensor: # what the network returns
+        "Of the image alone."
+        return self.net(image)
+
+def _for_screen(model):
+    "A network that takes image and context"
+    try: signature = inspect.signature(model.forward)
+    except (TypeError, ValueError): return model
+    try: signature.bind(None, None)
+    except TypeError: return ImageOnly(model)
+    return model
+
+def _groups_of(model): return param_groups if isinstance(_bare(model), ScreenModel) else trainable_params
 
 # %% ../nbs/09_train.ipynb #c3d1b035
 def screen_learner(
     dls:DataLoaders, # from `screen_dataloaders`
     recipe:Recipe|str=None, # settings, or the name of an architecture, which gets a head and a loss that fit; None: the defaults
-    model:nn.Module=None, # a network to go on with; by default a new one of the recipe
+    model:nn.Module=None, # a network to go on with, ours or any that takes an image, or an image and its context; by default a new one of the recipe
     path:str|Path=None, # folder of the learner; by default that of `dls`
     cbs:Iterable[Callback]=None, # further callbacks
     **kwargs # of `Learner`; metrics, loss_func, opt_func and splitter that are given take the place of the recipe's
 ) -> Learner:
     """A fastai `Learner` as the recipe describes it: `fit_one_cycle`, `lr_find`, `get_preds` and all the rest work on it.
 
-    Raises: ValueError for an unknown architecture, or a recipe whose number of labels is not that of `dls`.
+    Raises: ValueError for an unknown architecture, a recipe whose number of labels is not that of `dls`, or batches without a context.
     """
     given = {k: v for k,v in kwargs.items() if v is not None}
-    settings = _asked_recipe(recipe, dls, 'loss_func' in given)
+    _need_context(dls)
+    settings, path = _asked_recipe(recipe, dls, 'loss_func' in given, model), None if path is None else user_path(path)
     if model is None:
         set_seed(settings.seed)
         image, context, *_ = dls.train.dataset[0]
         model = recipe_model(settings, len(dls.vocab), len(image), len(_context_encoder(dls).cell_types))
+    model = _for_screen(model)
     device = settings.device
     callbacks = [AutoMixedPrecision(device.precision), SkipEmptyValidation(), LossOnDevice(), *_statistics_callbacks(settings.data, model)]
     if device.channels_last: callbacks.append(ChannelsLastImages(device.channels_last))
@@ -434,12 +467,18 @@ def screen_learner(
     if 'loss_func' not in given and several!=isinstance(loss, MultiLabelLoss):
         have, wants = ('several labels', 'one label') if several else ('one label', 'several')
         raise ValueError(f'the sites have {have} each, and loss {settings.loss.name!r} is one of {wants}')
-    own = dict(**chosen, splitter=param_groups, metrics=_metrics(several), path=path, cbs=callbacks+list(L(cbs)))
+    own = dict(**chosen, splitter=_groups_of(model), metrics=_metrics(several), path=path, cbs=callbacks+list(L(cbs)))
     learn = ScreenLearner(dls, model, **{**own, **given})
     learn.chosen = {k: v for k,v in chosen.items() if k not in given}
     return learn
 
 def _context_encoder(dls): return next(t for t in dls.train_ds.tls[1].tfms if hasattr(t, 'cell_types'))
+
+def _need_context(dls):
+    tls = getattr(getattr(dls, 'train_ds', None), 'tls', [])
+    if len(tls) > 1 and any(hasattr(t, 'cell_types') for t in tls[1].tfms): return
+    raise ValueError('these batches have no context beside the image (cell type, experiment, plate): make them with '
+                     "screen_dataloaders or screen_block; for others there is fastai's vision_learner(dls, 'resnet18', n_in=6)")
 
 # %% ../nbs/09_train.ipynb #c3d1b002
 def _sites_of(learn, call, ds_idx=1, dl=None, labels=''):
@@ -547,12 +586,27 @@ def _with_companions(learn, dl):
     if not isinstance(dl.sites, pd.DataFrame) or 'files' not in dl.sites: return dl
     others = _companions(learn, dl)
     if not len(others): return dl
-    wanted = [*SITE_COLUMNS, 'well_type'] + ([dl.target_name] if len(dl.dataset.tls)==3 else [])
+    wanted = [*SITE_COLUMNS, 'well_type', 'id_code'] + ([dl.target_name] if len(dl.dataset.tls)==3 else [])
     columns = [c for c in wanted if c in dl.sites and c in others]
     sites = pd.concat([dl.sites[columns], others[columns]], ignore_index=True)
     wide = test_set(dl.dataset, sites, with_labels=True)
     for tl in wide.tls: tl.tfms.split_idx = dl.dataset.split_idx # `tta` switches the augmentations on
     return dl.new(wide, bs=max(dl.bs, learn.dls.valid.bs))
+
+def _warn_of_few(learn, dl):
+    "One well tells little of its domain: say whose statistics the first such well has"
+    if not isinstance(dl, DomainDL) or dl.domain is None or dl.n_controls: return
+    if not any(cb.mode=='batch' for cb in learn._grab_cbs(InferenceMode)) or not isinstance(dl.sites, pd.DataFrame): return
+    wells = dl.sites['id_code' if 'id_code' in dl.sites else 'files'].reset_index(drop=True)
+    domain = dl.domain.replace('_', ' ')
+    for _, own in wells.groupby(dl.keys, sort=False):
+        if own.nunique() > 1: continue
+        n, name = len(own), dl.sites.files.iloc[own.index[0]] if len(own)==1 else own.iloc[0]
+        what = 'the running statistics of the network are used' if n==1 else \
+            f'the statistics of its own {n} sites are used, which take part of its phenotype away'
+        warnings.warn(f'{name}: no other {"site" if n==1 else "well"} of its {domain} is known to this learner, so {what}; '
+                      f'get_preds(dl=learn.dls.test_dl(sites)) takes all sites of {"an" if dl.domain=="experiment" else "a"} {domain} together', stacklevel=3)
+        return
 
 # %% ../nbs/09_train.ipynb #c3d1b004
 def _pick(t, rows, n, n_sites):
@@ -570,6 +624,7 @@ def get_preds(self:ScreenLearner, ds_idx=1, dl=None, with_input=False, with_deco
               inner=False, reorder=True, cbs=None, **kwargs):
     """fastai's `get_preds`, in the order of the table and with statistics of the domain as far as the learner knows its sites.
 
+    A well of which no other of its domain is known has the statistics of its own sites, a site the running ones, with a warning.
     Raises: ValueError if there are no sites, or no controls for a network that compares with controls.
     """
     dl = _sites_of(self, 'get_preds', ds_idx, dl)
@@ -580,6 +635,7 @@ def get_preds(self:ScreenLearner, ds_idx=1, dl=None, with_input=False, with_deco
     _measure_new(self, dl.sites)
     if dl.shuffle or dl.drop_last: dl = dl.new(shuffle=False, drop_last=False)
     dl = _with_controls(self, _with_companions(self, dl))
+    if not inner: _warn_of_few(self, dl)
     idxs = dl.get_idxs()
     plain_views = nullcontext() if inner else dl.dataset.set_split_idx(1) # of training sites too; `tta` asks from within
     with plain_views: res = Learner.get_preds(self, dl=dl.new(get_idxs=lambda: idxs), reorder=False, **how)
@@ -591,7 +647,9 @@ def validate(self:ScreenLearner, ds_idx=1, dl=None, cbs=None):
     "fastai's `validate`: loss and metrics. Raises: ValueError if there are no sites."
     dl = _sites_of(self, 'validate', ds_idx, dl, ', with_labels=True')
     _need_labels(dl, 'validate')
-    return Learner.validate(self, ds_idx, _with_controls(self, dl) if isinstance(dl, DomainDL) else dl, cbs)
+    if isinstance(dl, DomainDL): dl = _with_controls(self, dl)
+    _warn_of_few(self, dl)
+    return Learner.validate(self, ds_idx, dl, cbs)
 
 @patch
 @delegates(Learner.show_results)
@@ -614,7 +672,8 @@ def show_results(self:ScreenLearner, ds_idx=1, dl=None, max_n=9, shuffle=True, *
 def tta(self:ScreenLearner, ds_idx=1, dl=None, **kwargs):
     "fastai's `tta`: mean over augmented views. Raises: ValueError if there are no sites."
     dl = _sites_of(self, 'tta', ds_idx, dl)
-    return Learner.tta(self, ds_idx, dl, **kwargs)
+    if isinstance(dl, DomainDL): _warn_of_few(self, _with_companions(self, dl))
+    with self.no_logging(): return Learner.tta(self, ds_idx, dl, **kwargs) # there is nothing to log but a header
 
 @patch
 def summary(self:ScreenLearner):
@@ -646,21 +705,19 @@ def _one_place(item):
 
 @patch
 def predict(self:ScreenLearner,
-    item:pd.DataFrame|pd.Series|str|Path, # a row of the sites, a table of one site or one well, or a path pattern with `{channel}`
+    item:pd.DataFrame|pd.Series|str|Path, # a row of the sites, a table of one site or one well, the id of one that the learner has, or a path pattern with `{channel}`
     rm_type_tfms=None, # as in fastai
     with_input:bool=False # the image and its context first?
 ) -> tuple: # decoded class or classes, their number or mask, probabilities (K,)
     """fastai's `predict` of one site, or of one well.
 
+    BatchNorm statistics are those of its experiment (or what else batches share), over as many other sites of it as the learner
+    knows, up to a batch of validation. Where it knows none, those of the well's own sites, for a single site the running ones, with
+    a warning; `get_preds` or `predict_sites` of all sites of the experiment know better.
     Raises: ValueError for several wells or anything that is no site; FileNotFoundError for a missing file.
     """
-    sites = _one_place(item)
+    sites = _one_place(self.dls.known_sites(item) if hasattr(self.dls, 'known_sites') else item)
     dl = self.dls.test_dl(sites, rm_type_tfms=rm_type_tfms, num_workers=0)
-    alone = not len(_companions(self, dl)) and any(cb.mode=='batch' for cb in self._grab_cbs(InferenceMode))
-    if alone and len(sites)==1:
-        warnings.warn(f'{sites.files[0]}: no other site of its {dl.domain} is known to this learner, '
-                      'so the running statistics of the network are used; '
-                      'get_preds(dl=learn.dls.test_dl(sites)) takes all sites of an experiment together')
     try: inputs, raw, _ = self.get_preds(dl=dl, with_input=True, act=noop)
     except ValueError as e:
         if not isinstance(item, (str, Path)): raise
@@ -950,6 +1007,24 @@ def _nearest(key, known):
     close = difflib.get_close_matches(key, known, n=1, cutoff=.5)
     return f'; did you mean {close[0]!r}?' if close else f'; there are {", ".join(known)}'
 
+def _nearest_setting(key):
+    "The end of a message: the setting that is meant, with the part of the recipe that it belongs to"
+    parts = {f.name: [g.name for g in fields(f.default)] for f in fields(Recipe) if is_dataclass(f.default)}
+    names = [f'{p}.{n}' for p, own in parts.items() for n in own]
+    part, _, last = key.rpartition('.')
+    if part in parts: # that is right, so the setting is one of its own
+        begins = [n for n in parts[part] if min(len(n), len(last)) > 2 and (n.startswith(last) or last.startswith(n))]
+        own = begins or difflib.get_close_matches(last, parts[part], n=1, cutoff=.6)
+        there = f'; there are {", ".join(parts[part])}'
+    else:
+        same = [n for n in names if n.rpartition('.')[2]==last]
+        of = difflib.get_close_matches(part, [n.rpartition('.')[0] for n in same], n=1) or ['train'] # which has most of what several parts have
+        own = [n for n in same if n.rpartition('.')[0]==of[0]] or same
+        if not own: own = difflib.get_close_matches(key, [f.name for f in fields(Recipe)]+names, n=1)
+        if not own and (like := difflib.get_close_matches(last, [n.rpartition('.')[2] for n in names], n=1, cutoff=.75)): return _nearest_setting(like[0])
+        there = f'; there are {", ".join(f.name for f in fields(Recipe))}'
+    return f'; did you mean {(part+"." if part in parts else "")+own[0]!r}?' if own else there
+
 def _check_finite(key, value):
     "NaN, infinities and integers that no float can hold are numbers of no setting, in lists and braces neither"
     if isinstance(value, (list, tuple)): value = dict(enumerate(value))
@@ -977,7 +1052,7 @@ def recipe_from_dict(
     if not isinstance(d, dict): raise ValueError(f'{where.rstrip(".") or "recipe"} is {json.dumps(d)}, expected settings in braces')
     hints, known = typing.get_type_hints(type(default)), [f.name for f in fields(default)]
     for k in d:
-        if k not in known: raise ValueError(f'{where}{k} is no setting{_nearest(k, known)}')
+        if k not in known: raise ValueError(f'{where}{k} is no setting{_nearest_setting(where+k) if isinstance(k, str) else ""}')
     return replace(default, **{k: recipe_from_dict(v, getattr(default, k), f'{where}{k}.') if is_dataclass(hints[k]) else _check_type(where+k, v, hints[k])
                                for k,v in d.items()})
 
@@ -1106,6 +1181,7 @@ def load_run(
 
     Raises: FileNotFoundError if the folder holds no finished run; ValueError if its files do not fit together.
     """
+    run = user_path(run)
     recipe, info = read_run(run)
     if 'blend' in info: raise ValueError(f'{run} is a blend of {", ".join(info["blend"])} and has no network of its own')
     if 'parts' in info: raise ValueError(f'{run} has a network for each cell type: load {" or ".join(str(Path(run)/p) for p in info["parts"])}')

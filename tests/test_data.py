@@ -955,3 +955,44 @@ def test_memory_a_gpu_still_copies_is_not_used_again(monkeypatch):
     copies.to_device(batches[0], cuda)
     assert len(copies.running) == 3 and copies.running[0][1] is batches[1]
     assert copies.to_device(batches[0], None) is batches[0]
+
+
+def test_loaders_of_a_screen_and_fastai_names(screen, sites, monkeypatch):
+    "A screen says its sites, channels and target; keyword arguments win; names and values of fastai are told ours"
+    own = screen_dataloaders(screen, valid=VALID, transforms=[], device="cpu")
+    assert len(own.train_ds) + len(own.valid_ds) == len(sites) and own.vocab == screen_dataloaders(sites, valid=VALID).vocab
+    encoder = own.train._transform(ContextEncoder)
+    assert encoder.experiments == screen.experiments and encoder.cell_types == screen.cell_types
+    few = screen_dataloaders(screen, channels=(1, 3), target="cell_type", experiments=screen.experiments[::-1], device="cpu")
+    assert few.one_batch()[0].shape[1] == 2 and few.vocab == screen.cell_types
+    assert few.train._transform(ContextEncoder).experiments == screen.experiments[::-1]
+    for name, said in (("batch_tfms", "transforms="), ("item_tfms", "read_size="), ("valid_pct", "valid='well=0/5'"), ("splitter", "valid="), ("tranforms", "did you mean 'transforms'")):
+        with pytest.raises(TypeError, match=f"screen_dataloaders has no '{name}'.*{said}"):
+            screen_dataloaders(screen, **{name: None})
+    for valid, said in ((0.25, "well=0/4"), (["HUVEC-02"], "a mask with True for each validation row"), (3, "experiment=NAME")):
+        with pytest.raises(ValueError, match=f"valid is .*{said}"):
+            screen_dataloaders(screen, valid=valid)
+    with pytest.raises(ValueError, match=r"read_screen\('data/rcic'\)"):
+        screen_dataloaders("data/rcic")
+
+
+@pytest.mark.parametrize("channels", [None, ["DAPI", "ER"]])
+def test_channels_that_are_not_there(sites, channels):
+    "Other files of the site are named, where there are some"
+    files = sites.files if channels else sites.files.str.replace("_w{channel}", "_{channel}", regex=False)
+    with pytest.raises(FileNotFoundError, match=r"of this site there are \w+_s1_w1.png, .*: say which channels those are, channels=screen.channels"):
+        screen_dataloaders(sites.assign(files=files), channels=channels, device="cpu").one_batch()
+    with pytest.raises(FileNotFoundError, match=r"nowhere_1.png does not exist$"):
+        screen_dataloaders(sites.assign(files="nowhere_{channel}.png"), device="cpu").one_batch()
+
+
+def test_transforms_of_fastai(sites):
+    "They want floats, which integers become first; pictures in one row"
+    from fastai.vision.augment import aug_transforms
+
+    dls = screen_dataloaders(sites, valid=VALID, transforms=aug_transforms(), device="cpu")
+    x = dls.one_batch()[0]
+    assert x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1.5
+    assert screen_dataloaders(sites, transforms=[], device="cpu").one_batch()[0].dtype == torch.uint8
+    dls.show_batch(max_n=4, nrows=1)
+    assert len({ax.get_position().y0.round(3) for ax in plt.gcf().axes}) == 1 and len(plt.gcf().axes) == 4

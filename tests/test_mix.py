@@ -11,7 +11,8 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback  # noqa: F401  brings Learner.no_bar
-from fastai.losses import FocalLossFlat, LabelSmoothingCrossEntropy
+from fastai.losses import FocalLoss, FocalLossFlat, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat
+from fastai.metrics import accuracy
 from fastai.torch_core import TensorBase, TensorCategory, TensorImage
 
 from rcic_fastai.data import select_sites
@@ -19,16 +20,19 @@ from rcic_fastai.loss import AMSoftmaxLoss, ArcFaceLoss, OneHotBCELoss
 from rcic_fastai.mix import (
     LISA,
     MixedContext,
+    MixedLoss,
     ScreenCutMix,
     ScreenMixUp,
     cell_type_weights,
     context_domains,
     create_mix,
     cutmix_images,
+    heavier_class,
     lisa_partners,
     mix_partners,
     mix_targets,
     mixup_images,
+    plain,
     refuse_plain_mix,
 )
 from rcic_fastai.recipe import change_recipe, small_resnet
@@ -288,3 +292,36 @@ def test_a_network_that_was_trained_is_exported_copied_and_traced(dls, settings)
         wanted, traced = model(x, c), torch.jit.trace(model, (x, c))
     for other in (torch.export.export(model, (x, c), strict=False).module(), traced, copy.deepcopy(model)):
         torch.testing.assert_close(other(x, c).detach(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('mix', [ScreenMixUp, ScreenCutMix, LISA])
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), LabelSmoothingCrossEntropy(), FocalLoss(),
+                                  CrossEntropyLossFlat(weight=torch.arange(1., 9)), nn.CrossEntropyLoss()], ids=repr)  # fmt: skip
+def test_mixing_with_losses_of_fastai(dls, mix, loss):
+    "A fit with them, metrics of fastai next to it; the loss is the own one afterwards"
+    learn = screen_learner(dls, 'resnet10t', loss_func=loss, cbs=mix(), metrics=accuracy)
+    values = epoch(learn)
+    assert np.isfinite(values).all() and learn.loss_func is loss and getattr(loss, 'reduction', 'mean') == 'mean'
+    learn.recorder.train_metrics = True
+    assert len(epoch(learn)) == len(values)+1  # the accuracy in training
+
+
+@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), CrossEntropyLossFlat(reduction='sum')], ids=repr)
+def test_mixed_loss_is_the_mean_of_both(loss):
+    torch.manual_seed(0)
+    logits, w = torch.randn(5, 4), torch.rand(5)
+    y, other = torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1, 1, 0, 2, 3])
+    hot = torch.eye(4)
+    soft = hot[y]*w[:, None] + hot[other]*(1-w[:, None])
+    each = [type(loss)(reduction='none')(logits, t) for t in (y, other)]
+    want = w*each[0] + (1-w)*each[1]
+    mixed = MixedLoss(loss)
+    torch.testing.assert_close(plain(mixed(logits, soft)), plain(want.sum() if loss.reduction == 'sum' else want.mean()))
+    torch.testing.assert_close(plain(mixed(logits, y)), plain(loss(logits, y)))
+    assert mixed.reduction == loss.reduction and torch.equal(mixed.decodes(logits), loss.decodes(logits)) and copy.deepcopy(mixed).loss is not loss
+
+
+def test_masked_rows_have_no_part_in_a_mixed_loss():
+    logits, soft = torch.randn(3, 4), torch.tensor([[.5, .5, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
+    torch.testing.assert_close(plain(MixedLoss(CrossEntropyLossFlat())(logits, soft)), plain(MixedLoss(CrossEntropyLossFlat())(logits[[0, 2]], soft[[0, 2]])))
+    assert heavier_class(soft).tolist() == [0, -1, 2]

@@ -11,7 +11,7 @@ from PIL import Image
 from rcic_fastai.image import MultiChannelImage, read_channel, read_site
 from rcic_fastai.platemap import describe_screen, find_grey_limits, guess_pattern, plate_map_wells, read_plate_map
 from rcic_fastai.report import run_context
-from rcic_fastai.screen import channel_name, grey_limits, read_screen, site_files
+from rcic_fastai.screen import channel_name, grey_limits, read_screen, site_files, valid_mask
 from rcic_fastai.store import pack_screen, verify_store
 
 
@@ -259,3 +259,34 @@ def test_from_a_plate_map_to_a_submission(own, tmp_path):
     context = run_context(tmp_path / "run", say=lambda *a: None)
     assert context.what == "treatment" and context.class_name(submission.sirna[0]) == submission.treatment[0]
     assert any("several wells within an experiment" in s for s in said)
+
+
+@pytest.mark.parametrize("headings, found", [
+    ("Position,Compound Name,batch,plate", True), ("well,Treatment_name", True), ("well,drug name,drug id", True), ("well,sample", True), ("well,compound,sample", True),
+    ("well,sample,condition", False), ("well,dose,colour", False), ("well", False),
+])  # fmt: skip
+def test_columns_of_treatments(tmp_path, headings, found):
+    "Known by more names where that is unambiguous; else somebody is told, and which columns there are"
+    n = headings.count(",")
+    lines = [",".join(["B02", "taxol", "1", "1"][:n + 1]), ",".join(["B03", "dmso", "1", "1"][:n + 1])]
+    table = write_table(tmp_path, "\n".join([headings, *lines]) + "\n")
+    write_images(tmp_path, [f"{w}_{c}.tif" for w in ("B02", "B03") for c in ("a", "b")])
+    said = []
+    screen = describe_screen(tmp_path, table, say=said.append)
+    notice = [s for s in said if "no column of wells.csv is known to name the treatments" in s]
+    assert bool(notice) != found and screen.wells.split.tolist() == ["train" if found else "test"] * 2
+    if not found:
+        assert "--column treatment=NAME" in notice[0] and all(repr(c) in notice[0] for c in headings.split(",")[1:])
+    elif "compound,sample" not in headings:
+        assert screen.wells.treatment.tolist() == ["taxol", "dmso"]
+
+
+def test_wells_are_set_aside_by_names_of_ones_own(tmp_path):
+    table = write_table(tmp_path, "Position,Drug,Batch,Donor\nB02,x,day1,a\nB02,y,day6,a\nB03,x,day6,b\n")
+    wells = plate_map_wells(read_plate_map(table))
+    assert wells.experiment[valid_mask(wells, "batch=day6")].tolist() == ["day6"] * 2 == wells.experiment[valid_mask(wells, "Batch=day6")].tolist()
+    assert valid_mask(wells, "Donor=b").sum() == 1 and valid_mask(wells, "treatment=y").sum() == valid_mask(wells, "drug=y").sum() == 1
+    with pytest.raises(ValueError, match="no well has experiment 'day7'; did you mean"):
+        valid_mask(wells, "batch=day7")
+    with pytest.raises(ValueError, match="valid 'colour=red' is not understood; expected experiment=NAME"):
+        valid_mask(wells, "colour=red")

@@ -19,11 +19,14 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import SGD, Adam
 from fastai.torch_core import params
+from fastai.vision.all import CategoryBlock, ColReader, DataBlock, resnet18, vision_learner
 from torch import nn
 
 from rcic_fastai.checkpoint import History
-from rcic_fastai.data import screen_dataloaders, select_sites, sites_table
+from rcic_fastai.data import SixChannelImageBlock, screen_dataloaders, select_sites, sites_table
 from rcic_fastai.loss import SoftmaxCrossEntropyLoss
+from rcic_fastai.mix import ScreenMixUp
+from rcic_fastai.predict import embed_sites, predict_sites
 from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
 from rcic_fastai.run import control_sites, train_run
 from rcic_fastai.screen import read_screen
@@ -579,3 +582,115 @@ def test_a_plain_learner_of_fastai_on_our_loaders(sites):
     learn.show_results(max_n=4)
     ClassificationInterpretation.from_learner(learn).plot_top_losses(3)
     assert learn.get_preds()[0].shape == (16, 8) and len(learn.predict(sites.iloc[0])) == 3
+
+
+# What somebody tries who has read the README and knows fastai
+
+
+def said(call):
+    "Result of a call, and what it warns of"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    return result, [str(w.message) for w in caught if "is known to this learner" in str(w.message)]
+
+
+def test_one_well_of_an_unknown_experiment_is_told_whose_statistics_it_has(learn, bare, new_sites):
+    well, other = (new_sites[new_sites.id_code == i] for i in new_sites.id_code.unique()[:2])
+    theirs = learn.dls.test_dl(well.assign(sirna=learn.dls.vocab[0]), with_labels=True)
+    for call in (lambda: learn.predict(well), lambda: learn.get_preds(dl=learn.dls.test_dl(well)), lambda: learn.tta(dl=learn.dls.test_dl(well), n=1),
+                 lambda: learn.validate(dl=theirs)):  # fmt: skip
+        _, warned = said(call)
+        assert warned and f"{well.id_code.iloc[0]}: no other well of its experiment" in warned[0] and "statistics of its own 2 sites" in warned[0]
+    for call in (lambda: learn.get_preds(dl=learn.dls.test_dl(new_sites)), lambda: learn.get_preds(dl=learn.dls.test_dl(pd.concat([well, other]))),
+                 lambda: learn.predict(learn.dls.valid_ds.items.iloc[0]), learn.validate, learn.get_preds):  # fmt: skip
+        assert not said(call)[1]
+    if len(bare.dls.train_ds) == 0:  # what `load_learner` gives
+        assert said(lambda: bare.predict(well))[1]
+
+
+def test_predict_by_id(learn):
+    row = learn.dls.valid_ds.items.iloc[3]
+    torch.testing.assert_close(learn.predict(row.site_id)[2], learn.predict(row)[2])
+    well = learn.dls.valid_ds.items[lambda t: t.id_code == row.id_code]
+    torch.testing.assert_close(learn.predict(row.id_code)[2], learn.predict(well)[2])
+    assert len(learn.dls.test_dl([row.id_code, row.files]).sites) == len(well) + 1
+    with pytest.raises(ValueError, match="'HUVEC-99_1_B02' is no well or site that this learner has, and no file"):
+        learn.predict("HUVEC-99_1_B02")
+
+
+def test_one_channel_is_no_site(learn, new_sites):
+    files = [new_sites.files[0].replace("{channel}", str(i)) for i in range(1, 7)]
+    for call in (lambda: learn.predict(files[0]), lambda: learn.dls.test_dl(files), lambda: learn.predict(files)):
+        with pytest.raises(ValueError, match="_w1.png is an image of one channel, and a site has 6"):
+            call()
+
+
+@pytest.mark.parametrize("call", ["fit", "fit_one_cycle", "fine_tune", "fit_flat_cos", "fit_sgdr", "lr_find"])
+def test_sites_without_labels_train_nothing(learners, new_sites, call):
+    learn = calm(load_run(learners["valid"]["train_run"].path, new_sites))
+    with pytest.raises(ValueError, match="sirna is unknown for all .* training sites"), learn.no_bar():
+        getattr(learn, call)(*(dict(fit_sgdr=(1, 1), lr_find=()).get(call, (1,))))
+
+
+def test_home_folder(learners, new_sites, monkeypatch):
+    run = learners["valid"]["train_run"].path
+    monkeypatch.setenv("HOME", str(run.parent))
+    learn = load_run(f"~/{run.name}", new_sites)
+    assert learn.path == run and screen_learner(learn.dls, recipe, path=f"~/{run.name}").path == run
+
+
+def test_tta_prints_no_header(learn, capsys):
+    learn.logger = print
+    learn.tta(n=1)
+    assert "train_loss" not in capsys.readouterr().out
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(6, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8))
+
+    def forward(self, image):
+        return self.net(image)
+
+
+class SmallWithContext(Small):
+    def forward(self, image, context):
+        return self.net(image) + context[:, :1].float()
+
+
+@pytest.mark.parametrize("make", [Small, SmallWithContext, lambda: Small().net])
+def test_a_network_of_ones_own(learners, make, new_sites):
+    own = calm(screen_learner(learners["valid"]["screen_learner"].dls, model=make()))
+    with own.no_bar():
+        own.fit_one_cycle(1, 1e-2)
+    assert own.get_preds()[0].shape == (16, 8) and isinstance(own.loss_func, SoftmaxCrossEntropyLoss)
+    assert len(own.predict(own.dls.valid_ds.items.iloc[0])) == 3 and "Conv2d" in str(own.summary())
+    assert predict_sites(own, new_sites, progress=False).logits.shape == (len(new_sites), 8)
+    with pytest.raises(ValueError, match=r"has no `embed\(image, context\)`"):
+        embed_sites(own, new_sites, progress=False)
+
+
+def test_learners_that_cannot_be(learners, sites):
+    dls = learners["valid"]["screen_learner"].dls
+    block = DataBlock(blocks=(SixChannelImageBlock, CategoryBlock), get_x=ColReader("files"), get_y=ColReader("sirna"))
+    own = block.dataloaders(sites, bs=8)
+    for args, message in (((own, "resnet10t"), "these batches have no context beside the image"), ((dls, resnet18), "by their name, such as 'resnet18'"),
+                          ((dls, Small()), "recipe is a Small: a network of your own is given as model=")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            screen_learner(*args)
+    plain = vision_learner(own, "resnet10t", n_in=6, pretrained=False)
+    for call in (predict_sites, embed_sites):
+        with pytest.raises(ValueError, match=f"{call.__name__} needs the batches of screen_dataloaders"):
+            call(plain, sites, progress=False)
+
+
+def test_an_atlas_in_two_lines(several, tmp_path):
+    "Labels, classes and channels are those of the atlas"
+    atlas = read_screen(simulate_hpa(tmp_path / "atlas", n_images=40, n_test=0, n_external=0, image_size=32, min_positives=1, progress=False))
+    for dls in (screen_dataloaders(atlas, bs=8), screen_dataloaders(select_sites(atlas), bs=8, channels=atlas.channels, classes=atlas.classes)):
+        x, _, y = dls.one_batch()
+        assert x.shape[1] == 4 and y.shape == (8, 28) and dls.train.target_name == "labels"
+    with pytest.raises(ValueError, match="several labels each, which are not mixed"), several.no_bar():
+        several.fit(1, cbs=ScreenMixUp())

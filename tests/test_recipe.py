@@ -33,7 +33,9 @@ def test_every_setting_can_be_set_and_wrong_types_are_named(key, default):
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"train": {"epoch": 3}}', r"train\.epoch is no setting; did you mean 'epochs'\?"),
+    ('{"train": {"epoch": 3}}', r"train\.epoch is no setting; did you mean 'train\.epochs'\?"),
+    ('{"epochs": 3}', r"epochs is no setting; did you mean 'train\.epochs'\?"),
+    ('{"optimizer": "adam"}', r"did you mean 'train\.optimizer'\?"),
     ('{"trian": {}}', r"trian is no setting; did you mean 'train'\?"),
     ('{"train": 3}', "train is 3, expected settings"),
     ('{"train": {"epochs": 2.5}}', "train.epochs is 2.5, expected int"),
