@@ -265,6 +265,7 @@ def submit_labels(
     say:Callable=print # where notices go
 ) -> Path: # the file; thresholds.json lies in the run folder
     """Labels for the test images, as a submission. Raises: ValueError for a run that predicts something else, or images that do not fit."""
+    run = user_path(run)
     recipe, info = read_run(run)
     if info['target']!='labels': raise ValueError(f'{run} predicts {info["target"]}; a submission of labels needs a run that predicts labels')
     out = check_screen_output(out or Path(run)/'submission.csv', atlas, sample, *_run_files(run))

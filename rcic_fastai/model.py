@@ -515,7 +515,8 @@ def read_meta(
     path:str|Path, # File of `save_weights`
 )->dict:
     "What was saved beside the weights, without reading them. Raises: `FileNotFoundError`, or `ValueError` for another kind of file."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path}: no such file, expected a saved model")
+    path = user_path(path)
+    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, expected a saved model")
     try:
         with safe_open(path, 'pt') as f: return {k: json.loads(v) for k,v in (f.metadata() or {}).items() if k != 'format'}
     except (SafetensorError, json.JSONDecodeError) as e: raise ValueError(f"{path}: not a file of save_weights: {e}") from e

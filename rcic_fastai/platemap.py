@@ -45,7 +45,7 @@ def read_plate_map(
 
     Raises: FileNotFoundError; ValueError for a table without rows or without wells, or a column that it does not have.
     """
-    path, columns = Path(path), dict(columns or {})
+    path, columns = user_path(path), dict(columns or {})
     table = read_rows(path, 'a CSV file with a row per well')
     own = table.columns.drop(['file', 'row'])
     for ours, theirs in columns.items():

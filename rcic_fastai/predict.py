@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .batchnorm import BatchNormMode, batchnorm_modes
 from .data import DOMAINS, DomainDL, domain_keys, select_sites
 from .embed import postprocess_embeddings, postprocess_names, to_anndata, well_means
-from .files import parse_json, read_arrays, write_whole
+from .files import parse_json, read_arrays, user_path, write_whole
 from .model import plain
 from .multilabel_loss import MultiLabelLoss
 from .screen import Screen, channel_file, channel_name, grey_limits
@@ -118,7 +118,8 @@ class Predictions:
     @classmethod
     def load(cls, path:str|Path) -> 'Predictions':
         "Read what `save` wrote. Raises: FileNotFoundError; ValueError if it is no such file."
-        if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist; rcic-predict writes it')
+        path = user_path(path)
+        if not path.exists(): raise FileNotFoundError(f'{path} does not exist; rcic-predict writes it')
         f = read_arrays(path, 'ids', 'classes', 'logits', 'made')
         made = parse_json(str(f['made']), path, dict)
         views = (f['views'], f['view_names'].tolist()) if {'views', 'view_names'} <= set(f) else ()
@@ -499,6 +500,7 @@ def predict_run(
 
     Raises: FileNotFoundError if there is no such run; ValueError if nothing was set aside, or the split is unknown.
     """
+    run = user_path(run)
     recipe, info = read_run(run)
     if 'blend' in info: raise ValueError(f'{run} is a blend: predict with its members, {", ".join(info["blend"])}, and blend again')
     settings = {k: v for k,v in dict(batchnorm=batchnorm, tta=tta, **inference).items() if v is not None}
@@ -542,6 +544,7 @@ def embed_run(
 
     Raises: FileNotFoundError if there is no such run; ValueError for a run with a network per cell type, whose embeddings have no common axes.
     """
+    run = user_path(run)
     recipe, info = read_run(run)
     if 'parts' in info: raise ValueError(f'{run} has a network for each cell type, whose embeddings have no common axes: give one of {", ".join(info["parts"])} within it')
     present_only = info['present_only'] if present_only is None else present_only
@@ -558,7 +561,7 @@ def embeddings_path(
     path:str|Path # file to write
 ) -> Path: # the same
     "Raises: ValueError for a file that embeddings are not written as."
-    path = Path(path)
+    path = user_path(path)
     if path.suffix in ('.npz', '.h5ad'): return path
     raise ValueError(f'{path}: embeddings are written as .npz or .h5ad')
 

@@ -490,6 +490,7 @@ def submit_run(
     say:Callable=print # where notices go
 ) -> Path: # the file
     "Labels for the test wells, as a submission. Raises: ValueError for a run that predicts something else, or wells that do not fit."
+    run = user_path(run)
     recipe, info = read_run(run)
     if info['target']!='sirna': raise ValueError(f'{run} predicts {info["target"]}; a submission needs a run that predicts sirna')
     p, run = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(run)

@@ -27,7 +27,7 @@ from matplotlib.patches import Circle
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from .files import check_name, naming, read_json, path_within
+from .files import check_name, naming, read_json, path_within, user_path
 
 # %% ../nbs/00a_screen.ipynb #8fe10977
 def _where(row): return f'{row.file}: row {row.row}' if 'file' in row else f'well {row.id_code}'
@@ -94,7 +94,7 @@ def read_rows(
 
     Raises: `FileNotFoundError` if there is no such file; `ValueError` naming file and row for what is no table, a column that is there twice,
     a row of another length, or a file without records."""
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path} does not exist; expected {expected}' if not path.exists() else f'{path} is no file; expected {expected}')
     records = list(_records(path.name, _table_text(path)))
     if not records: raise ValueError(f'{path.name}: the file is empty; expected {expected}')

@@ -782,6 +782,7 @@ def open_store(
     path:str|Path # of a store
 ) -> Store: # the same one for the same path, until it is packed anew
     "A store that is opened once per process."
+    if '://' not in str(path): path = user_path(path)
     written = Path(path)/_MANIFEST
     return _opened(str(path), written.stat().st_mtime_ns if '://' not in str(path) and written.exists() else None)
 

@@ -1,5 +1,6 @@
 "What README, docstrings and pages promise to somebody who knows fastai: one test per promise, on the four ways to a learner."
 
+import shutil
 import warnings
 from copy import deepcopy
 from dataclasses import replace
@@ -26,12 +27,15 @@ from rcic_fastai.checkpoint import History
 from rcic_fastai.data import SixChannelImageBlock, screen_dataloaders, select_sites, sites_table
 from rcic_fastai.loss import SoftmaxCrossEntropyLoss
 from rcic_fastai.mix import ScreenMixUp
-from rcic_fastai.predict import embed_sites, predict_sites
+from rcic_fastai.model import read_meta
+from rcic_fastai.platemap import read_plate_map
+from rcic_fastai.predict import Predictions, embed_run, embed_sites, predict_run, predict_sites, write_embeddings
 from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
-from rcic_fastai.run import control_sites, train_run
+from rcic_fastai.run import control_sites, submit_run, train_run
 from rcic_fastai.screen import read_screen
 from rcic_fastai.simulate_hpa import simulate_hpa
 from rcic_fastai.step import radam
+from rcic_fastai.store import open_store, pack_screen
 from rcic_fastai.train import LossSettings, TrainSettings, fit_stage, load_run, recipe_dataloaders, screen_learner
 
 matplotlib.use("Agg")
@@ -694,3 +698,19 @@ def test_an_atlas_in_two_lines(several, tmp_path):
         assert x.shape[1] == 4 and y.shape == (8, 28) and dls.train.target_name == "labels"
     with pytest.raises(ValueError, match="several labels each, which are not mixed"), several.no_bar():
         several.fit(1, cbs=ScreenMixUp())
+
+
+def test_home_folder_everywhere(small_run, small_screen, tmp_path, monkeypatch):
+    "What reads or writes a run, predictions, a table or a store takes ~"
+    shutil.copytree(small_run, tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(small_screen)
+    screen = read_screen(small_screen)
+    assert predict_run("~/run", screen, "test", progress=False).ids.tolist() == Predictions.load("~/run/predictions/test.npz").ids.tolist()
+    submit_run("~/run", screen, "~/sub.csv", say=lambda *a: None)
+    assert read_meta("~/run/model.safetensors") is not None and read_plate_map("~/sub.csv", dict(well="id_code")).shape[0] == len(pd.read_csv(tmp_path / "sub.csv"))
+    x, wells = embed_run("~/run", screen, "test", progress=False, say=lambda *a: None)
+    write_embeddings(x, wells, "~/e.npz")
+    pack_screen(screen, "~/packed", progress=False)
+    assert (tmp_path / "e.npz").exists() and len(open_store("~/packed")) == len(screen.sites())
+    assert not (small_screen / "~").exists()
