@@ -353,21 +353,26 @@ def describe_screen(
 ) -> PlateMapScreen:
     """Find out how images and a plate map fit together, and write screen.json.
 
-    Raises: FileNotFoundError; ValueError that says what does not fit, and which setting helps.
+    Described again, treatments keep their numbers, which runs know them by. Raises: FileNotFoundError; ValueError that says what does
+    not fit, and which setting helps; FileExistsError for a folder of another screen.
     """
     images = Path(images).expanduser()
     if not images.is_dir(): raise FileNotFoundError(f'{images} is not a folder')
-    out, earlier = user_path(out or images), None if like is None else _read_description(like)
+    out = user_path(out or images)
+    before = _described_before(out, images)
+    earlier = None if like is None else _read_description(like)
     table = _only_table(images) if table is None else Path(table).expanduser()
     rows = read_plate_map(table, columns)
     files, name = files or guess_pattern(images, rows), re.sub('/', '-', images.resolve().name) or 'experiment-1'
     sites, found, other = find_sites(images, files, rows)
     asked = _chosen_channels(found, earlier['channels'] if earlier else channels, len(sites), say)
-    wells = plate_map_wells(rows, name, negative, positive, earlier['treatments'] if earlier else ())
+    treatments = list(earlier['treatments']) if earlier else _kept_numbers(before, rows)
+    wells = plate_map_wells(rows, name, negative, positive, treatments)
     _notices(rows, wells, say)
     named = wells.dropna(subset='sirna').drop_duplicates('sirna').set_index('sirna').treatment
-    treatments = list(earlier['treatments']) if earlier else []
-    treatments += [named[i] for i in range(len(treatments), int(named.index.max())+1 if len(named) else 0)]
+    new = [named[i] for i in range(len(treatments), int(named.index.max())+1 if len(named) else 0)]
+    if treatments and not earlier: say(f'{len(treatments):,} treatments keep the numbers they have in {out/"screen.json"}' + (f'; new: {", ".join(new[:5])}{" ..." if len(new) > 5 else ""}' if new else ''))
+    treatments += new
     if not earlier: asked = _channels_with_limits(images, sites, asked, n_images)
     description = dict(table=_table_name(out, table, say), images=os.path.relpath(images, out).replace(os.sep, '/'), files=files, channels=asked, columns=dict(columns or {}),
                        experiment=name, negative=list(negative), positive=list(positive), treatments=treatments)
@@ -375,6 +380,32 @@ def describe_screen(
     without = len(rows)-sites.index.nunique()
     say(f'{len(sites):,} sites of {sites.index.nunique():,} wells, named {files}' + (f'; {without:,} wells have no images' if without else '') + (f'; {other:,} images belong to no well' if other else ''))
     return read_platemap(out)
+
+_other_tables = ('train.csv', 'metadata.csv', 'rxrx1_v1.0/metadata.csv', 'rxrx1/metadata.csv')
+
+def _columns_of(path):
+    with path.open(encoding='utf-8-sig', errors='replace') as f: return {c.strip(' \r\n"') for c in f.readline().split(',')}
+
+def _described_before(out, images):
+    "What a folder says of the same images already, or None. Raises: FileExistsError for another screen."
+    path, give = out/'screen.json', 'give another folder with out=... (--out)'
+    store = next((n for n in ('manifest.json', 'packing.json', 'sites.parquet') if (out/n).exists()), None)
+    if store: raise FileExistsError(f'{out} holds a packed store, or the beginning of one ({store}): {give}')
+    if not path.exists():
+        table = next((n for n in _other_tables if (out/n).is_file() and _columns_of(out/n) & {'id_code', 'site_id', 'Target'}), None)
+        if table: raise FileExistsError(f'{out} holds a screen that is read without a description ({table}): {give}')
+        return None
+    if 'images' not in read_json(path): raise FileExistsError(f'{path} is no description of a screen; {give}')
+    try: found = _read_description(out)
+    except ValueError as e: raise ValueError(f'{e}; mend it, or delete it to number the treatments anew') from None
+    there = os.path.realpath(out/found['images'])
+    if there==os.path.realpath(images): return found
+    raise FileExistsError(f'{path} describes the images in {there}, and not those in {images}: {give}')
+
+def _kept_numbers(before, rows):
+    "Names that have a number, unless the table has none of them (another column is read now)"
+    known = before['treatments'] if before else []
+    return list(known) if 'treatment' in rows and set(known) & set(rows.treatment) else []
 
 def _notices(rows, wells, say):
     "What may be meant otherwise than it is read"
@@ -403,7 +434,6 @@ def _table_name(out, table, say):
 
 def _write_description(out, table, description):
     path, copy = out/'screen.json', out/description['table']
-    if path.exists() and 'images' not in read_json(path): raise FileExistsError(f'{path} is no description of a screen; give another folder with out=... (--out)')
     if not copy.exists(): write_whole(copy, table.read_bytes())
     write_json(path, description)
 

@@ -1,5 +1,6 @@
 "Somebody's own screen: plate maps, names of files, grey values, screen.json."
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -290,3 +291,37 @@ def test_wells_are_set_aside_by_names_of_ones_own(tmp_path):
         valid_mask(wells, "batch=day7")
     with pytest.raises(ValueError, match="valid 'colour=red' is not understood; expected experiment=NAME"):
         valid_mask(wells, "colour=red")
+
+
+def numbers(screen): return screen.wells.dropna(subset="treatment").drop_duplicates("treatment").set_index("treatment").sirna.to_dict()
+
+
+def test_treatments_keep_their_numbers(own):
+    "Described again with a new treatment that would come first, with one that has gone, and with another column"
+    describe_screen(own, files=FILES, negative=["DMSO"], say=lambda *a: None)
+    text, said = (own / "wells.csv").read_text(), []
+    (own / "wells.csv").write_text(text.replace("b2,2,A05,x", "b2,2,A05,aspirin"))
+    assert numbers(describe_screen(own, files=FILES, negative=["DMSO"], say=said.append)) == dict(x=0, y=1, DMSO=2, aspirin=3)
+    assert f"3 treatments keep the numbers they have in {own / 'screen.json'}; new: aspirin" in said
+    (own / "wells.csv").write_text(text.replace(",x", ",y"))
+    assert numbers(describe_screen(own, files=FILES, negative=["DMSO"], say=said.append)) == dict(y=1, DMSO=2)
+    (own / "wells.csv").write_text("".join(f"{line},{('low', 'high')[i % 2] if i else 'dose'}\n" for i, line in enumerate(text.splitlines())))
+    assert numbers(describe_screen(own, files=FILES, columns=dict(treatment="dose"), say=lambda *a: None)) == dict(high=0, low=1)
+
+
+def test_a_description_stays_with_its_screen(own, tmp_path):
+    "Neither over the description of other images, nor into a screen of another layout, nor into a store"
+    screen = describe_screen(own, files=FILES, say=lambda *a: None)
+    shutil.copytree(own, tmp_path / "copy")
+    pack_screen(screen, tmp_path / "packed", progress=False)
+    for name, text in dict(kaggle="id_code,experiment,plate,well,sirna\n", rxrx1="site_id,well_id,cell_type\n").items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / dict(kaggle="train.csv", rxrx1="metadata.csv")[name]).write_text(text + "a,b,c\n" * 2)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for name, message in dict(copy="and not those in", packed="holds a packed store", kaggle="train.csv", rxrx1="metadata.csv").items():
+        with pytest.raises((FileExistsError, ValueError), match=message): describe_screen(own, files=FILES, out=tmp_path / name, say=lambda *a: None)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    (tmp_path / "named").mkdir()  # a plate map of one's own may have such a name
+    write_images(tmp_path / "named", ["A01_x.png", "A01_y.png"])
+    write_table(tmp_path / "named", "well,gene\nA01,x\n", "metadata.csv")
+    assert len(describe_screen(tmp_path / "named", say=lambda *a: None).wells) == 1
