@@ -2013,6 +2013,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'rcic_fastai.train._need_known': ('train.html#_need_known', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train._need_labels': ('train.html#_need_labels', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train._need_training': ('train.html#_need_training', 'rcic_fastai/train.py'),
+                                   'rcic_fastai.train._of_screen': ('train.html#_of_screen', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train._one_place': ('train.html#_one_place', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train._pick': ('train.html#_pick', 'rcic_fastai/train.py'),
                                    'rcic_fastai.train._plain_log': ('train.html#_plain_log', 'rcic_fastai/train.py'),

@@ -43,7 +43,7 @@ from . import __version__
 from .augment import ChannelStats, MatchHistograms, Standardize, channel_histograms, channel_stats, screen_transforms
 from .batchnorm import DomainSlices, batchnorm_layers
 from .checkpoint import Checkpoint, History, StopOnNaN, random_state, set_random_state
-from .data import SITE_COLUMNS, DomainDL, _domain_names, control_pools, plain_rows, screen_dataloaders, select_sites, sites_table
+from .data import SITE_COLUMNS, DomainDL, _domain_names, _screen_settings, control_pools, plain_rows, screen_dataloaders, select_sites, sites_table
 from .files import path_within, read_arrays, read_json, user_path, write_json
 from .image import read_site, resize_site
 from .loss import ScreenLoss, create_loss
@@ -944,8 +944,14 @@ def complete_stats(
             t.set_counts(dls.counts)
 
 # %% ../nbs/09_train.ipynb #346e7fa2
+def _of_screen(screen, kwargs):
+    "Training sites of a screen, and what it says of its target and channels"
+    names = 'target', 'classes', 'channels', 'cell_types', 'experiments'
+    sites, own = _screen_settings(screen, {k: kwargs.get(k) for k in names})
+    return sites, {**kwargs, **own}
+
 def recipe_dataloaders(
-    sites:pd.DataFrame, # labelled sites
+    sites:pd.DataFrame|Screen, # labelled sites, or a screen, as `screen_dataloaders` takes it
     recipe:Recipe, # settings
     valid:np.ndarray|str=None, # mask of validation rows, or a sentence for `valid_mask`
     stats:ChannelStats=None, # of the pixels; measured on `sites` if the recipe needs them
@@ -954,6 +960,7 @@ def recipe_dataloaders(
     **kwargs # of `screen_dataloaders`: target, cell_types, experiments, channels, device, path
 ) -> DataLoaders:
     "DataLoaders as the recipe describes them; `dls.stats` and `dls.counts` hold the statistics and histograms they standardise by."
+    if isinstance(sites, Screen): sites, kwargs = _of_screen(sites, kwargs)
     d = recipe.data
     n_train = len(sites) if valid is None or isinstance(valid, str) else int((~np.asarray(valid, bool)).sum())
     make = partial(screen_dataloaders, sites, valid=valid, domain=d.domain, bs=d.batch_size, num_workers=d.workers, seed=recipe.seed,

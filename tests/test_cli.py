@@ -87,7 +87,7 @@ def test_errors_of_each_command(command, small_screen, small_run, tmp_path):
         (("rcic-simulate", "--out", small_screen, "--sirnas", 12), "other settings"),
         (("rcic-train", "--data", tmp_path), str(tmp_path)),
         (("rcic-train", "--data", small_screen, "--recipe", "laptp"), "did you mean 'laptop'"),
-        (("rcic-train", "--data", small_screen, "--set", "train.epoch=3"), "did you mean 'epochs'"),
+        (("rcic-train", "--data", small_screen, "--set", "train.epoch=3"), "did you mean 'train.epochs'"),
         (("rcic-train", "--data", small_screen, "--valid", "plate=9", "--run", tmp_path / "r"), "plate"),
         (("rcic-train", "--data", small_screen, "--target", "dose", "--run", tmp_path / "r"), "target 'dose'"),
         (("rcic-train", "--data", small_screen, "--run", small_run), "holds a finished run"),

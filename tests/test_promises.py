@@ -714,3 +714,9 @@ def test_home_folder_everywhere(small_run, small_screen, tmp_path, monkeypatch):
     pack_screen(screen, "~/packed", progress=False)
     assert (tmp_path / "e.npz").exists() and len(open_store("~/packed")) == len(screen.sites())
     assert not (small_screen / "~").exists()
+
+
+def test_loaders_of_a_recipe_take_a_screen(screen, sites):
+    dls = recipe_dataloaders(screen, recipe, HELD)
+    assert dls.vocab == screen_dataloaders(sites).vocab and len(dls.train_ds) + len(dls.valid_ds) == len(sites)
+    assert recipe_dataloaders(screen, recipe, HELD, channels=(1, 2)).one_batch()[0].shape[1] == 2
