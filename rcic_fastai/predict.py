@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'well_accuracy', 'embed_sites', 'predict_sites', 'embed_with', 'Needs', 'inference_needs',
-           'predict_with', 'check_channels', 'run_references', 'predict_run', 'embed_run', 'embeddings_path',
-           'write_embeddings']
+           'predict_with', 'check_channels', 'treatment_names', 'check_treatments', 'run_references', 'predict_run',
+           'embed_run', 'embeddings_path', 'write_embeddings']
 
 # %% ../nbs/10_predict.ipynb #21e74bae
 import json, os, warnings
@@ -441,6 +441,28 @@ def check_channels(
         if screen.packed is not None and grey_limits(a)!=grey_limits(b):
             raise ValueError(f'{run} was trained on grey values {grey_limits(a)} of {names[0]}, and {screen.path} was packed with {grey_limits(b)}: describe it --like the other, and pack it again')
 
+def treatment_names(
+    wells:pd.DataFrame # of a screen
+) -> dict[str, str]: # number, as text, to name; empty for a screen whose treatments have numbers only
+    "What the numbers of treatments stand for."
+    if 'treatment' not in wells: return {}
+    named = wells.dropna(subset=['sirna', 'treatment']).drop_duplicates(['sirna', 'treatment'])
+    return {str(int(r.sirna)): r.treatment for r in named[~named.sirna.duplicated(keep=False)].itertuples()}
+
+def check_treatments(
+    run:str|Path, # folder, for the message
+    info:dict, # of the run, from `read_run`; `treatments`, if it is there, says what its numbers stand for
+    screen:Screen # that it is to look at
+):
+    "Refuse a screen whose numbers stand for other treatments than those of a run. Raises: ValueError naming one."
+    known = info.get('treatments') or {}
+    if not known or info['target']!='sirna': return
+    number = {name: n for n, name in known.items()}
+    for n, name in treatment_names(screen.wells).items():
+        if known.get(n, name)==name and number.get(name, n)==n: continue
+        there = f'{n} is {known[n]!r}' if n in known else f'{name!r} is {number[name]}'
+        raise ValueError(f'{screen.path} has number {n} for treatment {name!r}, and in {run} {there}: describe the screen --like the one that the run was trained on, or train anew')
+
 def _run_sites(info, screen, split, wells, present_only, say):
     "The sites to predict"
     sites = select_sites(screen, 'train' if split=='valid' else split, wells, present_only, say)
@@ -503,6 +525,7 @@ def predict_run(
     run = user_path(run)
     recipe, info = read_run(run)
     if 'blend' in info: raise ValueError(f'{run} is a blend: predict with its members, {", ".join(info["blend"])}, and blend again')
+    check_treatments(run, info, screen)
     settings = {k: v for k,v in dict(batchnorm=batchnorm, tta=tta, **inference).items() if v is not None}
     present_only = info['present_only'] if present_only is None else present_only
     if split=='valid' and not info['valid_wells']: raise ValueError(f'{run} set no wells aside: train it with a validation set')
@@ -549,6 +572,7 @@ def embed_run(
     if 'parts' in info: raise ValueError(f'{run} has a network for each cell type, whose embeddings have no common axes: give one of {", ".join(info["parts"])} within it')
     present_only = info['present_only'] if present_only is None else present_only
     check_channels(run, info, screen)
+    check_treatments(run, info, screen)
     recipe = _with_inference(recipe, {} if batchnorm is None else dict(batchnorm=batchnorm))
     sites, hosts = _embedded_sites(info, screen, split, wells, present_only, say)
     reference, controls = run_references(inference_needs(recipe), info, screen, hosts, present_only)

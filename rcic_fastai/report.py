@@ -36,7 +36,7 @@ from .image import MultiChannelImage, channel_limits, resize_site, stain_colors,
 from .judge import BLUE, GREY, ORANGE, accuracy_by, clean_axes, judge_wells, statistic_shift, worst_wells
 from .page import duration, execute_notebook, interval, notebook_page, percent, with_parameters
 from .platemap import read_well_table
-from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, check_channels, embed_with, inference_needs, predict_run, run_references,
+from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, check_channels, check_treatments, embed_with, inference_needs, predict_run, run_references,
                                  predict_sites)
 from .recipe import recipes
 from .screen import Screen, is_unknown, plain_text, plate_groups, present_sites, read_screen
@@ -185,6 +185,7 @@ def run_context(
     run = user_path(run)
     recipe, info = read_run(run)
     screen = read_screen(run_data(run, data))
+    check_treatments(run, info, screen)
     max_wells = max_wells or _most_wells(run, info)
     found = {s: _find_predictions(run, screen, info, s, 5*max_wells, say) for s in ('valid', 'test')}
     return RunContext(run, recipe, info, screen, {s: p.wells() for s, p in found.items() if not isinstance(p, str)}, read_truth(screen, info['target'], truth),

@@ -29,7 +29,7 @@ from .files import check_name, check_output, claim_folder, clean_partials, note_
 from .model import load_weights, read_meta, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
-from .predict import Predictions, _run_files, check_channels, inference_needs, predict_run, predict_with
+from .predict import Predictions, _run_files, check_channels, check_treatments, inference_needs, predict_run, predict_with, treatment_names
 from .pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites, pseudo_to_json, select_pseudo_labels
 from .screen import Screen, plate_groups, valid_mask
 from .store import check_screen_output
@@ -134,7 +134,7 @@ def _differences(started, recipe, asked):
     differ = compare_recipes(recipe_from_dict(started['recipe']), recipe).drop(index=list(_free), errors='ignore')
     text = lambda v: json.dumps(v, default=lambda o: o.item())
     lines = [f'{k} was {text(r.a)} and is {text(r.b)}' for k,r in differ.iterrows()]
-    lines += [f'{k} was {text(started["asked"].get(k))} and is {text(v)}' for k,v in asked.items() if started['asked'].get(k)!=v]
+    lines += [f'{k} was {text(started["asked"].get(k))} and is {text(v)}' for k,v in asked.items() if started['asked'].get(k, v)!=v]
     return '; '.join(lines)
 
 def _check_same(started, recipe, asked, run):
@@ -252,11 +252,17 @@ def _start_of(start, screen, target):
     if 'blend' in info: raise ValueError(f'{start} is a blend and has no network of its own; start from one of {", ".join(info["blend"])}')
     if 'parts' in info: raise ValueError(f'{start} has a network for each cell type; start from one of {", ".join(info["parts"])} within it')
     check_channels(start, info, screen)
+    check_treatments(start, info, screen)
     if info['target']!=target: raise ValueError(f'{start} predicts {info["target"]}, not {target}')
     taken = dict(classes=info['classes'], cell_types=info['cell_types'], experiments=info['experiments'])
     known = dict(stats=_run_stats(start, info), counts=_run_histograms(start))
     train = screen.wells[screen.wells.split=='train']
     return taken, known, set(train.id_code)-set(info['valid_wells'])
+
+def _named(screen, target):
+    "What a run notes of the names of its classes, where these are numbers"
+    names = treatment_names(screen.wells[screen.wells.split=='train']) if target=='sirna' else {}
+    return dict(treatments=names) if names else {}
 
 def _digest(ids): return xxhash.xxh3_64_hexdigest('\n'.join(sorted(ids)).encode())
 
@@ -346,6 +352,7 @@ def _train(screen, recipe, run, target, wells, valid, present_only, say, cbs, st
     controls = control_sites(screen, present_only) if needs_controls(recipe) else None
     taken, known, trained = ({}, {}, ()) if start is None else _start_of(start, screen, target)
     asked = dict(target=target, wells=wells, start=None if start is None else str(start), training_wells=_digest(sites.id_code[~mask]), validation_wells=_digest(sites.id_code[mask]))
+    if named := _named(screen, target): asked['treatments'] = _digest(f'{n} {name}' for n, name in named['treatments'].items())
     stages = Stages(run, asked_recipe, asked, cbs, trained, say)
     common = dict(dict(target=target, cell_types=screen.cell_types, experiments=screen.experiments, channels=screen.channels, path=run), **taken)
     if is_multilabel(sites[target]) and 'classes' not in taken: common['classes'] = getattr(screen, 'classes', None) # those without an image count too
@@ -406,7 +413,7 @@ def _train_parts(screen, recipe, run, target, wells, valid, present_only, say, c
         held = ids and ids & set(part.wells.id_code) or None
         if not finished_run(part, own, run/name, target, wells, held, present_only, start):
             learners[name] = train_run(part, own, run/name, target, wells, held, present_only, say, cbs, start)
-    info = dict(target=target, wells=wells, valid=valid if isinstance(valid, str) else None, present_only=present_only, data=str(screen.path),
+    info = dict(target=target, wells=wells, valid=valid if isinstance(valid, str) else None, present_only=present_only, data=str(screen.path), **_named(screen, target),
                 parts=screen.cell_types, valid_wells=sorted(ids or ()), request=dict(recipe=asdict(recipe), asked=_asked(screen, target, wells, valid, present_only, None)))
     write_run(run, recipe, info)
     return learners
@@ -416,7 +423,7 @@ def _write_run(learn, recipe, run, screen, sites, mask, common, asked):
     import fastai, timm
     stats = learn.dls.stats
     versions = dict(python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__, pandas=pd.__version__)
-    info = dict(**asked, data=str(screen.path), classes=list(learn.dls.vocab), channels=list(screen.channels), cell_types=common['cell_types'],
+    info = dict(**asked, **_named(screen, asked['target']), data=str(screen.path), classes=list(learn.dls.vocab), channels=list(screen.channels), cell_types=common['cell_types'],
                 experiments=common['experiments'], image_size=list(learn.dls.train_ds[0][0].shape[-2:]),
                 stats=None if stats is None else [t.tolist() for t in stats],
                 valid_wells=sorted(set(sites.id_code[mask])), versions=versions)
@@ -493,6 +500,7 @@ def submit_run(
     run = user_path(run)
     recipe, info = read_run(run)
     if info['target']!='sirna': raise ValueError(f'{run} predicts {info["target"]}; a submission needs a run that predicts sirna')
+    check_treatments(run, info, screen)
     p, run = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(run)
     out = check_screen_output(out or run/'submission.csv', screen, sample, *_run_files(run))
     if screen.replicates and (groups or one_to_one):
@@ -505,8 +513,8 @@ def submit_run(
         sample = screen.wells.loc[(screen.wells.split=='test') & (screen.wells.well_type=='treatment'), ['id_code']]
     write_submission(table.id_code, table.sirna, Path(screen.path)/'sample_submission.csv' if sample is None else sample, out)
     if 'treatment' in screen.wells: # treatments have names
-        names = screen.wells.dropna(subset='treatment').drop_duplicates('sirna').set_index('sirna').treatment
-        write_whole(out, (given := pd.read_csv(out)).assign(treatment=given.sirna.map(names)).to_csv(index=False))
+        names = {**treatment_names(screen.wells), **(info.get('treatments') or {})}
+        write_whole(out, (given := pd.read_csv(out)).assign(treatment=given.sirna.astype(str).map(names)).to_csv(index=False))
     for experiment, g in table.groupby('experiment') if groups else ():
         mapping, margin = g.drop_duplicates('plate').set_index('plate').group, g.mapping_margin.iloc[0]
         sure = f'better than any other order by {margin:.1f}{"" if method=="exact" else " votes"}' if margin >= .05 else 'a guess: another order scores as well'
@@ -544,6 +552,7 @@ def blend_runs(
     if len({r.name for r in runs})!=len(runs): raise ValueError(f'two runs have the same name among {", ".join(map(str, runs))}; the names say which is which in a blend')
     recipes, infos = zip(*map(read_run, runs))
     for run, info in zip(runs, infos):
+        check_treatments(run, info, screen)
         if info['target']!=infos[0]['target']: raise ValueError(f'{run} predicts {info["target"]}, {runs[0]} {infos[0]["target"]}')
         if set(info['valid_wells'])!=set(infos[0]['valid_wells']): raise ValueError(f'{run} and {runs[0]} set other wells aside: what one validates on, the other has trained on')
     splits = (['valid'] if infos[0]['valid_wells'] else []) + (['test'] if ((screen.wells.split=='test') & (screen.wells.well_type=='treatment')).any() else [])
@@ -562,7 +571,7 @@ def _blend(runs, screen, out, weights, space, present_only, say, recipes, infos,
     given = blend_weights(found['valid'], screen.wells, infos[0]['target'], space=space) if isinstance(weights, str) else weights
     blends = {split: blend_predictions(members, given, space) for split, members in found.items()}
     for split, p in blends.items(): p.save(out/'predictions'/f'{split}.npz')
-    info = {k: infos[0][k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells')}
+    info = {k: infos[0][k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells', 'treatments') if k in infos[0]}
     write_run(out, replace(recipes[0], name='blend'), dict(**info, blend=[str(r) for r in runs], weights=blends[splits[0]].made['weights']))
     if 'valid' in splits and several: return _precision_report(found['valid'], blends['valid'], screen.wells)
     if 'valid' in splits: return blend_report(found['valid'], blends['valid'], screen.wells, infos[0]['target'])

@@ -1107,7 +1107,7 @@ _info = dict(target=(_is(str), 'a name'), wells=(lambda v: v in ('treatments', '
 _of_network = dict(classes=(_list_of((int, float, str), 1), 'a list of classes'), channels=(_list_of((int, str), 1), 'a list of channels'),
                    cell_types=(_list_of(str), 'a list of names'), experiments=(_list_of(str), 'a list of names'))
 _if_there = dict(format=(lambda v: _is(int)(v) and v > 0, 'a number'), version=(_is(str), 'a version'), valid=(_is((str, type(None))), 'a text'), start=(_is((str, type(None))), 'a folder'),
-                 parts=(_list_of(str, 1), 'a list of names'), blend=(_list_of(str, 1), 'a list of folders'), weights=(_is(dict), 'an object in braces'), versions=(_is(dict), 'an object in braces'),
+                 parts=(_list_of(str, 1), 'a list of names'), treatments=(lambda v: isinstance(v, dict) and all(map(_is(str), v.values())), 'names of numbers in braces'), blend=(_list_of(str, 1), 'a list of folders'), weights=(_is(dict), 'an object in braces'), versions=(_is(dict), 'an object in braces'),
                  image_size=(lambda v: _list_of(int)(v) and len(v)==2, 'height and width'), stats=(_is((list, type(None))), 'means and standard deviations'), stack=(_is(dict), 'an object in braces'))
 
 def _check_info(info, path):

@@ -325,3 +325,35 @@ def test_a_description_stays_with_its_screen(own, tmp_path):
     write_images(tmp_path / "named", ["A01_x.png", "A01_y.png"])
     write_table(tmp_path / "named", "well,gene\nA01,x\n", "metadata.csv")
     assert len(describe_screen(tmp_path / "named", say=lambda *a: None).wells) == 1
+
+
+def test_a_run_knows_its_treatments_by_name(own, tmp_path):
+    "A screen whose numbers mean other treatments is refused by all that reads it with the run; one that grew is welcome"
+    from rcic_fastai.predict import embed_run, predict_run
+    from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
+    from rcic_fastai.run import finished_run, submit_run, train_run
+
+    quiet = dict(say=lambda *a: None)
+    screen, run = describe_screen(own, files=FILES, negative=["DMSO"], **quiet), tmp_path / "run"
+    recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1), "data.batch_size=4", "data.read_size=48", "inference.batchnorm=running")
+    train_run(screen, recipe, run, **quiet)
+    info = json.loads((run / "run.json").read_text())
+    assert info["treatments"] == {"0": "x", "1": "y", "2": "DMSO"}
+    table = (own / "wells.csv").read_text()
+    (own / "wells.csv").write_text(table.replace("b2,2,A05,x", "b2,2,A05,aspirin"))
+    grown = describe_screen(own, files=FILES, negative=["DMSO"], **quiet)
+    predict_run(run, grown, "test", progress=False, **quiet)
+    named = pd.read_csv(submit_run(run, grown, **quiet))
+    assert named.treatment[0] == info["treatments"][str(named.sirna[0])]
+    (own / "screen.json").unlink()
+    other = describe_screen(own, files=FILES, negative=["DMSO"], **quiet)
+    assert numbers(other) == dict(aspirin=0, x=1, y=2, DMSO=3)
+    before = (run / "submission.csv").read_bytes()
+    for ask in (lambda: predict_run(run, other, "test", progress=False, **quiet), lambda: submit_run(run, other, **quiet), lambda: embed_run(run, other, progress=False, **quiet),
+                lambda: run_context(run, own, **quiet), lambda: train_run(other, recipe, tmp_path / "second", start=run, **quiet)):
+        with pytest.raises(ValueError, match="has number . for treatment '.*', and in .* is .*: describe the screen --like"): ask()
+    assert (run / "submission.csv").read_bytes() == before
+    del info["treatments"]  # as an earlier version wrote it
+    (run / "run.json").write_text(json.dumps(info))
+    predict_run(run, grown, "test", progress=False, **quiet)
+    assert finished_run(screen, recipe, run)
