@@ -25,6 +25,7 @@ from fastai.data.all import (DataBlock, DataLoaders, Datasets, DisplayedTransfor
                              TransformBlock, delegates, dispatch, is_listy, merge, test_set, to_device)
 from fastai.torch_core import TensorBase
 from fastai.vision.data import get_grid
+from fastai.vision.learner import plot_top_losses as _registered_first # plum 2.9 takes the first of two that fit, even where a later one is nearer
 from numpy.typing import ArrayLike
 from torch import Tensor
 

@@ -501,7 +501,7 @@ def present_sites(
 
 # %% ../nbs/00a_screen.ipynb #303fa95a
 def plain_text(
-    value,   # a name from a table, or whatever else a picture is to show
+    value:object, # a name from a table, or whatever else a picture is to show
 )->str:      # on one line, for titles, labels and ticks
     "Text that matplotlib draws as it is: it takes what stands between two dollars for a formula, and fails if that is none."
     return ' '.join(str(value).splitlines()).replace('$', r'\$')

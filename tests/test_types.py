@@ -79,7 +79,7 @@ def missing_annotations(source):
         for a in f.args.posonlyargs + f.args.args + f.args.kwonlyargs:
             if a.annotation is None and a.arg not in ("self", "cls") and (name, a.arg) not in ROWS_OF_TABLES:
                 yield f"{name}: {a.arg}"
-        command = any(getattr(d, "id", "") == "call_parse" for d in f.decorator_list)
+        command = any(getattr(d, "id", "") in ("call_parse", "command") for d in f.decorator_list)
         if f.returns is None and gives_something(f) and not command:
             yield f"{name}: return"
 
