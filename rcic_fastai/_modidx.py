@@ -1193,6 +1193,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'rcic_fastai.platemap._plate_numbers': ('platemap.html#_plate_numbers', 'rcic_fastai/platemap.py'),
                                       'rcic_fastai.platemap._read_description': ( 'platemap.html#_read_description',
                                                                                   'rcic_fastai/platemap.py'),
+                                      'rcic_fastai.platemap._require_wells': ('platemap.html#_require_wells', 'rcic_fastai/platemap.py'),
                                       'rcic_fastai.platemap._same': ('platemap.html#_same', 'rcic_fastai/platemap.py'),
                                       'rcic_fastai.platemap._table_name': ('platemap.html#_table_name', 'rcic_fastai/platemap.py'),
                                       'rcic_fastai.platemap._texts': ('platemap.html#_texts', 'rcic_fastai/platemap.py'),

@@ -84,6 +84,9 @@ def write_whole(
         else: temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         if sync: _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
+    except OSError as e:
+        if e.errno is not None and e.filename in (None, str(temporary)): e.filename, e.filename2 = str(path), None
+        raise
     finally: temporary.unlink(missing_ok=True)
     if sync and os.name=='posix': _sync(path.parent)
     return path

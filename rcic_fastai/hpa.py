@@ -145,7 +145,7 @@ def read_hpa(
     Raises: FileNotFoundError for a missing table; ValueError naming file and row for a label, an id or a setting that is none.
     Source: the files of kaggle.com/c/human-protein-atlas-image-classification.
     """
-    root = Path(path).expanduser()
+    root = user_path(path)
     if yellow not in ('zeros', 'raise'): raise ValueError(f"yellow is {yellow!r}, expected 'zeros' or 'raise'")
     packed, labels = _packed_files(root) if (root/'sites.parquet').is_file() else None, read_labels(root/'train.csv')
     tables, folders = [_image_table(labels.index, *_kaggle, labels)], {_kaggle: _folder(root, 'train')}

@@ -22,7 +22,7 @@ import timm, torch
 import torch.nn.functional as F
 from fastai.layers import AdaptiveConcatPool2d
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save as safetensors_bytes
 from torch import Tensor, nn
 from torch.hub import load_state_dict_from_url
 
@@ -74,7 +74,9 @@ def _seresnext(name):
 # %% ../nbs/06_model.ipynb #99fa8324
 def _timm(name, pretrained, **kwargs):
     try: net = timm.create_model(name, pretrained=pretrained, in_chans=3, num_classes=0, global_pool='', **kwargs)
-    except (AssertionError, TypeError) as e:
+    except OSError: raise # weights out of reach
+    except Exception as e: # timm and PyTorch raise many kinds for options that are out of range
+        if not kwargs and not isinstance(e, (AssertionError, TypeError)): raise
         raise ValueError(f"timm cannot build {name!r} without pool and classifier, with options {kwargs}: {e}") from e
     return Backbone(net, getattr(net, 'head_hidden_size', None) or net.num_features)
 
@@ -508,7 +510,7 @@ def save_weights(
     "Write the weights of `model` and `meta`, atomically."
     state = {k: v.detach().cpu().contiguous() for k,v in _bare(model).state_dict().items()}
     header = {k: json.dumps(v) for k,v in (meta or {}).items()}
-    write_whole(path, lambda p: save_file(state, p, metadata=header))
+    write_whole(path, safetensors_bytes(state, metadata=header)) # whose own file would leave a temporary behind if the process is killed
 
 # %% ../nbs/06_model.ipynb #49d76b94
 def read_meta(

@@ -69,6 +69,9 @@ def _well_name(text):
     if (m := re.fullmatch(r'R(\d{1,2})C(\d{1,2})', text)) and 1 <= int(m[1]) <= 16: text = f'{"ABCDEFGHIJKLMNOP"[int(m[1])-1]}{int(m[2])}'
     return re.sub(r'^([A-Z])(\d)$', r'\g<1>0\2', text)
 
+def _require_wells(rows):
+    _require(rows, rows.well.isin(_WELLS), lambda r: f'well {r.well!r} is not on a plate of 384 wells or fewer; expected A01 to P24')
+
 def _natural(text): return [int(t) if t.isdigit() else t.lower() for t in re.split(r'(\d+)', str(text))]
 
 def _plate_numbers(rows):
@@ -103,7 +106,7 @@ def plate_map_wells(
         rows[c] = rows[c].mask(unknown, '')
     _require(rows, ~rows.experiment.str.contains(r'[/\\\0]'), lambda r: f'experiment {r.experiment!r} has a slash in its name')
     rows = rows.assign(well=rows.well.map(_well_name))
-    _require(rows, rows.well.isin(_WELLS), lambda r: f'well {r.well!r} is not on a plate of 384 wells or fewer; expected A01 to P24')
+    _require_wells(rows)
     for name in (*negative, *positive):
         if name not in set(rows.treatment): raise ValueError(f'{rows.file.iloc[0]}: no well has the control {name!r}{_nearest(name, sorted(set(rows.treatment)-{""}))}')
     if 'well_type' not in rows:
@@ -220,6 +223,7 @@ def guess_pattern(
     Raises: ValueError that shows some of the paths if it cannot be guessed.
     """
     paths, ask = [escape_braces(p) for p in _image_files(root)], "; say how they are named with files=... (--files), such as '{well}_s{site}_{channel}.tif'"
+    _require_wells(rows.assign(well=rows.well.map(_well_name)))
     for r in rows.itertuples():
         letter, number = _well_name(r.well)[0], int(_well_name(r.well)[1:])
         well = re.compile(rf'(?<![A-Za-z0-9])(?:[{letter}{letter.lower()}]0*{number}|[rR]{ord(letter)-64:02}[cC]{number:02})(?!\d)')
@@ -292,7 +296,7 @@ def read_platemap(
 
     Raises: FileNotFoundError; ValueError naming file and row of what is wrong, or a treatment that has come since.
     """
-    root = Path(path).expanduser()
+    root = user_path(path)
     d = _read_description(root)
     try: table = path_within(root, d['table'], links=True)
     except ValueError as e: raise ValueError(f'{root/"screen.json"}: table {e}') from None
@@ -356,12 +360,12 @@ def describe_screen(
     Described again, treatments keep their numbers, which runs know them by. Raises: FileNotFoundError; ValueError that says what does
     not fit, and which setting helps; FileExistsError for a folder of another screen.
     """
-    images = Path(images).expanduser()
+    images = user_path(images)
     if not images.is_dir(): raise FileNotFoundError(f'{images} is not a folder')
     out = user_path(out or images)
     before = _described_before(out, images)
     earlier = None if like is None else _read_description(like)
-    table = _only_table(images) if table is None else Path(table).expanduser()
+    table = _only_table(images) if table is None else user_path(table)
     rows = read_plate_map(table, columns)
     files, name = files or guess_pattern(images, rows), re.sub('/', '-', images.resolve().name) or 'experiment-1'
     sites, found, other = find_sites(images, files, rows)

@@ -143,9 +143,11 @@ def _check_loss(key, name, options):
     for k, v in options.items():
         if k=='reduction' and v!='mean': raise ValueError(f'{key}.reduction is {json.dumps(v)}, and training needs "mean"')
         word = k in known and isinstance(known[k].default, str)
-        if isinstance(v, dict) or isinstance(v, str)!=word: raise ValueError(f'{key}.{k} is {json.dumps(v)}, expected a {"word" if word else "number"}')
+        none = v is None and k in known and known[k].default is not None
+        if none or isinstance(v, dict) or isinstance(v, str)!=word: raise ValueError(f'{key}.{k} is {json.dumps(v)}, expected a {"word" if word else "number"}')
+        if isinstance(v, (int, float)) and not abs(v) <= 1e9: raise ValueError(f'{key}.{k} is {v}, expected a number of at most {1e9:,.0f}')
     try: create_loss(name, **options)
-    except (TypeError, ValueError) as e: raise ValueError(f'{key}: {e}') from None
+    except Exception as e: raise ValueError(f'{key}: {e}') from None
 
 def _margin_head(model): return model.head=='cosine' or model.head in ('batchnorm', 'neck') and model.classifier=='cosine'
 

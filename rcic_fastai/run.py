@@ -22,10 +22,10 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from .assign import assign_predictions, write_submission
-from .blend import blend_predictions, blend_report, blend_weights
+from .blend import _check_space, _normalised, blend_predictions, blend_report, blend_weights
 from .checkpoint import Checkpoint, History, checkpoint_files, latest_checkpoint, remove_checkpoints
 from .data import select_sites
-from .files import check_name, check_output, claim_folder, clean_partials, note_request, read_json, user_path, write_json, write_whole
+from .files import check_name, check_output, claim_folder, clean_partials, folder_contents, note_request, read_json, user_path, write_json, write_whole
 from .model import load_weights, read_meta, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
@@ -559,15 +559,20 @@ def blend_runs(
     if isinstance(weights, str) and weights!='chosen': raise ValueError(f"weights are {weights!r}, expected 'chosen' or a number per run")
     if weights=='chosen' and 'valid' not in splits: raise ValueError(f'weights are chosen on wells that were set aside, and {runs[0]} set none aside')
     if not splits: raise ValueError('there is nothing to blend: no wells were set aside, and the screen has no test split')
+    if weights=='chosen' and is_multilabel(screen.wells[infos[0]['target']]): raise ValueError('weights of several labels are chosen class by class: rcic-hpa-stack does that')
+    _check_space(space)
+    if not isinstance(weights, str): _normalised(weights, [r.name for r in runs])
     with claim_folder(out):
         note_request(out, 'blend.json', dict(runs=[str(r.resolve()) for r in runs], weights=weights, space=space), 'blend')
-        return _blend(runs, screen, out, weights, space, present_only, say, recipes, infos, splits)
+        try: return _blend(runs, screen, out, weights, space, present_only, say, recipes, infos, splits)
+        except ValueError: # runs that do not fit together; the folder is free for others
+            if folder_contents(out)==[out/'blend.json']: (out/'blend.json').unlink()
+            raise
 
 def _blend(runs, screen, out, weights, space, present_only, say, recipes, infos, splits):
     "Write the blend, its `run.json` last"
     found = {split: {run.name: _predicted(run, screen, split, present_only, say) for run in runs} for split in splits}
     several = is_multilabel(screen.wells[infos[0]['target']])
-    if weights=='chosen' and several: raise ValueError('weights of several labels are chosen class by class: rcic-hpa-stack does that')
     given = blend_weights(found['valid'], screen.wells, infos[0]['target'], space=space) if isinstance(weights, str) else weights
     blends = {split: blend_predictions(members, given, space) for split, members in found.items()}
     for split, p in blends.items(): p.save(out/'predictions'/f'{split}.npz')

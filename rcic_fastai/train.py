@@ -289,10 +289,17 @@ def recipe_model(
     n_channels:int=6, # inputs
     n_cell_types:int=0 # cell types the head can be told, if the recipe wants that
 ) -> ScreenModel:
-    "The network of a recipe, before training."
-    m = recipe.model
-    return create_model(m.arch, n_classes, n_channels=n_channels, pretrained=m.pretrained, init=m.first_conv, pool=m.pool, head=m.head,
-                        **_head_options(recipe, n_cell_types), **m.arch_options)
+    "The network of a recipe, before training. Raises: ValueError for `model.arch_options` that make no network."
+    m, said = recipe.model, f'model.arch_options is {json.dumps(recipe.model.arch_options)}'
+    try: model = create_model(m.arch, n_classes, n_channels=n_channels, pretrained=m.pretrained, init=m.first_conv, pool=m.pool, head=m.head,
+                              **_head_options(recipe, n_cell_types), **m.arch_options)
+    except ValueError as e: raise ValueError(f'{said}: {e}') if str(e).startswith('timm cannot build') else e from None
+    except (TypeError, RuntimeError, AssertionError, ArithmeticError, LookupError, AttributeError) as e:
+        if not m.arch_options: raise
+        raise ValueError(f'{said}, which makes no network of {m.arch}: {e}') from None
+    empty = next((k for k, p in model.body.named_parameters() if not p.numel()), None)
+    if empty and m.arch_options: raise ValueError(f'{said}, which leaves {empty} of {m.arch} without a single weight')
+    return model
 
 def new_head(
     model:ScreenModel, # a `ScreenModel`, changed in place
@@ -385,7 +392,8 @@ def _compile(model, recipe):
     "Compile the body in place, so that names of weights and `embed` stay; what looks into it while it validates runs uncompiled"
     if recipe.data.domains_per_batch > 1 or recipe.data.statistics=='controls':
         raise ValueError("device.compile: compiled code cannot keep the domains of a batch apart; set data.domains_per_batch to 1 and data.statistics to 'all', or device.compile to false")
-    backend = recipe.device.compile
+    backend, known = recipe.device.compile, torch.compiler.list_backends(exclude_tags=())
+    if backend is not True and backend not in known: raise ValueError(f'device.compile is {backend!r}, expected true, false or a backend of torch.compile: {", ".join(torch.compiler.list_backends())}')
     getattr(model, 'body', model).compile(**({} if backend is True else dict(backend=backend)))
 
 # %% ../nbs/09_train.ipynb #c3d1b034

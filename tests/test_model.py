@@ -1,10 +1,13 @@
 "Backbones, first convolutions, heads, weights in and out. Nothing is downloaded: loaders are replaced, files are made here."
 import copy
+import errno
 import io
+import os
 import pickle
 import socket
 import sys
 import urllib.error
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from fastai.layers import AdaptiveConcatPool2d
 from fastai.torch_core import TensorBase, TensorImage
 from pretrainedmodels.models import senet
+from safetensors.torch import save_file
 from torch import nn
 
 import rcic_fastai.model as M
@@ -230,7 +234,7 @@ def test_weights_from_a_file(tmp_path, suffix, classifier):
     if not classifier: state = {k: v for k,v in state.items() if not k.startswith('fc')}
     file = tmp_path/f'w{suffix}'
     if suffix == '.pth': torch.save({'state_dict': state, 'epoch': 3}, file)
-    else: M.save_file(state, file)
+    else: save_file(state, file)
     body = create_backbone('resnet18', pretrained=str(file), init='repeat')
     assert torch.equal(body.net.layer4[1].conv2.weight, state['layer4.1.conv2.weight'])
     torch.testing.assert_close(body.net.conv1.weight[:,3], state['conv1.weight'][:,0]/2)
@@ -588,19 +592,39 @@ def test_wrapped_models_save_their_own_names(tmp_path):
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path/'m.safetensors'; head = create_screen_head('linear', 4, 2)
     save_weights(head, file, {'n': 1}); before = file.read_bytes()
-    def half(state, path, metadata): path.write_bytes(b'half'); raise OSError('disk full')
-    monkeypatch.setattr(M, 'save_file', half)
+    def half(path, data):
+        with path.open('wb') as f: f.write(data[:9])
+        raise OSError('disk full')
+    monkeypatch.setattr(Path, 'write_bytes', half)
     with pytest.raises(OSError, match='disk full'): save_weights(head, file, {'n': 2})
+    monkeypatch.undo()
     assert file.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 def test_load_errors(tmp_path):
     file = tmp_path/'m.safetensors'; save_weights(create_screen_head('linear', 4, 2), file)
     with pytest.raises(ValueError, match=r'm.safetensors does not fit ScreenHead; .*classifier.weight is \(2, 4\), expected \(3, 4\)'):
         load_weights(create_screen_head('linear', 4, 3), file)
-    M.save_file({'a': torch.zeros(1), 'b': torch.zeros(1)}, tmp_path/'n.safetensors')
+    save_file({'a': torch.zeros(1), 'b': torch.zeros(1)}, tmp_path/'n.safetensors')
     with pytest.raises(ValueError, match='1 missing: classifier.weight; 2 unexpected: '):
         load_weights(create_screen_head('cosine', 4, 2), tmp_path/'n.safetensors')
     with pytest.raises(FileNotFoundError, match='none.safetensors'): load_weights(create_screen_head('linear', 4, 2), tmp_path/'none.safetensors')
     with pytest.raises(FileNotFoundError, match='none.safetensors'): read_meta(tmp_path/'none.safetensors')
     (tmp_path/'bad.safetensors').write_bytes(b'not a file')
     with pytest.raises(ValueError, match='bad.safetensors: not a file of save_weights'): read_meta(tmp_path/'bad.safetensors')
+
+
+@pytest.mark.parametrize("where", ["write", "fsync"])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, where):
+    "The weights of before stay, no temporary file of anybody is left, and the message has the name of the file"
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path, net = tmp_path / "model.safetensors", torch.nn.Linear(2, 2)
+    save_weights(net, path, dict(a=1))
+    before = path.read_bytes()
+    monkeypatch.setattr(*dict(write=(Path, "write_bytes"), fsync=(os, "fsync"))[where], full)
+    with pytest.raises(OSError, match="No space left on device.*model.safetensors") as e:
+        save_weights(torch.nn.Linear(2, 2), path)
+    assert e.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == before

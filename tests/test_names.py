@@ -254,3 +254,9 @@ def test_short_tests_of_learning_rates(small_screen, steps):
     assert all(1e-8 < v < 10 for v in found)
     with pytest.raises(ValueError, match="--steps is 19, expected 20 or more"):
         find_lr(read_screen(small_screen), get_recipe("laptop"), steps=19)
+
+
+def test_folders_that_begin_with_a_tilde(small_screen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_screen, tmp_path / "~nobody-here")
+    assert len(read_screen("./~nobody-here").wells) == len(read_screen(small_screen).wells)

@@ -50,6 +50,7 @@ def test_names_of_wells(tmp_path, well, name):
     ("a,b\n1,2\n", None, "is known to name the well"),
     ("well,treatment\n", None, "the table is empty"),
     ("well,treatment\nQ1,x\n", None, "row 2: well 'Q01' is not on a plate"),
+    ("well,treatment\nwell,treatment\nA1,x\n", None, "wells.csv: row 2: the header is there once more"),
     ("well,treatment\nA1,x\nA01,y\n", None, "row 3: id_code experiment-1_1_A01 is already in wells.csv: row 2"),
     ("well,treatment,well_type\nA1,x,control\n", None, "well_type 'control' is unknown"),
     ("well,treatment,split\nA1,x,trian\n", None, "split 'trian' is unknown; did you mean 'train'?"),
@@ -357,3 +358,15 @@ def test_a_run_knows_its_treatments_by_name(own, tmp_path):
     (run / "run.json").write_text(json.dumps(info))
     predict_run(run, grown, "test", progress=False, **quiet)
     assert finished_run(screen, recipe, run)
+
+
+@pytest.mark.parametrize("word", ["#VALUE!", "#REF!", "#DIV/0!", "#N/A", "#NAME?", "NaT", "–", "—", "unknown", "TBD", "n.d."])
+def test_words_of_programs_for_nothing_are_no_treatments(tmp_path, word):
+    wells = plate_map_wells(read_plate_map(write_table(tmp_path, f"well,treatment\nA1,x\nA2,{word}\n")))
+    assert wells.treatment.isna().tolist() == [False, True] and wells.split.tolist() == ["train", "test"]
+
+
+def test_a_well_that_is_none_is_named_before_names_of_files_are_guessed(tmp_path):
+    rows = read_plate_map(write_table(tmp_path, "well,treatment\nA1,x\nELLA,y\n"))
+    with pytest.raises(ValueError, match="wells.csv: row 3: well 'ELLA'"):
+        guess_pattern(tmp_path, rows)

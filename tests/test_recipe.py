@@ -4,9 +4,10 @@ import json
 from dataclasses import asdict, fields, is_dataclass
 
 import pytest
+import torch
 
 from rcic_fastai.recipe import change_recipe, compare_recipes, get_recipe, laptop_recipe, list_recipes, recipe_from_json, recipe_to_json, recipes
-from rcic_fastai.train import Recipe
+from rcic_fastai.train import Recipe, _compile, recipe_model
 
 
 def leaves(settings, where=""):
@@ -140,3 +141,24 @@ def test_lists_and_options_are_looked_into(setting):
 def test_a_laptop_needs_epochs(epochs):
     with pytest.raises(ValueError, match="--laptop"):
         laptop_recipe(get_recipe("laptop"), epochs)
+
+
+@pytest.mark.parametrize("options", [dict(stem_width=-1), dict(channels=[0, 0, 0, 0]), dict(channels=[99999999999999999999] * 4), dict(channels=["x"]),
+                                     dict(stem_width="x"), dict(nope=1)])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_options_that_make_no_network_are_named(options):
+    recipe = change_recipe(get_recipe("laptop"), f"model.arch_options={json.dumps(options)}", "model.arch=resnet10t")
+    with pytest.raises(ValueError) as e:
+        recipe_model(recipe, 5)
+    assert str(e.value).startswith(f"model.arch_options is {json.dumps(options)}") and "resnet10t" in str(e.value)
+
+
+@pytest.mark.parametrize("text", ['{"s": 99999999999999999999}', '{"m": null}', '{"s": -1e300}'])
+def test_options_that_make_no_loss_are_named(text):
+    with pytest.raises(ValueError, match=r"loss\.options\.[sm] is "):
+        change_recipe(recipes["laptop"], f"loss.options={text}")
+
+
+def test_a_compiler_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match=r"device\.compile is 'x', expected true, false or .*inductor"):
+        _compile(torch.nn.Linear(2, 2), change_recipe(recipes["laptop"], "device.compile=x", "data.domain=null", "data.domains_per_batch=1", "data.statistics=all"))

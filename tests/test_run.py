@@ -1,6 +1,7 @@
 "Runs of all stages: domains with controls, mixing, pseudo-labels, networks per cell type, the published systems."
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -253,3 +254,12 @@ def test_a_packed_screen_gives_the_same_run(small_screen, tmp_path):
     with pytest.warns(UserWarning, match="was trained on images of 48 x 48 pixels, these have 24 x 24"):
         pack_screen(read_screen(small_screen), tmp_path / "half", size=24, progress=False)
         predict_run(run, read_screen(tmp_path / "half"), "test", progress=False, say=lambda *a: None)
+
+
+@pytest.mark.parametrize("options", [dict(weights="0,0"), dict(weights="1,2,3"), dict(space="foo")])
+def test_options_that_a_blend_refuses_leave_nothing(small_run, small_screen, tmp_path, options):
+    "The folder is free for the command as it was meant"
+    runs = [shutil.copytree(small_run, tmp_path / n) for n in "ab"]
+    with pytest.raises(CliError, match="weights|space"):
+        cli.rcic_blend(run=runs, data=small_screen, out=tmp_path / "blend", **options)
+    assert not (tmp_path / "blend").exists()
