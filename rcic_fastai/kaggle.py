@@ -21,11 +21,14 @@ from pathlib import Path
 from collections.abc import Collection, Sequence
 
 import pandas as pd
+import torch
 from fastai.callback.core import Callback
+from safetensors import safe_open
 
 from .assign import accuracy_ladder
+from .credentials import refuse_password
 from .checkpoint import Checkpoint, TrainingStopped
-from .files import check_free, check_name, check_output, claim_folder, clean_partials, path_within, read_json, user_path, write_json, write_whole
+from .files import check_free, check_name, check_output, claim_folder, clean_partials, naming, path_within, read_json, user_path, write_json, write_whole
 from .hpa import Atlas, fit_thresholds, label_truth
 from .kaggle_client import kaggle_user
 from .multilabel import average_precision, f1_floors
@@ -33,7 +36,7 @@ from .multilabel_loss import multilabel_losses
 from .predict import predict_run, well_accuracy
 from .recipe import get_recipe, recipe_to_json
 from .screen import Screen, plate_groups
-from .train import Recipe, read_run
+from .train import Recipe, read_run, recipe_model
 from .wheels import image_lacks, input_folders, install_wheels, installed_wheel, pack_wheels
 
 # %% ../nbs/18_kaggle.ipynb #f97f43bd
@@ -150,6 +153,7 @@ def kaggle_slug(
     title:str # of a kernel or a dataset
 ) -> str: # the last part of its address
     "What Kaggle makes of a title. Raises: ValueError for one it would not take."
+    refuse_password(title, 'title')
     if not 5 <= len(title) <= 50 or not title.isascii(): raise ValueError(f'title {title!r}: Kaggle takes 5 to 50 characters, here plain ones, so that its address is known')
     return re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')
 
@@ -254,9 +258,20 @@ def _check_weights(run, user, title):
     "The name of a dataset of weights; what is known of the run"
     info = read_run(run)[1]
     if 'blend' in info: raise ValueError(f'{run} is a blend of {", ".join(info["blend"])}: build a kernel of each of them')
+    for part in info.get('parts', ['.']): _check_network(user_path(run)/part)
     name = f'{_check_source("--user", user, 1)}/{kaggle_slug(title)}'
     if len(title) < 6: raise ValueError(f'title {title!r}: Kaggle takes 6 to 50 characters for a dataset')
     return name, info
+
+def _check_network(run):
+    "Refuse weights that are damaged, or those of another network, by the head of their file"
+    (recipe, info), path = read_run(run), run/'model.safetensors'
+    with naming(path, 'file of weights'), safe_open(path, 'pt') as f: found = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    with torch.random.fork_rng(devices=[]):
+        model = recipe_model(replace(recipe, model=replace(recipe.model, pretrained=False)), len(info['classes']), len(info['channels']), len(info['cell_types']))
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
+    wrong = [k for k in own if found.get(k)!=own[k]]
+    if wrong: raise ValueError(f'{path} is not of the network of recipe.json: {wrong[0]} is {found.get(wrong[0], "missing")}, expected {own[wrong[0]]}')
 
 def _write_weights(run, out, info, title, name):
     "Copy what inference needs; what an earlier run had and this one has not is removed"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from .embed import postprocess_names
+from .credentials import refuse_password
 from .files import parse_json, read_text, user_path
 from .loss import create_loss, losses
 from .model import check_arch
@@ -182,6 +183,14 @@ def _check_labels(recipe):
     if several and recipe.pseudo.start is not None: raise ValueError('pseudo-labels are for one label per image')
     tta_group(recipe.inference.tta)
 
+def _check_passwords(key, value):
+    "No setting may hold a password"
+    if isinstance(value, dict):
+        for k, v in value.items(): _check_passwords(f'{key}.{k}', v)
+    elif isinstance(value, (list, tuple)):
+        for v in value: _check_passwords(key, v)
+    elif isinstance(value, str): refuse_password(value, key)
+
 def _margins(loss): return loss if loss in ('am_softmax', 'arcface', 'ce_arcface') else None
 
 def check_recipe(
@@ -190,6 +199,7 @@ def check_recipe(
     "Refuse what cannot work. Raises: ValueError naming the setting and what it may be."
     get = lambda k: getattr(getattr(recipe, k[0]), k[1])
     recipe = recipe_from_dict(asdict(recipe)) # types
+    for name, value in asdict(recipe).items(): _check_passwords(name, value)
     for k, known in _choices.items():
         if get(k) not in known: raise ValueError(f'{".".join(k)} is {json.dumps(get(k))}, expected one of {", ".join(map(json.dumps, known))}')
     for k, limits in _ranges.items(): _check_range('.'.join(k), get(k), *limits)

@@ -34,7 +34,7 @@ from .pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites,
 from .screen import Screen, plate_groups, valid_mask
 from .store import check_screen_output
 from .target import is_multilabel
-from .train import (PseudoSettings, Recipe, TrainSettings, _plain_log, compare_recipes, fit_stage, new_head, pretrain_on_controls, read_run,
+from .train import (PseudoSettings, Recipe, TrainSettings, _plain_log, check_target_column, compare_recipes, fit_stage, new_head, pretrain_on_controls, read_run,
                                recipe_dataloaders, recipe_from_dict, recipe_model, screen_learner, suggest_lr, write_run, _run_histograms, _run_stats)
 
 # %% ../nbs/11b_run.ipynb #d6c0d1e6
@@ -556,6 +556,7 @@ def blend_runs(
         if info['target']!=infos[0]['target']: raise ValueError(f'{run} predicts {info["target"]}, {runs[0]} {infos[0]["target"]}')
         if set(info['valid_wells'])!=set(infos[0]['valid_wells']): raise ValueError(f'{run} and {runs[0]} set other wells aside: what one validates on, the other has trained on')
     splits = (['valid'] if infos[0]['valid_wells'] else []) + (['test'] if ((screen.wells.split=='test') & (screen.wells.well_type=='treatment')).any() else [])
+    check_target_column(runs[0], infos[0]['target'], screen.wells)
     if isinstance(weights, str) and weights!='chosen': raise ValueError(f"weights are {weights!r}, expected 'chosen' or a number per run")
     if weights=='chosen' and 'valid' not in splits: raise ValueError(f'weights are chosen on wells that were set aside, and {runs[0]} set none aside')
     if not splits: raise ValueError('there is nothing to blend: no wells were set aside, and the screen has no test split')

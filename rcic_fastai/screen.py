@@ -101,6 +101,7 @@ def read_rows(
     names, rows = _header(path.name, *records[0]), []
     for i, r in records[1:]:
         if any(r[len(names):]) or len(r) < len(names): raise ValueError(f'{path.name}: row {i}: {len(r)} cells where the header has {len(names)}')
+        if r[:len(names)]==names: raise ValueError(f'{path.name}: row {i}: the header is there once more')
         rows.append(r[:len(names)])
     if not rows: raise ValueError(f'{path.name}: the table is empty: a header and no rows')
     return pd.DataFrame(rows, columns=names).assign(file=path.name, row=[i for i, _ in records[1:]])
@@ -123,7 +124,8 @@ def read_table(
     return table[[*columns, 'file', 'row']]
 
 # %% ../nbs/00a_screen.ipynb #c77c8198
-_UNKNOWN = {'', '-', '--', '?', '#na', '#n/a', '#n/a n/a', '<na>', 'na', 'n/a', 'n.a.', 'nan', '-nan', 'none', 'null', 'nil', 'missing', '1.#ind', '-1.#ind', '1.#qnan', '-1.#qnan'}
+_UNKNOWN = {'', '-', '--', '?', '#na', '#n/a', '#n/a n/a', '<na>', 'na', 'n/a', 'n.a.', 'nan', '-nan', 'none', 'null', 'nil', 'missing', 'nat', 'unknown', 'tbd', 'tba', 'n.d.',
+            '–', '—', '−', '#value!', '#ref!', '#div/0!', '#name?', '#num!', '#null!', '1.#ind', '-1.#ind', '1.#qnan', '-1.#qnan'}
 
 def is_unknown(
     values:pd.Series,       # text
@@ -247,7 +249,7 @@ def _is_hpa(table):
 
 def _find_screen(path, layout=None):
     "The folder of the tables, and the layout."
-    path = Path(path).expanduser()
+    path = user_path(path)
     if layout not in (None, *LAYOUTS): raise ValueError(f'layout {layout!r} is unknown{_nearest(layout, LAYOUTS)}')
     if not path.is_dir(): raise FileNotFoundError(f'{path} is not a folder')
     if layout in ('kaggle', 'hpa', 'platemap'): return path, layout

@@ -9,7 +9,7 @@ __all__ = ['RUN_FORMAT', 'DataSettings', 'ModelSettings', 'LossSettings', 'Train
            'ScreenRecorder', 'ScreenLearner', 'SmoothLoss', 'LossOnDevice', 'ImageOnly', 'screen_learner',
            'stage_callbacks', 'suggest_lr', 'fit_stage', 'sample_sites', 'measure_stats', 'measure_histograms',
            'stats_with', 'histograms_with', 'complete_stats', 'recipe_dataloaders', 'pretrain_on_controls',
-           'recipe_from_dict', 'noted_path', 'write_run', 'read_run', 'run_data', 'load_run']
+           'recipe_from_dict', 'noted_path', 'write_run', 'read_run', 'run_data', 'check_target_column', 'load_run']
 
 # %% ../nbs/09_train.ipynb #23896608
 import difflib, inspect, json, math, os, sys, types, typing, warnings
@@ -397,7 +397,7 @@ def _compile(model, recipe):
     getattr(model, 'body', model).compile(**({} if backend is True else dict(backend=backend)))
 
 # %% ../nbs/09_train.ipynb #c3d1b034
-def _several_labels(dls): return any(isinstance(t, MultiLabelCategorize) for tl in dls.train_ds.tls for t in tl.tfms)
+def _several_labels(dls): return any(isinstance(t, MultiLabelCategorize) for tl in getattr(dls.train_ds, 'tls', ()) for t in tl.tfms)
 
 def _asked_recipe(recipe, dls, loss_given, model=None) -> Recipe:
     "A recipe, or one around the name of an architecture, with the batches that `dls` makes"
@@ -483,7 +483,8 @@ def screen_learner(
 def _context_encoder(dls): return next(t for t in dls.train_ds.tls[1].tfms if hasattr(t, 'cell_types'))
 
 def _need_context(dls):
-    tls = getattr(getattr(dls, 'train_ds', None), 'tls', [])
+    tls = getattr(getattr(dls, 'train_ds', None), 'tls', None)
+    if tls is None: return # loaders that fastai knows nothing of: whoever wrote them knows
     if len(tls) > 1 and any(hasattr(t, 'cell_types') for t in tls[1].tfms): return
     raise ValueError('these batches have no context beside the image (cell type, experiment, plate): make them with '
                      "screen_dataloaders or screen_block; for others there is fastai's vision_learner(dls, 'resnet18', n_in=6)")
@@ -1160,6 +1161,14 @@ def run_data(
     raise FileNotFoundError(f'the data of {run} was in {there}{from_where}, which does not exist here: say where it is now with --data (data=...)')
 
 # %% ../nbs/09_train.ipynb #37ed24a5
+def check_target_column(
+    run:str|Path, # a run folder
+    target:str, # that its run.json names
+    table:pd.DataFrame # wells or sites
+):
+    "Refuse a run whose target the wells do not have. Raises: ValueError naming run.json and the columns there are."
+    if target not in table: raise ValueError(f'{Path(run)/"run.json"}: target is {target!r}, and the wells have only {", ".join(map(str, table.columns))}')
+
 def _known_classes(values, classes):
     "The values of a target that a network knows; others become unknown"
     if not is_multilabel(values): return values.where(values.isin(classes))
@@ -1205,6 +1214,7 @@ def load_run(
         warnings.warn(f'{run} was trained on images of {" x ".join(map(str, info["image_size"]))} pixels, these have {" x ".join(map(str, side))}')
     recipe = replace(recipe, data=replace(recipe.data, controls=0, domains_per_batch=1, statistics='all'), train=TrainSettings(), # nothing is trained
                      model=replace(recipe.model, pretrained=False), device=replace(recipe.device, compile=False))
+    check_target_column(run, info['target'], sites)
     sites = sites.assign(**{info['target']: _known_classes(sites[info['target']], info['classes'])})
     experiments = info['experiments'] + sorted(set(sites.experiment)-set(info['experiments']))
     common = dict(target=info['target'], classes=info['classes'], cell_types=info['cell_types'], experiments=experiments,

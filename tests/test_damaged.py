@@ -9,7 +9,7 @@ from PIL import Image
 
 from rcic_fastai.assign import score_submission
 from rcic_fastai.platemap import describe_screen, read_platemap
-from rcic_fastai.predict import Predictions
+from rcic_fastai.predict import Predictions, embed_run, predict_run
 from rcic_fastai.report import read_history, read_truth
 from rcic_fastai.run import Stages, submit_run
 from rcic_fastai.screen import read_screen
@@ -79,6 +79,13 @@ def test_run_that_is_loaded(run, sites):
         (run / "run.json").write_text(json.dumps({**stats, "stats": other}))
         with pytest.raises(ValueError, match="run.json: stats"):
             load_run(run, sites)
+
+
+def test_a_target_that_the_wells_do_not_have(run, small_screen):
+    (run / "run.json").write_text(json.dumps({**json.loads((run / "run.json").read_text()), "target": "nope"}))
+    for use in (predict_run, embed_run):
+        with pytest.raises(ValueError, match="run.json: target is 'nope', and the wells have only .*sirna"):
+            use(run, read_screen(small_screen), "test", progress=False, say=quiet)
 
 
 def test_histograms(run):

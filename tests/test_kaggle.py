@@ -115,6 +115,19 @@ def tiny_run(small_screen, tmp_path_factory):
     return run
 
 
+def test_weights_that_are_damaged_are_not_packed(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    weights = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"): build_kernel(tmp_path / "k", "infer", run=run, user="ada")
+    (run / "model.safetensors").write_bytes(weights)
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["model"]["arch_options"]["channels"] = [8, 8, 8, 8]
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="not of the network of recipe.json: .* expected "): build_kernel(tmp_path / "k", "infer", run=run, user="ada")
+    assert not (tmp_path / "k").exists()
+
+
 @pytest.mark.timeout(900)  # twice a library imported for the first time, on a machine that may be busy
 def test_kernels_run_offline_without_the_library(bare, tiny_run, small_screen, tmp_path):
     """One kernel trains, another one infers from an attached dataset: the same submission as outside.
@@ -237,6 +250,7 @@ def test_what_kaggle_would_refuse_is_refused_here(tiny_run, tmp_path, monkeypatc
     monkeypatch.setattr(rcic_fastai.kaggle, "notebook_limit", 100_000)
     bad = [
         (dict(title="RCIC"), "Kaggle takes 5 to 50 characters"),
+        (dict(title="https://bob:Hunter2@h/w"), r"title holds an address with a password, https://\*\*\*@h/w"),
         (dict(user="ada/lovelace"), "--user is 'ada/lovelace'"),
         (dict(datasets=["backbones"]), "--dataset is 'backbones', expected USER/NAME"),
         (dict(models=["a/b"]), "expected USER/NAME/FRAMEWORK/VARIATION/VERSION"),

@@ -137,6 +137,15 @@ def test_lists_and_options_are_looked_into(setting):
         change_recipe(get_recipe("laptop"), setting)
 
 
+@pytest.mark.parametrize("setting", ["source=https://bob:Hunter2@h/w", "model.pretrained=https://bob:Hunter2@h/w.pth"])
+def test_no_setting_holds_a_password(setting):
+    key = setting.partition("=")[0]
+    with pytest.raises(ValueError, match=f"{key} holds an address with a password") as e:
+        change_recipe(recipes["laptop"], setting)
+    assert "Hunter2" not in str(e.value)
+    assert change_recipe(recipes["laptop"], "source=https://h/w?page=1#at@b").source
+
+
 @pytest.mark.parametrize("epochs", [0, -5, True, 10**9])
 def test_a_laptop_needs_epochs(epochs):
     with pytest.raises(ValueError, match="--laptop"):
