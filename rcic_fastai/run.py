@@ -127,6 +127,7 @@ class PseudoLabels(Callback):
         self.learn.dls.loaders[0] = new
 
 # %% ../nbs/11b_run.ipynb #74a137af
+_BEGUN = 'begun.json' # in the folder of a run while it is trained
 _free = ('checkpoint.steps', 'checkpoint.keep', 'data.workers', 'data.cache') # change nothing of what is computed
 
 def _differences(started, recipe, asked):
@@ -186,6 +187,7 @@ class Stages:
         items, settings = learn.dls.train_ds.items, self.recipe.checkpoint
         self.trained |= set(items.id_code[~items.pseudo.fillna(False).astype(bool)] if 'pseudo' in items else items.id_code)
         if len(learn.dls.valid_ds): check_no_leak(self.trained, learn.dls.valid_ds.items.id_code, name)
+        write_whole(self.run/_BEGUN, json.dumps(self.extra, default=str)) # a training that is killed before its first checkpoint is known by it
         state, self.resume, self.history.stage = self.resume, None, name
         if stage.find_lr: stage = replace(stage, lr=self._found_lr(learn, name, stage))
         checkpoint, cbs = Checkpoint(self.run/'checkpoints', name, settings.steps, settings.keep, state, self.extra, self.say), [self.history, *cbs]
@@ -304,6 +306,7 @@ def finished_run(
     other = 'it does not say of which settings' if request is None else _differences(request, recipe, asked)
     if other: raise FileExistsError(f'{run} holds a finished run, and not of what is asked for ({other}); give another folder or delete it')
     remove_checkpoints(run/'checkpoints') # a kill may have come before
+    (run/_BEGUN).unlink(missing_ok=True)
     return True
 
 def train_run(
@@ -334,11 +337,14 @@ def train_run(
         if parts: return _train_parts(screen, recipe, run, target, wells, valid, present_only, say, cbs)
         return _train(screen, recipe, run, target, wells, valid, present_only, say, cbs, start)
 
+_written = ('model.safetensors', 'recipe.json', 'best.safetensors', 'history.csv', 'learning_rates.json', 'histograms.npz', 'pseudo.json', 'submission.csv',
+            *(f'predictions/{s}.npz' for s in ('train', 'valid', 'test'))) # by a training, and by what comes after it
+
 def _check_begun(run):
-    "A network that no training of ours has left here would be replaced at the end"
-    found = [n for n in ('model.safetensors', 'recipe.json') if (run/n).exists()]
-    ours = checkpoint_files(run/'checkpoints') or any(run.glob('*/run.json')) or 'model.safetensors' in found and 'recipe' in read_meta(run/found[0])
-    if found and not ours:
+    "What no training of ours has left here would be replaced"
+    found = [n for n in _written if (run/n).exists() and not (n=='recipe.json' and any(run.glob('*/run.json')))] # of networks per cell type
+    ours = checkpoint_files(run/'checkpoints') or 'model.safetensors' in found and 'recipe' in read_meta(run/found[0])
+    if found and not ours and not ((run/_BEGUN).is_file() and {'recipe', 'asked'} <= set(read_json(run/_BEGUN))):
         raise FileExistsError(f'{run} holds {found[0]}, and no training that was begun: give another folder')
 
 def _train(screen, recipe, run, target, wells, valid, present_only, say, cbs, start):
@@ -389,6 +395,7 @@ def _train(screen, recipe, run, target, wells, valid, present_only, say, cbs, st
     if pseudo: written['pseudo'] = pseudo[0].log
     _write_run(learn, recipe, run, screen, sites, mask, common, written)
     remove_checkpoints(run/'checkpoints') # the run is finished, they have served
+    (run/_BEGUN).unlink(missing_ok=True)
     return learn
 
 _own_names = 'all', 'checkpoints', 'predictions', 'embeddings', 'tensorboard', 'wandb'

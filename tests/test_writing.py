@@ -159,6 +159,26 @@ def test_what_is_read_stays(mine, name):
     assert tree(mine) == before
 
 
+@pytest.mark.parametrize("name", ["best.safetensors", "history.csv", "submission.csv", "predictions/test.npz", "recipe.json"])
+def test_a_run_is_not_written_among_files_of_others(small_screen, tmp_path, name):
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(CliError, match=f"run holds {name}, and no training that was begun"): cli.rcic_train(data=small_screen, run=tmp_path / "run", laptop=1)
+    assert [p.read_text() for p in (tmp_path / "run").rglob("*") if p.is_file()] == ["mine"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_goes_on(small_screen, tmp_path, monkeypatch):
+    "It is known by begun.json, which is gone at the end"
+    screen, recipe, quiet = read_screen(small_screen), laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), dict(say=lambda *a: None)
+    with monkeypatch.context() as m:
+        m.setattr(run, "fit_stage", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): run.train_run(screen, recipe, tmp_path / "run", **quiet)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["begun.json"]
+    (tmp_path / "run" / "history.csv").write_text("of its first epoch")
+    run.train_run(screen, recipe, tmp_path / "run", **quiet)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"history.csv", "recipe.json", "run.json", "model.safetensors"}
+
+
 def test_a_blend_is_written_to_a_folder_of_its_own(mine, tmp_path):
     "Neither over a run with a network per cell type, nor over another blend; the same blend again is welcome"
     shutil.copytree(mine / "run", tmp_path / "second")
