@@ -85,6 +85,25 @@ def _check_limits(func, args, kwargs):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high: # NaN is neither
             raise ValueError(f'--{name.replace("_", "-")} is {value}, expected {low:,} to {high:,}')
 
+_written:dict[str, str] = dict(rcic_simulate='out', rcic_describe='out', rcic_pack='out', rcic_blend='out', rcic_demo='out', rcic_download='out', rcic_train='run',
+                               rcic_hpa_simulate='out', rcic_kaggle='folder') # option of each command that is a folder to write
+
+def _check_folder(func, args, kwargs):
+    "Refuse a file, or a link that leads nowhere, where a folder is written"
+    name = _written.get(func.__name__)
+    path = inspect.signature(func).bind_partial(*args, **kwargs).arguments.get(name)
+    if path is None: return
+    option, path = f'--{name}', Path(path)
+    if path.is_symlink() and not path.exists(): raise ValueError(f'{option} {path} is a link to {os.readlink(path)}, which does not exist: give another folder')
+    if path.exists() and not path.is_dir(): raise ValueError(f'{option} {path} is a file, expected a folder')
+
+def _check_picture(path):
+    "Refuse a picture that matplotlib does not write, before the work"
+    from matplotlib.backend_bases import FigureCanvasBase
+    path, kinds = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix and path.suffix[1:].lower() not in kinds: raise ValueError(f'--out {path} is no kind of picture; the name ends with one of {", ".join("."+k for k in kinds)}')
+    if path.is_dir(): raise ValueError(f'--out {path} is a folder, expected the name of a picture')
+
 def _numbers(text, option, kind=int, low=-math.inf):
     "Numbers between commas"
     try: found = [kind(t) for t in text.split(',')]
@@ -101,6 +120,7 @@ def command(
         with one_line_errors(kwargs.get('debug', False)):
             args, kwargs = _expanded(list(args)), {k: _expanded(v) for k, v in kwargs.items()}
             _check_limits(func, args, kwargs)
+            _check_folder(func, args, kwargs)
         return func(*args, **kwargs)
     return call_parse(called)
 
@@ -169,6 +189,7 @@ def rcic_show(
         from rcic_fastai.files import write_whole
         from rcic_fastai.screen import read_screen
         from rcic_fastai.store import check_screen_output
+        _check_picture(out)
         screen = read_screen(data)
         out = check_screen_output(out, screen)
         with plt.ioff():
@@ -287,6 +308,7 @@ def rcic_find_lr(
         from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
         from rcic_fastai.run import find_lr
         from rcic_fastai.screen import read_screen
+        _check_picture(out)
         settings = get_recipe(recipe)
         settings = change_recipe(settings if laptop is None else laptop_recipe(settings, laptop), *(set or []))
         for name, rate in find_lr(read_screen(data), settings, target, steps, out, present_only, _say)._asdict().items(): _say(f'{name:>8}: {rate:.2e}')

@@ -247,6 +247,7 @@ def claim_folder(
     Raises: FolderClaimed naming the process that holds it; ValueError if it is no folder.
     """
     folder = user_path(folder)
+    if folder.is_symlink() and not folder.exists(): raise ValueError(f'{folder} is a link to {os.readlink(folder)}, which does not exist: give another folder')
     if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is no folder')
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

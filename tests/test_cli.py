@@ -81,6 +81,25 @@ def command(monkeypatch, capsys):
     return lambda name, *args: in_process(monkeypatch, capsys, name, *args)
 
 
+def test_outputs_that_cannot_be_are_refused_before_the_work(command, small_screen, tmp_path):
+    "A picture of no kind, a file in the place of a folder, a link that leads nowhere: one sentence that names the option, and nothing is written"
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for name in ("rcic-show", "rcic-find-lr"):
+        status, _, err = command(name, "--data", small_screen, "--out", tmp_path / "x.csv")
+        assert status == 1 and "--out" in err and "x.csv is no kind of picture" in err and ".png" in err
+        status, _, err = command(name, "--data", small_screen, "--out", tmp_path)
+        assert status == 1 and f"--out {tmp_path} is a folder" in err
+    commands = [("rcic-simulate", "out"), ("rcic-pack", "out", "--data", small_screen), ("rcic-train", "run", "--data", small_screen), ("rcic-demo", "out"),
+                ("rcic-describe", "out", "--data", small_screen), ("rcic-kaggle", "folder", "build")]  # fmt: skip
+    for name, option, *more in commands:
+        for place, message in (("file", "is a file, expected a folder"), ("link", "is a link to")):
+            status, _, err = command(name, *more, f"--{option}", tmp_path / place)
+            assert status == 1 and f"--{option} {tmp_path / place} {message}" in err and err.count("\n") == 1, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before and (tmp_path / "file").read_text() == "mine"
+
+
 def test_errors_of_each_command(command, small_screen, small_run, tmp_path):
     bad = [
         (("rcic-simulate", "--out", tmp_path / "s", "--sirnas", 2000), "plates hold 4 to 1108 treatments"),
