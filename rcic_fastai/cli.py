@@ -86,7 +86,7 @@ def _check_limits(func, args, kwargs):
             raise ValueError(f'--{name.replace("_", "-")} is {value}, expected {low:,} to {high:,}')
 
 _written:dict[str, str] = dict(rcic_simulate='out', rcic_describe='out', rcic_pack='out', rcic_blend='out', rcic_demo='out', rcic_download='out', rcic_train='run',
-                               rcic_hpa_simulate='out', rcic_kaggle='folder') # option of each command that is a folder to write
+                               rcic_hpa_simulate='out', rcic_hpa_duplicates='out', rcic_hpa_stack='out', rcic_kaggle='folder') # option of each command that is a folder to write
 
 def _check_folder(func, args, kwargs):
     "Refuse a file, or a link that leads nowhere, where a folder is written"
