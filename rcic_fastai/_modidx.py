@@ -57,6 +57,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'rcic_fastai.assign.assign_experiment': ('assign.html#assign_experiment', 'rcic_fastai/assign.py'),
                                     'rcic_fastai.assign.assign_predictions': ('assign.html#assign_predictions', 'rcic_fastai/assign.py'),
                                     'rcic_fastai.assign.assign_screen': ('assign.html#assign_screen', 'rcic_fastai/assign.py'),
+                                    'rcic_fastai.assign.check_submission_path': ( 'assign.html#check_submission_path',
+                                                                                  'rcic_fastai/assign.py'),
                                     'rcic_fastai.assign.class_margins': ('assign.html#class_margins', 'rcic_fastai/assign.py'),
                                     'rcic_fastai.assign.infer_plate_groups': ('assign.html#infer_plate_groups', 'rcic_fastai/assign.py'),
                                     'rcic_fastai.assign.merge_truth': ('assign.html#merge_truth', 'rcic_fastai/assign.py'),

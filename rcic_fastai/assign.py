@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ASSIGN_METHODS', 'assign_classes', 'plate_group_values', 'PlateGroups', 'allowed_classes', 'infer_plate_groups',
            'plate_group_votes', 'vote_plate_groups', 'Assignment', 'argmax_classes', 'class_margins',
-           'assign_experiment', 'assign_screen', 'write_submission', 'treatment_numbers', 'merge_truth',
-           'score_submission', 'score_table', 'assign_predictions', 'accuracy_ladder']
+           'assign_experiment', 'assign_screen', 'check_submission_path', 'write_submission', 'treatment_numbers',
+           'merge_truth', 'score_submission', 'score_table', 'assign_predictions', 'accuracy_ladder']
 
 # %% ../nbs/11_assign.ipynb #bc5e0a35
 from collections.abc import Iterable
@@ -369,6 +369,16 @@ def _check_labels(labels, ids, name):
         row = bad.idxmax()
         raise ValueError(f'{name}: row {row} ({ids[row]}): sirna is {str(labels[row]) or "empty"}, expected an integer from 0 on')
     return numbers.astype(int)
+
+def check_submission_path(
+    path:str|Path # file that is to be written
+) -> Path: # the same
+    "Refuse to replace a file that is no submission. Raises: FileExistsError."
+    path = Path(path)
+    if not path.is_file() or not path.stat().st_size: return path
+    with path.open('rb') as f: head = f.readline(1000).decode('utf-8-sig', 'replace')
+    if [c.strip(' "\r\n') for c in head.split(',')] in (['id_code', 'sirna'], ['id_code', 'sirna', 'treatment'], ['Id', 'Predicted']): return path
+    raise FileExistsError(f'{path} is no submission (a table of id_code,sirna or Id,Predicted), and only such a file is replaced: give another name')
 
 def write_submission(
     id_codes:ArrayLike, # (W,) str: wells, in any order

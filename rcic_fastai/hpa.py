@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 
+from .assign import check_submission_path
 from .duplicates import external_keys, find_twins, hash_sites, join_groups, label_agreement, resolve_labels
 from .files import read_text, user_path, write_whole
 from .folds import grouped_folds
@@ -268,7 +269,7 @@ def submit_labels(
     run = user_path(run)
     recipe, info = read_run(run)
     if info['target']!='labels': raise ValueError(f'{run} predicts {info["target"]}; a submission of labels needs a run that predicts labels')
-    out = check_screen_output(out or Path(run)/'submission.csv', atlas, sample, *_run_files(run))
+    out = check_submission_path(check_screen_output(out or Path(run)/'submission.csv', atlas, sample, *_run_files(run)))
     test, method = Predictions.load(Path(run)/'predictions'/'test.npz').wells(), method or recipe.inference.thresholds
     if info['valid_wells']:
         valid = _kept(run, atlas, 'valid', say)

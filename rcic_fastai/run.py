@@ -21,7 +21,7 @@ from fastai.callback.all import Callback, minimum, slide, steep, valley
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
-from .assign import assign_predictions, write_submission
+from .assign import assign_predictions, check_submission_path, write_submission
 from .blend import _check_space, _normalised, blend_predictions, blend_report, blend_weights
 from .checkpoint import Checkpoint, History, checkpoint_files, latest_checkpoint, remove_checkpoints
 from .data import select_sites
@@ -509,7 +509,7 @@ def submit_run(
     if info['target']!='sirna': raise ValueError(f'{run} predicts {info["target"]}; a submission needs a run that predicts sirna')
     check_treatments(run, info, screen)
     p, run = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(run)
-    out = check_screen_output(out or run/'submission.csv', screen, sample, *_run_files(run))
+    out = check_submission_path(check_screen_output(out or run/'submission.csv', screen, sample, *_run_files(run)))
     if screen.replicates and (groups or one_to_one):
         groups = one_to_one = False
         say('Treatments have several wells within an experiment: each well gets its most likely treatment, without plate groups and one-to-one assignment')
