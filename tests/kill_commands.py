@@ -20,6 +20,7 @@ warnings.filterwarnings("ignore")
 import nbformat  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from forked import locks_of_its_own  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import rcic_fastai.files as files  # noqa: E402
@@ -67,6 +68,7 @@ def attempt(what, at=None):
     os.close(r)
     said, status = "", 0
     try:
+        locks_of_its_own()
         if at: kill_at(*at)
         with redirect_stdout(io.StringIO()): what()
     except BaseException as e:

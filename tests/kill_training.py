@@ -17,6 +17,7 @@ os.environ.update({"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"})
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
+from forked import locks_of_its_own  # noqa: E402
 from fastai.callback.core import Callback  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -86,6 +87,7 @@ def attempt(screen, run, where, answer):
     if pid:
         return os.waitpid(pid, 0)[1] == 0
     try:
+        locks_of_its_own()
         steps, said = Steps(where), []
         train_run(screen, everything(), run, valid="experiment=HUVEC-03,RPE-03", say=said.append, cbs=[steps])
         answer.write_text(json.dumps(steps.seen))

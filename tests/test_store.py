@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forked import locks_of_its_own
 
 import rcic_fastai.store as store_module
 from rcic_fastai.data import screen_dataloaders, select_sites
@@ -304,6 +305,7 @@ def pack_in_child(sites, out, **kwargs):
     if pid:
         return pid
     try:
+        locks_of_its_own()
         sys.stderr = open(os.devnull, "w")
         pack_sites(sites, out, progress=False, workers=1, **kwargs)
         os._exit(0)

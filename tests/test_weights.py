@@ -165,7 +165,7 @@ def test_means_end_a_stage_with_other_weights_and_statistics(sites, change):
     (["train.freeze_epochs=99"], "expected at most the"), (["train.keep=first"], 'expected one of "last", "best"'),
     (["train.lr_ratio=0.5"], "expected at least 1"), (["per_cell_type=true", "cell_type.epochs=2"], "leaves nothing"),
     (["inference.assignment=zero"], '"exact", "vote", "vote_zero"'), (["checkpoint.keep=0"], "checkpoint.keep is 0, expected at least 1"),
-    (["train.emma=0.9"], "did you mean 'ema'"), (["train.freeze_epochs=yes"], "expected int")])  # fmt: skip
+    (["train.emma=0.9"], "did you mean 'train.ema'"), (["train.freeze_epochs=yes"], "expected int")])  # fmt: skip
 def test_recipes_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         change_recipe(get_recipe("laptop"), *settings)
