@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['figure', 'percent', 'interval', 'with_interval', 'duration', 'table', 'heading', 'note', 'tiles', 'beside',
-           'pictures', 'ThisPython', 'with_parameters', 'execute_notebook', 'notebook_page']
+           'pictures', 'ThisPython', 'with_parameters', 'execute_notebook', 'source_date', 'notebook_page']
 
 # %% ../nbs/15f_page.ipynb #30997c47
 import ast, base64, html, io, os, re, sys, tempfile
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timezone
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -155,12 +156,13 @@ def pictures(
 # %% ../nbs/15f_page.ipynb #0c437fea
 # ipykernel without the folder it starts in among the places that modules come from, also where Python is older than its option -P
 _kernel = 'import sys; sys.path[:] = filter(None, sys.path); from ipykernel import kernelapp; kernelapp.launch_new_instance()'
+_same_ids = "__import__('matplotlib').rcParams['svg.hashsalt'] = 'rcic_fastai'" # before any cell; earlier would be before its pictures are shown inline
 
 class ThisPython(AsyncKernelManager):
     "A kernel of the Python that runs this, whatever kernels are registered; it imports nothing from its working directory."
     @property
     def kernel_spec(self):
-        argv = [sys.executable, '-c', _kernel, '-f', '{connection_file}', '--InteractiveShellApp.ignore_cwd=True']
+        argv = [sys.executable, '-c', _kernel, '-f', '{connection_file}', '--InteractiveShellApp.ignore_cwd=True', f'--InteractiveShellApp.exec_lines={_same_ids}']
         return KernelSpec(argv=argv, display_name='Python 3', language='python')
 
 def _literals(parameters):
@@ -194,6 +196,17 @@ def _heading(source, level=2):
     m = re.search(rf'^#{{{level}}}\s+(.+?)\s*#*\s*$', source, re.M)
     return m[1] if m else None
 
+def _settled(outputs):
+    "Outputs as they are on each run: printed text comes in pieces that depend on the load of the machine, and a warning names its cell as /tmp/ipykernel_1234/567.py"
+    out:list = []
+    for printed, run in groupby(outputs, lambda o: o.output_type=='stream'):
+        text:dict = {}
+        for o in run:
+            if printed: text[o.name] = text.get(o.name, '')+o.text
+            else: out.append(o)
+        out += [nbformat.v4.new_output('stream', name=k, text=re.sub(r'[^\s"]*ipykernel_\d+[\\/]\d+\.py', 'cell', text[k])) for k in sorted(text, reverse=True)] # stdout first
+    return out
+
 def _failure(nb):
     "Section, name and message of the error, first line of the cell that failed; None if none did"
     section = 'before the first section'
@@ -203,11 +216,12 @@ def _failure(nb):
         if error is not None: return section, error.ename, error.evalue, c.source
 
 # %% ../nbs/15f_page.ipynb #1a6d63dd
-def _environment(fresh):
-    "That of the kernel: this library comes first, and nothing is taken from a folder that somebody else has filled"
+def _environment(fresh, date=None):
+    "That of the kernel: this library comes first, nothing is taken from a folder that somebody else has filled, and nothing changes from run to run"
     package = str(Path(str(files('rcic_fastai'))).parent)
     path = os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')]))
-    return {**os.environ, 'TQDM_DISABLE': '1', 'PYTHONPATH': path, 'PYTHONSAFEPATH': '1', 'IPYTHONDIR': str(Path(fresh)/'ipython')}
+    same = {'PYTHONHASHSEED': os.environ.get('PYTHONHASHSEED', '0')} | ({'SOURCE_DATE_EPOCH': f'{date.timestamp():.0f}'} if date else {})
+    return {**os.environ, **same, 'TQDM_DISABLE': '1', 'PYTHONPATH': path, 'PYTHONSAFEPATH': '1', 'IPYTHONDIR': str(Path(fresh)/'ipython')}
 
 def _stopped(nb, e, timeout, log):
     "Why a kernel that raised nothing came to no end"
@@ -220,7 +234,8 @@ def _stopped(nb, e, timeout, log):
 def execute_notebook(
     nb:nbformat.NotebookNode, # changed in place: its outputs are filled in
     timeout:float=None, # seconds a cell may take; None: as long as it needs
-    name:str='the notebook' # for messages
+    name:str='the notebook', # for messages
+    date:datetime=None # of pictures that have one, instead of now
 ) -> nbformat.NotebookNode: # the same
     """Run all cells in a fresh kernel of this Python, in a fresh empty folder.
 
@@ -230,13 +245,15 @@ def execute_notebook(
         work = Path(fresh)/'work'
         work.mkdir()
         client = NotebookClient(nb, timeout=timeout, kernel_manager_class=ThisPython, resources=dict(metadata=dict(path=str(work))))
-        try: client.execute(env=_environment(fresh), stdout=log, stderr=log)
+        try: client.execute(env=_environment(fresh, date), stdout=log, stderr=log)
         except CellExecutionError as e:
             section, kind, message, source = _failure(nb) or ('unknown', 'error', str(e), '')
             first = source.strip().partition('\n')[0]
             raise ValueError(f'{name}: section "{section}" failed: {kind}: {" ".join(message.split())} (in the cell that begins with {first!r}); no page was written') from e
         except (CellTimeoutError, DeadKernelError, CellControlSignal, RuntimeError) as e: raise ValueError(f'{name}: {_stopped(nb, e, timeout, log)}') from e
-    for c in nb.cells: c.metadata.pop('execution', None)
+    for c in nb.cells:
+        c.metadata.pop('execution', None)
+        if 'outputs' in c: c.outputs = _settled(c.outputs)
     return nb
 
 # %% ../nbs/15f_page.ipynb #f6ab0de2
@@ -247,11 +264,18 @@ def _slug(text, taken):
     taken.add(slug)
     return slug
 
+def source_date() -> datetime|None: # in UTC; None if it is not set
+    "The date in the environment variable `SOURCE_DATE_EPOCH`, by which a page can be made anew. Raises: ValueError if it is no number of seconds. Source: https://reproducible-builds.org/specs/source-date-epoch"
+    if not (text := os.environ.get('SOURCE_DATE_EPOCH', '').strip()): return None
+    try: return datetime.fromtimestamp(int(text), timezone.utc)
+    except (ValueError, OverflowError, OSError): raise ValueError(f'SOURCE_DATE_EPOCH is {text!r}, expected seconds since 1970') from None
+
 def notebook_page(
     nb:nbformat.NotebookNode, # executed
     name:str, # what the page is about, the largest heading
     code:bool=True, # code behind "show code"? else without it
-    date:datetime=None # on the page; by default now
+    date:datetime=None, # on the page; by default that of SOURCE_DATE_EPOCH, or now
+    what:str='' # happened on that date
 ) -> str: # HTML that loads nothing
     "An executed notebook as one self-contained page."
     from nbconvert import HTMLExporter # takes a second to import
@@ -274,7 +298,7 @@ def notebook_page(
         if a.cell_type==b.cell_type=='code' and not a.outputs: a.source, b.source = '', f'{a.source}\n\n{b.source}'.strip()
     exporter = HTMLExporter(raw_template=(files('rcic_fastai')/'templates'/'report.html.j2').read_text(encoding='utf-8'), exclude_anchor_links=True,
                             extra_template_basedirs=[]) # nbconvert would look for templates in the current folder too, and they are programs
-    date = date or datetime.now()
-    page = dict(name=name, kicker=kicker, code=code, sections=sections, date=f'{date.day} {date:%B %Y, %H:%M}', iso=f'{date:%Y-%m-%dT%H:%M}', version=rcic_fastai.__version__,
+    date = date or source_date() or datetime.now()
+    page = dict(name=name, kicker=kicker, code=code, sections=sections, what=what, date=' '.join(f'{date.day} {date:%B %Y, %H:%M} {date:%Z}'.split()), iso=f'{date:%Y-%m-%dT%H:%M%z}', version=rcic_fastai.__version__,
                 highlight=HtmlFormatter(style='friendly').get_style_defs('.highlight'))
     return exporter.from_notebook_node(nb, resources=dict(page=page))[0]

@@ -12,9 +12,11 @@ __all__ = ['read_truth', 'RunContext', 'run_context', 'headline', 'recipe_change
 import json, sys, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from time import time
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -34,7 +36,7 @@ from .files import check_output, check_target, naming, read_arrays, read_json, u
 from .hpa import Atlas, read_labels
 from .image import MultiChannelImage, channel_limits, resize_site, stain_colors, stains_to_rgb
 from .judge import BLUE, GREY, ORANGE, accuracy_by, clean_axes, judge_wells, statistic_shift, worst_wells
-from .page import duration, execute_notebook, interval, notebook_page, percent, with_parameters
+from .page import duration, execute_notebook, interval, notebook_page, percent, source_date, with_parameters
 from .platemap import read_well_table
 from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, check_channels, check_treatments, embed_with, inference_needs, predict_run, run_references,
                                  predict_sites)
@@ -293,10 +295,10 @@ def stage_times(
 def folder_sizes(
     run:str|Path # a folder
 ) -> pd.DataFrame: # index file or folder: files, megabytes
-    "What a run folder holds."
+    "What a run folder holds beside reports."
     rows = {}
     for p in sorted(Path(run).iterdir()):
-        if p.name.startswith('.') or p.name in ('report.html', 'report.ipynb'): continue
+        if p.name.startswith('.') or p.suffix in ('.html', '.htm', '.ipynb'): continue
         parts = [q for q in p.rglob('*') if q.is_file()] if p.is_dir() and not p.is_symlink() else [p]*p.is_file() # a link may lead anywhere
         rows[p.name+('/' if p.is_dir() else '')] = dict(files=len(parts), megabytes=sum(q.stat().st_size for q in parts)/1e6)
     return pd.DataFrame.from_dict(rows, orient='index', columns=['files', 'megabytes']).astype(dict(files=int)).rename_axis('name')
@@ -597,6 +599,11 @@ def _check_page(out, *inputs):
     if beside.exists() and not _is_report(beside): raise FileExistsError(f'{beside} was not written by a report, which would replace it by the notebook beside {out.name}: give another name')
     return out
 
+def _page_date(run):
+    "What a page is dated by, and what happened then: not the day it was made, for the same command ends with the same page"
+    if date := source_date(): return date, ''
+    return datetime.fromtimestamp((run/'run.json').stat().st_mtime), 'run of '
+
 def make_report(
     run:str|Path, # folder of a finished run, of a run with a network for each cell type, or of a blend
     out:str|Path=None, # file to write; by default report.html in the run folder; the executed notebook lies beside it
@@ -609,7 +616,7 @@ def make_report(
     timeout:float=None, # seconds a cell may take
     say:Callable=print # where notices go
 ) -> Path: # the page
-    """Write a self-contained page about a run, and the executed notebook that made it.
+    """Write a self-contained page about a run, and the executed notebook that made it; the same bytes each time. `SOURCE_DATE_EPOCH` takes the place of the date of the run.
 
     Raises: FileNotFoundError for a folder without a finished run, data, truth or template that are not there; ValueError naming the section of the template
     that failed, or a template that is no notebook. Then nothing is written.
@@ -625,8 +632,10 @@ def make_report(
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError) as e: raise ValueError(f'{template} is no notebook: {str(e).splitlines()[0]}') from None
     parameters = dict(run=str(run.resolve()), data=str(where.resolve()), truth=None if truth is None else str(Path(truth).resolve()), max_wells=max_wells, n_pictures=n_pictures)
     say(f'Executing {template.name}, which takes a while')
-    nb = execute_notebook(with_parameters(nb, parameters), timeout, template.name)
-    page = notebook_page(nb, _run_name(run), code)
+    start, (date, what) = time(), _page_date(run)
+    nb = execute_notebook(with_parameters(nb, parameters), timeout, template.name, date)
+    page = notebook_page(nb, _run_name(run), code, date, what)
+    say(f'Executed in {time()-start:.0f} s')
     nb.metadata['rcic_fastai'] = dict(written_by='rcic-report') # so that the next report may replace it
     write_whole(Path(out).with_suffix('.ipynb'), nbformat.writes(nb)+'\n')
     return write_whole(out, page)

@@ -1,11 +1,13 @@
 """Commands that are killed while they write, and two at once: `python kill_commands.py FOLDER` prints JSON.
 
 Run by test_writing.py in a process of its own: each attempt is a fork, which kills itself with SIGKILL before or after a file gets its name.
+With `all` after the folder it is every moment of `SERIES`, each in a folder of its own, and the report is made from the library's template.
 """
 
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -36,20 +38,53 @@ from rcic_fastai.simulate_hpa import simulate_hpa  # noqa: E402
 from rcic_fastai.store import pack_screen  # noqa: E402, F401
 from rcic_fastai.train import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings  # noqa: E402
 
+POINTS = dict(
+    simulate=["simulation.json", "test.csv", "HUVEC-01/Plate2/B02_s2_w1.png", "HUVEC-02/Plate2/C11_s2_w1.png+"],
+    train=["model.safetensors", "run.json", "run.json+", "test.npz", "submission.csv", "submission.csv+"],
+    embed=["train.npz"], report=["page.ipynb+", "page.html"], stack=["statistics-valid", "fold2-class05", "test.npz", "run.json"],
+)  # fmt: skip
+
+# a file that gets its name: before that, + after that, ~ after that share of the time from there (or from the start) to the end
+SERIES = dict(
+    simulate=["simulation.json", "test.csv", "truth.csv+", "~.2", "HUVEC-01/Plate2/B02_s2_w1.png", "HUVEC-01/Plate2/B02_s2_w1.png+", "~.6", "HUVEC-02/Plate2/C11_s2_w1.png+"],
+    train=["model.safetensors", "model.safetensors+", "recipe.json+", "run.json", "run.json+", "run.json~.2", "valid.npz", "valid.npz+", "valid.npz~.5", "test.npz", "test.npz+",
+           "submission.csv", "submission.csv+"],
+    embed=["~.2", "~.5", "~.8", "train.npz", "train.npz+"],
+    report=["~.1", "~.4", "~.8", "page.ipynb", "page.ipynb+", "page.html", "page.html+"],
+    stack=["stack.json", "statistics-valid", "statistics-test+", "settings.json", "fold1-class05", "fold2-class05+", "~.7", "test.npz", "test.npz+", "run.json", "run.json+"],
+)  # fmt: skip
+
 TINY = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)), data=DataSettings(batch_size=8, cache=True),
                loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)), train=TrainSettings(epochs=1, lr=1e-3), checkpoint=CheckpointSettings(steps=2))  # fmt: skip
 ORPHANS = Path(sys.argv[1], "orphans") if len(sys.argv) > 1 else None
+PAGE = """import warnings
+import matplotlib.pyplot as plt
+%config InlineBackend.figure_formats = ['svg', 'png']
+warnings.warn('names its cell')
+print(sorted(run) != [], {'a', 'set', 'of', 'text'})
+plt.plot([1, 2]);"""  # what would differ from run to run
 SCREEN = dict(sirnas=6, train_experiments=3, test_experiments=1, cell_types="HUVEC", image_size=32)
 
 
-def kill_at(name, after):
-    "SIGKILL when a file of that name is renamed into place, before or after that; in a worker of a pool it is the parent that dies"
+def kill_in(seconds):
+    "SIGKILL from another process, in the middle of whatever is going on then"
+    parent = os.getpid()
+    if os.fork(): return
+    time.sleep(seconds)
+    if os.getppid() == parent: os.kill(parent, signal.SIGKILL)
+    os._exit(0)
+
+
+def kill_at(name, after=False, seconds=None):
+    "SIGKILL when a file of that name is renamed into place, before, after or some time after that; in a worker of a pool it is the parent that dies"
     replace_, parent = os.replace, os.getpid()
+    if not name: return kill_in(seconds)
 
     def patched(a, b):
         hit = name in str(b)
-        if not hit or after: replace_(a, b)
+        if not hit or after or seconds is not None: replace_(a, b)
         if not hit: return
+        if seconds is not None: return kill_in(seconds)
         os.kill(parent, signal.SIGKILL)
         time.sleep(5)  # only a worker is still there
         ORPHANS.write_text(f"{b}: a worker outlived its parent")
@@ -99,6 +134,41 @@ def killed(folder, make, *points):
     return dict(ends=ends, last=done, differ=same(folder))
 
 
+def times(make, answer):
+    "A command that is not killed: when it gave a file its name, and when it ended"
+    start, replace_, named = time.monotonic(), os.replace, {}
+
+    def patched(a, b):
+        replace_(a, b)
+        named[str(b)] = time.monotonic() - start
+
+    def timed():
+        files.os.replace = patched
+        make()
+        answer.write_text(json.dumps(named | {"": time.monotonic() - start}))
+
+    assert (done := attempt(timed))[0] == 0, done
+    return json.loads(answer.read_text())
+
+
+def each(folder, make, points):
+    "Rows: what came of a kill at each moment, in a folder of its own: how it ended, how the same command ended after that, and which files differ"
+    when, rows = times(lambda: make(folder / "whole"), folder.with_suffix(".json")), []
+    for point in points:
+        name, timed, share = point.partition("~")
+        since = next((t for path, t in when.items() if name and name in path), 0.0)
+        seconds = float(share) * (when[""] - since) if timed else None
+        for _ in range(4):
+            shutil.rmtree(folder / "killed", ignore_errors=True)
+            end = attempt(lambda: make(folder / "killed"), (name.rstrip("+"), "+" in name, seconds))[0]
+            if end or not timed: break
+            seconds /= 2  # it was faster than before
+        left = sum(p.is_file() for p in (folder / "killed").rglob("*"))
+        last = attempt(lambda: make(folder / "killed"))
+        rows.append(dict(command=folder.name, moment=point, end=end, left=left, last=last, differ=same(folder)))
+    return rows
+
+
 def at_once(make):
     "Two processes that start together"
     r, w = os.pipe()
@@ -136,28 +206,28 @@ def atlas_and_runs(root):
             Predictions([f"{i}_1" for i in ids], atlas.classes, logits, dict(activation="sigmoid")).save(run / "predictions" / f"{split}.npz")
         write_json(run / "recipe.json", asdict(Recipe(loss=LossSettings("multilabel_focal"))))
         write_json(run / "run.json", dict(target="labels", wells="treatments", valid="fold=0/5", present_only=False, data=str(atlas.path), valid_wells=train, blend=["a network"]))
-    return atlas.path, [root / "net0", root / "net1"]
+    return [root / "net0", root / "net1"]
 
 
-def main(folder):
+def main(folder, series=False):
     torch.set_num_threads(1)
     found, screen, recipe, template = {}, folder / "simulate" / "whole" / "screen", folder / "recipe.json", folder / "template.ipynb"
     recipe.write_text(recipe_to_json(TINY))
-    cells = [nbformat.v4.new_markdown_cell("# A run", id="a"), nbformat.v4.new_code_cell("print(len(run) > 0)", id="b")]
+    cells = [nbformat.v4.new_markdown_cell("# A run", id="a"), nbformat.v4.new_code_cell(PAGE, id="b")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), template)
 
-    def simulate(out): cli.rcic_simulate(out=out / "screen", workers=2, **SCREEN)
-    found["simulate"] = killed(folder / "simulate", simulate, "simulation.json", "test.csv", "HUVEC-01/Plate2/B02_s2_w1.png", "HUVEC-02/Plate2/C11_s2_w1.png+")
-
-    def train(out): cli.rcic_train(data=screen, recipe=str(recipe), run=out / "run", valid="experiment=HUVEC-03", submit=True)
-    found["train"] = killed(folder / "train", train, "model.safetensors", "run.json", "run.json+", "test.npz", "submission.csv", "submission.csv+")
-    run = folder / "train" / "whole" / "run"
-    found["embed"] = killed(folder / "embed", lambda out: cli.rcic_embed(run=run, split="train", out=out / "train.npz"), "train.npz")
-    found["report"] = killed(folder / "report", lambda out: cli.rcic_report(run, out=out / "page.html", template=template), "page.html")
-    data, runs = atlas_and_runs(folder / "stack")
-    stack = dict(data=data, min_positives=10**6, no_statistics=False)
-    found["stack"] = killed(folder / "stack", lambda out: hpa_cli.rcic_hpa_stack(run=runs, out=out / "stack", **stack),
-                            "statistics-valid", "fold2-class05", "test.npz", "run.json")  # fmt: skip
+    run, runs = folder / "train" / "whole" / "run", []
+    made = dict(
+        simulate=lambda out: cli.rcic_simulate(out=out / "screen", workers=2, **SCREEN),
+        train=lambda out: cli.rcic_train(data=screen, recipe=str(recipe), run=out / "run", valid="experiment=HUVEC-03", submit=True),
+        embed=lambda out: cli.rcic_embed(run=run, split="train", out=out / "train.npz"),
+        report=lambda out: cli.rcic_report(run, out=out / "page.html", template=None if series else template),
+        stack=lambda out: hpa_cli.rcic_hpa_stack(run=runs, out=out / "stack", data=folder / "stack" / "atlas", min_positives=10**6, no_statistics=False),
+    )
+    for name, make in made.items():
+        if name == "stack": runs += atlas_and_runs(folder / "stack")
+        found[name] = each(folder / name, make, SERIES[name]) if series else killed(folder / name, make, *POINTS[name])
+    if series: return print(json.dumps([row for name in made for row in found[name]]))
 
     both = folder / "both"
     for name, make in dict(simulate=lambda: cli.rcic_simulate(out=both / "simulate", workers=2, **SCREEN),
@@ -170,4 +240,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "all" in sys.argv[2:])

@@ -34,9 +34,9 @@ def quiet(*a): pass
 SECTIONS = {
     "single": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings", "Accuracy by cell type, experiment and plate",
                "Plate maps", "Classes that are taken for each other", "The worst wells", "Map of embeddings", "BatchNorm shift", "Calibration",
-               "Time and memory"],
+               "Time and size"],
     "several": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings", "F1 per class", "What classes are taken for",
-                "The worst images", "Plate maps", "Map of embeddings", "BatchNorm shift", "Calibration", "Time and memory"],
+                "The worst images", "Plate maps", "Map of embeddings", "BatchNorm shift", "Calibration", "Time and size"],
 }  # fmt: skip
 
 

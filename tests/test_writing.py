@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -233,10 +234,23 @@ def test_killed_commands_end_with_the_same_files_and_folders_have_one_holder(tmp
     done = subprocess.run([sys.executable, Path(__file__).with_name("kill_commands.py"), tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for name, moments in dict(simulate=4, train=6, embed=1, report=1, stack=4).items():
+    for name, moments in dict(simulate=4, train=6, embed=1, report=2, stack=4).items():
         assert found[name] == dict(ends=[-9] * moments, last=[0, ""], differ=[]), name
     assert found["orphans"] == ""
     for name in ("simulate", "pack", "train"):
         (won, _), (told, said) = found[f"two at once: {name}"]
         assert (won, told) == (0, 1) and "is in use by kill_commands.py (process " in said, name
     assert found["simulated"] == []
+
+
+@pytest.mark.bench
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which this system does not have")
+@pytest.mark.timeout(3600)
+def test_killed_at_any_moment(tmp_path):
+    "Each moment by itself, and pages of the library's template: the table is shown with `pytest -m bench -s -k any_moment`"
+    done = subprocess.run([sys.executable, Path(__file__).with_name("kill_commands.py"), tmp_path, "all"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = pd.DataFrame(json.loads(done.stdout.splitlines()[-1]))
+    print(rows.to_string())
+    assert (rows.end == -9).all() and (rows["last"].str[0] == 0).all() and not rows.differ.str.len().any()
+    assert dict(rows.command.value_counts()) == dict(train=13, stack=11, simulate=8, report=7, embed=5)
