@@ -18,8 +18,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
-from .credentials import scrub
-from .files import user_path
+from .credentials import refuse_password, scrub
+from .files import output_path, user_path
 from .script import CliError, call_parse
 
 # %% ../nbs/17_cli.ipynb #52f479aa
@@ -85,14 +85,25 @@ def _check_limits(func, args, kwargs):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high: # NaN is neither
             raise ValueError(f'--{name.replace("_", "-")} is {value}, expected {low:,} to {high:,}')
 
+_not_kept = {'url'} # an option that may hold a password: it is noted nowhere
+
+def _check_passwords(func, args, kwargs):
+    "Refuse an address with a password, which would be kept in files or logs; what exists here is a path"
+    for name, value in inspect.signature(func).bind_partial(*args, **kwargs).arguments.items():
+        for v in (value if isinstance(value, list) else [value]) if name not in _not_kept else ():
+            if isinstance(v, (str, Path)) and not os.path.lexists(v): refuse_password(str(v), f'--{name.replace("_", "-")}')
+
+_outputs = {'out', 'to'} # options that are files or folders to write, whatever the command
+
 _written:dict[str, str] = dict(rcic_simulate='out', rcic_describe='out', rcic_pack='out', rcic_blend='out', rcic_demo='out', rcic_download='out', rcic_train='run',
                                rcic_hpa_simulate='out', rcic_hpa_duplicates='out', rcic_hpa_stack='out', rcic_kaggle='folder') # option of each command that is a folder to write
 
 def _check_folder(func, args, kwargs):
     "Refuse a file, or a link that leads nowhere, where a folder is written"
-    name = _written.get(func.__name__)
-    path = inspect.signature(func).bind_partial(*args, **kwargs).arguments.get(name)
-    if path is None: return
+    name, given = _written.get(func.__name__), inspect.signature(func).bind_partial(*args, **kwargs).arguments
+    for o in _outputs | {name}:
+        if given.get(o) is not None: output_path(given[o], f'--{o}')
+    if (path := given.get(name)) is None: return
     option, path = f'--{name}', Path(path)
     if path.is_symlink() and not path.exists(): raise ValueError(f'{option} {path} is a link to {os.readlink(path)}, which does not exist: give another folder')
     if path.exists() and not path.is_dir(): raise ValueError(f'{option} {path} is a file, expected a folder')
@@ -114,10 +125,11 @@ def _numbers(text, option, kind=int, low=-math.inf):
 def command(
     func:Callable # its parameters are the options
 ) -> Callable: # reads the options from the command line, or is called like `func`
-    "A command: `call_parse`, with the home folder in place of ~ in every path."
+    "A command: `call_parse`, with the home folder in place of ~ in every path, and no password in any option."
     @wraps(func)
     def called(*args, **kwargs):
         with one_line_errors(kwargs.get('debug', False)):
+            _check_passwords(func, args, kwargs)
             args, kwargs = _expanded(list(args)), {k: _expanded(v) for k, v in kwargs.items()}
             _check_limits(func, args, kwargs)
             _check_folder(func, args, kwargs)
@@ -347,6 +359,7 @@ def rcic_embed(
     out:Path=None, # file to write, .npz or .h5ad (AnnData for scanpy); by default embeddings/SPLIT.npz in the run folder
     batchnorm:str=None, # running, batch, domain or controls; by default what the recipe says
     truth:Path=None, # CSV file with id_code, sirna, for the metrics of a test split
+    present_only:bool=False, # use the sites whose files are all there
     debug:bool=False, # show the traceback of an error
 ):
     "Embeddings of a split, as a file, and how well they tell siRNAs apart and batches together."
@@ -354,7 +367,7 @@ def rcic_embed(
         from rcic_fastai.assign import merge_truth, treatment_numbers
         from rcic_fastai.embed import embedding_report
         from rcic_fastai.hpa import Atlas
-        from rcic_fastai.predict import _run_files, embed_run, embeddings_path, write_embeddings
+        from rcic_fastai.predict import _claimed, _run_files, embed_run, embeddings_path, write_embeddings
         from rcic_fastai.screen import read_screen
         from rcic_fastai.store import check_screen_output
         from rcic_fastai.train import run_data
@@ -363,8 +376,10 @@ def rcic_embed(
         if truth is not None:
             if isinstance(screen, Atlas): raise ValueError('--truth is for one siRNA per well, and this is an atlas: without it the embeddings are written')
             screen.wells = merge_truth(screen.wells, truth, treatment_numbers(screen.wells)) # told to be wrong before the work
-        x, wells = embed_run(run, screen, split, batchnorm, say=_say)
-        _say(f'Written: {write_embeddings(x, wells, out)}, {x.shape[0]:,} wells x {x.shape[1]:,}')
+        with _claimed(run, out):
+            x, wells = embed_run(run, screen, split, batchnorm, present_only=present_only or None, say=_say)
+            write_embeddings(x, wells, out)
+        _say(f'Written: {out}, {x.shape[0]:,} wells x {x.shape[1]:,}')
         known = wells.sirna.notna().to_numpy()
         if isinstance(screen, Atlas): return
         if not (known & (wells.well_type=='treatment').to_numpy()).any(): return _say(f'How well they tell siRNAs apart needs a truth: the siRNAs of this split are unknown, and --truth FILE (id_code,sirna) gives them')

@@ -23,15 +23,12 @@ def _without_user(m):
     if re.search('@|%(?:25)*40', host) or re.search(_colon, before): return f'{m[1]}***@{m[2][at[-1].end():]}'
     return m[0]
 
-def refuse_password(
-    text:str, # that will be written to files or uploaded
-    what:str # it is, such as the name of a setting
-):
-    "Refuse an address with a password. Raises: ValueError that shows it without."
-    shown = _address.sub(_without_user, text)
-    if shown!=text: raise ValueError(f'{what} holds an address with a password, {shown}: leave the password out, it would be kept in files')
+# no scheme: a user of two letters or more (a drive of Windows has one), a password, and what looks like a host
+_bare = re.compile(rf"""(?<![\w.%+-])[\w.%+-]{{2,}}?{_colon}(?![/\\:*]|%(?:25)*(?:2[Ff]|3[Aa]))([^\s"'<>]+)(?:@|%(?:25)*40)(?=(\[|(?:\d+\.){{3}}\d|[A-Za-z][\w-]*(?:[./\\:]|%(?:25)*2[Ff]))|[A-Za-z])""")
 
-def _scrub_addresses(text): return _query.sub(r'\1***', _address.sub(_without_user, text))
+def _without_passwords(text): return _bare.sub(lambda m: '***@' if m[2] or len(m[1]) > 5 else m[0], _address.sub(_without_user, text))
+
+def _scrub_addresses(text): return _query.sub(r'\1***', _without_passwords(text))
 
 # %% ../nbs/00_credentials.ipynb #50b046e0
 _named = r'(?<![\w.-])(?:[\w.-]*(?:passw(?:or)?d|passphrase|secret|credential|signature|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|security[_-]?token|access[_-]?token|refresh[_-]?token|auth[_-]?token)\w*|pwd|sig)'
@@ -52,6 +49,15 @@ def _scrub_names(text):
     text = _shapes.sub('***', _schemes.sub(r'\1***', text))
     for p in _pairs: text = p.sub(lambda m: m[1]+'***', text)
     return text
+
+def refuse_password(
+    text:str, # that will be written to files or uploaded
+    what:str # it is, such as the name of a setting
+):
+    "Refuse an address with a password. Raises: ValueError that shows it without."
+    shown, signed = _without_passwords(text), '://' in text and _scrub_names(text)!=text
+    if signed: shown = _scrub_addresses(text)
+    if shown!=text: raise ValueError(f'{what} holds an address with a password, {shown}: leave the password out, it would be kept in files')
 
 # %% ../nbs/00_credentials.ipynb #873be2ec
 _secret_variable = re.compile(r'(?i)(?:passw(?:or)?d|_pwd|secret|token|credentials?|(?:^|_)key|apikey|(?:^|_)sas|connection_string)(?:_id)?$')

@@ -70,7 +70,7 @@ def select_sites(
         warn(f'{len(sites):,} of {len(sites)+left_out:,} {split} sites have all their files; {left_out:,} were left out')
     else:
         try: check_files(sites, screen.channels)
-        except FileNotFoundError as e: raise FileNotFoundError(f'{e}; present_only (--present-only) uses the sites that are complete') from None
+        except FileNotFoundError as e: raise FileNotFoundError(f'{e}; present_only (--present-only of rcic-train, rcic-predict and others) uses the sites that are complete') from None
     if not len(sites): raise ValueError(f'{screen.path}: no {wells} in split {split!r}' + (' whose files are all there' if present_only else ''))
     return sites
 

@@ -18,10 +18,10 @@ from sklearn.base import clone
 
 from .assign import check_submission_path
 from .duplicates import external_keys, find_twins, hash_sites, join_groups, label_agreement, resolve_labels
-from .files import read_text, user_path, write_whole
+from .files import claim_folder, output_path, read_text, user_path, write_whole
 from .folds import grouped_folds
 from .multilabel import average_precision, f1_floors, f1_table, label_lists, label_matrix, parse_labels, read_label_submission, write_label_submission
-from .predict import Predictions, _run_files, predict_run
+from .predict import Predictions, _check_scored, _run_files, check_channels, check_classes, predict_run
 from .screen import WELL_COLUMNS, Screen, _packed_files, check_files, escape_braces, present_sites, read_table
 from .store import check_screen_output
 from .threshold import NestedF1, ShareThreshold, ThresholdEstimator, create_threshold, nested_macro_f1, write_thresholds
@@ -193,14 +193,17 @@ def find_duplicates(
 
     Raises: FileNotFoundError naming the first missing file, without `present_only`; FileExistsError for another table of that name.
     """
-    out, sites = user_path(out or atlas.path), atlas.sites()
+    out, sites = output_path(out or atlas.path), atlas.sites()
     for name, first in dict(duplicates='Id,twin,distance,largest', groups='Id,group,twins,antibody').items():
         if (path := out/f'{name}.csv').exists() and read_text(path).partition('\n')[0].strip()!=first: raise FileExistsError(f'{path} is another table than the one that is written ({first}): give another folder')
     if present_only:
         sites, left = present_sites(sites, atlas.channels)
         if left: say(f'{left:,} images whose files are missing are groups by their ids alone')
     else: check_files(sites, atlas.channels)
-    out.mkdir(parents=True, exist_ok=True)
+    with claim_folder(out): return _find_duplicates(atlas, sites, out, max_distance, canonical, progress, say)
+
+def _find_duplicates(atlas, sites, out, max_distance, canonical, progress, say):
+    "Hash, compare and write; the folder is held"
     hashes = np.zeros((len(atlas.wells), len(atlas.channels)), np.uint64)
     row = pd.Series(range(len(atlas.wells)), index=atlas.wells.id_code)
     hashes[row[sites.id_code]] = hash_sites(sites, atlas.channels, out/'hashes.parquet', 'id_code', canonical=canonical, progress=progress)
@@ -268,9 +271,12 @@ def submit_labels(
     """Labels for the test images, as a submission. Raises: ValueError for a run that predicts something else, or images that do not fit."""
     run = user_path(run)
     recipe, info = read_run(run)
-    if info['target']!='labels': raise ValueError(f'{run} predicts {info["target"]}; a submission of labels needs a run that predicts labels')
+    if info['target']!='labels': raise ValueError(f'{run} predicts {info["target"]} (target in run.json); a submission of labels needs a run that predicts labels')
+    check_classes(run, info, atlas)
+    if 'channels' in info: check_channels(run, info, atlas)
     out = check_submission_path(check_screen_output(out or Path(run)/'submission.csv', atlas, sample, *_run_files(run)))
     test, method = Predictions.load(Path(run)/'predictions'/'test.npz').wells(), method or recipe.inference.thresholds
+    _check_scored(run, info, test, 'test')
     if info['valid_wells']:
         valid = _kept(run, atlas, 'valid', say)
         estimator, found = fit_thresholds(valid, atlas, method)

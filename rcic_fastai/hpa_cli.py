@@ -74,7 +74,8 @@ def rcic_hpa_stack(
         from rcic_fastai.hpa import read_hpa
         from rcic_fastai.hpa_stack import stack_runs
         from rcic_fastai.train import run_data
+        settings = parse_json(params, '--params', dict) if params else None
         atlas = read_hpa(run_data(run[0], data))
-        report = stack_runs(run, atlas, out, repeats, not no_statistics, combine, min_positives, parse_json(params, '--params', dict) if params else None, seed=seed, say=_say)
+        report = stack_runs(run, atlas, out, repeats, not no_statistics, combine, min_positives, settings, seed=seed, say=_say)
         _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
         _say(f'Written: {out}')

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from .files import check_output, claim_folder, clean_partials, note_request, user_path, write_whole
+from .files import check_output, claim_folder, clean_partials, naming, note_request, user_path, write_whole
 from .hpa import Atlas, _kept, label_truth
 from .predict import Predictions
 from .pixel_statistics import site_statistics
@@ -42,7 +42,7 @@ def _members(runs, atlas, say):
 def _statistics(atlas, ids, path, workers, progress):
     "`site_statistics` of images, read from a file if they are there"
     if path.exists():
-        kept = pd.read_parquet(path)
+        with naming(path, 'table of statistics (Parquet)'): kept = pd.read_parquet(path)
         if list(kept.index)==list(ids): return kept
     sites = atlas.sites(atlas.wells.set_index('id_code', drop=False).loc[ids])
     channels = [str(c).removesuffix('?') for c in atlas.channels]

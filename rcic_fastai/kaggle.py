@@ -33,9 +33,9 @@ from .hpa import Atlas, fit_thresholds, label_truth
 from .kaggle_client import kaggle_user
 from .multilabel import average_precision, f1_floors
 from .multilabel_loss import multilabel_losses
-from .predict import predict_run, well_accuracy
+from .predict import check_channels, check_classes, predict_run, well_accuracy
 from .recipe import get_recipe, recipe_to_json
-from .screen import Screen, plate_groups
+from .screen import Screen, plate_groups, read_screen
 from .train import Recipe, read_run, recipe_model
 from .wheels import image_lacks, input_folders, install_wheels, installed_wheel, pack_wheels
 
@@ -259,9 +259,17 @@ def _check_weights(run, user, title):
     info = read_run(run)[1]
     if 'blend' in info: raise ValueError(f'{run} is a blend of {", ".join(info["blend"])}: build a kernel of each of them')
     for part in info.get('parts', ['.']): _check_network(user_path(run)/part)
+    _check_with_data(run, info)
     name = f'{_check_source("--user", user, 1)}/{kaggle_slug(title)}'
     if len(title) < 6: raise ValueError(f'title {title!r}: Kaggle takes 6 to 50 characters for a dataset')
     return name, info
+
+def _check_with_data(run, info):
+    "Hold run.json against the screen it was trained on, if that is here"
+    try: screen = read_screen(info['data'])
+    except (OSError, ValueError): return
+    check_classes(run, info, screen)
+    if 'channels' in info: check_channels(run, info, screen)
 
 def _check_network(run):
     "Refuse weights that are damaged, or those of another network, by the head of their file"
@@ -271,7 +279,8 @@ def _check_network(run):
         model = recipe_model(replace(recipe, model=replace(recipe.model, pretrained=False)), len(info['classes']), len(info['channels']), len(info['cell_types']))
     own = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
     wrong = [k for k in own if found.get(k)!=own[k]]
-    if wrong: raise ValueError(f'{path} is not of the network of recipe.json: {wrong[0]} is {found.get(wrong[0], "missing")}, expected {own[wrong[0]]}')
+    of = f'the {len(info["classes"])} classes and {len(info["channels"])} channels of run.json'
+    if wrong: raise ValueError(f'{path} is not of the network of recipe.json with {of}: {wrong[0]} is {found.get(wrong[0], "missing")}, expected {own[wrong[0]]}')
 
 def _write_weights(run, out, info, title, name):
     "Copy what inference needs; what an earlier run had and this one has not is removed"
@@ -350,6 +359,7 @@ def build_kernel(
     recipe = read_run(run)[0] if run is not None else recipe or get_recipe('laptop')
     out = check_output(out, run, *wheels, option='--folder')
     _check_kernel(kind, recipe, run, weights, metadata.get('internet', False))
+    for name, value in (values or {}).items(): refuse_password(str(value), name)
     user, title = user or kaggle_user(), title or f'{"Train" if kind=="train" else "Infer with"} {recipe.name.replace("_", " ")}'[:50].strip()
     datasets, kernels = list(datasets), list(metadata.pop('kernels', ()))
     _check_folder(out)

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .files import path_within, read_json, user_path, write_json, write_whole
+from .files import claim_folder, path_within, read_json, user_path, write_json, write_whole
 from .image import read_grey
-from .screen import (WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, alike, channel_file, channel_name, escape_braces,
+from .screen import (WELL_COLUMNS, WELL_TYPES, Screen, _WELLS, _nearest, _packed_files, _require, _require_unique, alike, alike_names, channel_file, channel_name, escape_braces,
                                 is_unknown, pattern_parts, read_rows, site_files)
 
 # %% ../nbs/02a_platemap.ipynb #dda68907
@@ -297,6 +297,7 @@ def read_platemap(
     Raises: FileNotFoundError; ValueError naming file and row of what is wrong, or a treatment that has come since.
     """
     root = user_path(path)
+    packed = _packed_files(root) if (root/'sites.parquet').is_file() else None # a table that was changed is told as that
     d = _read_description(root)
     try: table = path_within(root, d['table'], links=True)
     except ValueError as e: raise ValueError(f'{root/"screen.json"}: table {e}') from None
@@ -306,7 +307,6 @@ def read_platemap(
     except ValueError as e: raise ValueError(f'{root/"screen.json"} and its table do not fit: {e}') from None
     new = wells[wells.sirna.fillna(-1) >= len(d['treatments'])]
     if len(new): raise ValueError(f"{d['table']}: row {new.row.iloc[0]}: treatment {new.treatment.iloc[0]!r} has no number in screen.json; describe the screen anew")
-    packed = _packed_files(root) if (root/'sites.parquet').is_file() else None
     if packed is None:
         try: sites, _, _ = find_sites(root/d['images'], d['files'], rows)
         except ValueError as e: raise ValueError(f'{root/"screen.json"}: {e}') from None
@@ -362,7 +362,10 @@ def describe_screen(
     """
     images = user_path(images)
     if not images.is_dir(): raise FileNotFoundError(f'{images} is not a folder')
-    out = user_path(out or images)
+    with claim_folder(out or images) as out: return _describe(images, table, files, channels, columns, negative, positive, out, like, n_images, say)
+
+def _describe(images, table, files, channels, columns, negative, positive, out, like, n_images, say):
+    "Look at images and table, and write screen.json; the folder is held"
     before = _described_before(out, images)
     earlier = None if like is None else _read_description(like)
     table = _only_table(images) if table is None else user_path(table)
@@ -372,7 +375,7 @@ def describe_screen(
     asked = _chosen_channels(found, earlier['channels'] if earlier else channels, len(sites), say)
     treatments = list(earlier['treatments']) if earlier else _kept_numbers(before, rows)
     wells = plate_map_wells(rows, name, negative, positive, treatments)
-    _notices(rows, wells, say)
+    _notices(rows, wells, treatments, say)
     named = wells.dropna(subset='sirna').drop_duplicates('sirna').set_index('sirna').treatment
     new = [named[i] for i in range(len(treatments), int(named.index.max())+1 if len(named) else 0)]
     if treatments and not earlier: say(f'{len(treatments):,} treatments keep the numbers they have in {out/"screen.json"}' + (f'; new: {", ".join(new[:5])}{" ..." if len(new) > 5 else ""}' if new else ''))
@@ -411,7 +414,7 @@ def _kept_numbers(before, rows):
     known = before['treatments'] if before else []
     return list(known) if 'treatment' in rows and set(known) & set(rows.treatment) else []
 
-def _notices(rows, wells, say):
+def _notices(rows, wells, treatments, say):
     "What may be meant otherwise than it is read"
     if 'treatment' not in rows:
         others = [c for c in rows.columns.drop(['file', 'row']) if c not in _aliases and column_alias(c)==c]
@@ -421,8 +424,9 @@ def _notices(rows, wells, say):
     if 'treatment' in rows:
         said = rows.treatment[wells.set_index('row').treatment.reindex(rows.row).isna().to_numpy() & (rows.treatment!='').to_numpy()].value_counts()
         if len(said): say(f'{said.sum():,} wells have the treatment {", ".join(map(repr, said.index[:5]))}: taken as unknown, wells to predict')
-    for c in ('treatment', 'cell_type', 'experiment'):
-        for names in alike(wells[c]): say(f'Notice: {c.replace("_", " ")} {" and ".join(map(repr, names))} differ in capitals or blanks only, and are {len(names)} of their own')
+    for c, what in dict(treatment='treatment', cell_type='cell type', experiment='experiment', plate_name='plate').items():
+        named = [*wells[c], *(treatments if c=='treatment' else ())]
+        for names in alike(pd.Series(named, dtype=object)): say(f'Notice: {what} {alike_names(names)}, and are {len(names)} of their own')
 
 def _only_table(images):
     tables = sorted(p for p in images.iterdir() if p.suffix.lower() in ('.csv', '.tsv'))

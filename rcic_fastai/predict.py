@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'well_accuracy', 'embed_sites', 'predict_sites', 'embed_with', 'Needs', 'inference_needs',
-           'predict_with', 'check_channels', 'treatment_names', 'check_treatments', 'run_references', 'predict_run',
-           'embed_run', 'embeddings_path', 'write_embeddings']
+           'predict_with', 'check_channels', 'check_classes', 'treatment_names', 'check_treatments', 'run_references',
+           'predict_run', 'embed_run', 'embeddings_path', 'write_embeddings']
 
 # %% ../nbs/10_predict.ipynb #21e74bae
 import json, os, warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +26,12 @@ from tqdm.auto import tqdm
 from .batchnorm import BatchNormMode, batchnorm_modes
 from .data import DOMAINS, DomainDL, domain_keys, select_sites
 from .embed import postprocess_embeddings, postprocess_names, to_anndata, well_means
-from .files import parse_json, read_arrays, user_path, write_whole
+from .files import claim_folder, parse_json, read_arrays, user_path, write_whole
 from .model import plain
 from .multilabel_loss import MultiLabelLoss
 from .screen import Screen, channel_file, channel_name, grey_limits
-from .train import Recipe, complete_stats, load_run, read_run
+from .target import is_multilabel
+from .train import Recipe, check_target_column, complete_stats, load_run, read_run
 from .tta import TTA, ViewTransform, check_views, combine_views, image_keys, tta_group
 
 # %% ../nbs/10_predict.ipynb #33e07053
@@ -431,7 +433,7 @@ def check_channels(
 ):
     "Refuse a screen whose channels are not those that a run was trained on, in their order. Raises: ValueError naming the first that differs."
     trained, own = info['channels'], list(screen.channels)
-    said = f'{run} was trained on the channels {", ".join(map(channel_name, trained))}, and {screen.path} has {", ".join(map(channel_name, own))}'
+    said = f'{run} was trained on the channels {", ".join(map(channel_name, trained))} (run.json), and {screen.path} has {", ".join(map(channel_name, own))}'
     if len(trained)!=len(own): raise ValueError(said)
     for a, b in zip(trained, own):
         files, names = (channel_file(a), channel_file(b)), (channel_name(a), channel_name(b))
@@ -440,6 +442,26 @@ def check_channels(
         if files[0]!=files[1] and screen.packed is None: raise ValueError(f'{said}: files call {names[0]} {files[1]} here, and {files[0]} there')
         if screen.packed is not None and grey_limits(a)!=grey_limits(b):
             raise ValueError(f'{run} was trained on grey values {grey_limits(a)} of {names[0]}, and {screen.path} was packed with {grey_limits(b)}: describe it --like the other, and pack it again')
+
+def check_classes(
+    run:str|Path, # folder, for the message
+    info:dict, # of the run, from `read_run`
+    screen:Screen, # that it is to look at
+    other:bool=False # may all classes be others, as for embeddings?
+):
+    "Refuse a screen without the target of a run, or with none of its classes. Raises: ValueError naming run.json, and target or classes."
+    target = info['target']
+    check_target_column(run, target, screen.wells)
+    there = screen.wells[target].dropna()
+    if 'classes' not in info or is_multilabel(there) or not len(there) or there.isin(info['classes']).any(): return
+    if other and isinstance(there.iloc[0], str)==isinstance(info['classes'][0], str): return
+    some = lambda values: ', '.join(map(repr, list(values)[:3]))+(', ...' if len(values) > 3 else '')
+    raise ValueError(f'{Path(run)/"run.json"}: classes are {some(info["classes"])}, and target {target!r} of {screen.path} is {some(there.unique().tolist())}')
+
+def _check_scored(run, info, p, split):
+    "Refuse predictions of classes that run.json does not have"
+    lost = [c for c in p.classes.tolist() if c not in set(info.get('classes', p.classes.tolist()))]
+    if lost: raise ValueError(f'{Path(run)/"run.json"}: classes lack {lost[0]!r}, which predictions/{split}.npz has: one of the two is of another run')
 
 def treatment_names(
     wells:pd.DataFrame # of a screen
@@ -504,6 +526,17 @@ def _predict_parts(run, info, screen, split, settings, **kwargs):
     made = {k: v for k,v in parts[0].made.items() if k not in ('run', 'recipe', 'split')}
     return Predictions(ids[order], parts[0].classes, logits[order], made, None if views is None else views[:, order], parts[0].view_names)
 
+def _predict_network(run, info, screen, split, settings, wells, present_only, device, progress, say, keep_views):
+    "Predictions of a run with one network"
+    check_channels(run, info, screen)
+    recipe = _with_inference(read_run(run)[0], settings)
+    sites = _run_sites(info, screen, split, wells or info['wells'], present_only, say)
+    reference, controls = run_references(inference_needs(recipe), info, screen, sites, present_only)
+    learn = load_run(run, _together(sites, reference, controls), device)
+    p = predict_with(learn, sites, recipe, controls, reference=reference, progress=progress, keep_views=keep_views)
+    treated = screen.wells[(screen.wells.well_type=='treatment') & (screen.wells.split=='train')].sirna.dropna().unique() if info['target']=='sirna' else []
+    return p.only(treated) if (sites.well_type=='treatment').all() and np.isin(p.classes, treated).any() else p
+
 def predict_run(
     run:str|Path, # folder of a finished run
     screen:Screen, # where the sites are
@@ -526,22 +559,15 @@ def predict_run(
     recipe, info = read_run(run)
     if 'blend' in info: raise ValueError(f'{run} is a blend: predict with its members, {", ".join(info["blend"])}, and blend again')
     check_treatments(run, info, screen)
+    check_classes(run, info, screen)
     settings = {k: v for k,v in dict(batchnorm=batchnorm, tta=tta, **inference).items() if v is not None}
     present_only = info['present_only'] if present_only is None else present_only
     if split=='valid' and not info['valid_wells']: raise ValueError(f'{run} set no wells aside: train it with a validation set')
-    if 'parts' in info: p = _predict_parts(run, info, screen, split, settings, wells=wells, present_only=present_only, device=device, progress=progress, say=say,
-                                       keep_views=keep_views)
-    else:
-        recipe = _with_inference(recipe, settings)
-        check_channels(run, info, screen)
-        sites = _run_sites(info, screen, split, wells or info['wells'], present_only, say)
-        reference, controls = run_references(inference_needs(recipe), info, screen, sites, present_only)
-        learn = load_run(run, _together(sites, reference, controls), device)
-        p = predict_with(learn, sites, recipe, controls, reference=reference, progress=progress, keep_views=keep_views)
-        treated = screen.wells[(screen.wells.well_type=='treatment') & (screen.wells.split=='train')].sirna.dropna().unique() if info['target']=='sirna' else []
-        if (sites.well_type=='treatment').all() and np.isin(p.classes, treated).any(): p = p.only(treated)
-    p.made = dict(run=Path(run).name, recipe=recipe.name, split=split, **p.made)
-    p.save(Path(run)/'predictions'/f'{split}.npz')
+    how = dict(wells=wells, present_only=present_only, device=device, progress=progress, say=say, keep_views=keep_views)
+    with claim_folder(run): # by training already, if that comes before
+        p = (_predict_parts if 'parts' in info else _predict_network)(run, info, screen, split, settings, **how)
+        p.made = dict(run=Path(run).name, recipe=recipe.name, split=split, **p.made)
+        p.save(Path(run)/'predictions'/f'{split}.npz')
     return p
 
 # %% ../nbs/10_predict.ipynb #767c50fb
@@ -573,6 +599,7 @@ def embed_run(
     present_only = info['present_only'] if present_only is None else present_only
     check_channels(run, info, screen)
     check_treatments(run, info, screen)
+    check_classes(run, info, screen, other=True)
     recipe = _with_inference(recipe, {} if batchnorm is None else dict(batchnorm=batchnorm))
     sites, hosts = _embedded_sites(info, screen, split, wells, present_only, say)
     reference, controls = run_references(inference_needs(recipe), info, screen, hosts, present_only)
@@ -588,6 +615,11 @@ def embeddings_path(
     path = user_path(path)
     if path.suffix in ('.npz', '.h5ad'): return path
     raise ValueError(f'{path}: embeddings are written as .npz or .h5ad')
+
+def _claimed(run, out):
+    "Hold a run folder while a file in it is made; a file elsewhere holds nothing"
+    inside = Path(os.path.realpath(run)) in Path(os.path.realpath(out)).parents
+    return claim_folder(run) if inside else nullcontext()
 
 def _run_files(run):
     "What no output may replace"

@@ -38,7 +38,7 @@ from .image import MultiChannelImage, channel_limits, resize_site, stain_colors,
 from .judge import BLUE, GREY, ORANGE, accuracy_by, clean_axes, judge_wells, statistic_shift, worst_wells
 from .page import duration, execute_notebook, interval, notebook_page, percent, source_date, with_parameters
 from .platemap import read_well_table
-from .predict import (Predictions, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, check_channels, check_treatments, embed_with, inference_needs, predict_run, run_references,
+from .predict import (Predictions, _check_scored, _compares_with_controls, _forward, _prepare, _raw_batches, _sample, check_channels, check_classes, check_treatments, embed_with, inference_needs, predict_run, run_references,
                                  predict_sites)
 from .recipe import recipes
 from .screen import Screen, is_unknown, plain_text, plate_groups, present_sites, read_screen
@@ -159,7 +159,9 @@ class RunContext:
 def _find_predictions(run, screen, info, split, most, say):
     "Kept, made now, or the reason why there are none"
     path = run/'predictions'/f'{split}.npz'
-    if path.exists(): return Predictions.load(path)
+    if path.exists():
+        _check_scored(run, info, p := Predictions.load(path), split)
+        return p
     n = len(info['valid_wells']) if split=='valid' else int(((screen.wells.split=='test') & (screen.wells.well_type=='treatment')).sum())
     if not n: return 'no wells were set aside' if split=='valid' else 'the screen has no test split'
     if 'blend' in info: return f'the blend has no predictions of its {split} wells'
@@ -188,6 +190,8 @@ def run_context(
     recipe, info = read_run(run)
     screen = read_screen(run_data(run, data))
     check_treatments(run, info, screen)
+    check_classes(run, info, screen)
+    if 'channels' in info: check_channels(run, info, screen)
     max_wells = max_wells or _most_wells(run, info)
     found = {s: _find_predictions(run, screen, info, s, 5*max_wells, say) for s in ('valid', 'test')}
     return RunContext(run, recipe, info, screen, {s: p.wells() for s, p in found.items() if not isinstance(p, str)}, read_truth(screen, info['target'], truth),

@@ -29,7 +29,7 @@ from .files import check_name, check_output, claim_folder, clean_partials, folde
 from .model import load_weights, read_meta, save_weights
 from .multilabel import average_precision, label_matrix
 from .multilabel_loss import multilabel_losses
-from .predict import Predictions, _run_files, check_channels, check_treatments, inference_needs, predict_run, predict_with, treatment_names
+from .predict import Predictions, _check_scored, _run_files, check_channels, check_classes, check_treatments, inference_needs, predict_run, predict_with, treatment_names
 from .pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites, pseudo_to_json, select_pseudo_labels
 from .screen import Screen, plate_groups, valid_mask
 from .store import check_screen_output
@@ -506,9 +506,12 @@ def submit_run(
     "Labels for the test wells, as a submission. Raises: ValueError for a run that predicts something else, or wells that do not fit."
     run = user_path(run)
     recipe, info = read_run(run)
-    if info['target']!='sirna': raise ValueError(f'{run} predicts {info["target"]}; a submission needs a run that predicts sirna')
+    if info['target']!='sirna': raise ValueError(f'{run} predicts {info["target"]} (target in run.json); a submission needs a run that predicts sirna')
     check_treatments(run, info, screen)
+    check_classes(run, info, screen)
+    if 'channels' in info: check_channels(run, info, screen)
     p, run = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(run)
+    _check_scored(run, info, p, 'test')
     out = check_submission_path(check_screen_output(out or run/'submission.csv', screen, sample, *_run_files(run)))
     if screen.replicates and (groups or one_to_one):
         groups = one_to_one = False

@@ -82,7 +82,7 @@ def draw_label_sets(
     sets, _ = label_sets()
     y, w = label_matrix(sets).astype(int), _set_weights(frequencies)
     if n < len(hpa_classes)*min_positives:
-        raise ValueError(f'{n} images cannot hold {min_positives} of each of {len(hpa_classes)} classes; draw {len(hpa_classes)*min_positives} or more, or lower min_positives')
+        raise ValueError(f'{n} images cannot hold {min_positives} of each of {len(hpa_classes)} classes; draw {len(hpa_classes)*min_positives} or more (in Python a smaller min_positives helps too)')
     drawn = rng.choice(len(sets), n, p=w)
     count = y[drawn].sum(0)
     for k in np.argsort(count, kind='stable'): # the rarest class first
@@ -323,6 +323,7 @@ def simulate_hpa(
     Raises: ValueError for settings out of range, or a folder that holds an atlas made with others; FileExistsError for a folder of something else.
     """
     root = user_path(path)
+    if cell_radius is None and image_size < 22: raise ValueError(f'image_size is {image_size}, expected at least 22 pixels, or cells are too small')
     sim = AtlasSimulation(seed, image_size, min(image_size*3/16, 90.) if cell_radius is None else cell_radius, size_shift, gain_shift, contrast, noise)
     sizes = [image_size, image_size*3//2] if external_sizes is None else [int(s) for s in external_sizes]
     if not sizes or min(sizes) < 16: raise ValueError(f'external_sizes is {external_sizes}, expected one size or more of at least 16 pixels')

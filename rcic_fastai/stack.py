@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_PARAMS', 'check_lightgbm_params', 'stack_features', 'Stacker', 'crossfit_decisions', 'stack_report']
 
 # %% ../nbs/14_stack.ipynb #f25cee51
-import base64, copy, difflib, hashlib, itertools, json, os, warnings
+import base64, copy, difflib, hashlib, itertools, json, math, os, warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
 from . import __version__
-from .files import write_json, write_whole
+from .files import read_json, write_json, write_whole
 from .folds import _group_codes, check_no_straddling, grouped_folds
 from .multilabel import macro_f1
 from .threshold import F1Threshold, best_threshold
@@ -135,9 +135,13 @@ def _choose_boosted(x, y, parts, candidates, settings):
     fixed = dict(objective='binary', metric='binary_logloss', deterministic=True, force_row_wise=True, verbosity=-1,
                  seed=settings['seed'], num_threads=settings['num_threads'])
     for params in candidates:
-        data = lgb.Dataset(x, y, params={**params, **fixed}, free_raw_data=False)
-        cv = lgb.cv({**params, **fixed}, data, settings['max_rounds'], folds=parts, return_cvbooster=True,
-                    callbacks=[lgb.early_stopping(settings['patience'], verbose=False)])
+        try:
+            data = lgb.Dataset(x, y, params={**params, **fixed}, free_raw_data=False)
+            cv = lgb.cv({**params, **fixed}, data, settings['max_rounds'], folds=parts, return_cvbooster=True,
+                        callbacks=[lgb.early_stopping(settings['patience'], verbose=False)])
+        except (lgb.basic.LightGBMError, TypeError) as e:
+            own = {k: v for k, v in params.items() if DEFAULT_PARAMS.get(k)!=v}
+            raise ValueError(f'params {json.dumps(own, default=str)}: LightGBM refuses them: {" ".join(str(e).split())}') from None
         losses = cv['valid binary_logloss-mean'] # ends with the best round
         tried.append((losses[-1], len(losses), params, data, cv['cvbooster'].boosters))
     loss, rounds, params, data, inner = min(tried, key=lambda t: t[0])
@@ -157,6 +161,28 @@ def _fit_model(x, z, y, rows, inner, candidates, settings):
     else: m, held = _choose_boosted(x, y, parts, candidates, settings)
     threshold = .5 if held is None else best_threshold(held, y)[0]
     return {**m, 'positives': int(y.sum(dtype=np.int64)), 'threshold': threshold, 'seen': seen}
+
+def _number(low, high=math.inf): return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
+_any_number = _number(-math.inf)
+_text = lambda v: isinstance(v, str) and v!=''
+_of_model = dict(positives=(_number(0), 'a number of rows'), threshold=(_any_number, 'a number'), seen=(_text, 'rows in base64'))
+_of_kind:dict[str, dict] = dict(constant=dict(value=(_number(0, 1), 'a probability')), linear=dict(intercept=(_any_number, 'a number')),
+                                boosted=dict(trees=(_text, 'the text of a model'), rounds=(_number(1), 'a number of rounds')))
+
+def _check_model(m, path, n_members, n_features):
+    "Refuse what no model of a stack says, and trees that LightGBM does not read"
+    kind = m.get('kind')
+    if kind not in list(_of_kind): raise ValueError(f'{path}: kind is {json.dumps(kind)[:60]}, expected one of {", ".join(_of_kind)}')
+    weights = lambda v: isinstance(v, list) and len(v)==n_members and all(map(_any_number, v))
+    for key, (good, expected) in {**_of_model, **_of_kind[kind], **(dict(coef=(weights, f'{n_members} numbers')) if kind=='linear' else {})}.items():
+        if key not in m: raise ValueError(f'{path}: {key!r} is missing')
+        if not good(m[key]): raise ValueError(f'{path}: {key} is {json.dumps(m[key])[:60]}, expected {expected}')
+    if kind!='boosted': return m
+    lgb = _lightgbm()
+    try: found = lgb.Booster(model_str=m['trees']).num_feature()
+    except lgb.basic.LightGBMError as e: raise ValueError(f'{path}: trees are no model of LightGBM: {e}') from None
+    if found!=n_features: raise ValueError(f'{path}: its trees look at {found} features, expected {n_features}')
+    return m
 
 def _packed(rows, n):
     "A set of row numbers below n as text, a bit per row"
@@ -289,8 +315,8 @@ class Stacker(BaseEstimator):
     def _read(self, name, train, n):
         "A model made before, if it saw exactly these rows"
         if not self.folder_ or not (path := self.folder_/f'{name}.json').exists(): return None
-        try: m = json.loads(path.read_text())
-        except ValueError as e: raise ValueError(f'{path} is damaged ({e}): delete it, and it will be made again') from None
+        try: m = _check_model(read_json(path), path, len(self.members_), len(self.features_))
+        except ValueError as e: raise ValueError(f'{path} is damaged ({str(e).removeprefix(f"{path}: ")}): delete it, and it will be made again') from None
         return m if m['seen']==_packed(train, n) else None
 
     def audit(self) -> pd.DataFrame: # a row per kind of model: models, classes, fewest rows seen and predicted

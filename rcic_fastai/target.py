@@ -65,6 +65,7 @@ class MultiLabelCategorize(MaskedCategorize):
         row = [0.]*self.c
         for v in o: row[super().number(v)] = 1.
         return row
+    def __call__(self, o, **kwargs): return super().__call__(list(o) if isinstance(o, tuple) else o, **kwargs)
     def encodes(self, o): return TensorMultiCategory(self.number(o))
     def decodes(self, o:TensorMultiCategory):
         return MultiCategory(['unknown'] if (o==MASKED).any() else [self.vocab[i] for i in torch.nonzero(o > .5)[:, 0].tolist()])

@@ -13,6 +13,7 @@ __all__ = ['RUN_FORMAT', 'DataSettings', 'ModelSettings', 'LossSettings', 'Train
 
 # %% ../nbs/09_train.ipynb #23896608
 import difflib, inspect, json, math, os, sys, types, typing, warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -1128,7 +1129,17 @@ def _check_info(info, path):
     for key, (good, expected) in {**needed, **_if_there}.items():
         if key not in info and key in needed: raise ValueError(f'{path}: {key!r} is missing: it is damaged, or no run.json')
         if key in info and not good(info[key]): raise ValueError(f'{path}: {key} is {json.dumps(info[key])[:60]}, expected {expected}')
+    for key in filter(info.__contains__, _of_network):
+        twice = [v for v, n in Counter(info[key]).items() if n > 1]
+        if twice: raise ValueError(f'{path}: {key} has {twice[0]!r} twice')
+    _check_class_kinds(info, path)
     return info
+
+def _check_class_kinds(info, path):
+    "Classes of siRNAs and of labels have whole numbers, others are all numbers or all names"
+    numbers, known = {isinstance(c, int) for c in info.get('classes', ())}, info['target'] in ('sirna', 'labels')
+    if known and False in numbers: raise ValueError(f'{path}: classes are {json.dumps(info["classes"])[:60]}, expected whole numbers, as the target is {info["target"]}')
+    if len({isinstance(c, str) for c in info.get('classes', ())}) > 1: raise ValueError(f'{path}: classes are {json.dumps(info["classes"])[:60]}, expected all names or all numbers')
 
 def read_run(
     run:str|Path # a run folder
@@ -1144,6 +1155,9 @@ def read_run(
     settings, info = read_json(need('recipe.json'), nan=True), _check_info(read_json(need('run.json'), nan=True), run/'run.json')
     try: recipe = recipe_from_dict(settings)
     except ValueError as e: raise ValueError(f'{run/"recipe.json"}: {e}; written by rcic_fastai {info.get("version", "0.1")}, and this is {__version__}') from None
+    several = recipe.loss.name in multilabel_losses
+    if info['target'] in ('sirna', 'labels') and several!=(info['target']=='labels'):
+        raise ValueError(f'{run/"run.json"}: target is {info["target"]!r}, and the loss of recipe.json, {recipe.loss.name}, is for {"several labels" if several else "one label"} per image')
     for part in info.get('parts', [] if 'blend' in info else ['.']): need((path_within(run, part)/'model.safetensors').relative_to(run)) # which may be a link, as in caches of downloads
     return recipe, _each_path({'format': 1, **info}, lambda p: _found_path(p, run, info.get('format', 1)))
 
@@ -1224,4 +1238,6 @@ def load_run(
     if not isinstance(valid, str) and np.asarray(valid).all(): valid = None # nothing would be left for the training set, which holds the transforms
     dls = recipe_dataloaders(sites, recipe, valid, stats=stats, counts=counts, **common)
     model = recipe_model(recipe, len(info['classes']), len(info['channels']), len(info['cell_types']))
-    return screen_learner(dls, recipe, load_weights(model, Path(run)/'model.safetensors'), path=Path(run))
+    try: loaded = load_weights(model, run/'model.safetensors')
+    except ValueError as e: raise ValueError(f'{e} (the network of recipe.json with the {len(info["classes"])} classes and {len(info["channels"])} channels of run.json)') from None
+    return screen_learner(dls, recipe, loaded, path=run)

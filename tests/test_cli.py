@@ -3,6 +3,7 @@
 import configparser
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,3 +209,30 @@ def test_every_option_that_is_a_number_has_limits():
                     assert len(str(e.value).splitlines()) == 1
                     seen += 1
     assert seen > 150
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/store", "https://host/x", "memory:///x", "simplecache::s3://bucket/x"])
+def test_no_output_is_an_address(command, small_screen, small_run, tmp_path, monkeypatch, address):
+    "No folder `s3:` is made; the library refuses it like the commands"
+    from rcic_fastai.files import check_output, claim_folder, write_whole
+
+    monkeypatch.chdir(tmp_path)
+    for name, option, *more in [("rcic-simulate", "out"), ("rcic-pack", "out", "--data", small_screen), ("rcic-train", "run", "--data", small_screen), ("rcic-demo", "out"), ("rcic-show", "out", "--data", small_screen),
+                                ("rcic-find-lr", "out", "--data", small_screen), ("rcic-embed", "out", "--run", small_run), ("rcic-submit", "out", "--run", small_run), ("rcic-report", "out", small_run),
+                                ("rcic-blend", "out", "--run", small_run), ("rcic-describe", "out", "--data", small_screen), ("rcic-kaggle", "folder", "build"), ("rcic-kaggle", "to", "output"),
+                                ("rcic-hpa-simulate", "out"), ("rcic-hpa-stack", "out", "--run", small_run), ("rcic-hpa-duplicates", "out", "--data", small_screen), ("rcic-download", "out", "--source", "rxrx1")]:  # fmt: skip
+        status, _, err = command(name, *more, f"--{option}", address)
+        assert status == 1 and f"--{option} " in err and "is an address, and outputs are files and folders of this machine" in err and err.count("\n") == 1, (name, err)
+    for write in (lambda p: write_whole(p, "x"), check_output, lambda p: claim_folder(p).__enter__()):
+        with pytest.raises(ValueError, match="is an address, and outputs"): write(Path(address))
+    assert not list(tmp_path.iterdir())
+
+
+def test_messages_name_options_that_the_command_has(command, tmp_path):
+    "And what only Python has is said to be so"
+    for args, message in {("--images", 40): "draw 336 or more", ("--test", 30): "30 images cannot hold 6 .* draw 168 or more", ("--image-size", 16): "image_size is 16, expected at least 22"}.items():
+        status, _, err = command("rcic-hpa-simulate", "--out", tmp_path / "a", *args)
+        assert status == 1 and re.search(message, err) and "cell_radius" not in err and ("min_positives" not in err or "in Python a smaller min_positives" in err), err
+    assert not (tmp_path / "a").exists()
+    status, out, _ = command("rcic-embed", "--help")
+    assert status == 0 and "--present-only" in out  # the message of a missing file names it

@@ -14,6 +14,7 @@ from rcic_fastai.report import read_history, read_truth
 from rcic_fastai.run import Stages, submit_run
 from rcic_fastai.screen import read_screen
 from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.stack import Stacker
 from rcic_fastai.store import Store, pack_screen
 from rcic_fastai.threshold import ConstantThreshold, read_thresholds, write_thresholds
 from rcic_fastai.train import _run_histograms, load_run, read_run
@@ -207,3 +208,63 @@ def test_runs_of_the_first_version_are_read(run, small_screen, monkeypatch):
     recipe, found = read_run(run)
     assert found["data"] == "screen" and found["format"] == 1 and recipe.inference.batchnorm == "domain"
     assert Predictions.load(run / "predictions" / "test.npz").ids is not None and len(pd.read_csv(run / "history.csv"))
+
+
+WRONG = {  # value of run.json, and whether `rcic-submit`, which has the predictions, cannot know
+    "channels": [..., [1, 2, 3], list("abcdef"), [1] * 6, [True] * 6, "123456", []], "classes": [..., [], "ab", list("abcdefgh"), [9000 + i for i in range(8)], [1] * 8, list(range(7)), [0.5] + list(range(1, 8)), ["a"] + list(range(1, 8)), [[1]] * 8],
+    "target": [..., None, 7, "nothing", "labels", "cell_type"], "cell_types": [..., ["HUVEC"] * 2, "HUVEC"], "experiments": [..., ["HUVEC-01"] * 2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_run_json_that_does_not_fit_is_named_by_every_command(run, small_screen, tmp_path, key):
+    from rcic_fastai.kaggle import build_kernel
+    from rcic_fastai.report import run_context
+
+    screen, info = read_screen(small_screen), json.loads((run / "run.json").read_text())
+    tell = dict(predict=lambda: predict_run(run, screen, "test", progress=False, say=quiet), embed=lambda: embed_run(run, screen, "test", progress=False, say=quiet), submit=lambda: submit_run(run, screen, tmp_path / "s.csv", say=quiet),
+                report=lambda: run_context(run, small_screen, say=quiet), kaggle=lambda: build_kernel(tmp_path / "k", "infer", run=run, user="ada", lacking=()))  # fmt: skip
+    for value in WRONG[key]:
+        (run / "run.json").write_text(json.dumps({k: v for k, v in {**info, key: value}.items() if v is not ...}))
+        for name, do in tell.items():
+            if name == "embed" and isinstance(value, list) and value[:1] == [9000]: continue  # a network may look at a screen with other treatments
+            with pytest.raises((ValueError, FileNotFoundError), match="run.json") as e: do()
+            assert key in str(e.value), (name, value, str(e.value))
+
+
+def test_models_of_a_stack(tmp_path):
+    "Each value missing or of another kind is told by the name of the file"
+    pytest.importorskip("lightgbm")
+    rng = np.random.default_rng(0)
+    y = (rng.random((240, 2)) < [0.5, 0.05]).astype(int)
+    members = dict(a=np.clip(y * 0.4 + rng.random(y.shape) * 0.6, 0, 1), b=rng.random(y.shape))
+    fit = lambda: Stacker(n_folds=2, n_inner=2, max_rounds=4, min_positives=30, folder=tmp_path, progress=False).fit(members, y)
+    fit()
+    kinds = {json.loads(p.read_text())["kind"]: p for p in sorted(tmp_path.glob("*/repeat*.json"))}
+    assert set(kinds) == {"boosted", "linear"}
+    for path in kinds.values():
+        kept = {"loss", "C", "params", "positives", "rounds"}  # what changes nothing may have another value
+        assert not [f for f in faults(path, fit) if f.split()[0] not in kept and f.split()[-1] not in kept], path
+
+
+def test_parameters_of_a_stack(small_run, small_screen):
+    from rcic_fastai.hpa_cli import rcic_hpa_stack
+    from rcic_fastai.script import CliError
+
+    with pytest.raises(CliError, match="--params: line 1: Expecting"): rcic_hpa_stack(run=[small_run], params="{bad")
+    with pytest.raises(CliError, match="--params: .* where an object in braces is expected"): rcic_hpa_stack(run=[small_run], params="[1]")
+    pytest.importorskip("lightgbm")
+    y = (np.random.default_rng(0).random((90, 1)) < 0.5).astype(int)
+    for params in (dict(learning_rate="x"), dict(num_leaves=-1), dict(monotone_constraints={"a": 1})):
+        with pytest.raises(ValueError, match=f"params .*{next(iter(params))}.*: LightGBM refuses them"): Stacker(n_folds=2, n_inner=2, min_positives=2, params=params, progress=False).fit(dict(a=y * 0.5), y)
+
+
+def test_tables_of_a_store_are_compared_when_it_is_read(small_screen, tmp_path):
+    store = tmp_path / "store"
+    pack_screen(read_screen(small_screen), store, say=quiet, progress=False)
+    for name in ("train.csv", "test.csv", "truth.csv", "sample_submission.csv"):
+        data = (store / name).read_text()
+        (store / name).write_text(data.replace("3", "4", 1))
+        with pytest.raises(ValueError, match=f"{name} is not the table that was packed"): read_screen(store)
+        (store / name).write_text(data)
+    read_screen(store)

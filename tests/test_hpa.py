@@ -437,3 +437,19 @@ def test_from_files_to_a_score_by_commands(folder, tmp_path, monkeypatch, capsys
     assert code == 0 and 0 < float(out.split()[-1]) < 1, out
     code, out, _ = in_process(monkeypatch, capsys, "rcic-submit", "--run", "run", "--thresholds", "share", "--out", "share.csv")
     assert code == 0 and (tmp_path / "share.csv").exists(), out
+
+
+def test_labels_of_a_table_in_a_data_block_of_ones_own(atlas):
+    "Tuples with our block; fastai's takes lists, and says so with nothing better than a TypeError"
+    from fastai.data.all import ColReader, DataBlock, MultiCategoryBlock, RandomSplitter
+
+    from rcic_fastai.data import MultiChannelImageBlock
+    from rcic_fastai.target import MultiLabelBlock
+
+    sites = atlas.sites(atlas.wells[atlas.wells.labels.notna()]).head(12).reset_index(drop=True)
+    for block, get_y in ((MultiLabelBlock(atlas.classes), ColReader("labels")), (MultiCategoryBlock(vocab=atlas.classes), lambda r: list(r.labels))):
+        dls = DataBlock((MultiChannelImageBlock(atlas.channels), block), get_y=get_y, splitter=RandomSplitter(seed=0)).dataloaders(sites, bs=4, num_workers=0)
+        x, y = dls.valid.new(shuffle=False).one_batch()
+        assert x.shape[1] == len(atlas.channels) and y.shape[1] == len(atlas.classes)
+        rows = [tuple(r.nonzero()[:, 0].tolist()) for r in y]
+        assert rows == [tuple(sorted(t)) for t in dls.valid_ds.items.labels[: len(rows)]]

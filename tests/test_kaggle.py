@@ -124,7 +124,7 @@ def test_weights_that_are_damaged_are_not_packed(tiny_run, tmp_path):
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["model"]["arch_options"]["channels"] = [8, 8, 8, 8]
     (run / "recipe.json").write_text(json.dumps(recipe))
-    with pytest.raises(ValueError, match="not of the network of recipe.json: .* expected "): build_kernel(tmp_path / "k", "infer", run=run, user="ada")
+    with pytest.raises(ValueError, match="not of the network of recipe.json with .* of run.json: .* expected "): build_kernel(tmp_path / "k", "infer", run=run, user="ada")
     assert not (tmp_path / "k").exists()
 
 

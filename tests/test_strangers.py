@@ -420,6 +420,7 @@ TOKEN = "KGAT_0123456789feedBeef"
     "s3://AKEY:{raw}@bucket/store", "https://ada:{quoted}@host/a.zip", "https://ada:{lower}@host/a.zip", "s3:/AKEY:{quoted}@bucket", "ftp://{quoted}@host", "zip://a.zip::https://ada:{quoted}@host/x", "https%3A%2F%2Fada%3A{twice}%40host%2F",
     r"https:\/\/ada:{quoted}@host\/x", "https://host/a?X-Amz-Signature={quoted}&X-Amz-Date=1", "/a?sig={quoted} (Caused by", "https://host/a?page=1&amp;token={quoted}", "https://host/#access_token={quoted}",
     "https://host/a%3Ftoken%3D{twice}", "Authorization: Basic {basic}", "Authorization: Bearer {b64}", "{{'Authorization': 'Basic {basic}'}}", '{{"username": "ada", "key": {json}}}', "{{'password': {repr}}}", r'{{\"key\": \"{quoted}\"}}',
+    "ada:{quoted}@host/path is no folder", "'ada:{raw}@host.com'", "x=ada:{raw}@10.0.0.1/x", "ada:{raw}@bucket", "/here/ada:{quoted}@host:80/x", "ada%3A{quoted}%40host%2Fx",
     "password='{raw}'", "aws_secret_access_key = {quoted}", "AccountKey={quoted};EndpointSuffix=core", "X-Api-Key: {quoted}", "(b'authorization', b'Bearer {b64}')", "netrc: machine host login ada password={quoted}"])  # fmt: skip
 def test_no_spelling_of_a_password_is_shown(text):
     "Without knowing it; what is left holds no part of it"
@@ -469,6 +470,33 @@ def test_commands_show_no_password(capsys, monkeypatch):
     assert "feed" not in (out + err).lower() and "Written: s3://***@bucket/x" in out and "ValueError: s3://***@bucket/x" in err
 
 
+@pytest.mark.parametrize("address", ["https://ada:feedBeef@host/x", "ada:feedBeef@host/x", "https://host/x?X-Amz-Signature=feedBeef"])
+def test_no_option_takes_a_password(address, tmp_path, monkeypatch):
+    "Of any command, in text, paths and lists; nothing is written. The address of a download may hold one, which is noted nowhere"
+    import inspect
+
+    from rcic_fastai import cli, hpa_cli, kaggle_cli
+
+    monkeypatch.chdir(tmp_path)
+    seen = 0
+    for module in (cli, hpa_cli, kaggle_cli):
+        for name in [n for n in module.__all__ if n.startswith("rcic_")]:
+            for p in inspect.signature(getattr(module, name)).parameters.values():
+                if p.annotation in (int, float, bool) or p.name == "url" or "Path" in str(p.annotation) and "?" in address: continue
+                value = Path(address) if "Path" in str(p.annotation) else address
+                with pytest.raises(CliError, match=f"--{p.name.replace('_', '-')} holds an address with a password") as e: getattr(module, name)(**{p.name: [value] if "append" in str(p.annotation) else value})
+                assert "feed" not in str(e.value).lower()
+                seen += 1
+    assert seen > 50 and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="VALID holds an address with a password"): build_kernel(tmp_path / "k", user="ada", values=dict(VALID=address), lacking=())
+
+
+def test_what_exists_is_a_path(small_screen, tmp_path):
+    "A folder whose name looks like a user, a password and a host"
+    shutil.copytree(small_screen, tmp_path / "ada:12:30@lab.x")
+    rcic_show(data=tmp_path / "ada:12:30@lab.x", out=tmp_path / "well.png")
+
+
 def test_a_store_shows_no_password(stores, forged, monkeypatch):
     import fsspec
 
@@ -481,7 +509,8 @@ def test_a_store_shows_no_password(stores, forged, monkeypatch):
 
 def test_messages_without_passwords_stay_as_they_are():
     for text in ("train.csv: row 17: plate 5 is outside 1-4", "recipe.json: unknown setting 'token'; did you mean 'taken'?", "its MD5 is 0a1b2c3d4e5f60718293a4b5c6d7e8f9", "files '{well}_s{site}_{channel}.tif' has no {channel}",
-                 "unknown key: learning_rate", "store#17 of C:/mine/ada@home", "https://www.kaggle.com/code/ada/rcic", "--set train.lr=.1", "valid 'experiment=HUVEC-07,RPE-07': x", "mail ada@example.org: 5 tokens"):  # fmt: skip
+                 "unknown key: learning_rate", "store#17 of C:/mine/ada@home", "https://www.kaggle.com/code/ada/rcic", "--set train.lr=.1", "valid 'experiment=HUVEC-07,RPE-07': x", "mail ada@example.org: 5 tokens",
+                 "treatment 'TP53:siRNA1@24h'", "treatment 'drug:5@10uM'", "well 12:30@day", "git@example.org:ada/x", "files '{well}:{site}@{channel}.tif'"):  # fmt: skip
         assert scrub(text) == text
 
 

@@ -1,11 +1,13 @@
 "Tables as people write them: what is the same is read the same by every reader, and what is wrong is named by file and row."
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from rcic_fastai.platemap import describe_screen, plate_map_wells, read_plate_map
-from rcic_fastai.screen import is_unknown, read_rows, read_table
+from rcic_fastai.screen import alike, alike_names, is_unknown, read_rows, read_table
 
 ROWS = [["well", "treatment", "dose"], ["B02", "Taxol", "1"], ["B03", "DMSO", "0"], ["C04", "a, b", "2.5"]]
 
@@ -89,3 +91,34 @@ def test_notices_of_a_description(tmp_path):
     assert any("treatment 'Taxol' and 'taxol' differ in capitals or blanks only" in s for s in said)
     assert any("1 wells have the treatment 'n/a': taken as unknown" in s for s in said)
     assert screen.wells.sirna.notna().sum() == 2
+
+
+@pytest.mark.parametrize("pair, how, shown", [
+    (["Taxol", "taxol "], "capitals or blanks", "'Taxol' and 'taxol '"), (["Taxol", "Tax\u200bol"], "invisible characters or the coding of accents", r"'Taxol' and 'Tax\\u200bol'"),
+    (["Caf\u00e9", "Cafe\u0301"], "invisible characters or the coding of accents", r"'Cafe\\u0301' and 'Caf\\xe9'"), (["5 uM", "5\u00a0uM"], "capitals or blanks", r"'5 uM' and '5\\xa0uM'"),
+    (["\u00b5M", "\u03bcM"], "capitals or blanks", r"'\\xb5M' and '\\u03bcM'"), (["a\u00adb", "ab"], "invisible", r"'a\\xadb'"), (["x\ufe0f", "x"], "invisible", r"'x\\ufe0f'"),
+])  # fmt: skip
+def test_names_that_look_alike(pair, how, shown):
+    (names,) = alike(pd.Series([*pair, "another"]))
+    assert re.search(shown, said := alike_names(names)) and f"differ in {how}" in said and said.isprintable()
+    assert not alike(pd.Series(["é", "e", "x2", "x²", "1-2", "12"]))
+
+
+def test_notices_of_names_that_look_alike(tmp_path):
+    "Treatments, cell types, experiments and plates; and a column that is there twice to the eye"
+    from PIL import Image
+
+    for e in ("a", "b"):
+        (tmp_path / e).mkdir()
+    for path in ("a/B02", "a/B03", "b/B02", "b/B03"):
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / f"{path}_DAPI.png")
+    rows = [("a", "B02", "Taxol", "HeLa", "day", "P1"), ("a", "B03", "Tax\u200bol", "HeLa", "day", "P1"), ("b", "B02", "Caf\u00e9", "He\u200dLa", "day\u2060", "P1\ufeff"), ("b", "B03", "Cafe\u0301", "He\u200dLa", "day\u2060", "P1\ufeff")]
+    (tmp_path / "map.csv").write_text("folder,well,treatment,cell_type,experiment,plate\n" + "".join(",".join(r) + "\n" for r in rows), encoding="utf-8")
+    said = []
+    describe_screen(tmp_path, files="{folder}/{well}_{channel}.png", say=lambda s: said.append(str(s)))
+    notices = [s for s in said if s.startswith("Notice")]
+    for what in (r"treatment 'Taxol' and 'Tax\u200bol'", r"treatment 'Cafe\u0301' and 'Caf\xe9'", r"cell type 'HeLa' and 'He\u200dLa'", r"experiment 'day' and 'day\u2060'", r"plate 'P1' and 'P1\ufeff'"):
+        assert any(all(part in s for part in what.split(" and ")) and "invisible characters or the coding of accents only" in s for s in notices), (what, notices)
+    (tmp_path / "twice.csv").write_text("well,dose,do\u200bse\nB02,1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"row 1: columns 'dose' and 'do\\u200bse' differ in invisible characters"):
+        read_rows(tmp_path / "twice.csv")

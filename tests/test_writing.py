@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rcic_fastai import cli, hpa_cli, kaggle, run
-from rcic_fastai.files import write_whole
+from rcic_fastai.files import FolderClaimed, claim_folder, write_whole
 from rcic_fastai.platemap import describe_screen
+from rcic_fastai.predict import predict_run
 from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, recipe_to_json
 from rcic_fastai.screen import read_screen
 from rcic_fastai.script import CliError
@@ -254,3 +255,26 @@ def test_killed_at_any_moment(tmp_path):
     print(rows.to_string())
     assert (rows.end == -9).all() and (rows["last"].str[0] == 0).all() and not rows.differ.str.len().any()
     assert dict(rows.command.value_counts()) == dict(train=13, stack=11, simulate=8, report=7, embed=5)
+
+
+def test_predictions_and_descriptions_have_one_holder(small_screen, small_run, tmp_path):
+    "A second process is told who holds the run, or the folder that is described; the holder itself goes on, and files elsewhere need no claim"
+    run, root = shutil.copytree(small_run, tmp_path / "run"), simulate_own_screen(tmp_path)
+    screen = read_screen(small_screen)
+    with claim_folder(run):
+        predict_run(run, screen, "test", progress=False, say=lambda *a: None)  # as rcic-train does
+    hold = "import sys\nfrom rcic_fastai.files import claim_folder\nwith claim_folder(sys.argv[1]), claim_folder(sys.argv[2]):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    held = subprocess.Popen([sys.executable, "-c", hold, run, root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert held.stdout.readline() == "held\n"
+    before = (run / "predictions" / "test.npz").read_bytes()
+    try:
+        for name, do in dict(predict=lambda: cli.rcic_predict(run=run, data=small_screen), embed=lambda: cli.rcic_embed(run=run, data=small_screen), describe=lambda: describe_screen(root, tmp_path / "wells.csv")).items():
+            with pytest.raises((CliError, FolderClaimed), match=f"is in use by .*process {held.pid}"): do()
+            assert name
+        cli.rcic_embed(run=run, data=small_screen, out=tmp_path / "elsewhere.npz")
+    finally:
+        held.communicate("", timeout=60)
+    assert (run / "predictions" / "test.npz").read_bytes() == before and not (root / "screen.json").exists()
+    cli.rcic_predict(run=run, data=small_screen)
+    describe_screen(root, tmp_path / "wells.csv", say=lambda *a: None)
+    assert not [p for p in [*run.rglob(".*"), *root.rglob(".*")]]
