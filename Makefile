@@ -11,6 +11,8 @@ VENV ?= .venv
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(4, os.cpu_count() or 1)))')
 STAMP := $(VENV)/.installed
 BENCH := $(VENV)/.bench
+# what shares a fixture runs in one process, and what takes longest begins first (tests/conftest.py)
+PYTEST_N := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 RUN := PATH="$$(cd $(VENV)/bin && pwd):$$PATH"
 RUN1 := $(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # what `make export` writes, and the few files it needs to do so
@@ -36,11 +38,15 @@ demo: install ## simulate a screen, pack, train, predict, assign, score; ends wi
 
 .PHONY: test
 test: install lint check browser test-nbs ## what CI runs: lint, export and clean without a diff, every notebook, pytest
-	@$(RUN1) python -m pytest -n $(WORKERS) $(ARGS)
+	@$(RUN1) python -m pytest $(PYTEST_N) $(ARGS)
+
+.PHONY: quick
+quick: install ## pytest without what is slow: no notebooks, no browser, no kills, none of the long runs (ARGS="-k store")
+	@$(RUN1) python -m pytest $(PYTEST_N) -m 'not slow and not bench' --durations=15 $(ARGS)
 
 .PHONY: test-bf16
 test-bf16: install ## pytest with bfloat16 wherever a recipe leaves the precision open, whatever this processor computes itself
-	@RCIC_BF16=on $(RUN1) python -m pytest -n $(WORKERS) $(ARGS)
+	@RCIC_BF16=on $(RUN1) python -m pytest $(PYTEST_N) $(ARGS)
 
 .PHONY: browser
 browser: install ## find or install the Chromium that looks at reports and at the documentation in the tests
@@ -67,12 +73,12 @@ dist: install ## wheel and sdist in dist, checked, and the demo on a tiny screen
 .PHONY: test-oldest
 test-oldest: ## pytest with the oldest releases that settings.ini permits (OLDEST=python3.10)
 	$(OLDEST) tools/oldest.py build/oldest
-	OMP_NUM_THREADS=1 PATH="$$PWD/build/oldest/bin:$$PATH" build/oldest/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 PATH="$$PWD/build/oldest/bin:$$PATH" build/oldest/bin/python -m pytest $(PYTEST_N) $(ARGS)
 
 .PHONY: test-kaggle
 test-kaggle: ## kernels, reports and commands in an environment like Kaggle's image, in build/kaggle (KAGGLE_PYTHON=python3.12; 8 GB)
 	$(KAGGLE_PYTHON) tools/kaggle_image.py build/kaggle
-	OMP_NUM_THREADS=1 PATH="$$PWD/build/kaggle/bin:$$PATH" build/kaggle/bin/pytest -n $(WORKERS) $(or $(ARGS),tests/test_kaggle.py tests/test_report.py tests/test_cli.py)
+	OMP_NUM_THREADS=1 PATH="$$PWD/build/kaggle/bin:$$PATH" build/kaggle/bin/pytest $(PYTEST_N) $(or $(ARGS),tests/test_kaggle.py tests/test_report.py tests/test_cli.py)
 
 .PHONY: bench-recipes
 bench-recipes: install ## the published systems at an equal budget, three seeds, and the blend of four; resumable (ARGS="--seeds 7 8")

@@ -1,12 +1,65 @@
 "Screens and runs that several test files share."
 
+import os
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
+from compress_once import compress_once
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+# files whose tests share what is expensive to make: with `--dist loadgroup` one worker runs all of a file (`together`), so that it is made once.
+# The longest come first, so that no worker is left with one of them at the end.
+LONGEST = ("test_matrix", "test_readme", "test_report", "test_promises", "test_run", "test_kaggle")
+TOGETHER = (*LONGEST, "test_data", "test_hpa", "test_names", "test_predict", "test_stack", "test_store", "test_strangers", "test_train", "test_weights",
+            "test_benchmarks", "test_damaged", "test_multilabel", "test_fastai_names", "test_checkpoint", "test_simulate", "test_simulate_hpa")  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Groups of pytest-xdist, the longest files at the front; a browser and processes that are killed are slow"
+    for item in items:
+        if {"chromium", "pages"} & set(item.fixturenames) or item.name.startswith("test_killed"): item.add_marker(pytest.mark.slow)
+        if item.path.stem in TOGETHER and not item.get_closest_marker("xdist_group"): item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    "`once(name, make)`: the folder that `make(folder)` fills, one for all workers of a test session; nobody changes what lies in it"
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name, make):
+        folder = base / "once" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (done := folder.with_name(f"{name}.done")).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory):
+    "Folder of what was compressed already"
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compressed"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_compressed_once(compressed):
+    undo = compress_once(compressed)
+    yield
+    undo()
 
 
 @pytest.fixture(scope="session")
@@ -19,27 +72,29 @@ def real_rcic():
 
 
 @pytest.fixture(scope="session")
-def small_screen(tmp_path_factory):
+def small_screen(once):
     "Folder of a simulated screen: one cell type, 3 training and 1 test experiment, 8 treatments, 48 pixels."
     from rcic_fastai.simulate import simulate_screen
 
-    return simulate_screen(tmp_path_factory.mktemp("data") / "screen", n_sirnas=8, n_train=3, n_test=1, cell_types=("HUVEC",),
-                           image_size=48, progress=False)  # fmt: skip
+    return once("screen", lambda folder: simulate_screen(folder, n_sirnas=8, n_train=3, n_test=1, cell_types=("HUVEC",), image_size=48, progress=False))
 
 
 @pytest.fixture(scope="session")
-def small_run(small_screen, tmp_path_factory):
+def small_run(small_screen, once, tmp_path_factory):
     "Folder of a finished run on `small_screen` with predictions of its test split."
     from rcic_fastai.predict import predict_run
     from rcic_fastai.recipe import get_recipe, laptop_recipe
     from rcic_fastai.run import train_run
     from rcic_fastai.screen import read_screen
 
-    run, screen = tmp_path_factory.mktemp("runs") / "small", read_screen(small_screen)
-    recipe = laptop_recipe(get_recipe("laptop"), 3, virtual_batch=16)
-    train_run(screen, recipe, run, valid="experiment=HUVEC-03", say=lambda *a: None)
-    predict_run(run, screen, "test", progress=False)
-    return run
+    def make(run):
+        screen = read_screen(small_screen)
+        recipe = laptop_recipe(get_recipe("laptop"), 3, virtual_batch=16)
+        train_run(screen, recipe, run, valid="experiment=HUVEC-03", say=lambda *a: None)
+        predict_run(run, screen, "test", progress=False)
+
+    # a copy per worker: some tests predict into it
+    return Path(shutil.copytree(once("small", make), tmp_path_factory.mktemp("runs") / "small"))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from filelock import FileLock
 
 pytest.importorskip("myst_nb", reason="the site is built by Sphinx 9, which needs Python 3.11")
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
 MODULES = sorted(p.stem for p in (ROOT / "rcic_fastai").glob("*.py") if not p.stem.startswith("_") and p.stem != "all")
 PAGES = ["index", "api/screen", "api/loss", "tutorials/walkthrough", "guides/which_recipe", "guides/published_systems", "commands"]
 

@@ -128,6 +128,7 @@ def test_weights_that_are_damaged_are_not_packed(tiny_run, tmp_path):
     assert not (tmp_path / "k").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # twice a library imported for the first time, on a machine that may be busy
 def test_kernels_run_offline_without_the_library(bare, tiny_run, small_screen, tmp_path):
     """One kernel trains, another one infers from an attached dataset: the same submission as outside.
@@ -193,6 +194,7 @@ def run_cells(folder, monkeypatch, inputs, working):
     return names
 
 
+@pytest.mark.slow
 def test_several_labels_and_a_session_that_ends(tmp_path, monkeypatch, capsys):
     "An atlas; the first session ends at once, the second one goes on from its output and submits what an uninterrupted run does"
     simulate_hpa(tmp_path / "input" / "human-protein-atlas-image-classification", 90, 30, 0, 32, min_positives=3, workers=1, progress=False)
@@ -243,6 +245,7 @@ def test_a_wheel_of_what_is_installed_is_a_wheel(bare, tmp_path):
         assert info["Name"] == "rcic_fastai" and "Requires-Dist" in info
 
 
+@pytest.mark.slow
 def test_what_kaggle_would_refuse_is_refused_here(tiny_run, tmp_path, monkeypatch):
     build = lambda *args, **kwargs: build_kernel(tmp_path / "kernel", *args, **{"user": "ada", "title": "A kernel", **kwargs})
     fake = tmp_path / "fake-1.0-py3-none-any.whl"
@@ -350,6 +353,7 @@ def kaggle_server(monkeypatch):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_the_official_client_takes_the_folder(kaggle_server, tmp_path, monkeypatch, capfd):
     "push, status and output: the request holds notebook and metadata, and no key is seen anywhere"
     monkeypatch.chdir(tmp_path)
@@ -379,6 +383,7 @@ def test_the_official_client_takes_the_folder(kaggle_server, tmp_path, monkeypat
     for text in (said, *(p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file())): assert KEY not in text and pair not in text
 
 
+@pytest.mark.slow
 def test_errors_of_the_client_are_errors(kaggle_server, tmp_path, monkeypatch):
     "Also where its exit status is 0; what a server repeats of the credentials is taken out"
     build_kernel(tmp_path, user="ada", title="Refused", lacking=())

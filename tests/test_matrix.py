@@ -1,4 +1,8 @@
-"Every command, on every layout, packed or not, on every split it takes, each in a process of its own: nobody meets an error that is unexpected."
+"""Every command on every layout, on every split it takes, each in a process of its own: nobody meets an error that is unexpected.
+
+What reads images runs from files and from a store. What starts from a finished run, or takes the data for granted, runs once per layout: from files on
+every other layout, from stores on those between.
+"""
 
 import json
 import os
@@ -19,7 +23,7 @@ from test_cli import COMMANDS
 from rcic_fastai.screen import read_screen
 from rcic_fastai.simulate_hpa import simulate_hpa
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="a fresh process per command is a fork here, which this system does not have")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="a fresh process per command is a fork here, which this system does not have")]
 LAYOUTS = ("kaggle", "rxrx1", "wilds", "atlas", "own")
 COVERED_ELSEWHERE = {"rcic-demo": "test_readme.py", "rcic-download": "test_download.py"}  # they make or fetch a screen of their own
 TINY = ["--laptop", "1", "--set", "data.batch_size=16", "--set", "inference.tta=1", "--set", "device.precision=fp32"]
@@ -27,10 +31,10 @@ TINY += ["--set", 'model.arch_options={"channels": [4, 8, 16, 16], "stem_width":
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def server(tmp_path_factory, compressed):
     "Runs a command in a forked process: exit status, standard output, standard error"
     folder = tmp_path_factory.mktemp("server")
-    env = {**os.environ, "TQDM_DISABLE": "1", "COLUMNS": "200", "MPLBACKEND": "agg"}
+    env = {**os.environ, "TQDM_DISABLE": "1", "COLUMNS": "200", "MPLBACKEND": "agg", "RCIC_TEST_COMPRESSED": str(compressed)}
     process = subprocess.Popen([sys.executable, str(Path(__file__).parent / "fork_server.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout.readline() == "ready\n"
 
@@ -132,8 +136,22 @@ def truth_file(layout, data):
     return path
 
 
+IMAGES = {"rcic-show", "rcic-predict", "rcic-hpa-duplicates"}  # these, the first training and the embedding of the test split meet files and a store on every layout
+
+
+def once(name, words):
+    "Does a cell run on one of the two folders of a layout?"
+    return words[0] not in IMAGES and name not in ("train", "embed test")
+
+
 def cells(layout, packed, data, home):
-    "The commands for one folder of data, in their order: name of the cell, words"
+    "The commands for one folder of data, in their order, without those that are the turn of the other folder: name of the cell, words"
+    turn = packed == bool(LAYOUTS.index(layout) % 2)
+    return [(name, words) for name, words in every_cell(layout, packed, data, home) if turn or not once(name, words)]
+
+
+def every_cell(layout, packed, data, home):
+    "The commands that there are for one folder of data: name of the cell, words"
     recipe = ["--recipe", "hpa_seresnext50_focal" if layout == "atlas" else "laptop", *TINY]
     first, second, blend, truth = home / "first", home / "second", home / "blend", truth_file(layout, data if not packed else data.parent / layout)
     yield "show", ["rcic-show", "--data", data, "--out", home / "well.png"]
@@ -194,12 +212,17 @@ def test_every_command(server, layouts, tmp_path, layout):
 
 
 def test_every_command_is_in_the_matrix(tmp_path):
-    used = {"rcic-describe", "rcic-pack", "rcic-simulate", "rcic-hpa-simulate"}
+    used, met = {"rcic-describe", "rcic-pack", "rcic-simulate", "rcic-hpa-simulate"}, []
     for layout in LAYOUTS:
         (tmp_path / layout).mkdir()
         if layout in ("rxrx1", "wilds"): pd.DataFrame(dict(dataset=[], well_type=[], well_id=[], sirna=[], sirna_id=[])).to_csv(tmp_path / layout / "metadata.csv")
-        used |= {str(words[0]) for _, words in cells(layout, False, tmp_path / layout, tmp_path)}
+        files, store = ({name: str(words[0]) for name, words in cells(layout, packed, tmp_path / layout, tmp_path)} for packed in (False, True))
+        assert files.keys() | store.keys() == {name for name, _ in every_cell(layout, True, tmp_path / layout, tmp_path)}  # each cell on each layout
+        met += [(packed, name) for packed, names in ((False, files), (True, store)) for name in names if layout != "atlas"]
+        used |= {*files.values(), *store.values()}
     assert used | set(COVERED_ELSEWHERE) == set(COMMANDS)
+    single = {name for packed, name in met if packed} ^ {name for packed, name in met if not packed}
+    assert single == {"embed id_test", "embed val"}  # splits of one layout; every other cell meets files and a store
 
 
 def test_simulate_in_processes_of_their_own(server, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from test_report import execute_here
 
 from rcic_fastai import cli
 from rcic_fastai.assign import score_submission
@@ -183,7 +184,9 @@ def test_truths_that_do_not_fit_are_explained(own_run, tmp_path, text, message):
     assert message in str(e.value)
 
 
-def test_report_by_name(own, own_run, tmp_path):
+@pytest.mark.slow
+def test_report_by_name(own, own_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("rcic_fastai.report.execute_notebook", execute_here)  # names reach the cells as text either way; test_report.py starts a kernel
     (_, truth), (run, _) = own, own_run
     truth.to_csv(tmp_path / "truth.csv", index=False)
     page = make_report(run, tmp_path / "re #1 {p}.html", truth=tmp_path / "truth.csv", max_wells=12, n_pictures=2, say=quiet).read_text()

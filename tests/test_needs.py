@@ -51,6 +51,7 @@ def features_of_prediction(monkeypatch, recipe, run, screen, split):
     return means(seen["x"], pd.DataFrame(dict(id_code=pd.Series(seen["ids"]).str.rsplit("_", n=1).str[0])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_statistics_everywhere(screen, tmp_path, name, monkeypatch):
     "What `embed` gets while a run predicts, what `embed_run` returns and what the report draws, for the test wells and the same ones"

@@ -177,8 +177,9 @@ def test_what_makes_no_sense_on_stains_is_refused(sites):
 
 # Learners
 
-@pytest.mark.parametrize("arch", ["resnet18", resnet18], ids=["timm", "torchvision"])
-@pytest.mark.parametrize("item_tfms,batch_tfms", [(None, None), (Resize(40), "fastai"), (None, "ours")])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch,item_tfms,batch_tfms", [("resnet18", None, None), (resnet18, None, None), (resnet18, Resize(40), "fastai"), ("resnet18", None, "ours")],
+                         ids=["timm", "torchvision", "torchvision-fastai", "timm-ours"])
 def test_vision_learner_trains_shows_and_predicts(sites, tmp_path, arch, item_tfms, batch_tfms):
     tfms = {None: None, "fastai": [*aug_transforms(flip_vert=True), Normalize()], "ours": screen_transforms(size=32)}[batch_tfms]
     dls = loaders(sites, item_tfms, tfms, path=tmp_path)
@@ -198,6 +199,7 @@ def test_vision_learner_trains_shows_and_predicts(sites, tmp_path, arch, item_tf
     assert named == str(dls.vocab[number]) and shares.sum() == pytest.approx(1, abs=1e-4) and torch.allclose(shares, loaded, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_learner_with_a_network_of_ones_own_and_with_ours(sites):
     dls = loaders(sites)
     for net, split in ((nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, dls.c)), None),

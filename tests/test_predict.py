@@ -137,7 +137,8 @@ def test_windows_of_large_images(screen, tmp_path):
     from rcic_fastai.recipe import change_recipe, get_recipe
     from rcic_fastai.run import train_run
 
-    recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.crop=32", "model.arch=resnet10t", "inference.tta=4")
+    recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.crop=32", "model.arch=resnet10t", "inference.tta=4",
+                           'model.arch_options={"channels": [8, 8, 16, 16], "stem_width": 8}')  # fmt: skip
     train_run(screen, recipe, tmp_path / "run", say=lambda *a: None)
     p = predict_run(tmp_path / "run", screen, "test", progress=False)
     assert p.made["tta"] == 4 and np.isfinite(p.logits).all()

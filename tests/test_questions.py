@@ -68,6 +68,7 @@ def test_what_helped_goes_together_and_the_mixes_exclude_each_other(ask):
     assert (row["minus nothing"], row["seeds ahead"], row.accuracy) == ("0.133 ± 0.058", "3 of 3", "0.633 ± 0.058")
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_tables_and_is_not_done_again(ask, tmp_path, monkeypatch):
     trained = []
 

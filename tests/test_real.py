@@ -3,9 +3,12 @@
 import re
 import time
 
+import pytest
+
 from test_cli import in_process, run
 
 
+@pytest.mark.slow
 def test_cell_types_of_real_controls(real_rcic, tmp_path):
     "Plates 1-3 train, plate 4 is predicted, windows of 64 of 128 pixels: 4 of 4 wells right, in under 3 minutes."
     start = time.time()

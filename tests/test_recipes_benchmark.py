@@ -39,6 +39,7 @@ def test_everybody_has_the_same_budget(bench):
     assert (batches["densenet121_accumulate"], batches["resnext50_accumulate"]) == (30, 60)
 
 
+@pytest.mark.slow
 def test_it_runs_counts_and_is_not_done_twice(bench, tmp_path, monkeypatch, capsys):
     options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--recipes", "densenet201_amsoftmax", "seresnext101_amsoftmax"]
     bench.main(options)

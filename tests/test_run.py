@@ -116,10 +116,12 @@ def test_mixed_context_reaches_the_head(screen):
     assert isinstance(seen[0], MixedContext) and 0 < float(seen[0].weight.min()) < 1
 
 
+@pytest.mark.slow
 def test_every_published_system_runs_to_predictions(screen, tmp_path):
     "On a small network; the 44th place with a network per cell type, the winner with pseudo-labels, ours with matched histograms"
     for name in ("densenet121_domain_bn", "densenet161_first_place", "densenet161_domain_batches"):
         recipe = laptop_recipe(get_recipe(name), epochs=4, lr=1e-3)
+        recipe = change_recipe(recipe, 'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}')
         train_run(screen, recipe, tmp_path / name, valid="experiment=HUVEC-02", say=quiet)
         p = predict_run(tmp_path / name, screen, "test", progress=False, say=quiet)
         wells = screen.wells[(screen.wells.split == "test") & (screen.wells.well_type == "treatment")]
@@ -134,7 +136,7 @@ def test_every_published_system_runs_to_predictions(screen, tmp_path):
     x, table = embed_run(run, screen, "test", progress=False, say=quiet)
     stored = np.load(write_embeddings(x, table, tmp_path / "e.npz"))
     np.testing.assert_array_equal(stored["id_code"], table.id_code)
-    assert np.isnan(stored["sirna"]).sum() == len(wells) and x.shape == (len(table), 192 + 2)  # features and the cell type
+    assert np.isnan(stored["sirna"]).sum() == len(wells) and x.shape == (len(table), 64 + 2)  # features and the cell type
     with pytest.raises(ValueError, match="as .npz or .h5ad"):
         write_embeddings(x, table, tmp_path / "e.csv")
 
@@ -142,6 +144,7 @@ def test_every_published_system_runs_to_predictions(screen, tmp_path):
 S1 = "efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_crossentropy", "seresnext101_amsoftmax"
 
 
+@pytest.mark.slow
 def test_the_blend_of_four_models_runs_to_a_submission(screen, tmp_path, capsys):
     "Each by one command: all cell types, then each of them, validated on the same wells; then their blend, and the ten-day log"
     tiny = ["model.arch_options=" + json.dumps(dict(channels=[8, 8, 8, 8], stem_width=8)), "data.crop=null", "train.lr=1e-3"]
@@ -205,6 +208,7 @@ def test_what_is_held_out(screen):
     assert set(sites.id_code[held_out(sites, ids, quick)[1]]) == ids
 
 
+@pytest.mark.slow
 def test_the_truth_of_held_out_wells_changes_nothing_but_the_log(screen, tmp_path):
     "Pseudo-labels of held-out wells are the network's own: with their labels scrambled, the weights are the same"
     recipe = change_recipe(quick, "train.epochs=2", "pseudo.start=1")
@@ -238,6 +242,7 @@ def test_a_fresh_head_keeps_the_body(screen):
     assert model.eval()(torch.zeros(2, 6, 32, 32), torch.zeros(2, 4, dtype=torch.long)).shape == (2, 5)
 
 
+@pytest.mark.slow
 def test_a_packed_screen_gives_the_same_run(small_screen, tmp_path):
     "From image files, from a store, with threads and without: the same weights and the same predictions"
     from rcic_fastai.store import pack_screen

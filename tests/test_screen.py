@@ -697,6 +697,7 @@ def rcic():
         return read_screen(REAL)
 
 
+@pytest.mark.slow
 @real
 def test_real_tables_are_read_and_checked_in_two_seconds(rcic):
     best = np.inf

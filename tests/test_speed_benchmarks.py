@@ -144,6 +144,7 @@ def test_real_layouts(assignment, real_rcic):
 # inference.py
 
 
+@pytest.mark.slow
 def test_inference_runs(inference, tmp_path):
     out, threads = tmp_path / "inference.md", torch.get_num_threads()
     ((table, costs),) = inference.main(["--quick", "--repeats", "2", "--out", str(out)]).values()
@@ -181,6 +182,7 @@ def test_bare_domain_statistics(inference):
 # gpu.py
 
 
+@pytest.mark.slow
 def test_gpu_runs_on_the_cpu(gpu, tmp_path):
     out = tmp_path / "gpu.md"
     tables = gpu.main(["--device", "cpu", "--quick", "--variants", gpu.PLAIN, "bf16, channels-last, compiled", "--out", str(out)])
@@ -193,6 +195,7 @@ def test_gpu_runs_on_the_cpu(gpu, tmp_path):
     assert len(tables_in(text)) == 3 and "Feeding: " in text and "Measured on the CPU" in text
 
 
+@pytest.mark.slow
 def test_gpu_needs_only_torch_and_timm(gpu, tmp_path, monkeypatch):
     imported = builtins.__import__
 
@@ -215,6 +218,7 @@ def test_gpu_without_one(gpu, tmp_path, monkeypatch, capsys):
     assert said.startswith("There is no CUDA GPU here") and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_gpu_leaves_out_what_does_not_fit(gpu, monkeypatch):
     "Out of memory, and a compiler that is missing, are results; anything else is an error"
     args = gpu.arguments(["--device", "cpu", "--quick", "--variants", gpu.PLAIN, "bf16", "bf16, channels-last, compiled"])
@@ -311,6 +315,7 @@ def test_a_simulated_index_opens(script, tmp_path):
     assert table.groupby("experiment").plate.nunique().max() == 4 and (table.offset[:256].diff()[1:] == table.length[:255].to_numpy()).all()
 
 
+@pytest.mark.slow
 def test_a_training_epoch_is_compared(script, tmp_path):
     "The loop section in small: all contestants train, and the ratios are numbers"
     ratios = script("training").main(["--quick", "--repeats", "1", "--sections", "loop", "--out", str(tmp_path / "training.md")])

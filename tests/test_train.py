@@ -249,6 +249,7 @@ def test_an_error_in_validation_leaves_no_mode_behind(sites, error):
     assert "forward" not in learn.model.__dict__
 
 
+@pytest.mark.slow
 def test_compiling_keeps_names_and_statistics(sites, tmp_path):
     "The body is compiled in place: it trains compiled, is validated as written, and what is saved fits the plain network."
     calls, recipe = [], change_recipe(tiny, "device.compile=eager")

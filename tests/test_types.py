@@ -30,12 +30,13 @@ grouped_folds(np.eye(4), groups=['a', 'a', 'b', 'c'], folds=2)  # call-arg
 """
 
 
+@pytest.mark.slow
 def test_mypy_finds_nothing_in_the_package_and_every_wrong_use(tmp_path):
-    "One run for both: reading torch and numpy takes most of its time, and no cache is kept from test to test"
+    "One run for both: reading torch and numpy takes most of its time; mypy keeps what it read, and looks whether that is still so"
     pytest.importorskip("mypy", reason="mypy is one of the development requirements")
     uses = tmp_path / "uses.py"
     uses.write_text(USES)
-    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--cache-dir", str(tmp_path), "--no-pretty", "rcic_fastai", str(uses)]
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--cache-dir", str(ROOT / ".mypy_cache"), "--no-pretty", "rcic_fastai", str(uses)]
     env = {k: v for k, v in os.environ.items() if not k.startswith("MYPY")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode in (0, 1), done.stdout + done.stderr
