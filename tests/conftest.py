@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
-# files whose tests share what is expensive to make: with `--dist loadgroup` one worker runs all of a file (`together`), so that it is made once.
+# files whose tests share what is expensive to make: with `--dist loadgroup` one worker runs all of a file, so that it is made once.
 # The longest come first, so that no worker is left with one of them at the end.
 LONGEST = ("test_matrix", "test_readme", "test_report", "test_promises", "test_run", "test_kaggle")
 TOGETHER = (*LONGEST, "test_data", "test_hpa", "test_names", "test_predict", "test_stack", "test_store", "test_strangers", "test_train", "test_weights",
@@ -31,21 +31,24 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    "`once(name, make)`: the folder that `make(folder)` fills, one for all workers of a test session; nobody changes what lies in it"
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    """`once(name, make)`: a copy of the folder that `make(folder)` fills once for all workers of a test session.
 
-    def folder_of(name, make):
-        folder = base / "once" / name
-        folder.parent.mkdir(exist_ok=True)
+    The copy is the worker's own, for its tests may write into it, and lies to other copies as the originals to each other: a run finds its screen.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "once"
+
+    def copy_of(name, make):
+        folder = shared / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not (done := folder.with_name(f"{name}.done")).exists():
+            if not (done := Path(f"{folder}.done")).exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 make(folder)
                 done.touch()
-        return folder
+        return Path(shutil.copytree(folder, base / name))
 
-    return folder_of
+    return copy_of
 
 
 @pytest.fixture(scope="session")
@@ -76,11 +79,12 @@ def small_screen(once):
     "Folder of a simulated screen: one cell type, 3 training and 1 test experiment, 8 treatments, 48 pixels."
     from rcic_fastai.simulate import simulate_screen
 
-    return once("screen", lambda folder: simulate_screen(folder, n_sirnas=8, n_train=3, n_test=1, cell_types=("HUVEC",), image_size=48, progress=False))
+    settings = dict(n_sirnas=8, n_train=3, n_test=1, cell_types=("HUVEC",), image_size=48)
+    return once("small_data/screen", lambda folder: simulate_screen(folder, **settings, progress=False))
 
 
 @pytest.fixture(scope="session")
-def small_run(small_screen, once, tmp_path_factory):
+def small_run(small_screen, once):
     "Folder of a finished run on `small_screen` with predictions of its test split."
     from rcic_fastai.predict import predict_run
     from rcic_fastai.recipe import get_recipe, laptop_recipe
@@ -88,13 +92,12 @@ def small_run(small_screen, once, tmp_path_factory):
     from rcic_fastai.screen import read_screen
 
     def make(run):
-        screen = read_screen(small_screen)
+        screen = read_screen(run.parents[1] / "small_data" / "screen")
         recipe = laptop_recipe(get_recipe("laptop"), 3, virtual_batch=16)
         train_run(screen, recipe, run, valid="experiment=HUVEC-03", say=lambda *a: None)
         predict_run(run, screen, "test", progress=False)
 
-    # a copy per worker: some tests predict into it
-    return Path(shutil.copytree(once("small", make), tmp_path_factory.mktemp("runs") / "small"))
+    return once("small_runs/small", make)
 
 
 @pytest.fixture
