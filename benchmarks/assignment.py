@@ -23,7 +23,7 @@ import pandas as pd  # noqa: E402
 from measure import REPEATS, interleave, machine, markdown, summary, write_report  # noqa: E402
 from scipy.optimize import linear_sum_assignment  # noqa: E402
 
-from rcic_fastai.assign import assign_experiment  # noqa: E402
+from rcic_fastai.predict.assign import assign_experiment  # noqa: E402
 
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
 # how far the true class stands out of the noise, in its standard deviations, and the share of the layouts that are solved
@@ -57,7 +57,8 @@ def simulated_layouts(n, group_size=277, n_plates=4, seed=0):
 
 def real_layouts(folder):
     "(plates, truth, groups) of the training experiments of the real tables"
-    from rcic_fastai.screen import plate_groups, read_screen
+    from rcic_fastai.screen.groups import plate_groups
+    from rcic_fastai.screen.read import read_screen
 
     wells = read_screen(folder, check=False).wells
     wells = wells[(wells.split == "train") & (wells.well_type == "treatment")]

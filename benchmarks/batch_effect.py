@@ -46,7 +46,7 @@ def images_shown(recipe, design):
 
 def within_budget(recipe, views, design):
     "The recipe with as many epochs, its stages in proportion, as come closest to `views` images"
-    from rcic_fastai.recipe import laptop_recipe
+    from rcic_fastai.recipe.published import laptop_recipe
 
     options = [replace(laptop_recipe(recipe, epochs=e, lr=recipe.train.lr), name=recipe.name) for e in range(3, 80)]
     return min(options, key=lambda r: abs(images_shown(r, design) - views))
@@ -54,7 +54,7 @@ def within_budget(recipe, views, design):
 
 def contestants(views, design, rates=None):
     "Name -> (recipe, settings of prediction, strengths it runs at)"
-    from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
+    from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
 
     rates = rates or {}  # None: those that `laptop_recipe` knows, which --select has found
     s3 = change_recipe(laptop_recipe(get_recipe("densenet121_domain_bn"), 100, rates.get("S3")), "per_cell_type=false")
@@ -88,7 +88,7 @@ def job_key(job):
 
 def ready_screen(work, settings):
     "Folder of a simulated screen, made once"
-    from rcic_fastai.simulate import simulate_screen
+    from rcic_fastai.screen.simulate import simulate_screen
 
     folder = work / "screens" / job_key(settings)
     if not (folder / "done").exists():
@@ -101,12 +101,13 @@ def run_job(work, job):
     "Train once, predict with every variant; the result is a file, so that it is never done twice"
     import torch
 
-    from rcic_fastai.assign import accuracy_ladder
-    from rcic_fastai.predict import predict_with
-    from rcic_fastai.run import control_sites, needs_controls, train_run
-    from rcic_fastai.screen import plate_groups, read_screen
-    from rcic_fastai.data import select_sites
-    from rcic_fastai.train import recipe_from_dict
+    from rcic_fastai.predict.assign import accuracy_ladder
+    from rcic_fastai.train.inference import predict_with
+    from rcic_fastai.run.train import control_sites, needs_controls, train_run
+    from rcic_fastai.screen.groups import plate_groups
+    from rcic_fastai.screen.read import read_screen
+    from rcic_fastai.data.select import select_sites
+    from rcic_fastai.recipe.settings import recipe_from_dict
 
     torch.set_num_threads(1)
     result = work / "results" / f"{job_key(job)}.json"

@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 from measure import REPEATS, machine, markdown, spread, write_report  # noqa: E402
 
-from rcic_fastai.duplicates import find_twins, hash_distance  # noqa: E402
+from rcic_fastai.screen.duplicates import find_twins, hash_distance  # noqa: E402
 
 DISTANCE, LIMITS = 6, dict(seconds=60, megabytes=2000)  # of all pairs of 62,000 images with 3 channels
 SIZES = 8_000, 31_072, 62_000, 105_678  # the last with 4 channels: training images and external list together

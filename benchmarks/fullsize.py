@@ -25,10 +25,12 @@ def one_step(name, data, size):
     import torch
     from fastai.callback.core import Callback
 
-    from rcic_fastai.multilabel_loss import multilabel_losses
-    from rcic_fastai.recipe import get_recipe
-    from rcic_fastai.screen import present_sites, read_screen
-    from rcic_fastai.train import fit_stage, recipe_dataloaders, screen_learner
+    from rcic_fastai.loss.by_name import multilabel_losses
+    from rcic_fastai.recipe.published import get_recipe
+    from rcic_fastai.screen.sites import present_sites
+    from rcic_fastai.screen.read import read_screen
+    from rcic_fastai.train.loaders import recipe_dataloaders
+    from rcic_fastai.train.learner import fit_stage, screen_learner
 
     class Clock(Callback):
         order = 150
@@ -83,7 +85,7 @@ def main(argv=None):
     import pandas as pd
     from measure import machine, markdown, write_report
 
-    from rcic_fastai.recipe import recipes
+    from rcic_fastai.recipe.published import recipes
 
     rows = {}
     for name in args.recipes or [r for r in recipes if r != "laptop"]:

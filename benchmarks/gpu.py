@@ -218,7 +218,8 @@ class SameBatch:
 
 def bench_recipe(model, batch_size):
     "A recipe as it would train on a GPU"
-    from rcic_fastai.train import DataSettings, DeviceSettings, LossSettings, ModelSettings, Recipe, TrainSettings
+    from rcic_fastai.recipe.settings import DataSettings, DeviceSettings, LossSettings, ModelSettings, Recipe
+    from rcic_fastai.recipe.settings import TrainSettings
 
     return Recipe(name="gpu", data=DataSettings(domain="experiment", batch_size=batch_size), model=ModelSettings(**{"head": "linear", **model}),
                   loss=LossSettings("cross_entropy"), train=TrainSettings(optimizer="adamw"), device=DeviceSettings("bf16", channels_last=True))  # fmt: skip
@@ -226,10 +227,10 @@ def bench_recipe(model, batch_size):
 
 def make_store(folder, size, n_sirnas):
     "Sites of two simulated experiments, and the store they are packed in"
-    from rcic_fastai.data import select_sites
-    from rcic_fastai.screen import read_screen
-    from rcic_fastai.simulate import simulate_screen
-    from rcic_fastai.store import pack_sites
+    from rcic_fastai.data.select import select_sites
+    from rcic_fastai.screen.read import read_screen
+    from rcic_fastai.screen.simulate import simulate_screen
+    from rcic_fastai.data.store import pack_sites
 
     screen = read_screen(simulate_screen(folder / "screen", n_sirnas=n_sirnas, n_train=2, n_test=0, cell_types=("HUVEC",), n_positive=1,
                                          image_size=size, missing=0, progress=False, workers=1 if n_sirnas < 16 else None))  # fmt: skip
@@ -239,7 +240,7 @@ def make_store(folder, size, n_sirnas):
 
 def store_loader(sites, store, batch_size, steps, args, **kwargs):
     "DataLoaders from the store whose epoch has about so many full batches; sites come again as often as that takes"
-    from rcic_fastai.data import screen_dataloaders
+    from rcic_fastai.data.block import screen_dataloaders
 
     repeats = max(1, round(steps * batch_size / len(sites)))
     bs = min(batch_size, len(sites) // 2 * repeats)  # each batch is of one of the two experiments
@@ -266,7 +267,7 @@ def measure_learner(model, batch_size, sites, store, args):
     "Seconds of bare loop, learner on the same synthetic batch, and learner fed from the store; images per run of each"
     from fastai.data.core import DataLoaders
 
-    from rcic_fastai.train import recipe_model, screen_learner
+    from rcic_fastai.train.learner import recipe_model, screen_learner
 
     allow_tf32(True)
     recipe = bench_recipe(model, batch_size)

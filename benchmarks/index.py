@@ -48,7 +48,7 @@ def simulated_index(n, shard_sites=256, seed=0):
 
 def write_store(folder, table, shard_sites=256):
     "A store without its shards"
-    from rcic_fastai.store import _KIND, write_index
+    from rcic_fastai.data.store import _KIND, write_index
 
     folder.mkdir(parents=True, exist_ok=True)
     write_index(table, folder / "sites.parquet")
@@ -79,7 +79,7 @@ def distances(table, batches, shard_sites=256, ordered=True):
 
 def seeks(table, bs=32, most=20_000):
     "Distances for random batches and for batches of one domain"
-    from rcic_fastai.data import domain_keys, shuffled_domains
+    from rcic_fastai.data.domains import domain_keys, shuffled_domains
 
     part = table[:125_510]  # as many sites as RxRx1 has
     rows = {}

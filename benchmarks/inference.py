@@ -21,12 +21,15 @@ import torch  # noqa: E402
 from measure import REPEATS, interleave, machine, markdown, spread, summary, write_report  # noqa: E402
 from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 
-from rcic_fastai.data import select_sites  # noqa: E402
-from rcic_fastai.predict import predict_sites  # noqa: E402
-from rcic_fastai.recipe import small_resnet  # noqa: E402
-from rcic_fastai.screen import read_screen  # noqa: E402
-from rcic_fastai.simulate import simulate_screen  # noqa: E402
-from rcic_fastai.train import DataSettings, DeviceSettings, LossSettings, ModelSettings, Recipe, fast_precision, recipe_dataloaders, screen_learner  # noqa: E402
+from rcic_fastai.data.select import select_sites  # noqa: E402
+from rcic_fastai.predict.core import predict_sites  # noqa: E402
+from rcic_fastai.recipe.published import small_resnet  # noqa: E402
+from rcic_fastai.screen.read import read_screen  # noqa: E402
+from rcic_fastai.screen.simulate import simulate_screen  # noqa: E402
+from rcic_fastai.recipe.settings import DataSettings, DeviceSettings, LossSettings, ModelSettings, Recipe  # noqa: E402
+from rcic_fastai.train.loaders import recipe_dataloaders  # noqa: E402
+from rcic_fastai.train.precision import fast_precision  # noqa: E402
+from rcic_fastai.train.learner import screen_learner  # noqa: E402
 
 # network, side of the images in pixels, treatments (two sites each in both experiments), sites per batch
 SIZES = {"small ResNet, 64 pixels": (small_resnet, 64, 48, 32), "SE-ResNeXt50, 128 pixels": (dict(arch="se_resnext50_32x4d"), 128, 8, 8)}

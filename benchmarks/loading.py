@@ -22,10 +22,12 @@ import torch  # noqa: E402
 from measure import REPEATS, interleave, machine, markdown, spread, summary, write_report  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from rcic_fastai.data import SiteReader, screen_dataloaders  # noqa: E402
-from rcic_fastai.screen import CHANNELS, present_sites, read_screen, site_files  # noqa: E402
-from rcic_fastai.simulate import simulate_screen  # noqa: E402
-from rcic_fastai.store import Store, pack_sites  # noqa: E402
+from rcic_fastai.data.reader import SiteReader  # noqa: E402
+from rcic_fastai.data.block import screen_dataloaders  # noqa: E402
+from rcic_fastai.screen.sites import CHANNELS, present_sites, site_files  # noqa: E402
+from rcic_fastai.screen.read import read_screen  # noqa: E402
+from rcic_fastai.screen.simulate import simulate_screen  # noqa: E402
+from rcic_fastai.data.store import Store, pack_sites  # noqa: E402
 
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
 SECTIONS = "single", "windows", "loaders"
@@ -143,7 +145,7 @@ def pixel_bytes(store):
 
 def measure_packing(sites, names, folder, repeats):
     "Milliseconds per site to read the PNGs, and to pack them with one thread"
-    from rcic_fastai.image import read_site
+    from rcic_fastai.data.store import read_site
 
     def pack(name):
         shutil.rmtree(folder / "again", ignore_errors=True)

@@ -50,14 +50,14 @@ WITH_D4 = AUGMENTATIONS["D4 symmetries"]
 
 def base_recipe():
     "The system of the log on a small network, 100 epochs long, with all augmentation off"
-    from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
+    from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
 
     return change_recipe(laptop_recipe(get_recipe("densenet121_accumulate"), 100, LR), "data.d4=false", "data.intensity=0", "data.cutout=0", "data.crop=null")
 
 
 def contestant(settings, views, design):
     "The base with some settings changed, as long as the budget allows"
-    from rcic_fastai.recipe import change_recipe
+    from rcic_fastai.recipe.published import change_recipe
 
     filled = [s.format(crop=design["image_size"] * 3 // 4, lr=LR) for s in settings]
     return within_budget(change_recipe(base_recipe(), *filled), views, design)

@@ -25,7 +25,7 @@ WAYS = {"screen": dict(standardize="screen"), "image": dict(standardize="image")
 
 def windows(sites, channels, size=128):
     "uint8 (N, C, size, size) and the row of the site of each window"
-    from rcic_fastai.image import read_site
+    from rcic_fastai.data.store import read_site
 
     x = np.stack([read_site(f, channels) for f in sites.files])
     n = x.shape[-1] // size
@@ -37,9 +37,9 @@ def embed(learn, sites, channels, batchnorm, size=128):
     "Embeddings of the windows, standardised like the training images, and the site of each"
     from fastai.vision.core import TensorImage
 
-    from rcic_fastai.augment import MatchHistograms, Standardize
-    from rcic_fastai.batchnorm import BatchNormMode
-    from rcic_fastai.data import ContextEncoder
+    from rcic_fastai.data.augment import MatchHistograms, Standardize
+    from rcic_fastai.model.batchnorm import BatchNormMode
+    from rcic_fastai.data.context import ContextEncoder
 
     x, site = windows(sites, channels, size)
     encoder = next(t for t in learn.dls.train_ds.tls[1].tfms if isinstance(t, ContextEncoder))
@@ -59,7 +59,7 @@ def embed(learn, sites, channels, batchnorm, size=128):
 
 def probes(x, site, sites):
     "Accuracies of the probes of the plate (of 16) and of the cell type (of 4)"
-    from rcic_fastai.embed import batch_probe
+    from rcic_fastai.profile.metrics import batch_probe
 
     plate = (sites.experiment + "_" + sites.plate.astype(str)).to_numpy()[site]
     return batch_probe(x, plate, folds=2, groups=site), batch_probe(x, sites.cell_type.to_numpy()[site], folds=4, groups=plate)
@@ -67,10 +67,10 @@ def probes(x, site, sites):
 
 def measure(data, epochs=6, seeds=(0, 1, 2), ways=WAYS, size=128):
     "One row per way of standardising and kind of BatchNorm statistics"
-    from rcic_fastai.data import select_sites
-    from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
-    from rcic_fastai.run import train_run
-    from rcic_fastai.screen import read_screen
+    from rcic_fastai.data.select import select_sites
+    from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+    from rcic_fastai.run.train import train_run
+    from rcic_fastai.screen.read import read_screen
 
     screen = replace(read_screen(data, check=False), channels=(1, 2, 3, 4))
     sites = select_sites(screen, "train", "controls", present_only=True, warn=lambda *a: None)

@@ -46,7 +46,7 @@ def images_shown(recipe, design, held=1):
 
 def within_budget(name, views, design, held=1, lr=None, faithful=False):
     "A recipe on the laptop's network with as many epochs, its stages in proportion, as come closest to `views` images"
-    from rcic_fastai.recipe import get_recipe, laptop_recipe
+    from rcic_fastai.recipe.published import get_recipe, laptop_recipe
 
     recipe = get_recipe(name, faithful)
     options = [replace(laptop_recipe(recipe, e, lr, VIRTUAL_BATCH.get(name, 32)), name=recipe.name) for e in range(2, 40)]
@@ -75,7 +75,7 @@ def contestants(args):
 @cache
 def opened(folder):
     "A screen, and the truth of its test wells"
-    from rcic_fastai.screen import read_screen
+    from rcic_fastai.screen.read import read_screen
 
     truth = folder / "truth.csv"
     return read_screen(folder), pd.read_csv(truth)[["id_code", "sirna"]] if truth.exists() else None
@@ -101,9 +101,9 @@ def run_job(work, job):
     "Train once and predict; folder with the predictions of wells and `result.json`, which comes last"
     import torch
 
-    from rcic_fastai.predict import predict_run
-    from rcic_fastai.run import train_run
-    from rcic_fastai.train import recipe_from_dict
+    from rcic_fastai.run.predict import predict_run
+    from rcic_fastai.run.train import train_run
+    from rcic_fastai.recipe.settings import recipe_from_dict
 
     torch.set_num_threads(1)
     folder, run = work / "results" / job_key(job), work / "runs" / job_key(job)
@@ -136,7 +136,7 @@ def run_all(args, jobs):
 
 def loaded(folder):
     "Predictions by split"
-    from rcic_fastai.predict import Predictions
+    from rcic_fastai.predict.core import Predictions
 
     return {s: Predictions.load(folder / f"{s}.npz") for s in ("valid", "test") if (folder / f"{s}.npz").exists()}
 
@@ -146,7 +146,8 @@ def loaded(folder):
 
 def share(p, wells, groups=None, method="exact"):
     "Accuracy by argmax, or with plate groups"
-    from rcic_fastai.assign import assign_predictions, score_submission
+    from rcic_fastai.predict.submission import score_submission
+    from rcic_fastai.predict.assign import assign_predictions
 
     table = assign_predictions(p, one_to_one=False) if groups is None else assign_predictions(p, groups, method=method)
     return score_submission(table[["id_code", "sirna"]], wells[wells.id_code.isin(table.id_code)])
@@ -154,7 +155,7 @@ def share(p, wells, groups=None, method="exact"):
 
 def scores(work, job, predictions, method):
     "The columns of the table"
-    from rcic_fastai.screen import plate_groups
+    from rcic_fastai.screen.groups import plate_groups
 
     screen, truth = opened(ready_screen(work, job["screen"]))
     known = screen.wells[screen.wells.split == "train"]
@@ -165,7 +166,7 @@ def scores(work, job, predictions, method):
 
 def blends(work, job, members):
     "Rows of the blends of one seed"
-    from rcic_fastai.blend import blend_predictions, blend_weights
+    from rcic_fastai.predict.blend import blend_predictions, blend_weights
 
     valid, test = ({n: p[s] for n, p in members.items()} for s in ("valid", "test"))
     screen = opened(ready_screen(work, job["screen"]))[0]
@@ -202,7 +203,7 @@ def compare(args, methods):
 
 def select(args):
     "Validation accuracy of the recipes of S1 and S2 at every learning rate"
-    from rcic_fastai.screen import plate_groups
+    from rcic_fastai.screen.groups import plate_groups
 
     screen = {**args.design, **SELECT}
     held = [f"{c}-{i:02}" for c in screen["cell_types"] for i in (SELECT["n_train"] - 1, SELECT["n_train"])]

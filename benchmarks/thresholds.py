@@ -26,8 +26,9 @@ from scipy.optimize import brentq  # noqa: E402
 from scipy.special import expit, logit  # noqa: E402
 from scipy.stats import norm  # noqa: E402
 
-from rcic_fastai.multilabel import f1_scores, macro_f1  # noqa: E402
-from rcic_fastai.threshold import F1Threshold, GlobalThreshold, create_threshold, nested_macro_f1, share_thresholds  # noqa: E402
+from rcic_fastai.labels.metrics import f1_scores, macro_f1  # noqa: E402
+from rcic_fastai.labels.threshold import F1Threshold, GlobalThreshold, create_threshold, nested_macro_f1  # noqa: E402
+from rcic_fastai.labels.threshold import share_thresholds  # noqa: E402
 
 N = 31_072  # images of the competition's training set, and the positives of its 28 classes
 COUNTS = np.array([12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530, 210, 902, 1482, 172, 3777, 802, 2965,

@@ -30,24 +30,20 @@ from measure import REPEATS, interleave, machine, markdown, summary, write_repor
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
-from rcic_fastai.augment import dihedral_batch  # noqa: E402
-from rcic_fastai.batchnorm import BatchNormModeCallback  # noqa: E402
-from rcic_fastai.data import select_sites  # noqa: E402
-from rcic_fastai.model import param_groups, plain  # noqa: E402
-from rcic_fastai.recipe import change_recipe, get_recipe, small_resnet  # noqa: E402
-from rcic_fastai.screen import read_screen, site_files  # noqa: E402
-from rcic_fastai.simulate import simulate_screen  # noqa: E402
-from rcic_fastai.step import TorchOptimizer, fast_precision  # noqa: E402
-from rcic_fastai.train import (  # noqa: E402
-    LossSettings,
-    ModelSettings,
-    TrainSettings,
-    accuracy,
-    fit_stage,
-    recipe_dataloaders,
-    recipe_model,
-    screen_learner,
-)
+from rcic_fastai.data.augment import dihedral_batch  # noqa: E402
+from rcic_fastai.model.batchnorm import BatchNormModeCallback  # noqa: E402
+from rcic_fastai.data.select import select_sites  # noqa: E402
+from rcic_fastai.data.context import plain  # noqa: E402
+from rcic_fastai.model.core import param_groups  # noqa: E402
+from rcic_fastai.recipe.published import change_recipe, get_recipe, small_resnet  # noqa: E402
+from rcic_fastai.screen.sites import site_files  # noqa: E402
+from rcic_fastai.screen.read import read_screen  # noqa: E402
+from rcic_fastai.screen.simulate import simulate_screen  # noqa: E402
+from rcic_fastai.train.optimizer import TorchOptimizer  # noqa: E402
+from rcic_fastai.train.precision import fast_precision  # noqa: E402
+from rcic_fastai.recipe.settings import LossSettings, ModelSettings, TrainSettings  # noqa: E402
+from rcic_fastai.train.loaders import recipe_dataloaders  # noqa: E402
+from rcic_fastai.train.learner import fit_stage, known_accuracy, recipe_model, screen_learner  # noqa: E402
 
 CLOCKS = dict(wall=time.perf_counter, processor=time.process_time)
 SECTIONS = "loop", "switches", "pipeline"
@@ -171,7 +167,7 @@ def bare_epoch(model, loss_func, batches, steps, log, optimizer):
     with torch.inference_mode():
         for x, context, y in batches(1):
             scores = model(x.contiguous(memory_format=torch.channels_last), context)
-            found.append((loss_func(scores, y), accuracy(scores, y)))
+            found.append((loss_func(scores, y), known_accuracy(scores, y)))
     print(torch.stack(losses).mean().item(), *np.mean(found, 0), file=log)
 
 
@@ -198,7 +194,7 @@ def fastai_learner(dls, recipe, folder, model):
     "What fastai offers: its own AdamW, every callback asked for every event"
     cbs = [CSVLogger("fastai.csv"), BatchNormModeCallback(), fastai.callback.channelslast.ChannelsLast()]
     loss_func = screen_learner(dls, recipe, model).loss_func
-    return quiet(Learner(dls, model, loss_func=loss_func, opt_func=fastai.optimizer.Adam, metrics=accuracy, splitter=param_groups, path=folder, cbs=cbs))
+    return quiet(Learner(dls, model, loss_func=loss_func, opt_func=fastai.optimizer.Adam, metrics=known_accuracy, splitter=param_groups, path=folder, cbs=cbs))
 
 
 def epoch_of(learn, stage):
@@ -366,7 +362,7 @@ def naive_epoch(model, loader):
 
 def pipeline_contestants(args, folder):
     "Epochs from files, and the number of sites in one"
-    from rcic_fastai.store import pack_sites
+    from rcic_fastai.data.store import pack_sites
 
     pixels, window, batch = (96, 64, 4) if args.quick else (512, 64, 32)
     sites = select_sites(ready_screen(folder, pixels, 4 if args.quick else 16))

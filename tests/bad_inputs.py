@@ -14,20 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rcic_fastai.script import CliError
+from rcic_fastai.cli.script import CliError
 
 
 def made(root):
     "What the bad inputs are made from: a screen, its store, a run with predictions, a screen of one's own"
     from PIL import Image
 
-    from rcic_fastai.platemap import describe_screen
-    from rcic_fastai.predict import predict_run
-    from rcic_fastai.recipe import get_recipe, laptop_recipe
-    from rcic_fastai.run import submit_run, train_run
-    from rcic_fastai.screen import read_screen
-    from rcic_fastai.simulate import simulate_screen
-    from rcic_fastai.store import pack_screen
+    from rcic_fastai.screen.platemap import describe_screen
+    from rcic_fastai.run.predict import predict_run
+    from rcic_fastai.recipe.published import get_recipe, laptop_recipe
+    from rcic_fastai.run.submit import submit_run
+    from rcic_fastai.run.train import train_run
+    from rcic_fastai.screen.read import read_screen
+    from rcic_fastai.screen.simulate import simulate_screen
+    from rcic_fastai.data.store import pack_screen
 
     quiet = lambda *a: None
     screen = read_screen(simulate_screen(root / "screen", n_sirnas=8, n_train=2, n_test=1, cell_types=("HUVEC",), image_size=32, progress=False))
@@ -237,7 +238,7 @@ OPTIONS = {
 
 
 def command(name):
-    from rcic_fastai import cli, hpa_cli, kaggle_cli
+    from rcic_fastai.cli import core as cli, kaggle as kaggle_cli, labels as hpa_cli
 
     return next(getattr(m, name) for m in (cli, hpa_cli, kaggle_cli) if hasattr(m, name))
 

@@ -77,7 +77,7 @@ def real_rcic():
 @pytest.fixture(scope="session")
 def small_screen(once):
     "Folder of a simulated screen: one cell type, 3 training and 1 test experiment, 8 treatments, 48 pixels."
-    from rcic_fastai.simulate import simulate_screen
+    from rcic_fastai.screen.simulate import simulate_screen
 
     settings = dict(n_sirnas=8, n_train=3, n_test=1, cell_types=("HUVEC",), image_size=48)
     return once("small_data/screen", lambda folder: simulate_screen(folder, **settings, progress=False))
@@ -86,10 +86,10 @@ def small_screen(once):
 @pytest.fixture(scope="session")
 def small_run(small_screen, once):
     "Folder of a finished run on `small_screen` with predictions of its test split."
-    from rcic_fastai.predict import predict_run
-    from rcic_fastai.recipe import get_recipe, laptop_recipe
-    from rcic_fastai.run import train_run
-    from rcic_fastai.screen import read_screen
+    from rcic_fastai.run.predict import predict_run
+    from rcic_fastai.recipe.published import get_recipe, laptop_recipe
+    from rcic_fastai.run.train import train_run
+    from rcic_fastai.screen.read import read_screen
 
     def make(run):
         screen = read_screen(run.parents[1] / "small_data" / "screen")

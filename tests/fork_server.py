@@ -11,7 +11,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-import rcic_fastai.report
+import rcic_fastai.report.core
 from compress_once import compress_once
 from test_report import execute_here
 
@@ -49,8 +49,8 @@ def serve():
         warnings.simplefilter("ignore")
         for name in HEAVY: importlib.import_module(f"rcic_fastai.{name}")
         for name in ("pretrainedmodels", "lightgbm", "matplotlib.pyplot"): importlib.import_module(name)
-    rcic_fastai.report.execute_notebook = execute_here  # test_report.py gives cells a kernel
-    rcic_fastai.report._most_wells = lambda *_: 24  # what it is of large images
+    rcic_fastai.report.core.execute_notebook = execute_here  # test_report.py gives cells a kernel
+    rcic_fastai.report.core._most_wells = lambda *_: 24  # what it is of large images
     if folder := os.environ.get("RCIC_TEST_COMPRESSED"): compress_once(folder)
     print("ready", flush=True)
     for line in sys.stdin:

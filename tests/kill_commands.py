@@ -26,17 +26,18 @@ from forked import locks_of_its_own  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import rcic_fastai.files as files  # noqa: E402
-from rcic_fastai import cli, hpa_cli  # noqa: E402
-from rcic_fastai.embed import embedding_report  # noqa: E402, F401
+from rcic_fastai.cli import core as cli, labels as hpa_cli  # noqa: E402
+from rcic_fastai.profile.metrics import embedding_report  # noqa: E402, F401
 from rcic_fastai.files import write_json  # noqa: E402
-from rcic_fastai.hpa import label_truth, read_hpa  # noqa: E402
-from rcic_fastai.hpa_stack import stack_runs  # noqa: E402, F401
-from rcic_fastai.predict import Predictions  # noqa: E402
-from rcic_fastai.recipe import recipe_to_json  # noqa: E402
-from rcic_fastai.report import make_report  # noqa: E402, F401
-from rcic_fastai.simulate_hpa import simulate_hpa  # noqa: E402
-from rcic_fastai.store import pack_screen  # noqa: E402, F401
-from rcic_fastai.train import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings  # noqa: E402
+from rcic_fastai.screen.atlas import label_truth, read_hpa  # noqa: E402
+from rcic_fastai.run.stack import stack_runs  # noqa: E402, F401
+from rcic_fastai.predict.core import Predictions  # noqa: E402
+from rcic_fastai.recipe.check import recipe_to_json  # noqa: E402
+from rcic_fastai.report.core import make_report  # noqa: E402, F401
+from rcic_fastai.screen.simulate_atlas import simulate_hpa  # noqa: E402
+from rcic_fastai.data.store import pack_screen  # noqa: E402, F401
+from rcic_fastai.recipe.settings import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe  # noqa: E402
+from rcic_fastai.recipe.settings import TrainSettings  # noqa: E402
 
 POINTS = dict(
     simulate=["simulation.json", "test.csv", "HUVEC-01/Plate2/B02_s2_w1.png", "HUVEC-02/Plate2/C11_s2_w1.png+"],

@@ -22,11 +22,12 @@ from fastai.callback.core import Callback  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import rcic_fastai.files as files  # noqa: E402
-from rcic_fastai.recipe import check_recipe  # noqa: E402
-from rcic_fastai.run import train_run  # noqa: E402
-from rcic_fastai.screen import read_screen  # noqa: E402
-from rcic_fastai.simulate import simulate_screen  # noqa: E402
-from rcic_fastai.train import CheckpointSettings, DataSettings, LossSettings, ModelSettings, PseudoSettings, Recipe, TrainSettings  # noqa: E402
+from rcic_fastai.recipe.check import check_recipe  # noqa: E402
+from rcic_fastai.run.train import train_run  # noqa: E402
+from rcic_fastai.screen.read import read_screen  # noqa: E402
+from rcic_fastai.screen.simulate import simulate_screen  # noqa: E402
+from rcic_fastai.recipe.settings import CheckpointSettings, DataSettings, LossSettings, ModelSettings, PseudoSettings  # noqa: E402
+from rcic_fastai.recipe.settings import Recipe, TrainSettings  # noqa: E402
 
 MOMENTS = "before_batch", "after_pred", "before_backward", "after_step", "after_batch", "within a checkpoint"
 

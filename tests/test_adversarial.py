@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from sklearn.tree import DecisionTreeClassifier
 
-from rcic_fastai.adversarial import adversarial_report, auc_interval, choose_validation, probability_of_test
+from rcic_fastai.labels.adversarial import adversarial_report, auc_interval, choose_validation, probability_of_test
 
 
 def draw(seed=0, n=400, m=200, shift=0.0, share=0.5, features=4):

@@ -7,22 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.assign import (
-    allowed_classes,
-    argmax_classes,
-    assign_classes,
-    assign_experiment,
-    assign_predictions,
-    assign_screen,
-    infer_plate_groups,
-    plate_group_values,
-    plate_group_votes,
-    score_submission,
-    score_table,
-    vote_plate_groups,
-    write_submission,
-)
-from rcic_fastai.predict import Predictions
+from rcic_fastai.predict.submission import score_submission, score_table, write_submission
+from rcic_fastai.predict.assign import allowed_classes, argmax_classes, assign_classes, assign_experiment
+from rcic_fastai.predict.assign import assign_predictions, assign_screen, infer_plate_groups, plate_group_values
+from rcic_fastai.predict.assign import plate_group_votes, vote_plate_groups
+from rcic_fastai.predict.core import Predictions
 
 SHARED = Path(__file__).resolve().parents[1].parent/'shared'
 needs_rcic = pytest.mark.skipif(not (SHARED/'rcic'/'train.csv').exists(), reason='the real tables (../shared/rcic/train.csv) are not here')

@@ -11,24 +11,10 @@ from fastai.torch_core import TensorBase, TensorCategory
 from fastai.vision.core import TensorImage
 from scipy.ndimage import map_coordinates
 
-from rcic_fastai.augment import (
-    D4,
-    D4_INVERSE,
-    ImageBrightness,
-    ChannelIntensity,
-    ChannelStats,
-    Cutout,
-    RandomSquareCrop,
-    RandomResizedSquareCrop,
-    Standardize,
-    PerspectiveWarp,
-    channel_stats,
-    dihedral,
-    dihedral_batch,
-    perspective_matrices,
-    rcic_stats,
-    screen_transforms,
-)
+from rcic_fastai.data.augment import D4, D4_INVERSE, ImageBrightness, ChannelIntensity, ChannelStats, Cutout
+from rcic_fastai.data.augment import RandomSquareCrop, RandomResizedSquareCrop, Standardize, PerspectiveWarp
+from rcic_fastai.data.augment import channel_stats, dihedral, dihedral_batch, perspective_matrices, rcic_stats
+from rcic_fastai.data.augment import screen_transforms
 
 
 class SomeImage(TensorImage):

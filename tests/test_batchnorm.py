@@ -15,17 +15,8 @@ from fastai.callback.core import Callback
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
 
-from rcic_fastai.batchnorm import (
-    BatchNormMode,
-    BatchNormModeCallback,
-    DomainSlices,
-    LayerStats,
-    batchnorm_layers,
-    domain_slices,
-    layer_stats,
-    pool_stats,
-    reestimate_batchnorm,
-)
+from rcic_fastai.model.batchnorm import BatchNormMode, BatchNormModeCallback, DomainSlices, LayerStats
+from rcic_fastai.model.batchnorm import batchnorm_layers, domain_slices, layer_stats, pool_stats, reestimate_batchnorm
 
 
 @pytest.fixture(autouse=True)

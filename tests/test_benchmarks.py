@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.recipe import change_recipe, laptop_recipe, recipes
+from rcic_fastai.recipe.published import change_recipe, laptop_recipe, recipes
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 DESIGN = dict(n_sirnas=4, n_train=2, n_test=1, cell_types=("HUVEC", "RPE"), n_positive=1, image_size=32)
@@ -41,7 +41,7 @@ def job(name, *settings, variants=None):
 @pytest.mark.parametrize("name", ["densenet121_domain_bn", "densenet161_first_place", "densenet161_domain_batches"])
 def test_the_budget_is_what_the_network_is_shown(bench, work, name, monkeypatch):
     "`images_shown` counts the images of all stages, pseudo-labelled wells and controls included (to a well or two that has a negative margin)"
-    import rcic_fastai.model as model
+    import rcic_fastai.model.core as model
 
     shown, forward = [], model.ScreenModel.forward
 
@@ -59,7 +59,7 @@ def test_the_budget_is_what_the_network_is_shown(bench, work, name, monkeypatch)
 
 
 def bench_recipe(one):
-    from rcic_fastai.train import recipe_from_dict
+    from rcic_fastai.recipe.settings import recipe_from_dict
 
     return recipe_from_dict(one["recipe"])
 
@@ -71,7 +71,7 @@ def test_a_finished_training_is_not_done_again(bench, work, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("rcic_fastai.run.train_run", never)
+    monkeypatch.setattr("rcic_fastai.run.train.train_run", never)
     assert bench.run_job(work, one) == first and [r["method"] for r in first["rows"]] == ["a", "b"]
     with pytest.raises(AssertionError, match="trained again"):
         bench.run_job(work, job("laptop", "train.lr=0.5"))

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.blend import agreement, aligned, blend_predictions, blend_report, blend_weights, check_members
-from rcic_fastai.predict import Predictions, well_accuracy
+from rcic_fastai.predict.blend import agreement, aligned, blend_predictions, blend_report, blend_weights
+from rcic_fastai.predict.blend import check_members
+from rcic_fastai.predict.core import Predictions, well_accuracy
 
 
 def draw(seed=0, signal=(2.5, 2.0, 1.5), scale=(1.0, 8.0, 3.0), n=60, k=12, common=0.3, classes=None):

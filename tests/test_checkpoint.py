@@ -18,15 +18,20 @@ import xxhash
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
-import rcic_fastai.checkpoint as checkpoint
-import rcic_fastai.cli as cli
-from rcic_fastai.checkpoint import TrainingStopped, checkpoint_files, latest_checkpoint, read_checkpoint, save_checkpoint
-from rcic_fastai.recipe import change_recipe, recipe_to_json
-from rcic_fastai.run import check_no_leak, train_run
-from rcic_fastai.screen import read_screen
-from rcic_fastai.script import CliError
-from rcic_fastai.simulate import simulate_screen
-from rcic_fastai.train import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings, load_run
+import rcic_fastai.train.checkpoint as checkpoint
+import rcic_fastai.cli.core as cli
+from rcic_fastai.train.checkpoint import TrainingStopped, checkpoint_files, latest_checkpoint, read_checkpoint
+from rcic_fastai.train.checkpoint import save_checkpoint
+from rcic_fastai.recipe.check import recipe_to_json
+from rcic_fastai.recipe.published import change_recipe
+from rcic_fastai.run.stages import check_no_leak
+from rcic_fastai.run.train import train_run
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.cli.script import CliError
+from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.recipe.settings import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe
+from rcic_fastai.recipe.settings import TrainSettings
+from rcic_fastai.run.folder import load_run
 
 tiny = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)),
                data=DataSettings(batch_size=8, cache=True), loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)),
@@ -92,7 +97,7 @@ def test_signals_save_first_and_say_so(screen, whole, tmp_path, monkeypatch, cap
     "Through the command: the exit status is 128 plus the signal, and the same command goes on"
     (tmp_path / "recipe.json").write_text(recipe_to_json(tiny))
     command = dict(data=screen.path, recipe=str(tmp_path / "recipe.json"), run=tmp_path / "run", valid="experiment=HUVEC-03")
-    monkeypatch.setattr("rcic_fastai.run.logger", lambda *a: At(6, lambda learn: os.kill(os.getpid(), signum)))
+    monkeypatch.setattr("rcic_fastai.run.train.logger", lambda *a: At(6, lambda learn: os.kill(os.getpid(), signum)))
     inherited = signal.signal(signum, signal.default_int_handler)  # a job in the background begins with SIGINT ignored
     try:
         with pytest.raises(SystemExit) as e:
@@ -187,7 +192,7 @@ def test_a_loss_that_is_no_number(screen, tmp_path, monkeypatch):
         next(learn.model.parameters()).data.fill_(float("nan"))
 
     (tmp_path / "recipe.json").write_text(recipe_to_json(change_recipe(tiny, "train.schedule=constant")))
-    monkeypatch.setattr("rcic_fastai.run.logger", lambda *a: At(5, poison))
+    monkeypatch.setattr("rcic_fastai.run.train.logger", lambda *a: At(5, poison))
     with pytest.raises(CliError) as e:
         cli.rcic_train(data=screen.path, recipe=str(tmp_path / "recipe.json"), run=tmp_path / "run", log="poison", valid="experiment=HUVEC-03")
     last = checkpoint_files(tmp_path / "run/checkpoints")[-1]

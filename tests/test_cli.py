@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.script import run_cli
+from rcic_fastai.cli.script import run_cli
 
 ROOT = Path(__file__).parents[1]
 config = configparser.ConfigParser(delimiters=["="])
@@ -67,12 +67,12 @@ def test_installed_command_fails_in_one_line(tmp_path):
 
 def test_help_is_said_at_once():
     "Nothing heavy is imported before a command knows what it shall do."
-    code = "import sys, rcic_fastai.cli, rcic_fastai.hpa_cli, rcic_fastai.kaggle_cli; print([m for m in ('torch', 'fastai', 'pandas', 'numpy') if m in sys.modules])"
+    code = "import sys, rcic_fastai.cli.core, rcic_fastai.cli.labels, rcic_fastai.cli.kaggle; print([m for m in ('torch', 'fastai', 'pandas', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_head_may_stop_reading():
-    code = f"'{sys.executable}' -c \"from rcic_fastai.cli import _say; [_say('x' * 1000) for _ in range(10000)]\" | head -1; exit ${{PIPESTATUS[0]}}"
+    code = f"'{sys.executable}' -c \"from rcic_fastai.cli.core import _say; [_say('x' * 1000) for _ in range(10000)]\" | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     assert done.returncode == 141 and done.stderr == "" and done.stdout.count("\n") == 1
 
@@ -173,7 +173,7 @@ def test_a_disk_without_room(small_screen, tmp_path, monkeypatch, capsys):
 
 
 def test_packing_that_is_interrupted_says_how_to_go_on(small_screen, tmp_path, monkeypatch, capsys):
-    import rcic_fastai.store as store
+    import rcic_fastai.data.store as store
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -189,9 +189,9 @@ def test_every_option_that_is_a_number_has_limits():
     "Zero, negative, NaN and huge numbers end in one line that names the option, before any work"
     import inspect
 
-    from rcic_fastai.script import CliError
+    from rcic_fastai.cli.script import CliError
 
-    from rcic_fastai import cli, hpa_cli, kaggle_cli
+    from rcic_fastai.cli import core as cli, kaggle as kaggle_cli, labels as hpa_cli
 
     seen = 0
     for module in (cli, hpa_cli, kaggle_cli):

@@ -7,17 +7,19 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from rcic_fastai.assign import score_submission
-from rcic_fastai.platemap import describe_screen, read_platemap
-from rcic_fastai.predict import Predictions, embed_run, predict_run
-from rcic_fastai.report import read_history, read_truth
-from rcic_fastai.run import Stages, submit_run
-from rcic_fastai.screen import read_screen
-from rcic_fastai.simulate import simulate_screen
-from rcic_fastai.stack import Stacker
-from rcic_fastai.store import Store, pack_screen
-from rcic_fastai.threshold import ConstantThreshold, read_thresholds, write_thresholds
-from rcic_fastai.train import _run_histograms, load_run, read_run
+from rcic_fastai.predict.submission import score_submission
+from rcic_fastai.screen.platemap import describe_screen, read_platemap
+from rcic_fastai.predict.core import Predictions
+from rcic_fastai.run.predict import embed_run, predict_run
+from rcic_fastai.report.core import read_history, read_truth
+from rcic_fastai.run.stages import Stages
+from rcic_fastai.run.submit import submit_run
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.labels.stack import Stacker
+from rcic_fastai.data.store import Store, pack_screen
+from rcic_fastai.labels.threshold import ConstantThreshold, read_thresholds, write_thresholds
+from rcic_fastai.run.folder import _run_histograms, load_run, read_run
 
 EXPECTED = ValueError, OSError  # what commands tell in one line
 
@@ -105,7 +107,7 @@ def test_learning_rates(run):
     key = json.loads('"x"')
 
     def read():
-        import rcic_fastai.run as module
+        import rcic_fastai.run.stages as module
 
         stages.extra = {}
         was, module.xxhash = module.xxhash, type("", (), {"xxh3_64_hexdigest": staticmethod(lambda b: key)})
@@ -218,8 +220,8 @@ WRONG = {  # value of run.json, and whether `rcic-submit`, which has the predict
 
 @pytest.mark.parametrize("key", WRONG)
 def test_run_json_that_does_not_fit_is_named_by_every_command(run, small_screen, tmp_path, key):
-    from rcic_fastai.kaggle import build_kernel
-    from rcic_fastai.report import run_context
+    from rcic_fastai.kaggle.core import build_kernel
+    from rcic_fastai.report.core import run_context
 
     screen, info = read_screen(small_screen), json.loads((run / "run.json").read_text())
     tell = dict(predict=lambda: predict_run(run, screen, "test", progress=False, say=quiet), embed=lambda: embed_run(run, screen, "test", progress=False, say=quiet), submit=lambda: submit_run(run, screen, tmp_path / "s.csv", say=quiet),
@@ -248,8 +250,8 @@ def test_models_of_a_stack(tmp_path):
 
 
 def test_parameters_of_a_stack(small_run, small_screen):
-    from rcic_fastai.hpa_cli import rcic_hpa_stack
-    from rcic_fastai.script import CliError
+    from rcic_fastai.cli.labels import rcic_hpa_stack
+    from rcic_fastai.cli.script import CliError
 
     with pytest.raises(CliError, match="--params: line 1: Expecting"): rcic_hpa_stack(run=[small_run], params="{bad")
     with pytest.raises(CliError, match="--params: .* where an object in braces is expected"): rcic_hpa_stack(run=[small_run], params="[1]")

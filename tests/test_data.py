@@ -17,25 +17,17 @@ from fastai.torch_core import TensorCategory
 from PIL import Image
 from torch import nn
 
-from rcic_fastai.data import (
-    DOMAINS,
-    MASKED,
-    ContextEncoder,
-    DomainDL,
-    MaskedCategorize,
-    ScreenContext,
-    SiteReader,
-    SixChannelImageBlock,
-    domain_keys,
-    paired_sites,
-    screen_dataloaders,
-    select_sites,
-    several_domains,
-    shuffled_domains,
-)
-from rcic_fastai.image import MultiChannelImage, read_site
-from rcic_fastai.screen import read_screen
-from rcic_fastai.simulate import simulate_screen
+from rcic_fastai.data.context import DOMAINS, ContextEncoder, ScreenContext
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.data.target import MASKED, MaskedCategorize
+from rcic_fastai.data.domains import domain_keys, paired_sites, several_domains, shuffled_domains
+from rcic_fastai.data.reader import SiteReader
+from rcic_fastai.data.loader import DomainDL
+from rcic_fastai.data.block import SixChannelImageBlock, screen_dataloaders
+from rcic_fastai.data.store import read_site
+from rcic_fastai.data.image import MultiChannelImage
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.simulate import simulate_screen
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
@@ -844,7 +836,7 @@ def test_show_results_says_what_was_right(sites, test_sites):
 
 @pytest.fixture(scope="module")
 def packed(small_screen, tmp_path_factory):
-    from rcic_fastai.store import pack_screen
+    from rcic_fastai.data.store import pack_screen
 
     return pack_screen(read_screen(small_screen), tmp_path_factory.mktemp("store") / "packed", progress=False)
 
@@ -928,7 +920,7 @@ def test_images_of_two_shapes(small_screen, tmp_path):
 
 
 def test_memory_a_gpu_still_copies_is_not_used_again(monkeypatch):
-    from rcic_fastai import data
+    from rcic_fastai.data import loader as data
 
     class Event:
         made = []

@@ -84,7 +84,7 @@ def test_every_exported_name_has_an_entry(site, module):
 
 
 def test_an_entry_has_signature_parameters_errors_and_source(site):
-    entry = text_of(site / "api" / "screen.html").split('id="rcic_fastai.screen.read_screen"')[1][:8000]
+    entry = text_of(site / "api" / "screen.read.html").split('id="rcic_fastai.screen.read.read_screen"')[1][:8000]
     entry = html.unescape(re.sub(r"<[^>]+>", "", entry))
     for part in ("read_screen(path", "[source]", "folder of the screen", "FileNotFoundError"):
         assert part in entry
@@ -155,11 +155,11 @@ def test_link_check_accepts(tools, tmp_path):
 def test_a_broken_link_in_a_copy_is_found(tools, site, tmp_path):
     copy = tmp_path / "copy"
     (copy / "api").mkdir(parents=True)
-    page = re.sub(r'(?:href|src|action)="(?!#|https?:)[^"]*"', "", text_of(site / "api" / "assign.html"))  # its own places and addresses stay
-    (copy / "api" / "assign.html").write_text(page)
+    page = re.sub(r'(?:href|src|action)="(?!#|https?:)[^"]*"', "", text_of(site / "api" / "predict.assign.html"))  # its own places and addresses stay
+    (copy / "api" / "predict.assign.html").write_text(page)
     assert tools.broken_links(copy) == []
-    (copy / "api" / "assign.html").write_text(page.replace('id="rcic_fastai.assign.assign_classes"', ""))
-    assert any("#rcic_fastai.assign.assign_classes" in p for p in tools.broken_links(copy))
+    (copy / "api" / "predict.assign.html").write_text(page.replace('id="rcic_fastai.predict.assign.assign_classes"', ""))
+    assert any("#rcic_fastai.predict.assign.assign_classes" in p for p in tools.broken_links(copy))
 
 
 def test_a_warning_is_an_error(tools, tmp_path):
@@ -195,7 +195,7 @@ def test_search_answers_without_a_server(site, chromium):
     page, wrong = watched(chromium.new_context(offline=True))
     page.goto((site / "search.html").as_uri() + "?q=read_screen")
     page.locator("#search-results li a").first.wait_for()
-    assert "rcic_fastai.screen.read_screen" in page.locator("#search-results").inner_text()
+    assert "rcic_fastai.screen.read.read_screen" in page.locator("#search-results").inner_text()
     page.locator("#search-results li a").first.click()
-    page.wait_for_url("**/api/screen.html#rcic_fastai.screen.read_screen")  # a click returns before the next page is there
+    page.wait_for_url("**/api/screen.read.html#rcic_fastai.screen.read.read_screen")  # a click returns before the next page is there
     assert not wrong

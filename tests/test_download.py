@@ -14,9 +14,9 @@ from socketserver import ThreadingTCPServer
 import numpy as np
 import pytest
 
-import rcic_fastai.download
-from rcic_fastai.download import download_competition, download_rxrx1, extract_archive, fetch_file
-from rcic_fastai.kaggle_cli import rcic_download
+import rcic_fastai.kaggle.download
+from rcic_fastai.kaggle.download import download_competition, download_rxrx1, extract_archive, fetch_file
+from rcic_fastai.cli.kaggle import rcic_download
 
 DATA = np.random.default_rng(0).bytes(300_000)
 
@@ -179,7 +179,7 @@ def test_unpacking_goes_on(tmp_path, monkeypatch):
 
 def test_the_release(server, tmp_path, capsys, monkeypatch):
     "By the command: loaded in pieces, unpacked, the archive removed; a second time nothing is asked of the server"
-    monkeypatch.setattr(rcic_fastai.download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(rcic_fastai.kaggle.download.time, "sleep", lambda seconds: None)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as z: z.writestr("rxrx1/embeddings.csv", "site_id,feature_0\n" + "HUVEC-01_1_B02_1,0\n" * 9000)
     server.files["/rxrx1/rxrx1-dl-embeddings.zip"], server.hangs_up_after = buffer.getvalue(), 70_000
@@ -203,7 +203,7 @@ def test_the_competition(tmp_path, monkeypatch):
         if single == "train.csv": (out / single).write_text("id_code\n")
         else: archive(out / (f"{single}.zip" if single else f"{args[2]}.zip"), {single or "train/RPE-01/Plate1/B02_s1_w1.png": "pixels"})
 
-    monkeypatch.setattr(rcic_fastai.download, "run_client", client)
+    monkeypatch.setattr(rcic_fastai.kaggle.download, "run_client", client)
     for _ in range(2): download_competition(tmp_path / "all", progress=False, say=lambda *a: None)
     assert asked == [("competitions", "download", "recursion-cellular-image-classification", "-p", str(tmp_path / "all"))]
     assert (tmp_path / "all" / "train" / "RPE-01" / "Plate1" / "B02_s1_w1.png").exists() and not list((tmp_path / "all").glob("*.zip"))

@@ -11,22 +11,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-import rcic_fastai.duplicates as duplicates
-from rcic_fastai.duplicates import (
-    area_means,
-    external_keys,
-    find_twins,
-    hash_distance,
-    hash_sites,
-    image_hashes,
-    join_groups,
-    label_agreement,
-    parse_external_id,
-    perceptual_hash,
-    resolve_labels,
-    symmetry_hashes,
-)
-from rcic_fastai.folds import grouped_folds, straddling_groups
+import rcic_fastai.screen.duplicates as duplicates
+from rcic_fastai.screen.duplicates import area_means, external_keys, find_twins, hash_distance, image_hashes
+from rcic_fastai.screen.duplicates import join_groups, label_agreement, parse_external_id, perceptual_hash
+from rcic_fastai.screen.duplicates import resolve_labels, symmetry_hashes
+from rcic_fastai.data.hashes import hash_sites
+from rcic_fastai.screen.folds import grouped_folds, straddling_groups
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "hpa"

@@ -12,23 +12,10 @@ from scipy.linalg import fractional_matrix_power
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
-from rcic_fastai.embed import (
-    TVN,
-    ClassCentres,
-    Sphering,
-    batch_probe,
-    center_by,
-    embedding_correction,
-    embedding_report,
-    knn_recall,
-    plot_embedding,
-    postprocess_embeddings,
-    postprocess_names,
-    project_2d,
-    replicate_map,
-    to_anndata,
-    well_means,
-)
+from rcic_fastai.profile.correct import TVN, ClassCentres, Sphering, center_by, embedding_correction
+from rcic_fastai.profile.correct import postprocess_embeddings, postprocess_names, well_means
+from rcic_fastai.profile.metrics import batch_probe, embedding_report, knn_recall, plot_embedding, project_2d
+from rcic_fastai.profile.metrics import replicate_map, to_anndata
 
 
 def screen(n_sirnas=6, n_experiments=4, n_features=8, sites=1, seed=0, signal=2.0, batch=3.0):

@@ -53,8 +53,8 @@ print(json.dumps(dict(
     modules=[n for n, o in ours.items() if isinstance(o, types.ModuleType)],
     patched=[f'{{c.__qualname__}}.{{k}}' for c, d in classes.items() for k, v in d.items() if not k.startswith('__') and vars(c).get(k) is not v])))
 """
-RENAMED = {"augment": ["Brightness", "RandomCrop", "Warp"], "model": ["Body", "Head", "create_head", "save_model"], "step": ["ChannelsLast"],
-           "train": ["accuracy"], "tta": ["View"]}  # fmt: skip
+RENAMED = {"data.augment": ["Brightness", "RandomCrop", "Warp"], "model.core": ["Body", "Head", "create_head", "save_model"], "train.precision": ["ChannelsLast"],
+           "train.learner": ["accuracy"], "predict.tta": ["View"]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,5 +101,5 @@ def test_a_name_of_the_release_before_is_found_in_its_module_alone(module, old):
 
 
 def test_a_name_that_never_was_is_not_found():
-    with pytest.raises(ImportError, match="cannot import name 'Tail' from 'rcic_fastai.model'"):
-        exec("from rcic_fastai.model import Tail")
+    with pytest.raises(ImportError, match="cannot import name 'Tail' from 'rcic_fastai.model.core'"):
+        exec("from rcic_fastai.model.core import Tail")

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.duplicates import external_keys, join_groups
-from rcic_fastai.folds import check_no_straddling, fold_report, grouped_folds, straddling_groups
+from rcic_fastai.screen.duplicates import external_keys, join_groups
+from rcic_fastai.screen.folds import check_no_straddling, fold_report, grouped_folds, straddling_groups
 
 REAL = Path(__file__).parents[1].parent / "shared" / "hpa"
 SHARES = (0.4, 0.2, 0.1, 0.05, 0.02, 0.005)

@@ -65,7 +65,7 @@ from rcic_fastai.all import (
     train_run,
     valid_mask,
 )
-from rcic_fastai.hpa import _image_table
+from rcic_fastai.screen.atlas import _image_table
 
 HPA = Path(__file__).parents[1].parent / "shared" / "hpa"
 real = pytest.mark.skipif(not (HPA / "train.csv").is_file(), reason="the real tables of the Human Protein Atlas are not beside this checkout (shared/hpa)")
@@ -443,8 +443,8 @@ def test_labels_of_a_table_in_a_data_block_of_ones_own(atlas):
     "Tuples with our block; fastai's takes lists, and says so with nothing better than a TypeError"
     from fastai.data.all import ColReader, DataBlock, MultiCategoryBlock, RandomSplitter
 
-    from rcic_fastai.data import MultiChannelImageBlock
-    from rcic_fastai.target import MultiLabelBlock
+    from rcic_fastai.data.block import MultiChannelImageBlock
+    from rcic_fastai.data.target import MultiLabelBlock
 
     sites = atlas.sites(atlas.wells[atlas.wells.labels.notna()]).head(12).reset_index(drop=True)
     for block, get_y in ((MultiLabelBlock(atlas.classes), ColReader("labels")), (MultiCategoryBlock(vocab=atlas.classes), lambda r: list(r.labels))):

@@ -14,17 +14,12 @@ import torch
 from fastai.torch_core import TensorImage
 from PIL import Image
 
-from rcic_fastai.image import (
-    MultiChannelImage,
-    channel_limits,
-    read_channel,
-    read_site,
-    show_channels,
-    stain_colors,
-    stain_names,
-    stains_to_rgb,
-)
-from rcic_fastai.screen import present_sites, read_screen, site_files
+from rcic_fastai.screen.planes import read_channel
+from rcic_fastai.data.store import read_site
+from rcic_fastai.data.image import MultiChannelImage, channel_limits, show_channels, stain_colors, stain_names
+from rcic_fastai.data.image import stains_to_rgb
+from rcic_fastai.screen.sites import present_sites, site_files
+from rcic_fastai.screen.read import read_screen
 
 matplotlib.use("Agg")
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"

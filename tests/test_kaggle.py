@@ -24,18 +24,19 @@ import nbformat
 import pytest
 from packaging.requirements import Requirement
 
-import rcic_fastai.kaggle
-from rcic_fastai.hpa import submit_labels
-from rcic_fastai.kaggle import build_kernel, find_competition, find_run, go_on, weights_folder
-from rcic_fastai.kaggle_cli import rcic_kaggle
-from rcic_fastai.kaggle_client import kaggle_user, run_client, scrub_kaggle
-from rcic_fastai.predict import predict_run
-from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
-from rcic_fastai.run import submit_run, train_run
-from rcic_fastai.screen import read_screen
-from rcic_fastai.simulate_hpa import simulate_hpa
-from rcic_fastai.train import read_run
-from rcic_fastai.wheels import image_lacks, installed_wheel, pack_wheels
+import rcic_fastai.kaggle.core
+from rcic_fastai.run.labels import submit_labels
+from rcic_fastai.kaggle.core import build_kernel, find_competition, find_run, go_on, weights_folder
+from rcic_fastai.cli.kaggle import rcic_kaggle
+from rcic_fastai.kaggle.client import kaggle_user, run_client, scrub_kaggle
+from rcic_fastai.run.predict import predict_run
+from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+from rcic_fastai.run.submit import submit_run
+from rcic_fastai.run.train import train_run
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.simulate_atlas import simulate_hpa
+from rcic_fastai.run.folder import read_run
+from rcic_fastai.kaggle.packages import image_lacks, installed_wheel, pack_wheels
 
 KEY = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"  # looks like one of Kaggle's
 ROOT = Path(__file__).parents[1]
@@ -236,7 +237,7 @@ def test_a_wheel_of_what_is_installed_is_a_wheel(bare, tmp_path):
         record = next(n for n in a.namelist() if n.endswith("/RECORD"))
         assert sorted(a.namelist()) == sorted(b.namelist())
         assert {n: a.read(n) for n in a.namelist() if n != record} == {n: b.read(n) for n in b.namelist() if n != record}
-        assert {"rcic_fastai/templates/kernel.ipynb", "rcic_fastai/wheels.py"} <= set(a.namelist())
+        assert {"rcic_fastai/templates/kernel.ipynb", "rcic_fastai/kaggle/packages.py"} <= set(a.namelist())
         for line in a.read(record).decode().splitlines()[:-1]:
             name, digest, size = line.rsplit(",", 2)
             expected = base64.urlsafe_b64encode(hashlib.sha256(a.read(name)).digest()).decode().rstrip("=")
@@ -250,7 +251,7 @@ def test_what_kaggle_would_refuse_is_refused_here(tiny_run, tmp_path, monkeypatc
     build = lambda *args, **kwargs: build_kernel(tmp_path / "kernel", *args, **{"user": "ada", "title": "A kernel", **kwargs})
     fake = tmp_path / "fake-1.0-py3-none-any.whl"
     fake.write_text("no archive")
-    monkeypatch.setattr(rcic_fastai.kaggle, "notebook_limit", 100_000)
+    monkeypatch.setattr(rcic_fastai.kaggle.core, "notebook_limit", 100_000)
     bad = [
         (dict(title="RCIC"), "Kaggle takes 5 to 50 characters"),
         (dict(title="https://bob:Hunter2@h/w"), r"title holds an address with a password, https://\*\*\*@h/w"),

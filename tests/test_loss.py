@@ -9,18 +9,12 @@ import torch
 from fastai.basics import DataLoaders, Learner, nn
 from fastai.layers import NoneReduce
 
-from rcic_fastai.loss import (
-    MASKED,
-    AMSoftmaxLoss,
-    ArcFaceLoss,
-    CrossEntropyArcFaceLoss,
-    OneHotBCELoss,
-    SoftmaxCrossEntropyLoss,
-    create_loss,
-    logsumexp_others,
-    losses,
-)
-from rcic_fastai.multilabel_loss import multilabel_losses
+from rcic_fastai.data.target import MASKED
+from rcic_fastai.loss.base import logsumexp_others
+from rcic_fastai.loss.single import AMSoftmaxLoss, ArcFaceLoss, CrossEntropyArcFaceLoss, OneHotBCELoss
+from rcic_fastai.loss.single import SoftmaxCrossEntropyLoss
+from rcic_fastai.loss.by_name import create_loss, losses
+from rcic_fastai.loss.by_name import multilabel_losses
 
 B,K = 7,5
 LOSSES = [SoftmaxCrossEntropyLoss(), SoftmaxCrossEntropyLoss(s=10., gamma=2., smoothing=.2),

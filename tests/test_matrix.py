@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 from test_cli import COMMANDS
 
-from rcic_fastai.screen import read_screen
-from rcic_fastai.simulate_hpa import simulate_hpa
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.simulate_atlas import simulate_hpa
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="a fresh process per command is a fork here, which this system does not have")]
 LAYOUTS = ("kaggle", "rxrx1", "wilds", "atlas", "own")

@@ -15,29 +15,17 @@ from fastai.losses import FocalLoss, FocalLossFlat, LabelSmoothingCrossEntropy, 
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorBase, TensorCategory, TensorImage
 
-from rcic_fastai.data import select_sites
-from rcic_fastai.loss import AMSoftmaxLoss, ArcFaceLoss, OneHotBCELoss
-from rcic_fastai.mix import (
-    LISA,
-    MixedContext,
-    MixedLoss,
-    ScreenCutMix,
-    ScreenMixUp,
-    cell_type_weights,
-    context_domains,
-    create_mix,
-    cutmix_images,
-    heavier_class,
-    lisa_partners,
-    mix_partners,
-    mix_targets,
-    mixup_images,
-    plain,
-    refuse_plain_mix,
-)
-from rcic_fastai.recipe import change_recipe, small_resnet
-from rcic_fastai.screen import read_screen
-from rcic_fastai.train import ModelSettings, Recipe, recipe_dataloaders, screen_learner
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.loss.single import AMSoftmaxLoss, ArcFaceLoss, OneHotBCELoss
+from rcic_fastai.data.context import MixedContext, cell_type_weights, plain
+from rcic_fastai.train.mix import LISA, MixedLoss, ScreenCutMix, ScreenMixUp, context_domains, create_mix
+from rcic_fastai.train.mix import cutmix_images, heavier_class, lisa_partners, mix_partners, mix_targets, mixup_images
+from rcic_fastai.train.mix import refuse_plain_mix
+from rcic_fastai.recipe.published import change_recipe, small_resnet
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.recipe.settings import ModelSettings, Recipe
+from rcic_fastai.train.loaders import recipe_dataloaders
+from rcic_fastai.train.learner import screen_learner
 
 # two cell types, three experiments (two of cell type 0), two plates each; siRNAs 0-2 on every plate, and a control for the statistics
 CONTEXT = torch.tensor([[e//2, e, p, 2*(s < 0)] for e in range(3) for p in range(2) for s in (0, 1, 2, -1)])

@@ -19,30 +19,13 @@ from pretrainedmodels.models import senet
 from safetensors.torch import save_file
 from torch import nn
 
-import rcic_fastai.model as M
-from rcic_fastai.loss import CrossEntropyArcFaceLoss
-from rcic_fastai.mix import MixedContext
-from rcic_fastai.model import (
-    Backbone,
-    CosineLinear,
-    GeM,
-    ScreenBody,
-    ScreenModel,
-    channel_mixing,
-    condition_on_controls,
-    create_backbone,
-    create_model,
-    create_screen_head,
-    download_weights,
-    first_convs,
-    load_weights,
-    param_groups,
-    patch_first_conv,
-    read_meta,
-    read_weights,
-    save_weights,
-    weight_urls,
-)
+import rcic_fastai.model.core as M
+from rcic_fastai.loss.single import CrossEntropyArcFaceLoss
+from rcic_fastai.data.context import MixedContext
+from rcic_fastai.model.core import Backbone, CosineLinear, GeM, ScreenBody, ScreenModel, channel_mixing
+from rcic_fastai.model.core import condition_on_controls, create_backbone, create_model, create_screen_head
+from rcic_fastai.model.core import download_weights, first_convs, load_weights, param_groups, patch_first_conv
+from rcic_fastai.model.core import read_meta, read_weights, save_weights, weight_urls
 
 
 @pytest.fixture(autouse=True)

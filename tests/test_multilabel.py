@@ -9,27 +9,11 @@ import pandas as pd
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
 
-from rcic_fastai import multilabel
-from rcic_fastai.multilabel import (
-    average_precision,
-    class_graph,
-    co_occurrence,
-    f1_floors,
-    f1_scores,
-    f1_table,
-    format_labels,
-    label_lists,
-    label_matrix,
-    label_report,
-    macro_f1,
-    macro_f1_interval,
-    parse_labels,
-    plot_class_graph,
-    plot_co_occurrence,
-    read_label_submission,
-    score_label_submission,
-    write_label_submission,
-)
+from rcic_fastai.labels import metrics as multilabel
+from rcic_fastai.screen.labels import format_labels, label_lists, label_matrix, parse_labels
+from rcic_fastai.labels.metrics import average_precision, class_graph, co_occurrence, f1_floors, f1_scores, f1_table
+from rcic_fastai.labels.metrics import label_report, macro_f1, macro_f1_interval, plot_class_graph, plot_co_occurrence
+from rcic_fastai.labels.submission import read_label_submission, score_label_submission, write_label_submission
 
 HPA = Path(__file__).parents[1].parent / "shared" / "hpa"
 

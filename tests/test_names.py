@@ -10,20 +10,25 @@ import pytest
 from PIL import Image
 from test_report import execute_here
 
-from rcic_fastai import cli
-from rcic_fastai.assign import score_submission
-from rcic_fastai.image import MultiChannelImage, read_site
-from rcic_fastai.judge import plot_intervals, plot_plate
-from rcic_fastai.model import create_backbone
-from rcic_fastai.platemap import describe_screen, find_sites, pattern_regex, read_plate_map
-from rcic_fastai.predict import predict_run
-from rcic_fastai.recipe import get_recipe, laptop_recipe
-from rcic_fastai.report import make_report, plot_map, run_context
-from rcic_fastai.run import find_lr, submit_run, train_run
-from rcic_fastai.screen import check_files, escape_braces, has_channels, packed_row, pattern_parts, plain_text, read_screen, site_files, valid_mask
-from rcic_fastai.simulate import simulate_screen
-from rcic_fastai.store import pack_screen, verify_store
-from rcic_fastai.train import read_run, run_data, write_run
+from rcic_fastai.cli import core as cli
+from rcic_fastai.predict.submission import score_submission
+from rcic_fastai.data.store import read_site
+from rcic_fastai.data.image import MultiChannelImage
+from rcic_fastai.report.accuracy import plot_intervals, plot_plate
+from rcic_fastai.model.core import create_backbone
+from rcic_fastai.screen.platemap import describe_screen, find_sites, pattern_regex, read_plate_map
+from rcic_fastai.run.predict import predict_run
+from rcic_fastai.recipe.published import get_recipe, laptop_recipe
+from rcic_fastai.report.core import make_report, plot_map, run_context
+from rcic_fastai.run.submit import submit_run
+from rcic_fastai.run.train import find_lr, train_run
+from rcic_fastai.screen.sites import check_files, escape_braces, has_channels, packed_row, pattern_parts, site_files
+from rcic_fastai.screen.core import plain_text
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.split import valid_mask
+from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.data.store import pack_screen, verify_store
+from rcic_fastai.run.folder import read_run, run_data, write_run
 
 FOLDER = "a #1 {channel} {{x}} $5 %20 & <b> \"q\" 's ü"
 TREATMENTS = ["$alpha$ & <b>", "#7", "{x}", "two\nlines", "-minus", "_under", "µM 5%", '"quoted, name"', "DMSO $"]

@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.predict import Predictions, embed_run, predict_run
-from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
-from rcic_fastai.report import embed_again, load_network, run_context
-from rcic_fastai.run import train_run
-from rcic_fastai.screen import read_screen
+from rcic_fastai.predict.core import Predictions
+from rcic_fastai.run.predict import embed_run, predict_run
+from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+from rcic_fastai.report.core import embed_again, load_network, run_context
+from rcic_fastai.run.train import train_run
+from rcic_fastai.screen.read import read_screen
 
 quick = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "device.precision=fp32", "data.crop=null", "data.epoch_sites=16",
                       'model.arch_options={"channels": [8, 8, 8, 16], "stem_width": 8}')  # fmt: skip
@@ -37,7 +38,7 @@ def screen(small_screen):
 
 def features_of_prediction(monkeypatch, recipe, run, screen, split):
     "Mean features of each well as `predict_run` sees them, and the ids: a prediction with the features in place of the logits"
-    import rcic_fastai.predict as module
+    import rcic_fastai.predict.core as module
 
     seen, original = {}, module._forward
     with monkeypatch.context() as m:
@@ -79,9 +80,9 @@ def test_the_same_statistics_everywhere(screen, tmp_path, name, monkeypatch):
 
 def test_embed_without_and_with_a_truth(small_run, small_screen, tmp_path, capsys, monkeypatch):
     "Without labels the file and a sentence; a truth fills in what is unknown, keeps the controls, and may not contradict"
-    from rcic_fastai.script import CliError
+    from rcic_fastai.cli.script import CliError
 
-    from rcic_fastai.cli import rcic_embed
+    from rcic_fastai.cli.core import rcic_embed
 
     out, wells = tmp_path / "e.npz", read_screen(small_screen).wells.query("split == 'test'")
     rcic_embed(run=small_run, out=out)
@@ -100,7 +101,7 @@ def test_embed_without_and_with_a_truth(small_run, small_screen, tmp_path, capsy
     assert (found[controls.id_code].to_numpy() == controls.sirna).all()
     bad = pd.concat([truth[["id_code", "sirna"]], pd.DataFrame(dict(id_code=[controls.id_code.iloc[0]], sirna=[0]))])
     bad.to_csv(tmp_path / "bad.csv", index=False)
-    monkeypatch.setattr("rcic_fastai.predict.embed_run", lambda *a, **k: pytest.fail("embedded before the truth was looked at"))
+    monkeypatch.setattr("rcic_fastai.run.predict.embed_run", lambda *a, **k: pytest.fail("embedded before the truth was looked at"))
     for kwargs, words in ((dict(truth=tmp_path / "bad.csv"), rf"bad.csv: row {len(bad) + 1} .*sirna is 0, and the screen says"),
                           (dict(out=tmp_path / "e.txt"), "written as .npz or .h5ad"), (dict(truth=tmp_path / "none.csv"), "none.csv does not exist")):  # fmt: skip
         with pytest.raises(CliError, match=words):

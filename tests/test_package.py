@@ -5,6 +5,7 @@ import configparser
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import runpy
@@ -21,10 +22,11 @@ import rcic_fastai
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-MODULES = sorted(p.stem for p in (ROOT / "rcic_fastai").glob("*.py") if not p.stem.startswith("_"))
-NOT_EXPORTED = {"all"}  # modules written by hand: star imports of the others, for notebooks
-# looked up inside a function, nothing else may look ahead: a default transform, a packed site, an atlas, somebody's own screen, losses that add themselves to the table
-ALLOWED_IMPORTS = {("data", "augment"), ("image", "store"), ("screen", "hpa"), ("screen", "platemap"), ("loss", "multilabel_loss")}
+PACKAGE = ROOT / "rcic_fastai"
+FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py")) if not p.stem.startswith("_")}
+MOVED = sorted(m for m, p in FILES.items() if "a module of version 0.1.0" in p.read_text(encoding="utf-8"))  # leave their names behind for a release
+NOT_EXPORTED = {"all", *MOVED}  # modules written by hand
+MODULES = sorted(set(FILES) - set(MOVED))
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
 
 
@@ -45,15 +47,15 @@ def notebook(path):
 
 
 def exported():
-    "Module name -> number of the notebook that exports it, as text: '11' < '11a' < '12'"
+    "Module name -> floor: the number of the notebook that exports it"
     numbers = {}
     for path in NOTEBOOKS:
         names = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in notebook(path).cells if c.cell_type == "code"), flags=re.M)
         assert len(names) <= 1, f"{path.name} exports to {names}"
         if names:
-            assert re.fullmatch(r"\d\d[a-z]?_" + names[0], path.stem), f"{path.name} exports {names[0]}.py; they must be named alike"
+            assert re.fullmatch(r"\d\d_" + re.escape(names[0]), path.stem), f"{path.name} exports {names[0]}.py; they must be named alike"
             assert names[0] not in numbers, f"two notebooks export {names[0]}.py"
-            numbers[names[0]] = path.stem.partition("_")[0]
+            numbers[names[0]] = int(path.stem.partition("_")[0])
     return numbers
 
 
@@ -68,7 +70,8 @@ def test_setup_is_what_the_settings_say(monkeypatch):
     assert given["install_requires"] == cfg["requirements"].split()
     assert given["extras_require"] == {e: cfg[f"{e}_requirements"].split() for e in ("dev", "phenomics", "zarr", "stack", "kaggle", "tracking", "bench")}
     assert dict(s.split("=") for s in given["entry_points"]["console_scripts"]) == scripts()
-    assert given["packages"] == ["rcic_fastai"]
+    rooms = {f"rcic_fastai.{m.partition('.')[0]}" for m in MODULES if "." in m}
+    assert set(given["packages"]) == {"rcic_fastai", *rooms}
 
 
 def test_the_installed_package_is_what_the_settings_say():
@@ -124,29 +127,47 @@ def test_a_notebook_is_fit_to_read(path):
 
 
 def test_every_module_has_one_notebook():
-    assert set(MODULES) - NOT_EXPORTED == set(exported())
+    assert set(FILES) - NOT_EXPORTED == set(exported())
 
 
 # Modules
 
 def imported_modules(name):
     "Modules of the package that a module imports, anywhere in its code"
-    tree, found = ast.parse((ROOT / "rcic_fastai" / f"{name}.py").read_text(encoding="utf-8")), set()
+    tree, found = ast.parse(FILES[name].read_text(encoding="utf-8")), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("rcic_fastai.")}
+            found |= {a.name.removeprefix("rcic_fastai.") for a in node.names if a.name.startswith("rcic_fastai.")}
         elif isinstance(node, ast.ImportFrom):
-            package = "rcic_fastai" if node.level else (node.module or "").split(".")[0]
-            if package != "rcic_fastai": continue
-            inner = (node.module or "").split(".") if node.level else (node.module or "").split(".")[1:]
-            found |= {inner[0]} if inner and inner[0] else {a.name for a in node.names} & set(MODULES)
+            full = importlib.util.resolve_name("." * node.level + (node.module or ""), f"rcic_fastai.{name}".rpartition(".")[0]) if node.level else node.module
+            if full.split(".")[0] != "rcic_fastai": continue
+            inner = full.removeprefix("rcic_fastai").removeprefix(".")
+            found |= {inner} if inner in FILES else {f"{inner}.{a.name}".strip(".") for a in node.names} & set(FILES)
     return found
 
 
-def test_modules_import_only_lower_numbers():
+def test_modules_import_only_lower_floors():
+    "So there is no circle either; nothing of ours uses a name that moved"
     numbers = exported()
     ahead = {(m, i) for m in numbers for i in imported_modules(m) if i not in numbers or numbers[i] >= numbers[m]}
-    assert ahead == ALLOWED_IMPORTS, f"imports against the order of the notebooks: {sorted(ahead - ALLOWED_IMPORTS)}, or an exception no longer needed"
+    assert not ahead, f"imports of the same or of a higher floor: {sorted(ahead)}"
+
+
+def test_a_room_has_numbers_of_its_own():
+    numbers, rooms = exported(), {}
+    for m, n in numbers.items(): rooms.setdefault(m.partition(".")[0], []).append(n)
+    assert len(rooms) <= 25
+    spans = sorted((min(n), max(n), room) for room, n in rooms.items())
+    assert all(a[1] < b[0] for a, b in zip(spans, spans[1:])), f"rooms share floors: {spans}"
+
+
+@pytest.mark.parametrize("name", [*MOVED, *(r for r in ("screen", "train", "run", "predict", "model", "data"))])
+def test_names_of_the_release_before_are_found_where_they_are_now(name):
+    old = importlib.import_module(f"rcic_fastai.{name}")
+    with pytest.warns(FutureWarning, match="the old place leaves with the next release"):
+        for n in old.__all__: assert getattr(old, n) is not None
+    with pytest.raises(AttributeError): old.no_such_name  # noqa: B018
+
 
 
 def undocumented(name):
@@ -162,7 +183,7 @@ def undocumented(name):
 
 @pytest.mark.parametrize("name", [m for m in MODULES if m not in NOT_EXPORTED])
 def test_public_names_are_documented(name):
-    tree = ast.parse((ROOT / "rcic_fastai" / f"{name}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
     defs = [d for d in tree.body if isinstance(d, ast.FunctionDef | ast.ClassDef) and not d.name.startswith("_")]
     assert not [d.name for d in defs if not ast.get_docstring(d)]
     assert not list(undocumented(name))
@@ -218,7 +239,7 @@ def test_the_public_environment_is_enough():
     "Modules import nothing that only the development environment has (nbdev's index aside)"
     dev = {Requirement(r).name.replace("-", "_") for r in settings()["dev_requirements"].split()} - {"zarr", "lightgbm", "kaggle", "setuptools", "build"}
     for name in MODULES:
-        tree = ast.parse((ROOT / "rcic_fastai" / f"{name}.py").read_text(encoding="utf-8"))
+        tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
         tops = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         tops |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
         assert not tops & dev, f"{name}.py imports {sorted(tops & dev)}"

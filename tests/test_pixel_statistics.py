@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.pixel_statistics import image_statistics, site_statistics
+from rcic_fastai.labels.pixel_statistics import image_statistics, site_statistics
 
 
 @pytest.mark.parametrize("dtype,full", [(np.uint8, 255), (np.uint16, 65535)])

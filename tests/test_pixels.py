@@ -37,12 +37,15 @@ from fastai.vision.core import imagenet_stats
 from PIL import Image
 from torch import nn
 
-from rcic_fastai.augment import D4, PerspectiveWarp, RandomResizedSquareCrop, RandomSquareCrop, Standardize, channel_stats, screen_transforms
-from rcic_fastai.data import MultiChannelImageBlock, SixChannelImageBlock, screen_dataloaders, select_sites
-from rcic_fastai.image import MultiChannelImage, resize_site
-from rcic_fastai.model import create_model, param_groups
-from rcic_fastai.pixels import PixelsToFloat
-from rcic_fastai.screen import read_screen
+from rcic_fastai.data.augment import D4, PerspectiveWarp, RandomResizedSquareCrop, RandomSquareCrop, Standardize
+from rcic_fastai.data.augment import channel_stats, screen_transforms
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.data.block import MultiChannelImageBlock, SixChannelImageBlock, screen_dataloaders
+from rcic_fastai.screen.planes import resize_site
+from rcic_fastai.data.image import MultiChannelImage
+from rcic_fastai.model.core import create_model, param_groups
+from rcic_fastai.data.pixels import PixelsToFloat
+from rcic_fastai.screen.read import read_screen
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from rcic_fastai.image import MultiChannelImage, read_channel, read_site
-from rcic_fastai.platemap import describe_screen, find_grey_limits, guess_pattern, plate_map_wells, read_plate_map
-from rcic_fastai.report import run_context
-from rcic_fastai.screen import channel_name, grey_limits, read_screen, site_files, valid_mask
-from rcic_fastai.store import pack_screen, verify_store
+from rcic_fastai.screen.planes import read_channel
+from rcic_fastai.data.store import read_site
+from rcic_fastai.data.image import MultiChannelImage
+from rcic_fastai.screen.platemap import describe_screen, find_grey_limits, guess_pattern, plate_map_wells
+from rcic_fastai.screen.platemap import read_plate_map
+from rcic_fastai.report.core import run_context
+from rcic_fastai.screen.sites import channel_name, grey_limits, site_files
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.split import valid_mask
+from rcic_fastai.data.store import pack_screen, verify_store
 
 
 def write_table(folder, text, name="wells.csv"):
@@ -244,9 +249,10 @@ def test_a_well_is_shown(own):
 
 def test_from_a_plate_map_to_a_submission(own, tmp_path):
     "Replicates: no plate groups and no one-to-one assignment; names of treatments in the submission"
-    from rcic_fastai.predict import predict_run
-    from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
-    from rcic_fastai.run import submit_run, train_run
+    from rcic_fastai.run.predict import predict_run
+    from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+    from rcic_fastai.run.submit import submit_run
+    from rcic_fastai.run.train import train_run
 
     screen, said = describe_screen(own, files=FILES, negative=["DMSO"], say=lambda *a: None), []
     recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1), "data.batch_size=4", "data.read_size=48")
@@ -330,9 +336,10 @@ def test_a_description_stays_with_its_screen(own, tmp_path):
 
 def test_a_run_knows_its_treatments_by_name(own, tmp_path):
     "A screen whose numbers mean other treatments is refused by all that reads it with the run; one that grew is welcome"
-    from rcic_fastai.predict import embed_run, predict_run
-    from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
-    from rcic_fastai.run import finished_run, submit_run, train_run
+    from rcic_fastai.run.predict import embed_run, predict_run
+    from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+    from rcic_fastai.run.submit import submit_run
+    from rcic_fastai.run.train import finished_run, train_run
 
     quiet = dict(say=lambda *a: None)
     screen, run = describe_screen(own, files=FILES, negative=["DMSO"], **quiet), tmp_path / "run"

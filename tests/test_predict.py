@@ -7,14 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
-from rcic_fastai import predict
-from rcic_fastai.data import select_sites
-from rcic_fastai.embed import postprocess_embeddings, postprocess_names
-from rcic_fastai.model import plain
-from rcic_fastai.predict import Predictions, embed_sites, predict_run, predict_sites, well_accuracy
-from rcic_fastai.screen import read_screen
-from rcic_fastai.train import load_run
-from rcic_fastai.tta import TTA, combine_views, tta_presets
+from rcic_fastai.predict import core as predict
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.profile.correct import postprocess_embeddings, postprocess_names
+from rcic_fastai.data.context import plain
+from rcic_fastai.predict.core import Predictions, embed_sites, predict_sites, well_accuracy
+from rcic_fastai.run.predict import predict_run
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.run.folder import load_run
+from rcic_fastai.predict.tta import TTA, combine_views, tta_presets
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +135,8 @@ def test_views_are_averaged(learn, sites, monkeypatch):
 
 def test_windows_of_large_images(screen, tmp_path):
     "A network of 32-pixel windows predicts 48-pixel images, by number and by group."
-    from rcic_fastai.recipe import change_recipe, get_recipe
-    from rcic_fastai.run import train_run
+    from rcic_fastai.recipe.published import change_recipe, get_recipe
+    from rcic_fastai.run.train import train_run
 
     recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.crop=32", "model.arch=resnet10t", "inference.tta=4",
                            'model.arch_options={"channels": [8, 8, 16, 16], "stem_width": 8}')  # fmt: skip
@@ -207,7 +208,7 @@ def test_valid_split_of_a_run(small_run, screen):
 
 def test_bagging_averages_passes_over_batch_sizes(learn, sites):
     "Two passes are the mean of each alone with the same shuffles; no batch is left with a few sites"
-    from rcic_fastai.batchnorm import BatchNormMode
+    from rcic_fastai.model.batchnorm import BatchNormMode
 
     sizes, enter = [], BatchNormMode._use_batch
 
@@ -347,7 +348,7 @@ def test_several_labels_per_image(learn, sites, monkeypatch, tmp_path):
     "A multi-label loss means sigmoid probabilities, which are what views are averaged in."
     from scipy.special import expit, softmax
 
-    from rcic_fastai.multilabel_loss import MultiLabelBCELoss
+    from rcic_fastai.loss.multi import MultiLabelBCELoss
 
     few = sites.head(5)
     p = predict_sites(learn, few, "running", progress=False)

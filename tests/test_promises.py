@@ -23,20 +23,27 @@ from fastai.torch_core import params
 from fastai.vision.all import CategoryBlock, ColReader, DataBlock, resnet18, vision_learner
 from torch import nn
 
-from rcic_fastai.checkpoint import History
-from rcic_fastai.data import SixChannelImageBlock, screen_dataloaders, select_sites, sites_table
-from rcic_fastai.loss import SoftmaxCrossEntropyLoss
-from rcic_fastai.mix import ScreenMixUp
-from rcic_fastai.model import read_meta
-from rcic_fastai.platemap import read_plate_map
-from rcic_fastai.predict import Predictions, embed_run, embed_sites, predict_run, predict_sites, write_embeddings
-from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
-from rcic_fastai.run import control_sites, submit_run, train_run
-from rcic_fastai.screen import read_screen
-from rcic_fastai.simulate_hpa import simulate_hpa
-from rcic_fastai.step import radam
-from rcic_fastai.store import open_store, pack_screen
-from rcic_fastai.train import LossSettings, TrainSettings, fit_stage, load_run, recipe_dataloaders, screen_learner
+from rcic_fastai.train.checkpoint import History
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.data.loader import sites_table
+from rcic_fastai.data.block import SixChannelImageBlock, screen_dataloaders
+from rcic_fastai.loss.single import SoftmaxCrossEntropyLoss
+from rcic_fastai.train.mix import ScreenMixUp
+from rcic_fastai.model.core import read_meta
+from rcic_fastai.screen.platemap import read_plate_map
+from rcic_fastai.predict.core import Predictions, embed_sites, predict_sites
+from rcic_fastai.run.predict import embed_run, predict_run, write_embeddings
+from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+from rcic_fastai.run.submit import submit_run
+from rcic_fastai.run.train import control_sites, train_run
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.simulate_atlas import simulate_hpa
+from rcic_fastai.train.optimizer import radam
+from rcic_fastai.data.store import open_store, pack_screen
+from rcic_fastai.recipe.settings import LossSettings, TrainSettings
+from rcic_fastai.train.loaders import recipe_dataloaders
+from rcic_fastai.train.learner import fit_stage, screen_learner
+from rcic_fastai.run.folder import load_run
 
 matplotlib.use("Agg")
 

@@ -6,11 +6,13 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from rcic_fastai.assign import assign_predictions
-from rcic_fastai.data import select_sites
-from rcic_fastai.predict import Predictions
-from rcic_fastai.pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites, pseudo_to_json, select_pseudo_labels
-from rcic_fastai.screen import plate_groups, read_screen
+from rcic_fastai.predict.assign import assign_predictions
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.predict.core import Predictions
+from rcic_fastai.train.pseudo import mislabel_rate, pseudo_from_json, pseudo_share, pseudo_sites, pseudo_to_json
+from rcic_fastai.train.pseudo import select_pseudo_labels
+from rcic_fastai.screen.groups import plate_groups
+from rcic_fastai.screen.read import read_screen
 
 COLUMNS = ['id_code', 'experiment', 'plate', 'sirna', 'margin']
 

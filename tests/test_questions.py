@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.train import compare_recipes
+from rcic_fastai.recipe.settings import compare_recipes
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

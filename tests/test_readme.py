@@ -79,7 +79,7 @@ def home(small_screen, tmp_path_factory):
 def test_commands_of_the_readme(home, monkeypatch, capsys):
     "In the order of the README, each with its own arguments, in this process, cells of reports too (test_report.py gives them a kernel)"
     monkeypatch.chdir(home)
-    monkeypatch.setattr("rcic_fastai.report.execute_notebook", execute_here)
+    monkeypatch.setattr("rcic_fastai.report.core.execute_notebook", execute_here)
     monkeypatch.setattr("rcic_fastai.report._most_wells", lambda *_: 24)  # what it is of large images
     ran = []
     for words in commands():

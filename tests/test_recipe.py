@@ -6,8 +6,11 @@ from dataclasses import asdict, fields, is_dataclass
 import pytest
 import torch
 
-from rcic_fastai.recipe import change_recipe, compare_recipes, get_recipe, laptop_recipe, list_recipes, recipe_from_json, recipe_to_json, recipes
-from rcic_fastai.train import Recipe, _compile, recipe_model
+from rcic_fastai.recipe.settings import compare_recipes
+from rcic_fastai.recipe.check import recipe_from_json, recipe_to_json
+from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe, list_recipes, recipes
+from rcic_fastai.recipe.settings import Recipe
+from rcic_fastai.train.learner import _compile, recipe_model
 
 
 def leaves(settings, where=""):
@@ -104,7 +107,7 @@ def test_every_number_of_a_recipe_has_a_range():
     import dataclasses
     import typing
 
-    from rcic_fastai.recipe import _ranges
+    from rcic_fastai.recipe.check import _ranges
 
     base, checked = get_recipe("laptop"), 0
     for section in dataclasses.fields(base):
@@ -124,8 +127,8 @@ def test_every_number_of_a_recipe_has_a_range():
 
 
 def test_the_names_of_thresholds_are_those_there_are():
-    from rcic_fastai.recipe import _choices
-    from rcic_fastai.threshold import threshold_methods
+    from rcic_fastai.recipe.check import _choices
+    from rcic_fastai.labels.threshold import threshold_methods
 
     assert set(_choices["inference", "thresholds"]) == set(threshold_methods)
 

@@ -57,7 +57,7 @@ def test_it_runs_counts_and_is_not_done_twice(bench, tmp_path, monkeypatch, caps
     def never(*args, **kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("rcic_fastai.run.train_run", never)
+    monkeypatch.setattr("rcic_fastai.run.train.train_run", never)
     bench.main(options)
     assert (tmp_path / "out" / "recipes.md").read_text() == page
     result = next((tmp_path / "work" / "results").glob("*/result.json"))

@@ -14,18 +14,27 @@ import pandas as pd
 import pytest
 import torch
 
-from rcic_fastai.assign import assign_predictions, score_submission
-from rcic_fastai.batchnorm import batchnorm_layers
-from rcic_fastai.hpa import read_labels, submit_labels
-from rcic_fastai.judge import accuracy_by, calibration_error, confused_pairs, judge_wells, plate_grid, reliability, statistic_shift, wilson_interval
-from rcic_fastai.multilabel import f1_scores, label_matrix, score_label_submission
-from rcic_fastai.page import ThisPython, execute_notebook, notebook_page, table
-from rcic_fastai.predict import Predictions, predict_run
-from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe
-from rcic_fastai.report import batchnorm_shift, load_network, make_report, report_template, run_context, shift_wells
-from rcic_fastai.run import blend_runs, train_run
-from rcic_fastai.screen import plate_groups, read_screen
-from rcic_fastai.simulate_hpa import simulate_hpa
+from rcic_fastai.predict.submission import score_submission
+from rcic_fastai.predict.assign import assign_predictions
+from rcic_fastai.model.batchnorm import batchnorm_layers
+from rcic_fastai.screen.atlas import read_labels
+from rcic_fastai.run.labels import submit_labels
+from rcic_fastai.report.accuracy import accuracy_by, calibration_error, confused_pairs, judge_wells, plate_grid
+from rcic_fastai.report.accuracy import reliability, statistic_shift, wilson_interval
+from rcic_fastai.screen.labels import label_matrix
+from rcic_fastai.labels.metrics import f1_scores
+from rcic_fastai.labels.submission import score_label_submission
+from rcic_fastai.report.html import ThisPython, execute_notebook, notebook_page, table
+from rcic_fastai.predict.core import Predictions
+from rcic_fastai.run.predict import predict_run
+from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+from rcic_fastai.report.core import batchnorm_shift, load_network, make_report, report_template, run_context
+from rcic_fastai.report.core import shift_wells
+from rcic_fastai.run.blend import blend_runs
+from rcic_fastai.run.train import train_run
+from rcic_fastai.screen.groups import plate_groups
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.simulate_atlas import simulate_hpa
 
 
 def quiet(*a): pass
@@ -78,7 +87,7 @@ def pages(run, label_run, small_screen):
     "Both kinds of pages: one made by the command's own way, a kernel, the other one by `execute_here`."
     single = make_report(run, truth=small_screen / "truth.csv", say=quiet)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rcic_fastai.report.execute_notebook", execute_here)
+        patch.setattr("rcic_fastai.report.core.execute_notebook", execute_here)
         return dict(single=single, several=make_report(label_run, code=False, say=quiet))
 
 
@@ -242,7 +251,7 @@ def test_batchnorm_shift_by_hand(run):
     handle = layer.register_forward_pre_hook(lambda m, args: kept.append(args[0].detach()))
     net.learn.model.eval()
     dl = net.learn.dls.test_dl(own.reset_index(drop=True), bs=len(own), domain=None, shuffle=False)
-    from rcic_fastai.predict import predict_sites
+    from rcic_fastai.predict.core import predict_sites
 
     predict_sites(net.learn, own, "running", progress=False)
     handle.remove()

@@ -6,8 +6,9 @@ import pytest
 from sklearn.base import clone
 from sklearn.metrics import average_precision_score
 
-from rcic_fastai.multilabel import macro_f1
-from rcic_fastai.retrieval import Retrieval, _resamples, apply_prior, held_out_prior, nearest_rows, neighbour_table, retrieval_report, unit_rows
+from rcic_fastai.labels.metrics import macro_f1
+from rcic_fastai.labels.retrieval import Retrieval, _resamples, apply_prior, held_out_prior, nearest_rows
+from rcic_fastai.labels.retrieval import neighbour_table, retrieval_report, unit_rows
 
 
 def simulated(n=120, per=4, seed=0, location=0.3, noise=0.6):

@@ -9,17 +9,22 @@ import pandas as pd
 import pytest
 import torch
 
-import rcic_fastai.cli as cli
-from rcic_fastai.data import select_sites
-from rcic_fastai.mix import MixedContext
-from rcic_fastai.predict import Predictions, embed_run, predict_run, predict_sites, well_accuracy, write_embeddings
-from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, small_resnet
-from rcic_fastai.run import control_sites, held_out, train_run, training_sites
-from rcic_fastai.screen import read_screen
-from rcic_fastai.script import CliError
-from rcic_fastai.simulate import simulate_screen
-from rcic_fastai.train import (ModelSettings, Recipe, TrainSettings, complete_stats, fit_stage, known_accuracy, load_run, new_head, read_run,
-                               recipe_dataloaders, schedule_function, screen_learner)  # fmt: skip
+import rcic_fastai.cli.core as cli
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.data.context import MixedContext
+from rcic_fastai.predict.core import Predictions, predict_sites, well_accuracy
+from rcic_fastai.run.predict import embed_run, predict_run, write_embeddings
+from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe, small_resnet
+from rcic_fastai.run.train import control_sites, held_out, train_run, training_sites
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.cli.script import CliError
+from rcic_fastai.screen.simulate import simulate_screen
+from rcic_fastai.data.statistics import complete_stats
+from rcic_fastai.recipe.settings import ModelSettings, Recipe, TrainSettings
+from rcic_fastai.train.callbacks import schedule_function
+from rcic_fastai.train.loaders import recipe_dataloaders
+from rcic_fastai.train.learner import fit_stage, known_accuracy, new_head, screen_learner
+from rcic_fastai.run.folder import load_run, read_run  # fmt: skip
 
 quick = change_recipe(replace(Recipe(), model=ModelSettings(**small_resnet)), "data.batch_size=16", "data.cache=true", "train.epochs=1",
                       "loss.options.m=0.2", "loss.options.s=16")  # fmt: skip
@@ -245,7 +250,7 @@ def test_a_fresh_head_keeps_the_body(screen):
 @pytest.mark.slow
 def test_a_packed_screen_gives_the_same_run(small_screen, tmp_path):
     "From image files, from a store, with threads and without: the same weights and the same predictions"
-    from rcic_fastai.store import pack_screen
+    from rcic_fastai.data.store import pack_screen
 
     pack_screen(read_screen(small_screen), tmp_path / "packed", progress=False)
     weights, logits = [], []

@@ -10,25 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.screen import (
-    CHANNELS,
-    WELL_COLUMNS,
-    check_files,
-    check_screen,
-    experiment_folds,
-    metadata_sites,
-    plate_groups,
-    plate_map,
-    plate_rotations,
-    present_sites,
-    read_screen,
-    read_table,
-    screen_layout,
-    site_files,
-    split_experiments,
-    valid_mask,
-    well_sites,
-)
+from rcic_fastai.screen.tables import WELL_COLUMNS, metadata_sites, read_table, screen_layout
+from rcic_fastai.screen.groups import plate_groups, plate_rotations
+from rcic_fastai.screen.sites import CHANNELS, check_files, present_sites, site_files, well_sites
+from rcic_fastai.screen.core import check_screen, plate_map
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.split import experiment_folds, split_experiments, valid_mask
 
 matplotlib.use("Agg")
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"

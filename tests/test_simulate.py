@@ -15,23 +15,13 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
-import rcic_fastai.simulate as simulate
-from rcic_fastai.screen import check_files, plate_groups, plate_rotations, read_screen
-from rcic_fastai.simulate import (
-    Morphology,
-    Simulation,
-    cell_centres,
-    changed_morphology,
-    design_screen,
-    draw_cells,
-    named_rng,
-    other_intensity,
-    plate_camera,
-    real_intensity,
-    simulate_screen,
-    simulate_site,
-    sirna_morphology,
-)
+import rcic_fastai.screen.simulate as simulate
+from rcic_fastai.screen.groups import plate_groups, plate_rotations
+from rcic_fastai.screen.sites import check_files
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.simulate import Morphology, Simulation, cell_centres, changed_morphology, design_screen
+from rcic_fastai.screen.simulate import draw_cells, named_rng, other_intensity, plate_camera, real_intensity
+from rcic_fastai.screen.simulate import simulate_screen, simulate_site, sirna_morphology
 
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
 SMALL = dict(n_sirnas=8, n_positive=1, n_train=2, n_test=1, cell_types=("HUVEC", "RPE"), image_size=24, seed=3, workers=1, progress=False)
@@ -155,7 +145,7 @@ def test_an_interrupted_write_leaves_no_part_of_a_file(tmp_path, monkeypatch):
 def test_ctrl_c_ends_every_process_and_the_screen_can_be_completed(tmp_path):
     settings = dict(SMALL, n_positive=3, n_train=20, image_size=64, workers=2)
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
-    code += f"from rcic_fastai.simulate import simulate_screen; simulate_screen({str(tmp_path)!r}, **{settings!r})"
+    code += f"from rcic_fastai.screen.simulate import simulate_screen; simulate_screen({str(tmp_path)!r}, **{settings!r})"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while process.poll() is None and sum(1 for _ in tmp_path.rglob("*.png")) < 30 and time.monotonic() < deadline:
@@ -224,7 +214,7 @@ def test_one_channel_file_is_8_bit_grey(small):
 
 def test_progress_counts_the_sites(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr("rcic_fastai.simulate.tqdm", lambda **kwargs: tqdm(**{**kwargs, "disable": bool(kwargs["disable"])}))  # as on a terminal
+    monkeypatch.setattr("rcic_fastai.screen.simulate.tqdm", lambda **kwargs: tqdm(**{**kwargs, "disable": bool(kwargs["disable"])}))  # as on a terminal
     simulate_screen(tmp_path, **{**SMALL, "n_train": 1, "n_test": 0, "cell_types": "RPE", "image_size": 16, "progress": True})
     n = len(read_screen(tmp_path).sites())
     assert f"{n}/{n}" in capsys.readouterr().err
@@ -474,6 +464,6 @@ def test_the_table_of_real_intensities_is_that_of_the_real_files(cell_type):
 
 def test_the_module_needs_no_torch():
     "Worker processes import it, and should start fast"
-    code = "import sys, rcic_fastai.simulate; sys.exit('torch' in sys.modules)"
+    code = "import sys, rcic_fastai.screen.simulate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert simulate.__all__

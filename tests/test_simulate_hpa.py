@@ -8,20 +8,12 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from rcic_fastai.hpa import hpa_channels, read_hpa, read_labels
-from rcic_fastai.multilabel import label_matrix
-from rcic_fastai.simulate import named_rng
-from rcic_fastai.hpa_cells import CellField, Stain, antibody_stain, hpa_patterns
-from rcic_fastai.simulate_hpa import (
-    AtlasSimulation,
-    changed_labels,
-    design_atlas,
-    draw_label_sets,
-    label_sets,
-    simulate_hpa,
-    simulate_picture,
-    twin_pairs,
-)
+from rcic_fastai.screen.atlas import hpa_channels, read_hpa, read_labels
+from rcic_fastai.screen.labels import label_matrix
+from rcic_fastai.screen.simulate import named_rng
+from rcic_fastai.screen.cells import CellField, Stain, antibody_stain, hpa_patterns
+from rcic_fastai.screen.simulate_atlas import AtlasSimulation, changed_labels, design_atlas, draw_label_sets
+from rcic_fastai.screen.simulate_atlas import label_sets, simulate_hpa, simulate_picture, twin_pairs
 
 REAL = Path(__file__).parents[1].parent / "shared" / "hpa"
 # fmt: off

@@ -305,7 +305,7 @@ def test_distances_between_the_sites_of_a_batch(script):
 
 
 def test_a_simulated_index_opens(script, tmp_path):
-    from rcic_fastai.store import Store
+    from rcic_fastai.data.store import Store
 
     index = script("index")
     table = index.simulated_index(5000)

@@ -10,8 +10,8 @@ import pytest
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score
 
-from rcic_fastai import stack as module
-from rcic_fastai.stack import Stacker, check_lightgbm_params, crossfit_decisions, stack_features, stack_report
+from rcic_fastai.labels import stack as module
+from rcic_fastai.labels.stack import Stacker, check_lightgbm_params, crossfit_decisions, stack_features, stack_report
 
 pytest.importorskip("lightgbm", reason="stacking needs LightGBM (pip install rcic_fastai[stack])")
 SMALL = dict(n_folds=3, max_rounds=40, patience=5, min_positives=20, params=dict(learning_rate=0.2, num_leaves=4), progress=False)

@@ -17,11 +17,15 @@ import pytest
 import torch
 from forked import locks_of_its_own
 
-import rcic_fastai.store as store_module
-from rcic_fastai.data import screen_dataloaders, select_sites
-from rcic_fastai.image import MultiChannelImage, read_site
-from rcic_fastai.screen import present_sites, read_screen
-from rcic_fastai.store import BatchBuffers, DamagedSite, Store, open_store, pack_screen, pack_sites, read_ahead, verify_store
+import rcic_fastai.data.store as store_module
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.data.block import screen_dataloaders
+from rcic_fastai.data.store import read_site
+from rcic_fastai.data.image import MultiChannelImage
+from rcic_fastai.screen.sites import present_sites
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.data.store import BatchBuffers, DamagedSite, Store, open_store, pack_screen, pack_sites, read_ahead
+from rcic_fastai.data.store import verify_store
 
 FORMATS = [("blosc2", "default"), ("blosc2", "small"), ("blosc2", "fast"), ("blosc2", "windows"), ("zarr", "default"), ("raw", "default")]
 NAMES = ["-".join(f) for f in FORMATS]

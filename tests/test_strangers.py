@@ -19,21 +19,21 @@ import pandas as pd
 import pytest
 import xxhash
 
-from rcic_fastai.cli import _say, one_line_errors, rcic_show
+from rcic_fastai.cli.core import _say, one_line_errors, rcic_show
 from rcic_fastai.credentials import scrub
-from rcic_fastai.hpa import read_hpa
-from rcic_fastai.kaggle import build_kernel, copy_run, read_kernel
-from rcic_fastai.kaggle_client import run_client, scrub_kaggle
-from rcic_fastai.page import notebook_page, table, tiles
-from rcic_fastai.platemap import describe_screen
-from rcic_fastai.report import folder_sizes, make_report
-from rcic_fastai.run import train_run
-from rcic_fastai.script import CliError
-from rcic_fastai.screen import read_screen
-from rcic_fastai.script import option_parser
-from rcic_fastai.store import DamagedSite, Store, _Blosc2, _digest, _zstd_size, pack_screen, pack_sites
-from rcic_fastai.train import load_run, read_run
-from rcic_fastai.wheels import install_wheels, pack_wheels
+from rcic_fastai.screen.atlas import read_hpa
+from rcic_fastai.kaggle.core import build_kernel, copy_run, read_kernel
+from rcic_fastai.kaggle.client import run_client, scrub_kaggle
+from rcic_fastai.report.html import notebook_page, table, tiles
+from rcic_fastai.screen.platemap import describe_screen
+from rcic_fastai.report.core import folder_sizes, make_report
+from rcic_fastai.run.train import train_run
+from rcic_fastai.cli.script import CliError
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.cli.script import option_parser
+from rcic_fastai.data.store import DamagedSite, Store, _Blosc2, _digest, _zstd_size, pack_screen, pack_sites
+from rcic_fastai.run.folder import load_run, read_run
+from rcic_fastai.kaggle.packages import install_wheels, pack_wheels
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -215,7 +215,7 @@ def test_ids_and_cell_types_lead_nowhere(small_screen, tmp_path):
         (folder / "train.csv").write_text("Id,Target\na,16 0\n")
         (folder / table_).write_text(text)
         with pytest.raises(ValueError, match=f"{table_}: row 2: Id .* leads to another folder"): read_hpa(folder)
-    from rcic_fastai.recipe import change_recipe, get_recipe
+    from rcic_fastai.recipe.published import change_recipe, get_recipe
 
     screen, recipe = read_screen(small_screen), change_recipe(get_recipe("laptop"), "per_cell_type=true")
     for name in ("../x", "a/b", "..", "predictions", "all"):
@@ -242,7 +242,7 @@ def test_a_kernel_uploads_its_own_notebook(tmp_path):
 
 def test_an_image_that_would_fill_the_memory(tmp_path):
     "Forty thousand pixels a side by its header, and nothing in it"
-    from rcic_fastai.image import read_grey
+    from rcic_fastai.screen.planes import read_grey
 
     def chunk(kind, data): return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
     header = (40_000).to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
@@ -475,7 +475,7 @@ def test_no_option_takes_a_password(address, tmp_path, monkeypatch):
     "Of any command, in text, paths and lists; nothing is written. The address of a download may hold one, which is noted nowhere"
     import inspect
 
-    from rcic_fastai import cli, hpa_cli, kaggle_cli
+    from rcic_fastai.cli import core as cli, kaggle as kaggle_cli, labels as hpa_cli
 
     monkeypatch.chdir(tmp_path)
     seen = 0
@@ -534,7 +534,7 @@ def test_names_are_text_in_a_notebook(small_screen):
 
 
 def test_parameters_are_literals():
-    from rcic_fastai.page import with_parameters
+    from rcic_fastai.report.html import with_parameters
 
     nb = nbformat.v4.new_notebook()
     value = "'''\"); import os; os.mkdir('x')\n#"

@@ -11,30 +11,12 @@ import pytest
 from scipy.special import expit, logit
 from sklearn.base import clone
 
-from rcic_fastai.multilabel import f1_scores, macro_f1
-from rcic_fastai.threshold import (
-    ConstantThreshold,
-    F1Threshold,
-    GlobalThreshold,
-    RepeatedF1Threshold,
-    ShareThreshold,
-    ShrunkThreshold,
-    SoftF1Threshold,
-    ThresholdEstimator,
-    _between,
-    _deal_groups,
-    _repeated_cuts,
-    _soft_f1,
-    best_threshold,
-    compare_thresholds,
-    create_threshold,
-    estimate_shares,
-    nested_macro_f1,
-    read_thresholds,
-    share_thresholds,
-    threshold_methods,
-    write_thresholds,
-)
+from rcic_fastai.labels.metrics import f1_scores, macro_f1
+from rcic_fastai.labels.threshold import ConstantThreshold, F1Threshold, GlobalThreshold, RepeatedF1Threshold
+from rcic_fastai.labels.threshold import ShareThreshold, ShrunkThreshold, SoftF1Threshold, ThresholdEstimator
+from rcic_fastai.labels.threshold import _between, _deal_groups, _repeated_cuts, _soft_f1, best_threshold
+from rcic_fastai.labels.threshold import compare_thresholds, create_threshold, estimate_shares, nested_macro_f1
+from rcic_fastai.labels.threshold import read_thresholds, share_thresholds, threshold_methods, write_thresholds
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -13,14 +13,19 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from rcic_fastai.data import select_sites
-from rcic_fastai.model import load_weights, save_weights
-from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, recipes
-from rcic_fastai.run import train_run
-from rcic_fastai.screen import read_screen
-from rcic_fastai.train import (AutoMixedPrecision, LossOnDevice, ScreenLearner, fast_precision, fit_stage, load_run, measure_stats, optimizers,
-                               pretrain_on_controls, radam, read_run, recipe_dataloaders, recipe_from_dict, recipe_model, sample_sites,
-                               screen_learner)  # fmt: skip
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.model.core import load_weights, save_weights
+from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe, recipes
+from rcic_fastai.run.train import train_run
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.data.statistics import measure_stats, sample_sites
+from rcic_fastai.recipe.settings import recipe_from_dict
+from rcic_fastai.train.loaders import recipe_dataloaders
+from rcic_fastai.train.optimizer import optimizers, radam
+from rcic_fastai.train.precision import AutoMixedPrecision, fast_precision
+from rcic_fastai.train.learner import LossOnDevice, ScreenLearner, fit_stage, recipe_model, screen_learner
+from rcic_fastai.train.controls import pretrain_on_controls
+from rcic_fastai.run.folder import load_run, read_run  # fmt: skip
 
 laptop = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "data.cache=false", "data.epoch_sites=0")
 tiny = change_recipe(laptop, "model.arch=resnet10t", 'model.arch_options={"channels": [8, 8, 8, 8], "stem_width": 8}')
@@ -377,7 +382,7 @@ def test_same_seed_same_weights(sites):
 def test_measured_statistics(screen, sites, by):
     dls = recipe_dataloaders(sites, laptop, experiments=screen.experiments)
     stats = measure_stats(dls, sites, by)
-    from rcic_fastai.image import read_site
+    from rcic_fastai.data.store import read_site
 
     own = {"screen": sites, "experiment": sites[sites.experiment == "HUVEC-02"], "plate": sites[(sites.experiment == "HUVEC-02") & (sites.plate == 3)]}[by]
     pixels = np.stack([read_site(f) for f in own.files]).astype(np.float64)

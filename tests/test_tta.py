@@ -8,10 +8,12 @@ import torch
 from fastai.vision.augment import RandTransform
 from scipy.special import expit, log_softmax, softmax
 
-from rcic_fastai.augment import RandomSquareCrop, RandomResizedSquareCrop, Standardize, dihedral, screen_transforms
-from rcic_fastai.data import ScreenContext
-from rcic_fastai.image import MultiChannelImage
-from rcic_fastai.tta import TTA, TTAView, ViewTransform, check_views, combine_views, image_keys, tta_group, tta_presets, window
+from rcic_fastai.data.augment import RandomSquareCrop, RandomResizedSquareCrop, Standardize, dihedral
+from rcic_fastai.data.augment import screen_transforms
+from rcic_fastai.data.context import ScreenContext
+from rcic_fastai.data.image import MultiChannelImage
+from rcic_fastai.predict.tta import TTA, TTAView, ViewTransform, check_views, combine_views, image_keys, tta_group
+from rcic_fastai.predict.tta import tta_presets, window
 
 
 def raw(n=3, side=48):

@@ -10,14 +10,16 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ShowGraphCallback
 from fastai.optimizer import OptimWrapper
 
-from rcic_fastai.data import select_sites
-from rcic_fastai.model import param_groups
-from rcic_fastai.recipe import change_recipe, get_recipe, recipes
-from rcic_fastai.run import find_lr, logger, train_run
-from rcic_fastai.screen import read_screen
-from rcic_fastai.train import (DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings, fit_stage, recipe_dataloaders, recipe_model,
-                               schedule_function, screen_learner)  # fmt: skip
-from rcic_fastai.weights import KeepBest, geometric_rates
+from rcic_fastai.data.select import select_sites
+from rcic_fastai.model.core import param_groups
+from rcic_fastai.recipe.published import change_recipe, get_recipe, recipes
+from rcic_fastai.run.train import find_lr, logger, train_run
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.recipe.settings import DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings
+from rcic_fastai.train.callbacks import schedule_function
+from rcic_fastai.train.loaders import recipe_dataloaders
+from rcic_fastai.train.learner import fit_stage, recipe_model, screen_learner  # fmt: skip
+from rcic_fastai.train.averaging import KeepBest, geometric_rates
 
 small = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)),
                 data=DataSettings(batch_size=16, cache=True, d4=False, intensity=0.0))  # fmt: skip

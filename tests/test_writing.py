@@ -16,13 +16,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rcic_fastai import cli, hpa_cli, kaggle, run
+from rcic_fastai.cli import core as cli, labels as hpa_cli
+from rcic_fastai.kaggle import core as kaggle
+from rcic_fastai.run.blend import blend_runs
+from rcic_fastai.run.train import train_run
 from rcic_fastai.files import FolderClaimed, claim_folder, write_whole
-from rcic_fastai.platemap import describe_screen
-from rcic_fastai.predict import predict_run
-from rcic_fastai.recipe import change_recipe, get_recipe, laptop_recipe, recipe_to_json
-from rcic_fastai.screen import read_screen
-from rcic_fastai.script import CliError
+from rcic_fastai.screen.platemap import describe_screen
+from rcic_fastai.run.predict import predict_run
+from rcic_fastai.recipe.check import recipe_to_json
+from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.cli.script import CliError
 
 MODULES = sorted((Path(__file__).parents[1] / "rcic_fastai").glob("*.py"))
 WRITES = {"write_bytes", "write_text", "copyfile", "copytree", "save_file", "savez", "savez_compressed", "savefig", "savetxt",
@@ -145,7 +149,7 @@ COMMANDS = {  # what it would have written over, and the message
     "simulate over a run": (lambda r: cli.rcic_simulate(out=r / "run"), "no simulated screen"),
     "simulate over photos": (lambda r: cli.rcic_simulate(out=r / "data"), "holds photo.jpg.*, and no simulated screen"),
     "simulate an atlas over a screen": (lambda r: hpa_cli.rcic_hpa_simulate(out=r / "screen"), "other settings"),
-    "blend over a run": (lambda r: run.blend_runs([r / "run", r / "parts" / ".." / "run2"], read_screen(r / "screen"), r / "run"), "is what is read"),
+    "blend over a run": (lambda r: blend_runs([r / "run", r / "parts" / ".." / "run2"], read_screen(r / "screen"), r / "run"), "is what is read"),
     "report over its template": (lambda r: cli.rcic_report(r / "run", data=r / "screen", template=r / "mine.ipynb", out=r / "mine.html"), "the executed notebook .*mine.ipynb is what is read"),
     "report over a notebook": (lambda r: cli.rcic_report(r / "run", data=r / "screen", out=r / "mine.html"), "not written by a report"),
     "weights over the run": (lambda r: kaggle.build_kernel(r, "infer", run=r / "run", user="ada"), "holds .*run, which is read"),
@@ -176,11 +180,11 @@ def test_a_run_that_ended_before_its_first_checkpoint_goes_on(small_screen, tmp_
     "It is known by begun.json, which is gone at the end"
     screen, recipe, quiet = read_screen(small_screen), laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), dict(say=lambda *a: None)
     with monkeypatch.context() as m:
-        m.setattr(run, "fit_stage", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt): run.train_run(screen, recipe, tmp_path / "run", **quiet)
+        m.setattr("rcic_fastai.run.stages.fit_stage", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): train_run(screen, recipe, tmp_path / "run", **quiet)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["begun.json"]
     (tmp_path / "run" / "history.csv").write_text("of its first epoch")
-    run.train_run(screen, recipe, tmp_path / "run", **quiet)
+    train_run(screen, recipe, tmp_path / "run", **quiet)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"history.csv", "recipe.json", "run.json", "model.safetensors"}
 
 
@@ -188,10 +192,10 @@ def test_a_blend_is_written_to_a_folder_of_its_own(mine, tmp_path):
     "Neither over a run with a network per cell type, nor over another blend; the same blend again is welcome"
     shutil.copytree(mine / "run", tmp_path / "second")
     screen, runs = read_screen(mine / "screen"), [mine / "run", tmp_path / "second"]
-    with pytest.raises(FileExistsError, match="holds HUVEC, and no blend"): run.blend_runs(runs, screen, mine / "parts")
-    for _ in range(2): run.blend_runs(runs, screen, tmp_path / "blend")
+    with pytest.raises(FileExistsError, match="holds HUVEC, and no blend"): blend_runs(runs, screen, mine / "parts")
+    for _ in range(2): blend_runs(runs, screen, tmp_path / "blend")
     before = tree(tmp_path / "blend")
-    with pytest.raises(ValueError, match="holds a blend with other settings .space is probability there, logit now"): run.blend_runs(runs, screen, tmp_path / "blend", space="logit")
+    with pytest.raises(ValueError, match="holds a blend with other settings .space is probability there, logit now"): blend_runs(runs, screen, tmp_path / "blend", space="logit")
     assert tree(tmp_path / "blend") == before
 
 
@@ -222,7 +226,7 @@ def test_only_what_is_ours_is_removed(small_screen, tmp_path):
     for p in theirs + ours:
         p.parent.mkdir(parents=True, exist_ok=True)
         p.write_text("mine")
-    run.train_run(read_screen(small_screen), recipe, tmp_path / "run", say=lambda *a: None)
+    train_run(read_screen(small_screen), recipe, tmp_path / "run", say=lambda *a: None)
     assert all(p.read_text() == "mine" for p in theirs) and not any(p.exists() for p in ours)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [".notes", "best.pt"]
 

@@ -29,15 +29,9 @@ from docs_links import broken_links  # noqa: E402
 
 TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]  # in this order; others follow
 GUIDES = ["which_recipe", "runs", "published_systems", "limits"]
-# groups of the API in the order of the data: title, sentence, numbers of the notebooks; the last but one has those that no group names
-GROUPS = [
-    ("Data", "From tables and files to batches of one experiment.", "00a 01 02 02a 03 03a 03b 04"),
-    ("Model and training", "From batches to weights, and the recipes that say how.", "05 05a 06 07 08 08b 08c 08d 09 11b 12"),
-    ("Inference", "From weights to one siRNA per well.", "08a 09a 10 10a 11 11a"),
-    ("Several labels", "What is special where an image has several labels.", "07a 07b 12a 12b 13 13a 14 14a 15 15a 15b 15c 15d"),
-    ("Out to people", "Reports, competitions, downloads.", ""),
-    ("Commands", "What stands behind the commands.", "17 17a 18b"),
-]
+# rooms of the API that stand under one title; a room that is not named has its own
+GROUPS = {"errors": "Ground", "files": "Ground", "credentials": "Ground", "renamed": "Ground", "versions": "Ground"}
+GROUND = "Files, errors and names that everything stands on."
 BENCHMARKS = {  # in this order, each with a sentence
     "batch_effect": "Methods against the batch effect side by side, over seeds and strengths, on simulated screens.",
     "recipes": "The published systems with one small network and the same number of images, and what their corrections bring.",
@@ -107,17 +101,19 @@ class Site:
         return Path(os.path.relpath(target, Path(page).parent)).as_posix() + self.suffix(target)
 
     def groups(self):
-        "The API in groups: title, sentence, pages"
-        of = {number: title for title, _, numbers in GROUPS for number in numbers.split()}
-        number = {page: p.stem.split("_")[0] for page, p in self.api.items()}
-        for title, line, _ in GROUPS:
-            if pages := [page for page in self.api if of.get(number[page], GROUPS[-2][0]) == title]:
-                yield title, line, pages
+        "The API in rooms, in the order of their floors: title, sentence, pages"
+        rooms = {}
+        for page in self.api:
+            room = page.removeprefix("api/").split(".")[0]
+            rooms.setdefault(GROUPS.get(room, room), []).append(page)
+        for room, pages in rooms.items():
+            line = GROUND if room == "Ground" else import_module(f"{self.settings['lib_name']}.{room}").__doc__
+            yield room.capitalize(), line, pages
 
 
 def default_exp(path):
     "Name of the module that a notebook exports"
-    found = re.search(r"#\|\s*default_exp (\w+)", "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"))
+    found = re.search(r"#\|\s*default_exp ([\w.]+)", "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"))
     return found and found[1]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, get_args, get_origin
 from fastcore.docments import docments
 from numpy.typing import ArrayLike
 
-from rcic_fastai.script import option_parser
+from rcic_fastai.cli.script import option_parser
 
 FIELDS = re.compile(r"(?:^|\s)(Shape|Raises|Source): ")  # what a docstring of this project says after its first sentence
 CODE = re.compile(r"(`[^`]+`)")

@@ -1,0 +1,1 @@
+"What is special where an image has several labels."

@@ -1,0 +1,5 @@
+"From a learner to predictions, views, assignments and a submission."
+
+from rcic_fastai.renamed import moved
+
+__getattr__ = moved(__name__, 'predict.core', 'run.predict', 'train.inference')  # names of version 0.1.0

@@ -1,0 +1,1 @@
+"Embeddings: corrections, metrics, maps."

@@ -1,0 +1,5 @@
+"Tables and files of a screen: which wells and sites it has."
+
+from rcic_fastai.renamed import moved
+
+__getattr__ = moved(__name__, 'screen.core', 'screen.groups', 'screen.read', 'screen.simulate', 'screen.sites', 'screen.split', 'screen.tables')  # names of version 0.1.0

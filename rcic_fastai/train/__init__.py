@@ -1,0 +1,5 @@
+"A fastai Learner that trains stage by stage."
+
+from rcic_fastai.renamed import moved
+
+__getattr__ = moved(__name__, 'train.learner', 'data.statistics', 'recipe.settings', 'run.folder', 'train.callbacks', 'train.controls', 'train.loaders')  # names of version 0.1.0
