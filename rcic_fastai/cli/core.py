@@ -205,7 +205,7 @@ def rcic_show(
         screen = read_screen(data)
         out = check_screen_output(out, screen)
         with plt.ioff():
-            fig = screen.show_well(well, site)[0].figure # type: ignore[attr-defined] # patched in 02_image
+            fig = screen.show_well(well, site)[0].figure
             write_whole(out, lambda p: fig.savefig(p, format=out.suffix[1:] or 'png', dpi=150, bbox_inches='tight'))
         _say(f'Written: {out}, {fig._suptitle.get_text()}')
 

@@ -40,8 +40,8 @@ def read_site(
     channels:Sequence=CHANNELS # numbers or names, as `read_planes` takes them
 ) -> np.ndarray: # uint8 (C, H, W)
     "Read all channels of one site, from its files or from a store. Raises: as `read_planes` and `read_packed` do."
-    packed = isinstance(files, str) and packed_row(files) is not None
-    return read_packed(files, channels) if packed else read_planes(files, channels)
+    if isinstance(files, str) and packed_row(files) is not None: return read_packed(files, channels)
+    return read_planes(files, channels)
 
 # %% ../../nbs/20_data.store.ipynb #23a15fce
 _presets = dict( # codec, level, block

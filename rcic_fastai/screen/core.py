@@ -192,10 +192,10 @@ def _headline(screen):
 def _as_text(count): return '-' if pd.isna(count) else f'{count:,}'
 
 @patch
-def __repr__(self:Screen): return _headline(self) + '\n' + self.summary().map(_as_text).to_string() # type: ignore[attr-defined] # patched above
+def __repr__(self:Screen): return _headline(self) + '\n' + self.summary().map(_as_text).to_string()
 
 @patch
-def _repr_html_(self:Screen): return f'<p>{html.escape(_headline(self))}</p>' + self.summary().map(_as_text).to_html() # type: ignore[attr-defined]
+def _repr_html_(self:Screen): return f'<p>{html.escape(_headline(self))}</p>' + self.summary().map(_as_text).to_html()
 
 # %% ../../nbs/12_screen.core.ipynb #9963f205
 @patch

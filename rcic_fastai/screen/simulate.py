@@ -444,6 +444,8 @@ def tiny_screen(
             first[cell] += n
         columns = ['id_code', 'experiment', 'plate', 'well', 'sirna']
         treated = pd.DataFrame(rows, columns=columns)
-        (treated if split == 'train' else treated.drop(columns='sirna')).to_csv(root/f'{split}.csv', index=False)
-        pd.DataFrame(controls, columns=columns+['well_type']).to_csv(root/f'{split}_controls.csv', index=False)
+        if split == 'test': treated = treated.drop(columns='sirna')
+        controls = pd.DataFrame(controls, columns=columns+['well_type'])
+        write_whole(root/f'{split}.csv', treated.to_csv(index=False))
+        write_whole(root/f'{split}_controls.csv', controls.to_csv(index=False))
     return root
