@@ -239,6 +239,24 @@ def test_faults_of_a_description_are_named(own):
     with pytest.raises(ValueError, match="screen.json: 'table' is missing"): read_screen(own)
 
 
+@pytest.mark.parametrize("channels", [["1"] * 6, ["1=a", "2=a"], ["DAPI[1-9]", "DAPI?"]])
+def test_channels_are_named_once(own, channels):
+    describe_screen(own, files=FILES, say=lambda *a: None)
+    path = own / "screen.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "channels": channels}))
+    with pytest.raises(ValueError, match="screen.json: two channels are called '(1|a|DAPI)': "): read_screen(own)
+
+
+def test_a_control_is_negative_or_positive(own):
+    with pytest.raises(ValueError, match="'x' is given as a negative and as a positive control"):
+        describe_screen(own, files=FILES, negative=["DMSO", "x"], positive=["x"], say=lambda *a: None)
+    assert not (own / "screen.json").exists()
+    describe_screen(own, files=FILES, negative=["DMSO"], positive=["x"], say=lambda *a: None)
+    path = own / "screen.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "positive": ["x", "DMSO"]}))
+    with pytest.raises(ValueError, match="screen.json and its table do not fit: 'DMSO' is given as"): read_screen(own)
+
+
 def test_a_well_is_shown(own):
     screen = describe_screen(own, files=FILES, say=lambda *a: None)
     axes = screen.show_well("A02", site=2)

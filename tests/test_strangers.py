@@ -61,7 +61,7 @@ def test_nothing_that_is_read_can_be_a_program(path):
         where = f"{path.name}: {ast.unparse(node)[:120]}"
         last = name.rpartition(".")[2]
         assert name not in ("eval", "exec", "compile", "__import__", "os.system"), where
-        assert last not in ("load_learner", "read_pickle", "unsafe_load", "extractall") or path.stem == "wheels", where
+        assert last not in ("load_learner", "read_pickle", "unsafe_load", "extractall") or path.stem == "packages", where
         assert not name.startswith(("pickle.load", "joblib.", "dill.", "cloudpickle.", "yaml.load", "runpy.", "importlib.import_module")), where
         if name == "np.load": assert keyword(node, "allow_pickle") == "False", where
         if name in ("torch.load", "load_state_dict_from_url"): assert keyword(node, "weights_only") == "True", where
@@ -194,6 +194,35 @@ def test_a_table_lies_in_its_folder(own, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_table_is_no_link_to_elsewhere(own, small_screen, tmp_path):
+    "Messages quote a table: one that is a link out of its folder is refused, whatever the layout"
+    secret = tmp_path / "secret.csv"
+    secret.write_text("well,password\nB99,hunter2\n")
+    theirs = described(own, tmp_path / "theirs")
+    (theirs / "wells.csv").unlink()
+    (theirs / "wells.csv").symlink_to(secret)
+    (theirs / "inside.csv").write_text((own / "wells.csv").read_text())
+    for read in (read_screen, lambda folder: describe_screen(folder, table=None, out=tmp_path / "out", say=quiet)):
+        with pytest.raises(ValueError, match="leads out of|holds 2 CSV files") as e: read(theirs)
+        assert "hunter2" not in str(e.value) and "B99" not in str(e.value)
+    (theirs / "inside.csv").rename(tmp_path / "moved.csv")
+    with pytest.raises(ValueError, match="leads out of") as e: describe_screen(theirs, out=tmp_path / "out", say=quiet)
+    assert "hunter2" not in str(e.value) and "B99" not in str(e.value)
+    (theirs / "wells.csv").unlink()
+    (tmp_path / "moved.csv").rename(theirs / "inside.csv")
+    (theirs / "wells.csv").symlink_to("inside.csv")  # within the folder
+    assert len(read_screen(theirs).wells) == 3
+    for name in ("train.csv", "train_controls.csv", "metadata.csv"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for p in small_screen.glob("*.csv"): shutil.copy(p, folder)
+        if name == "metadata.csv": (folder / "train.csv").unlink()
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(secret)
+        with pytest.raises(ValueError, match="leads out of .* copy the table into the folder") as e: read_screen(folder)
+        assert "hunter2" not in str(e.value) and "password" not in str(e.value)
+
+
 def test_names_of_a_screen_lead_nowhere(own, tmp_path):
     screen = read_screen(described(own, tmp_path / "a", channels=["../DAPI", "ER"]))
     with pytest.raises(ValueError, match="channel '../DAPI' leads to another folder"): screen.show_well("B02")
@@ -203,8 +232,6 @@ def test_names_of_a_screen_lead_nowhere(own, tmp_path):
         with pytest.raises(ValueError, match="has a slash in its name"): read_screen(theirs)
     away = described(own, tmp_path / "away", images="../away-images")  # as --out of rcic-describe writes it
     shutil.copytree(own, tmp_path / "away-images")
-    (away / "link.csv").symlink_to(own / "wells.csv")
-    (away / "screen.json").write_text((away / "screen.json").read_text().replace("wells.csv", "link.csv"))
     assert read_screen(away).sites().files.str.contains("away-images/").all()
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 from ..files import user_path
 from .duplicates import external_keys, join_groups, resolve_labels
 from .labels import label_matrix, parse_labels
-from .tables import read_table, WELL_COLUMNS
+from .tables import _own_table, read_table, WELL_COLUMNS
 from .folds import grouped_folds
 from .sites import escape_braces
 from .core import _packed_files, Screen
@@ -124,7 +124,7 @@ def _with_groups(wells, root):
     keys = external_keys(wells.id_code)
     wells = wells.assign(antibody=keys.antibody)
     if not (root/'groups.csv').is_file(): return wells.assign(group=join_groups(keys.antibody, keys.plate_well), twins=np.arange(len(wells)))
-    table = read_table(root/'groups.csv', ('Id', 'group', 'twins', 'antibody')).set_index('Id')
+    table = read_table(_own_table(root, 'groups.csv'), ('Id', 'group', 'twins', 'antibody')).set_index('Id')
     missing = wells.id_code[~wells.id_code.isin(table.index)]
     if len(missing): raise ValueError(f'{root/"groups.csv"}: image {missing.iloc[0]} is missing (and {len(missing)-1:,} more); rcic-hpa-duplicates makes it anew')
     table = table.loc[wells.id_code]
@@ -143,16 +143,16 @@ def read_hpa(
     """
     root = user_path(path)
     if yellow not in ('zeros', 'raise'): raise ValueError(f"yellow is {yellow!r}, expected 'zeros' or 'raise'")
-    packed, labels = _packed_files(root) if (root/'sites.parquet').is_file() else None, read_labels(root/'train.csv')
+    packed, labels = _packed_files(root) if (root/'sites.parquet').is_file() else None, read_labels(_own_table(root, 'train.csv'))
     tables, folders = [_image_table(labels.index, *_kaggle, labels)], {_kaggle: _folder(root, 'train')}
     if external is None: external = (root/'external.csv').is_file() and (packed is not None or (root/'external').is_dir())
     if external:
-        more, folders[_external] = read_labels(root/'external.csv'), _folder(root, 'external')
+        more, folders[_external] = read_labels(_own_table(root, 'external.csv')), _folder(root, 'external')
         # a store has the table even if the images were not there to be packed
         if packed is None or (more.index + '_1').isin(packed.index).any(): tables.append(_image_table(more.index, *_external, more))
     if (root/'sample_submission.csv').is_file():
         folders['kaggle', 'test'] = _folder(root, 'test')
-        tables.append(_image_table(_image_ids(read_table(root/'sample_submission.csv', ('Id', 'Predicted'))), 'kaggle', 'test'))
+        tables.append(_image_table(_image_ids(read_table(_own_table(root, 'sample_submission.csv'), ('Id', 'Predicted'))), 'kaggle', 'test'))
     wells = pd.concat(tables, ignore_index=True)
     twice = wells[wells.id_code.duplicated()]
     if len(twice): raise ValueError(f'image {twice.id_code.iloc[0]} is in two of the tables of {root}')

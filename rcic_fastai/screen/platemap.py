@@ -109,6 +109,8 @@ def plate_map_wells(
     _require(rows, ~rows.experiment.str.contains(r'[/\\\0]'), lambda r: f'experiment {r.experiment!r} has a slash in its name')
     rows = rows.assign(well=rows.well.map(_well_name))
     _require_wells(rows)
+    both = next((name for name in negative if name in positive), None)
+    if both is not None: raise ValueError(f'{both!r} is given as a negative and as a positive control; expected one of the two')
     for name in (*negative, *positive):
         if name not in set(rows.treatment): raise ValueError(f'{rows.file.iloc[0]}: no well has the control {name!r}{_nearest(name, sorted(set(rows.treatment)-{""}))}')
     if 'well_type' not in rows:
@@ -282,6 +284,12 @@ def _texts(v): return isinstance(v, list) and all(isinstance(t, str) for t in v)
 _described = dict(**dict.fromkeys(('table', 'images', 'files', 'experiment'), (lambda v: isinstance(v, str) and v!='', 'a text')), channels=(lambda v: _texts(v) and v!=[], 'a list of names'),
                   columns=(lambda v: isinstance(v, dict) and _texts(list(v.values())), 'names of columns in braces'), **dict.fromkeys(('negative', 'positive', 'treatments'), (_texts, 'a list of names')))
 
+def _require_names(channels):
+    shown = [channel_name(c) for c in channels]
+    twice = next((s for s in shown if shown.count(s) > 1), None)
+    if twice is None: return
+    raise ValueError(f'two channels are called {twice!r}: {", ".join(c for c, s in zip(channels, shown) if s==twice)}')
+
 def _read_description(folder):
     path = Path(folder)/'screen.json'
     if not path.is_file(): raise FileNotFoundError(f'{folder} has no screen.json: describe_screen (rcic-describe) makes one')
@@ -289,6 +297,8 @@ def _read_description(folder):
     for key, (good, expected) in _described.items():
         if key not in d: raise ValueError(f'{path}: {key!r} is missing')
         if not good(d[key]): raise ValueError(f'{path}: {key} is {json.dumps(d[key])[:60]}, expected {expected}')
+    try: _require_names(d['channels'])
+    except ValueError as e: raise ValueError(f'{path}: {e}') from None
     return d
 
 def read_platemap(
@@ -301,7 +311,7 @@ def read_platemap(
     root = user_path(path)
     packed = _packed_files(root) if (root/'sites.parquet').is_file() else None # a table that was changed is told as that
     d = _read_description(root)
-    try: table = path_within(root, d['table'], links=True)
+    try: table = path_within(root, d['table'])
     except ValueError as e: raise ValueError(f'{root/"screen.json"}: table {e}') from None
     if not table.is_file(): raise FileNotFoundError(f'{root/"screen.json"}: the table {d["table"]} does not exist')
     rows = read_plate_map(table, d['columns'])
@@ -340,8 +350,7 @@ def _chosen_channels(found, asked, n_sites, say):
         file = channel_file(name)
         if file not in found: raise ValueError(f'channel {file!r} has no images{_nearest(file, found.index)}; channels are what the names of the files call them, in the order you want, the nucleus first; {found.index[0]}=DAPI gives one another name')
         if found[file] < n_sites: say(f'Channel {name}: images of {found[file]:,} of {n_sites:,} sites only')
-    shown = [channel_name(n) for n in names]
-    if twice := sorted({s for s in shown if shown.count(s) > 1}): raise ValueError(f'two channels are called {twice[0]!r}: {", ".join(n for n in names if channel_name(n)==twice[0])}')
+    _require_names(names)
     return names
 
 def describe_screen(
@@ -432,7 +441,7 @@ def _notices(rows, wells, treatments, say):
 
 def _only_table(images):
     tables = sorted(p for p in images.iterdir() if p.suffix.lower() in ('.csv', '.tsv'))
-    if len(tables)==1: return tables[0]
+    if len(tables)==1: return path_within(images, tables[0].name)
     raise ValueError(f'{images} holds {len(tables) or "no"} CSV files; say which is the plate map with table=... (--table)')
 
 def _table_name(out, table, say):

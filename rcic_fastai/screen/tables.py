@@ -110,6 +110,11 @@ def read_rows(
     return pd.DataFrame(rows, columns=names).assign(file=path.name, row=[i for i, _ in records[1:]])
 
 # %% ../../nbs/10_screen.tables.ipynb #39f1644f
+def _own_table(root, name):
+    "A table of a screen, which may be shown in messages: a link to elsewhere is refused"
+    try: return path_within(root, name)
+    except ValueError as e: raise ValueError(f'{e}; copy the table into the folder of its screen') from None
+
 def _check_header(name, header, columns):
     faults = [f'column {c!r} is missing' for c in columns if c not in header]
     faults += [f'column {c!r} is not expected' for c in header if c not in columns]
@@ -199,7 +204,7 @@ def kaggle_wells(
     Source: the files of kaggle.com/c/recursion-cellular-image-classification."""
     path, parts = Path(path), []
     for split in ('train', 'test'):
-        treated, controls = path/f'{split}.csv', path/f'{split}_controls.csv'
+        treated, controls = _own_table(path, f'{split}.csv'), _own_table(path, f'{split}_controls.csv')
         if split == 'test' and not treated.exists() and not controls.exists(): continue
         if check or split == 'train' or treated.exists():
             table = read_table(treated, _KAGGLE + (('sirna',) if split == 'train' else ()))
@@ -220,7 +225,8 @@ def metadata_sites(
 
     Raises: `ValueError` naming file and row for a bad value, or for sites of one well that disagree.
     Source: github.com/recursionpharma/rxrx-datasets (rxrx1); wilds.stanford.edu (the same columns, `dataset` also `val`)."""
-    table = read_table(path, _METADATA).drop(columns='sirna').rename(columns=dict(well_id='id_code', dataset='split', sirna_id='sirna'))
+    path = user_path(path)
+    table = read_table(_own_table(path.parent, path.name), _METADATA).drop(columns='sirna').rename(columns=dict(well_id='id_code', dataset='split', sirna_id='sirna'))
     _require(table, table.split.isin(_SPLITS), lambda r: f'dataset {r.split!r} is unknown{_nearest(r.split, _SPLITS)}')
     _require(table, table.site.isin(['1', '2']), lambda r: f'site {r.site} is outside 1-2')
     sites = parse_wells(table)
@@ -243,12 +249,13 @@ def _require_unique(table, column):
 LAYOUTS = ('kaggle', 'rxrx1', 'wilds', 'hpa', 'platemap')
 
 def _is_wilds(metadata):
+    _own_table(metadata.parent, metadata.name)
     if re.search(r'(^|,)val(,|\r?$)', metadata.read_text(encoding='utf-8-sig', errors='replace'), re.M): return True
     with metadata.open(newline='', encoding='utf-8-sig', errors='replace') as f: r = next(csv.DictReader(f), {})
     return path_within(metadata.parent, f"images/{r.get('experiment')}/Plate{r.get('plate')}/{r.get('well')}_s{r.get('site')}.png", links=True).is_file()
 
 def _is_hpa(table):
-    with table.open(encoding='utf-8-sig', errors='replace') as f: return 'Target' in [c.strip(' \r\n"') for c in f.readline().split(',')]
+    with _own_table(table.parent, table.name).open(encoding='utf-8-sig', errors='replace') as f: return 'Target' in [c.strip(' \r\n"') for c in f.readline().split(',')]
 
 def _find_screen(path, layout=None):
     "The folder of the tables, and the layout."
