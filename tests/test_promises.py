@@ -727,3 +727,24 @@ def test_loaders_of_a_recipe_take_a_screen(screen, sites):
     dls = recipe_dataloaders(screen, recipe, HELD)
     assert dls.vocab == screen_dataloaders(sites).vocab and len(dls.train_ds) + len(dls.valid_ds) == len(sites)
     assert recipe_dataloaders(screen, recipe, HELD, channels=(1, 2)).one_batch()[0].shape[1] == 2
+
+
+def test_the_learner_of_a_run(learners, sites, new_sites, screen):
+    "Its own sites, any others, and its validation wells wherever they are among them"
+    run = learners["valid"]["train_run"].path
+    acc = learners["valid"]["train_run"].validate()[1]
+    held = sites[sites.experiment == "HUVEC-03"]
+    for given in ((), (screen,), (sites,), (pd.concat([held, new_sites], ignore_index=True),), (held,)):
+        learn = calm(load_run(run, *given))
+        assert set(learn.dls.valid.sites.id_code) == set(held.id_code) and learn.validate()[1] == pytest.approx(acc)
+        assert learn.get_preds()[0].shape == (16, 8) and learn.predict(held.iloc[0])[2].shape == (8,)
+        assert predict_sites(learn, held, progress=False).logits.shape == (16, 8)
+    assert not len(learn.dls.train_ds)
+    with pytest.raises(ValueError, match="no training sites"):
+        learn.fit(1)
+    assert set(load_run(run, sites, valid="experiment=HUVEC-02").dls.valid.sites.experiment) == {"HUVEC-02"}
+    assert len(load_run(run, sites, valid=np.ones(len(sites), bool)).dls.valid.sites) == len(sites)
+    for wrong, message in ((learn.dls, r"sites are ScreenDataLoaders, expected a table of sites or a screen: load_run\(run, dls.valid.sites\)"),
+                           ("data", r"load_run\(run, read_screen\('data'\)\)")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load_run(run, wrong)

@@ -14,12 +14,17 @@ from pathlib import Path
 import torch
 import numpy as np
 import pandas as pd
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
 from .. import __version__
 from ..files import path_within, read_arrays, read_json, user_path, write_json
+from ..screen.core import Screen
 from ..screen.planes import resize_site
+from ..screen.read import read_screen
 from ..data.augment import ChannelStats
+from ..data.loader import sites_table
+from ..data.select import select_sites
 from ..data.store import read_site
 from ..data.target import is_multilabel
 from ..model.core import load_weights
@@ -159,40 +164,74 @@ def _run_histograms(run):
     if counts.ndim in (3, 4) and counts.shape[-1]==256 and np.issubdtype(counts.dtype, np.integer): return torch.from_numpy(counts)
     raise ValueError(f'{path}: counts are {counts.dtype} {counts.shape}, expected whole numbers for 256 grey values')
 
-def _side(files, channels, read_size):
-    "Height and width of an image as the recipe reads it"
-    x = read_site(files, channels)
-    return list((resize_site(x, read_size) if read_size else x).shape[-2:])
+# %% ../../nbs/75_run.folder.ipynb #b5eb57a8
+def _sites_to_load(run, info, sites):
+    "Sites as a table: those of the run, or of a screen that is given"
+    if sites is None: sites = read_screen(run_data(run))
+    if isinstance(sites, Screen): return select_sites(sites, 'train', info['wells'], info['present_only'])
+    expected = 'expected a table of sites or a screen: load_run(run, '
+    if isinstance(sites, (str, Path)): raise ValueError(f'sites are {str(sites)!r}, {expected}read_screen({str(sites)!r}))')
+    if isinstance(sites, DataLoaders): raise ValueError(f'sites are {type(sites).__name__}, {expected}dls.valid.sites) takes those of a loader')
+    return sites_table(sites)
 
+def _valid_of_run(info, sites, valid):
+    "Mask of the validation rows, or what was asked for; None where nobody asked and no well of the run is there"
+    if valid is not None: return valid
+    mask = sites.id_code.isin(info['valid_wells']).to_numpy() if 'id_code' in sites else np.zeros(len(sites), bool)
+    return mask if mask.any() else None
+
+def _only_valid(dls):
+    "The same sites as a validation set, next to an empty training set that holds the transforms"
+    return type(dls)(dls.new_empty().train, dls.test_dl(dls.train.sites, with_labels=True), path=dls.path, device=dls.device)
+
+# %% ../../nbs/75_run.folder.ipynb #8b5f4322
+def _warn_of_size(run, recipe, info, sites):
+    "Say so if images have another size than those of the training, as the recipe reads them"
+    if not info.get('image_size') or not len(sites): return
+    x, size = read_site(sites.files.iloc[0], info['channels']), recipe.data.read_size
+    side = list((resize_site(x, size) if size else x).shape[-2:])
+    if side==info['image_size']: return
+    trained, own = (' x '.join(map(str, s)) for s in (info['image_size'], side))
+    warnings.warn(f'{run} was trained on images of {trained} pixels, these have {own}')
+
+def _loaders_of_run(run, recipe, info, sites, valid, device):
+    "DataLoaders that number classes, cell types and experiments as the run does"
+    check_target_column(run, info['target'], sites)
+    sites = sites.assign(**{info['target']: _known_classes(sites[info['target']], info['classes'])})
+    experiments = info['experiments'] + sorted(set(sites.experiment)-set(info['experiments']))
+    mask, counts = _valid_of_run(info, sites, valid), _run_histograms(run) if recipe.data.match_histograms else None
+    only = len(sites) and mask is not None and not isinstance(mask, str) and np.asarray(mask).all()
+    dls = recipe_dataloaders(sites, recipe, None if only else mask, stats=_run_stats(run, info), counts=counts, target=info['target'],
+                             classes=info['classes'], cell_types=info['cell_types'], experiments=experiments,
+                             channels=info['channels'], device=device, path=run)
+    return _only_valid(dls) if only else dls
+
+def _network_of_run(run, recipe, info):
+    n_classes, n_channels, n_cell_types = (len(info[k]) for k in ('classes', 'channels', 'cell_types'))
+    try: return load_weights(recipe_model(recipe, n_classes, n_channels, n_cell_types), run/'model.safetensors')
+    except ValueError as e:
+        raise ValueError(f'{e} (the network of recipe.json with the {n_classes} classes and {n_channels} channels of run.json)') from None
+
+# %% ../../nbs/75_run.folder.ipynb #044bebb3
 def load_run(
     run:str|Path, # a run folder
-    sites:pd.DataFrame, # sites to make DataLoaders of; labels are not needed
+    sites:pd.DataFrame|Screen=None, # any sites, labelled or not; of a screen, those of its training split; None: of the screen that the run was trained on
     device:str|torch.device=None, # where to; by default fastai's default device
-    valid:str|np.ndarray=None # mask of the validation rows, or a sentence for `valid_mask`; None: the wells that the run set aside, where `sites` has others too
-) -> Learner: # ready for `get_preds` and `predict_sites`
+    valid:str|np.ndarray=None # mask of the validation rows, or a sentence for `valid_mask`; None: the wells that the run set aside
+) -> Learner: # `get_preds()` and `validate()` are of the validation set, `get_preds(ds_idx=0)` of the other sites
     """The learner of a finished run, with DataLoaders for `sites`; experiments it has never seen get the next numbers.
 
-    Raises: FileNotFoundError if the folder holds no finished run; ValueError if its files do not fit together.
+    Wells that the run set aside are the validation set wherever they are among the sites; `valid` chooses others.
+    Without any of them there is no validation set. `load_run(run).export('learner.pkl')` makes a file for fastai's `load_learner`.
+    Raises: FileNotFoundError if the folder holds no finished run, or its screen is gone; ValueError if its files do not fit together.
     """
     run = user_path(run)
     recipe, info = read_run(run)
     if 'blend' in info: raise ValueError(f'{run} is a blend of {", ".join(info["blend"])} and has no network of its own')
-    if 'parts' in info: raise ValueError(f'{run} has a network for each cell type: load {" or ".join(str(Path(run)/p) for p in info["parts"])}')
-    side = _side(sites.files.iloc[0], info['channels'], recipe.data.read_size) if info.get('image_size') and len(sites) else None
-    if side and side!=info['image_size']:
-        warnings.warn(f'{run} was trained on images of {" x ".join(map(str, info["image_size"]))} pixels, these have {" x ".join(map(str, side))}')
+    if 'parts' in info: raise ValueError(f'{run} has a network for each cell type: load {" or ".join(str(run/p) for p in info["parts"])}')
+    sites = _sites_to_load(run, info, sites)
+    _warn_of_size(run, recipe, info, sites)
     recipe = replace(recipe, data=replace(recipe.data, controls=0, domains_per_batch=1, statistics='all'), train=TrainSettings(), # nothing is trained
                      model=replace(recipe.model, pretrained=False), device=replace(recipe.device, compile=False))
-    check_target_column(run, info['target'], sites)
-    sites = sites.assign(**{info['target']: _known_classes(sites[info['target']], info['classes'])})
-    experiments = info['experiments'] + sorted(set(sites.experiment)-set(info['experiments']))
-    common = dict(target=info['target'], classes=info['classes'], cell_types=info['cell_types'], experiments=experiments,
-                  channels=info['channels'], device=device, path=Path(run))
-    stats, counts = _run_stats(run, info), _run_histograms(run) if recipe.data.match_histograms else None
-    if valid is None: valid = sites.id_code.isin(info['valid_wells']).to_numpy() if 'id_code' in sites else np.zeros(len(sites), bool)
-    if not isinstance(valid, str) and np.asarray(valid).all(): valid = None # nothing would be left for the training set, which holds the transforms
-    dls = recipe_dataloaders(sites, recipe, valid, stats=stats, counts=counts, **common)
-    model = recipe_model(recipe, len(info['classes']), len(info['channels']), len(info['cell_types']))
-    try: loaded = load_weights(model, run/'model.safetensors')
-    except ValueError as e: raise ValueError(f'{e} (the network of recipe.json with the {len(info["classes"])} classes and {len(info["channels"])} channels of run.json)') from None
-    return screen_learner(dls, recipe, loaded, path=run)
+    dls = _loaders_of_run(run, recipe, info, sites, valid, device)
+    return screen_learner(dls, recipe, _network_of_run(run, recipe, info), path=run)
