@@ -56,6 +56,10 @@ browser: install ## find or install the Chromium that looks at reports and at th
 types: install ## mypy over the package
 	@$(RUN) mypy rcic_fastai
 
+.PHONY: imports
+imports: install ## draw which room imports which: rooms, floors, arrows, and their counts (ARGS=--modules)
+	@$(RUN) python tools/imports.py $(ARGS)
+
 .PHONY: docs
 docs: install ## the static site of the documentation in _site, from the notebooks with their stored outputs; link-checked
 	@$(RUN) python tools/docs.py $(ARGS)

@@ -130,8 +130,9 @@ def prior(atlas, runs, ids, p_valid, y, groups, thresholds):
 
 def one_seed(seed, args):
     "F1 of every class for each row of the table, and what else was measured"
-    from rcic_fastai.all import (Predictions, Stacker, adversarial_report, average_precision, create_threshold, f1_floors, label_matrix, label_truth, nested_macro_f1,
-                                 read_labels, site_statistics, threshold_methods)  # fmt: skip
+    from rcic_fastai.all import (Predictions, Stacker, adversarial_report, average_precision, create_threshold, f1_floors, label_matrix, label_truth,
+                                 read_labels, site_statistics)  # fmt: skip
+    from rcic_fastai.labels.threshold import nested_macro_f1, threshold_methods
 
     start = time.time()
     atlas = ready_atlas(seed, args.work, args.design)

@@ -1,76 +1,76 @@
-"Everything a notebook needs: `from rcic_fastai.all import *`."
-from .screen.duplicates import *
-from .screen.labels import *
-from .screen.simulate import *
-from .screen.tables import *
-from .screen.cells import *
-from .screen.folds import *
-from .screen.groups import *
-from .screen.sites import *
-from .screen.core import *
-from .screen.planes import *
-from .screen.atlas import *
-from .screen.platemap import *
-from .screen.read import *
-from .screen.simulate_atlas import *
-from .screen.split import *
-from .data.augment import *
-from .data.context import *
-from .data.select import *
-from .data.store import *
-from .data.target import *
-from .data.domains import *
-from .data.hashes import *
-from .data.image import *
-from .data.statistics import *
-from .data.pixels import *
-from .data.reader import *
-from .data.loader import *
-from .data.block import *
-from .model.batchnorm import *
-from .model.core import *
-from .loss.base import *
-from .loss.multi import *
-from .loss.single import *
-from .loss.by_name import *
-from .profile.correct import *
-from .profile.metrics import *
-from .predict.submission import *
-from .predict.tta import *
-from .predict.core import *
-from .predict.assign import *
-from .predict.blend import *
-from .labels.adversarial import *
-from .labels.metrics import *
-from .labels.pixel_statistics import *
-from .labels.retrieval import *
-from .labels.submission import *
-from .labels.threshold import *
-from .labels.stack import *
-from .recipe.settings import *
-from .recipe.check import *
-from .recipe.published import *
-from .train.averaging import *
-from .train.callbacks import *
-from .train.checkpoint import *
-from .train.inference import *
-from .train.loaders import *
-from .train.mix import *
-from .train.optimizer import *
-from .train.precision import *
-from .train.learner import *
-from .train.pseudo import *
-from .train.controls import *
-from .run.folder import *
-from .run.stages import *
-from .run.predict import *
-from .run.blend import *
-from .run.labels import *
-from .run.submit import *
-from .run.train import *
-from .run.stack import *
-from .report.accuracy import *
-from .report.core import *
-from .report.labels import *
+"What a notebook needs: `from rcic_fastai.all import *`. Every other public name is imported from its module."
+
+from .screen.labels import label_matrix
+from .screen.simulate import simulate_screen
+from .screen.folds import fold_report
+from .screen.groups import plate_groups, plate_rotations
+from .screen.core import plate_map, Screen
+from .screen.atlas import Atlas, atlas_folds, hpa_channels, hpa_classes, label_truth, read_hpa, read_labels
+from .screen.platemap import describe_screen
+from .screen.read import read_screen
+from .screen.simulate_atlas import simulate_hpa
+from .screen.split import valid_mask
+
+from .data.augment import (
+    ChannelIntensity, Cutout, D4, ImageBrightness, PerspectiveWarp, RandomResizedSquareCrop, RandomSquareCrop,
+    screen_transforms, Standardize,
+)
+from .data.context import ContextBlock, ScreenContext
+from .data.select import select_sites
+from .data.store import open_store, pack_screen, read_site, verify_store
+from .data.target import TargetBlock
+from .data.hashes import find_duplicates
+from .data.image import channel_limits, MultiChannelImage, show_channels, stain_names, stains_to_rgb
+from .data.block import MultiChannelImageBlock, screen_block, screen_dataloaders
+
+from .model.batchnorm import batchnorm_layers, BatchNormMode, BatchNormModeCallback, reestimate_batchnorm
+from .model.core import create_backbone, create_screen_head, GeM, param_groups, ScreenModel
+
+from .loss.multi import AsymmetricLoss, FocalLovaszLoss, LSEPLoss, MultiLabelBCELoss, MultiLabelFocalLoss
+from .loss.single import AMSoftmaxLoss, ArcFaceLoss, CrossEntropyArcFaceLoss, OneHotBCELoss, SoftmaxCrossEntropyLoss
+from .loss.by_name import create_loss, losses, multilabel_losses
+
+from .profile.correct import embedding_correction, postprocess_embeddings, TVN, well_means
+from .profile.metrics import batch_probe, embedding_report, plot_embedding, project_2d, replicate_map, to_anndata
+
+from .predict.submission import score_submission, score_table, write_submission
+from .predict.tta import TTA
+from .predict.core import embed_sites, predict_sites, Predictions, well_accuracy
+from .predict.assign import accuracy_ladder, assign_classes, assign_predictions, infer_plate_groups
+from .predict.blend import agreement, blend_predictions, blend_report, blend_weights
+
+from .labels.adversarial import adversarial_report, choose_validation
+from .labels.metrics import average_precision, f1_floors, f1_scores, label_report, macro_f1, plot_co_occurrence
+from .labels.pixel_statistics import site_statistics
+from .labels.retrieval import Retrieval
+from .labels.submission import read_label_submission, score_label_submission, write_label_submission
+from .labels.threshold import compare_thresholds, create_threshold
+from .labels.stack import Stacker
+
+from .recipe.settings import (
+    compare_recipes, DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe,
+    TrainSettings,
+)
+from .recipe.check import recipe_from_json, recipe_to_json
+from .recipe.published import change_recipe, get_recipe, laptop_recipe, list_recipes, recipes
+
+from .train.averaging import EMA, KeepBest
+from .train.loaders import recipe_dataloaders
+from .train.mix import cutmix_images, LISA, mix_targets, mixup_images, ScreenCutMix, ScreenMixUp
+from .train.optimizer import adam, adamw, radam
+from .train.learner import ImageOnly, screen_learner
+from .train.pseudo import select_pseudo_labels
+
+from .run.folder import load_run, read_run
+from .run.predict import embed_run, predict_run
+from .run.blend import blend_runs
+from .run.labels import label_score_table, submit_labels
+from .run.submit import submit_run
+from .run.train import control_sites, find_lr, train_run
+from .run.stack import stack_runs
+
+from .report.accuracy import accuracy_by, confused_pairs, plot_intervals, plot_plate, worst_wells
+from .report.core import make_report
+
 from .kaggle.core import build_kernel, weights_folder
 from .kaggle.download import download_competition, download_rxrx1

@@ -23,48 +23,43 @@ from rcic_fastai.all import (
     atlas_folds,
     blend_runs,
     change_recipe,
-    check_files,
     create_threshold,
-    dihedral,
     embed_sites,
-    external_keys,
     f1_floors,
     find_duplicates,
     fold_report,
     get_recipe,
-    hash_distance,
     hpa_channels,
     hpa_classes,
-    image_hashes,
-    label_lists,
     label_matrix,
     label_score_table,
     laptop_recipe,
     load_run,
-    load_weights,
     pack_screen,
     predict_run,
     predict_sites,
-    present_sites,
-    read_channel,
     read_hpa,
     read_label_submission,
     read_run,
     read_screen,
     read_site,
-    read_thresholds,
-    recipe_model,
-    resize_site,
     score_label_submission,
     screen_dataloaders,
     simulate_hpa,
     stack_runs,
-    straddling_groups,
     submit_labels,
-    threshold_methods,
     train_run,
     valid_mask,
 )
+from rcic_fastai.data.augment import dihedral
+from rcic_fastai.labels.threshold import read_thresholds, threshold_methods
+from rcic_fastai.model.core import load_weights
+from rcic_fastai.screen.duplicates import external_keys, hash_distance, image_hashes
+from rcic_fastai.screen.folds import straddling_groups
+from rcic_fastai.screen.labels import label_lists
+from rcic_fastai.screen.planes import read_channel, resize_site
+from rcic_fastai.screen.sites import check_files, present_sites
+from rcic_fastai.train.learner import recipe_model
 from rcic_fastai.screen.atlas import _image_table
 
 HPA = Path(__file__).parents[1].parent / "shared" / "hpa"

@@ -153,6 +153,31 @@ def test_modules_import_only_lower_floors():
     assert not ahead, f"imports of the same or of a higher floor: {sorted(ahead)}"
 
 
+def test_the_drawing_of_the_import_graph():
+    "Made by a tool that reads the imports in another way than this file"
+    tool = runpy.run_path(str(ROOT / "tools" / "imports.py"))
+    floors = tool["module_floors"]()
+    graph = tool["import_graph"](floors)
+    assert floors == exported() and graph == {m: imported_modules(m) & set(floors) for m in floors}
+    found = tool["counts"](graph, floors)
+    assert found["circles"] == found["arrows up"] == 0 and 10 < found["rooms"] <= 25
+    drawing = tool["drawing"](graph, floors)
+    assert drawing.splitlines()[-1] == ", ".join(f"{k} {n}" for k, n in found.items())
+    for m in floors: assert re.search(rf"(^| ){re.escape(m.rpartition('.')[2])}( |$)", drawing, flags=re.M), f"{m} is not drawn"
+
+
+def test_the_tool_sees_circles_and_arrows_up():
+    tool = runpy.run_path(str(ROOT / "tools" / "imports.py"))
+    floors = {"files": 1, "screen.core": 10, "screen.read": 11, "data.image": 20}
+    source = "from .core import x\nfrom ..files import y\ndef f():\n    import rcic_fastai.data.image"
+    assert tool["imported"](source, "screen.read", floors) == {"screen.core", "files", "data.image"}
+    graph = {"files": set(), "screen.core": {"files"}, "screen.read": {"screen.core", "data.image"}, "data.image": {"screen.read"}}
+    assert tool["circles"](graph) == [("data.image", "screen.read")] and tool["arrows_up"](graph, floors) == [("screen.read", "data.image")]
+    assert tool["counts"](graph, floors) == {"rooms": 3, "modules": 4, "arrows": 4, "circles": 2, "arrows up": 1}
+    drawn = tool["drawing"](graph, floors)
+    assert "up: screen.read --> data.image" in drawn and "circle: data.image, screen.read" in drawn and "circle: data, screen" in drawn
+
+
 def test_a_room_has_numbers_of_its_own():
     numbers, rooms = exported(), {}
     for m, n in numbers.items(): rooms.setdefault(m.partition(".")[0], []).append(n)

@@ -17,6 +17,8 @@ ROWS_OF_TABLES = {("simulate_site", "well"), ("simulate_picture", "row")}  # of 
 USES = """\
 import numpy as np
 from rcic_fastai.all import *
+from rcic_fastai.screen.folds import grouped_folds
+from rcic_fastai.train.mix import create_mix
 
 labels = assign_classes([[.1, .9], [.8, .2]], allowed=None)
 assign_classes({'B03': 1})  # arg-type
