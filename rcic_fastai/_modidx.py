@@ -671,6 +671,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'rcic_fastai.files.read_arrays': ('files.html#read_arrays', 'rcic_fastai/files.py'),
                                    'rcic_fastai.files.read_json': ('files.html#read_json', 'rcic_fastai/files.py'),
                                    'rcic_fastai.files.read_text': ('files.html#read_text', 'rcic_fastai/files.py'),
+                                   'rcic_fastai.files.refuse_linked_folders': ('files.html#refuse_linked_folders', 'rcic_fastai/files.py'),
+                                   'rcic_fastai.files.refuse_links': ('files.html#refuse_links', 'rcic_fastai/files.py'),
                                    'rcic_fastai.files.user_path': ('files.html#user_path', 'rcic_fastai/files.py'),
                                    'rcic_fastai.files.write_json': ('files.html#write_json', 'rcic_fastai/files.py'),
                                    'rcic_fastai.files.write_whole': ('files.html#write_whole', 'rcic_fastai/files.py')},

@@ -22,6 +22,7 @@ from rcic_fastai.run.blend import blend_runs
 from rcic_fastai.run.train import train_run
 from rcic_fastai.files import FolderClaimed, claim_folder, write_whole
 from rcic_fastai.screen.platemap import describe_screen
+from rcic_fastai.train.checkpoint import remove_checkpoints
 from rcic_fastai.run.predict import predict_run
 from rcic_fastai.recipe.check import recipe_to_json
 from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
@@ -234,6 +235,49 @@ def test_only_what_is_ours_is_removed(small_screen, tmp_path):
     train_run(read_screen(small_screen), recipe, tmp_path / "run", say=lambda *a: None)
     assert all(p.read_text() == "mine" for p in theirs) and not any(p.exists() for p in ours)
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [".notes", "best.pt"]
+
+
+# Folders inside a folder of ours that are links to elsewhere
+
+def remove_while_held(run, data):
+    "As `finished_run` does"
+    with claim_folder(run): remove_checkpoints(run / "checkpoints")
+
+
+THROUGH_LINKS = {  # the link inside the run, and the command that would follow it
+    "predict": ("predictions", lambda run, data: cli.rcic_predict(run=run, data=data)),
+    "embed": ("embeddings", lambda run, data: cli.rcic_embed(run=run, data=data)),
+    "train, finished": ("checkpoints", remove_while_held),
+    "train, begun": ("checkpoints", lambda run, data: cli.rcic_train(data=data, run=run, laptop=1)),
+    "train, predictions": ("predictions", lambda run, data: cli.rcic_train(data=data, run=run, laptop=1)),
+    "simulate": ("train", lambda run, data: cli.rcic_simulate(out=run, sirnas=4, train_experiments=1, test_experiments=0, cell_types="HUVEC", image_size=16, workers=2)),
+    "weights": ("predictions", lambda run, data: kaggle.weights_folder(run.with_name("run"), run, "ada", "My weights")),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+@pytest.mark.parametrize("name", THROUGH_LINKS)
+def test_no_folder_inside_a_folder_of_ours_leads_out_of_it(mine, tmp_path, name):
+    "Neither written nor deleted: what lies behind the link stays as it is"
+    inside, command = THROUGH_LINKS[name]
+    run, victim = tmp_path / "theirs", tmp_path / "victim"
+    victim.mkdir()
+    for f in ("test.npz", "valid.npz", "run.json", "00000001-0123456789abcdef.pt", ".a.2147483646.rcic-part.pt", "model.safetensors"): (victim / f).write_text("mine")
+    if name.startswith(("predict", "embed")): shutil.copytree(mine / "run", run)
+    else: run.mkdir()
+    if name == "weights":
+        shutil.copytree(mine / "run", tmp_path / "run")
+        (run / "dataset-metadata.json").write_text(json.dumps(dict(id="ada/my-weights")))
+        (run / "run.json").write_text(json.dumps(dict(parts=["predictions"])))
+    if name == "train, begun": (run / "begun.json").write_text(json.dumps(dict(recipe={}, asked={})))
+    if name == "simulate":
+        command(run, None)
+        shutil.rmtree(run / "train")
+    shutil.rmtree(run / inside, ignore_errors=True)
+    (run / inside).symlink_to(victim)
+    before = tree(victim)
+    with pytest.raises((CliError, ValueError), match=f"{inside} is a link to .*victim, and nothing is written or deleted through a link"): command(run, mine / "screen")
+    assert tree(victim) == before and not [p for p in victim.iterdir() if p.name.startswith(".rcic")]
 
 
 # Killed, and two at once

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files import check_output, claim_folder, clean_partials, folder_contents, parse_json, path_within
-from ..files import read_json, user_path, write_json, write_whole
+from ..files import read_json, refuse_linked_folders, refuse_links, user_path, write_json, write_whole
 from ..credentials import scrub
 from ..screen.tables import WELL_COLUMNS
 from ..screen.sites import CHANNELS, check_files, _expand, has_channels, packed_row, present_sites
@@ -626,7 +626,7 @@ class _Packer:
 
 def _tidy(out):
     "Remove what a finished store does not need"
-    for p in (out/_PARTS).glob('*.npy'): p.unlink()
+    for p in (out/_PARTS).glob('*.npy'): refuse_links(p).unlink()
     with suppress(OSError): (out/_PARTS).rmdir() # gone already, or it holds something else
     (out/_PLAN).unlink(missing_ok=True)
 
@@ -687,6 +687,7 @@ def _check_folder(out, plan):
 
 def _begin(out, plan):
     "Write the plan; clear away what a killed process had half written"
+    refuse_linked_folders(out)
     clean_partials(out, deep=True, held=True)
     if (out/_PLAN).exists(): # zarr writes under names of its own
         for p in (out/'shards').glob('**/*.partial'): p.unlink()

@@ -222,7 +222,7 @@ def embeddings_path(
 
 def _claimed(run, out):
     "Hold a run folder while a file in it is made; a file elsewhere holds nothing"
-    inside = Path(os.path.realpath(run)) in Path(os.path.realpath(out)).parents
+    inside = any(os.path.realpath(p)==os.path.realpath(run) for p in Path(out).absolute().parents)
     return claim_folder(run) if inside else nullcontext()
 
 def _run_files(run):

@@ -21,7 +21,7 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from ..files import check_name, check_output, claim_folder, clean_partials, read_json, user_path
-from ..files import write_whole
+from ..files import refuse_links, write_whole
 from ..screen.groups import plate_groups
 from ..screen.core import Screen
 from ..screen.split import valid_mask
@@ -204,6 +204,7 @@ def train_run(
     parts = len(screen.cell_types) > 1 and (recipe.per_cell_type or recipe.cell_type.epochs)
     with claim_folder(run):
         if (run/'run.json').exists(): raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
+        for name in _own_names: refuse_links(run/name/'any')
         _check_begun(run)
         for folder in (run, run/'checkpoints'): clean_partials(folder, held=True)
         if parts: return _train_parts(screen, recipe, run, target, wells, valid, present_only, say, cbs)

@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
-from ..files import claim_folder, clean_partials, note_request, user_path, write_whole
+from ..files import claim_folder, clean_partials, note_request, refuse_linked_folders, user_path, write_whole
 
 # %% ../../nbs/10_screen.simulate.ipynb #e31f7ed2
 def named_rng(
@@ -405,6 +405,7 @@ def _begun(root, settings):
     "Make `root` the home of a screen with these settings, or refuse if something else lives there; held until all is written"
     with claim_folder(root):
         note_request(root, 'simulation.json', settings, 'simulated screen')
+        refuse_linked_folders(root)
         clean_partials(root, deep=True, held=True)
         yield
 

@@ -22,7 +22,7 @@ from fastai.callback.all import TrackerCallback
 from fastcore.foundation import L
 from torch import Tensor
 
-from ..files import clean_partials, write_whole
+from ..files import clean_partials, refuse_links, write_whole
 from ..renamed import renamed
 from ..data.context import plain
 
@@ -53,14 +53,14 @@ def save_checkpoint(
     number = int(old[-1].name[:8])+1 if old else 1
     path = folder/f'{number:08d}-{xxhash.xxh3_64_hexdigest(data)}.pt'
     write_whole(path, data)
-    for p in [*old, path][:-keep]: p.unlink(missing_ok=True)
+    for p in [*old, path][:-keep]: refuse_links(p).unlink(missing_ok=True)
     return path
 
 def remove_checkpoints(
     folder:str|Path # of checkpoints; it need not exist
 ):
     "Remove the checkpoints of a finished training; the folder goes if nothing else lies in it."
-    for p in checkpoint_files(folder): p.unlink(missing_ok=True)
+    for p in checkpoint_files(folder): refuse_links(p).unlink(missing_ok=True)
     clean_partials(folder, held=True)
     with suppress(OSError): Path(folder).rmdir()
 
