@@ -22,7 +22,7 @@ from measure import REPEATS, interleave, machine, markdown, spread, summary, wri
 from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 
 from rcic_fastai.data.select import select_sites  # noqa: E402
-from rcic_fastai.predict.core import predict_sites  # noqa: E402
+from rcic_fastai.predict.sites import predict_sites  # noqa: E402
 from rcic_fastai.recipe.published import small_resnet  # noqa: E402
 from rcic_fastai.screen.read import read_screen  # noqa: E402
 from rcic_fastai.screen.simulate import simulate_screen  # noqa: E402

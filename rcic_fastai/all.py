@@ -24,7 +24,9 @@ from .data.image import channel_limits, MultiChannelImage, show_channels, stain_
 from .data.block import MultiChannelImageBlock, screen_block, screen_dataloaders
 
 from .model.batchnorm import batchnorm_layers, BatchNormMode, BatchNormModeCallback, reestimate_batchnorm
-from .model.core import create_backbone, create_screen_head, GeM, param_groups, ScreenModel
+from .model.backbone import create_backbone
+from .model.head import create_screen_head, GeM
+from .model.core import param_groups, ScreenModel
 
 from .loss.multi import AsymmetricLoss, FocalLovaszLoss, LSEPLoss, MultiLabelBCELoss, MultiLabelFocalLoss
 from .loss.single import AMSoftmaxLoss, ArcFaceLoss, CrossEntropyArcFaceLoss, OneHotBCELoss, SoftmaxCrossEntropyLoss
@@ -35,7 +37,8 @@ from .profile.metrics import batch_probe, embedding_report, plot_embedding, proj
 
 from .predict.submission import score_submission, score_table, write_submission
 from .predict.tta import TTA
-from .predict.core import embed_sites, predict_sites, Predictions, well_accuracy
+from .predict.core import Predictions, well_accuracy
+from .predict.sites import embed_sites, predict_sites
 from .predict.assign import accuracy_ladder, assign_classes, assign_predictions, infer_plate_groups
 from .predict.blend import agreement, blend_predictions, blend_report, blend_weights
 

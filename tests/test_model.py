@@ -19,13 +19,13 @@ from pretrainedmodels.models import senet
 from safetensors.torch import save_file
 from torch import nn
 
-import rcic_fastai.model.core as M
+import rcic_fastai.model.backbone as M
 from rcic_fastai.loss.single import CrossEntropyArcFaceLoss
 from rcic_fastai.data.context import MixedContext
-from rcic_fastai.model.core import Backbone, CosineLinear, GeM, ScreenBody, ScreenModel, channel_mixing
-from rcic_fastai.model.core import condition_on_controls, create_backbone, create_model, create_screen_head
-from rcic_fastai.model.core import download_weights, first_convs, load_weights, param_groups, patch_first_conv
-from rcic_fastai.model.core import read_meta, read_weights, save_weights, weight_urls
+from rcic_fastai.model.backbone import Backbone, channel_mixing, create_backbone, download_weights, first_convs
+from rcic_fastai.model.backbone import patch_first_conv, read_weights, weight_urls
+from rcic_fastai.model.core import ScreenModel, create_model, load_weights, param_groups, read_meta, save_weights
+from rcic_fastai.model.head import CosineLinear, GeM, ScreenBody, ScreenHead, condition_on_controls, create_screen_head
 
 
 @pytest.fixture(autouse=True)
@@ -447,7 +447,7 @@ def test_swap_head(small):
     assert model.head.classifier.out_features == 31 and model.head.n_cell_types == 3 and model.head.classifier.weight.dtype == torch.float64
     assert model.head.training and not copy.deepcopy(small).eval().swap_head(2).head.training
     assert model.swap_head(5).head.config == small.head.config
-    model.head = M.ScreenHead(nn.Identity(), nn.Linear(2048, 3))
+    model.head = ScreenHead(nn.Identity(), nn.Linear(2048, 3))
     with pytest.raises(ValueError, match='not made by create_screen_head'): model.swap_head(3)
 
 def test_copies_and_pickles(small):

@@ -15,7 +15,7 @@ from rcic_fastai.predict.submission import score_submission
 from rcic_fastai.data.store import read_site
 from rcic_fastai.data.image import MultiChannelImage
 from rcic_fastai.report.accuracy import plot_intervals, plot_plate
-from rcic_fastai.model.core import create_backbone
+from rcic_fastai.model.backbone import create_backbone
 from rcic_fastai.screen.platemap import describe_screen, find_sites, pattern_regex, read_plate_map
 from rcic_fastai.run.predict import predict_run
 from rcic_fastai.recipe.published import get_recipe, laptop_recipe

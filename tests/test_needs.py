@@ -38,7 +38,7 @@ def screen(small_screen):
 
 def features_of_prediction(monkeypatch, recipe, run, screen, split):
     "Mean features of each well as `predict_run` sees them, and the ids: a prediction with the features in place of the logits"
-    import rcic_fastai.predict.core as module
+    import rcic_fastai.predict.sites as module
 
     seen, original = {}, module._forward
     with monkeypatch.context() as m:

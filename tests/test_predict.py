@@ -11,7 +11,8 @@ from rcic_fastai.predict import core as predict
 from rcic_fastai.data.select import select_sites
 from rcic_fastai.profile.correct import postprocess_embeddings, postprocess_names
 from rcic_fastai.data.context import plain
-from rcic_fastai.predict.core import Predictions, embed_sites, predict_sites, well_accuracy
+from rcic_fastai.predict.core import Predictions, well_accuracy
+from rcic_fastai.predict.sites import embed_sites, predict_sites
 from rcic_fastai.run.predict import predict_run
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.run.folder import load_run

@@ -31,7 +31,8 @@ from rcic_fastai.loss.single import SoftmaxCrossEntropyLoss
 from rcic_fastai.train.mix import ScreenMixUp
 from rcic_fastai.model.core import read_meta
 from rcic_fastai.screen.platemap import read_plate_map
-from rcic_fastai.predict.core import Predictions, embed_sites, predict_sites
+from rcic_fastai.predict.core import Predictions
+from rcic_fastai.predict.sites import embed_sites, predict_sites
 from rcic_fastai.run.predict import embed_run, predict_run, write_embeddings
 from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
 from rcic_fastai.run.submit import submit_run

@@ -251,7 +251,7 @@ def test_batchnorm_shift_by_hand(run):
     handle = layer.register_forward_pre_hook(lambda m, args: kept.append(args[0].detach()))
     net.learn.model.eval()
     dl = net.learn.dls.test_dl(own.reset_index(drop=True), bs=len(own), domain=None, shuffle=False)
-    from rcic_fastai.predict.core import predict_sites
+    from rcic_fastai.predict.sites import predict_sites
 
     predict_sites(net.learn, own, "running", progress=False)
     handle.remove()

@@ -12,7 +12,8 @@ import torch
 import rcic_fastai.cli.core as cli
 from rcic_fastai.data.select import select_sites
 from rcic_fastai.data.context import MixedContext
-from rcic_fastai.predict.core import Predictions, predict_sites, well_accuracy
+from rcic_fastai.predict.core import Predictions, well_accuracy
+from rcic_fastai.predict.sites import predict_sites
 from rcic_fastai.run.predict import embed_run, predict_run, write_embeddings
 from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe, small_resnet
 from rcic_fastai.run.train import control_sites, held_out, train_run, training_sites

@@ -2,4 +2,4 @@
 
 from rcic_fastai.renamed import moved
 
-__getattr__ = moved(__name__, 'model.core')  # names of version 0.1.0
+__getattr__ = moved(__name__, 'model.core', 'model.backbone', 'model.head')  # names of version 0.1.0

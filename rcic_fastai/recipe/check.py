@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..files import parse_json
 from ..credentials import refuse_password
-from ..model.core import check_arch
+from ..model.backbone import check_arch
 from ..loss.by_name import create_loss, losses, multilabel_losses
 from ..profile.correct import postprocess_names
 from ..predict.tta import tta_group

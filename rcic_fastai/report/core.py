@@ -44,8 +44,9 @@ from ..model.batchnorm import batchnorm_layers, BatchNormMode, pool_stats
 from ..profile.correct import well_means
 from ..profile.metrics import embedding_report, plot_embedding
 from ..predict.tta import tta_group
-from ..predict.core import _compares_with_controls, _forward, predict_sites, Predictions, _prepare
-from ..predict.core import _raw_batches, _sample
+from ..predict.core import Predictions
+from ..predict.sites import _compares_with_controls, _forward, predict_sites, _prepare
+from ..predict.sites import _raw_batches, _sample
 from ..predict.assign import assign_predictions
 from ..recipe.settings import compare_recipes, Recipe
 from ..recipe.published import recipes

@@ -14,7 +14,8 @@ import pandas as pd
 from fastai.learner import Learner
 
 from ..data.domains import domain_keys
-from ..predict.core import _outputs, predict_sites, Predictions
+from ..predict.core import Predictions
+from ..predict.sites import _outputs, predict_sites
 from ..recipe.settings import Recipe
 
 # %% ../../nbs/65_train.inference.ipynb #e99ee5fe

@@ -41,7 +41,9 @@ from ..data.domains import control_pools, _domain_names
 from ..data.statistics import complete_stats, _context_encoder
 from ..data.loader import DomainDL, SITE_COLUMNS, sites_table
 from ..model.batchnorm import batchnorm_layers, DomainSlices
-from ..model.core import _bare, check_arch, create_model, create_screen_head, param_groups, ScreenModel
+from ..model.backbone import check_arch
+from ..model.core import _bare, create_model, param_groups, ScreenModel
+from ..model.head import create_screen_head
 from ..loss.base import ScreenLoss
 from ..loss.multi import MultiLabelLoss
 from ..loss.by_name import create_loss
