@@ -12,6 +12,7 @@ import pytest
 
 from rcic_fastai.screen.tables import WELL_COLUMNS, metadata_sites, read_table, screen_layout
 from rcic_fastai.screen.groups import plate_groups, plate_rotations
+from rcic_fastai.screen.channels import Channel, as_channel, channel_file, channel_name, grey_limits, is_optional
 from rcic_fastai.screen.sites import CHANNELS, check_files, present_sites, site_files, well_sites
 from rcic_fastai.screen.core import check_screen, plate_map
 from rcic_fastai.screen.read import read_screen
@@ -733,3 +734,20 @@ def test_real_files(rcic):
     with pytest.raises(FileNotFoundError, match=r"HEPG2-01/Plate1/B02_s2_w5.png does not exist .*; 31 more files"):
         check_files(sites)
     check_files(sites, channels=(1, 2, 3, 4))
+
+
+# Channels
+
+@pytest.mark.parametrize("text, parts", [
+    (3, ("3", "3", None, False)), ("yellow?", ("yellow", "yellow", None, True)), ("DAPI[100-3200]", ("DAPI", "DAPI", (100, 3200), False)),
+    ("w1=DAPI", ("DAPI", "w1", None, False)), ("w1=DAPI[100-3200]?", ("DAPI", "w1", (100, 3200), True)), ("a[b]", ("a[b]", "a[b]", None, False)),
+])  # fmt: skip
+def test_a_channel_and_its_text(text, parts):
+    channel = as_channel(text)
+    assert (channel.name, channel.file, channel.limits, channel.optional) == parts == (channel_name(text), channel_file(text), grey_limits(text), is_optional(text))
+    assert str(channel) == str(text) and as_channel(channel) is channel and as_channel(str(channel)) == channel == Channel(*parts)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a\\b", "../a=b", "a\0"])
+def test_a_channel_stays_in_its_folder(name):
+    with pytest.raises(ValueError, match="leads to another folder"): as_channel(name)

@@ -224,8 +224,8 @@ def test_a_table_is_no_link_to_elsewhere(own, small_screen, tmp_path):
 
 
 def test_names_of_a_screen_lead_nowhere(own, tmp_path):
-    screen = read_screen(described(own, tmp_path / "a", channels=["../DAPI", "ER"]))
-    with pytest.raises(ValueError, match="channel '../DAPI' leads to another folder"): screen.show_well("B02")
+    with pytest.raises(ValueError, match="screen.json: channel '../DAPI' leads to another folder"):
+        read_screen(described(own, tmp_path / "a", channels=["../DAPI", "ER"]))
     for name in ("../x", r"..\x", "/x"):
         theirs = described(own, tmp_path / f"b{name!r}".replace("/", "-"))
         (theirs / "wells.csv").write_text(f"well,treatment,experiment\nB02,a,{name}\n")

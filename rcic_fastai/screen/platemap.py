@@ -18,7 +18,8 @@ import pandas as pd
 from ..files import claim_folder, path_within, read_json, user_path, write_json, write_whole
 from .tables import alike, alike_names, is_unknown, _nearest, read_rows, _require, _require_unique
 from .tables import WELL_COLUMNS, WELL_TYPES, _WELLS
-from .sites import channel_file, channel_name, escape_braces, pattern_parts, site_files
+from .channels import channel_file, channel_name, check_channel_names
+from .sites import escape_braces, pattern_parts, site_files
 from .core import _packed_files, Screen
 from .planes import read_grey
 
@@ -284,12 +285,6 @@ def _texts(v): return isinstance(v, list) and all(isinstance(t, str) for t in v)
 _described = dict(**dict.fromkeys(('table', 'images', 'files', 'experiment'), (lambda v: isinstance(v, str) and v!='', 'a text')), channels=(lambda v: _texts(v) and v!=[], 'a list of names'),
                   columns=(lambda v: isinstance(v, dict) and _texts(list(v.values())), 'names of columns in braces'), **dict.fromkeys(('negative', 'positive', 'treatments'), (_texts, 'a list of names')))
 
-def _require_names(channels):
-    shown = [channel_name(c) for c in channels]
-    twice = next((s for s in shown if shown.count(s) > 1), None)
-    if twice is None: return
-    raise ValueError(f'two channels are called {twice!r}: {", ".join(c for c, s in zip(channels, shown) if s==twice)}')
-
 def _read_description(folder):
     path = Path(folder)/'screen.json'
     if not path.is_file(): raise FileNotFoundError(f'{folder} has no screen.json: describe_screen (rcic-describe) makes one')
@@ -297,7 +292,7 @@ def _read_description(folder):
     for key, (good, expected) in _described.items():
         if key not in d: raise ValueError(f'{path}: {key!r} is missing')
         if not good(d[key]): raise ValueError(f'{path}: {key} is {json.dumps(d[key])[:60]}, expected {expected}')
-    try: _require_names(d['channels'])
+    try: check_channel_names(d['channels'])
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
     return d
 
@@ -350,7 +345,7 @@ def _chosen_channels(found, asked, n_sites, say):
         file = channel_file(name)
         if file not in found: raise ValueError(f'channel {file!r} has no images{_nearest(file, found.index)}; channels are what the names of the files call them, in the order you want, the nucleus first; {found.index[0]}=DAPI gives one another name')
         if found[file] < n_sites: say(f'Channel {name}: images of {found[file]:,} of {n_sites:,} sites only')
-    _require_names(names)
+    check_channel_names(names)
     return names
 
 def describe_screen(
