@@ -155,7 +155,7 @@ def test_a_laptop_needs_epochs(epochs):
         laptop_recipe(get_recipe("laptop"), epochs)
 
 
-@pytest.mark.parametrize("options", [dict(stem_width=-1), dict(channels=[0, 0, 0, 0]), dict(channels=[99999999999999999999] * 4), dict(channels=["x"]),
+@pytest.mark.parametrize("options", [dict(stem_width=-1), dict(channels=[0, 0, 0, 0]), dict(channels=[4096] * 4, layers=[9] * 4), dict(channels=["x"]),
                                      dict(stem_width="x"), dict(nope=1)])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_options_that_make_no_network_are_named(options):

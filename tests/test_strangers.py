@@ -4,10 +4,12 @@ import ast
 import base64
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
 import types
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -28,6 +30,7 @@ from rcic_fastai.report.html import notebook_page, table, tiles
 from rcic_fastai.screen.platemap import describe_screen
 from rcic_fastai.report.core import folder_sizes, make_report
 from rcic_fastai.run.train import train_run
+from rcic_fastai.recipe.published import get_recipe
 from rcic_fastai.cli.script import CliError
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.cli.script import option_parser
@@ -539,6 +542,52 @@ def test_messages_without_passwords_stay_as_they_are():
                  "unknown key: learning_rate", "store#17 of C:/mine/ada@home", "https://www.kaggle.com/code/ada/rcic", "--set train.lr=.1", "valid 'experiment=HUVEC-07,RPE-07': x", "mail ada@example.org: 5 tokens",
                  "treatment 'TP53:siRNA1@24h'", "treatment 'drug:5@10uM'", "well 12:30@day", "git@example.org:ada/x", "files '{well}:{site}@{channel}.tif'"):  # fmt: skip
         assert scrub(text) == text
+
+
+# Settings that lead to files, to addresses, or to memory without end
+
+OPTIONS = {  # what timm would do with them
+    "checkpoint_path": "/etc/passwd", "cache_dir": "x", "pretrained_cfg": {"url": "http://u:S3cretPw@127.0.0.1:9/x.pth"}, "pretrained_cfg_overlay": {"file": "/etc/passwd"},
+    "features_only": True, "out_indices": [1], "feature_cfg": {}, "pretrained": True, "scriptable": True, "hf_hub_id": "a/b", "stem_width": "http://u:S3cretPw@127.0.0.1:9/x",
+    "act_layer": "../x", "channels": [10**7] * 4, "norm_kwargs": {"eps": 1}, "layers": [[[1]]], "stem_type": "x" * 50, "drop_rate": 1e9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_network_are_plain(small_run, tmp_path, monkeypatch, name):
+    "In a recipe that is trained and in a run that predicts"
+    monkeypatch.setattr("timm.create_model", lambda *a, **k: pytest.fail("timm was asked"))
+    run = shutil.copytree(small_run, tmp_path / "run")
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["model"].update(arch="resnet10t", arch_options={name: OPTIONS[name]})
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    for read in (lambda: read_run(run), lambda: get_recipe(run / "recipe.json")):
+        with pytest.raises(ValueError, match=rf"recipe.json: model.arch_options.*{name}|recipe.json: model holds an address") as e: read()
+        assert "S3cretPw" not in str(e.value)
+
+
+@pytest.mark.parametrize("change", [dict(data=dict(read_size=10**6)), dict(data=dict(batch_size=10**9)), dict(model=dict(hidden=10**8)), dict(seed=-1), dict(inference=dict(bagging=[10**9]))], ids=str)
+def test_sizes_of_a_run_have_bounds(small_run, tmp_path, change):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    recipe = json.loads((run / "recipe.json").read_text())
+    for part, values in change.items(): recipe[part] = {**recipe[part], **values} if isinstance(values, dict) else values
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="recipe.json: .*expected"): read_run(run)
+
+
+def test_what_others_log_and_warn_of_holds_no_password(caplog):
+    with warnings.catch_warnings(record=True) as found, one_line_errors(False):
+        warnings.simplefilter("always")
+        logging.getLogger("timm.models").warning("Loading from (%s)", "https://u:S3cretPw@example.org/x.pth?sig=S3cretSig")
+        warnings.warn("https://u:S3cretPw@example.org is slow", stacklevel=1)
+        logging.getLogger("timm.models").warning("%d of %d", 1, 2)
+    said = caplog.text + " ".join(str(w.message) for w in found)
+    assert "S3cret" not in said and "example.org is slow" in said and "1 of 2" in said
+
+
+def test_an_error_without_a_word_gets_some():
+    for error in (MemoryError(), ValueError(), OSError(), KeyError("")):
+        with pytest.raises(CliError, match=f"{type(error).__name__}"), one_line_errors(False): raise error
 
 
 # Pages

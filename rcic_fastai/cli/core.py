@@ -7,9 +7,9 @@ __all__ = ['one_line_errors', 'command', 'rcic_simulate', 'rcic_describe', 'rcic
            'rcic_predict', 'rcic_embed', 'rcic_blend', 'rcic_submit', 'rcic_score', 'rcic_report', 'rcic_demo']
 
 # %% ../../nbs/91_cli.core.ipynb #d74bc3d9
-import inspect, math, os, re, signal, sys, time, traceback
+import inspect, logging, math, os, re, signal, sys, time, traceback, warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,6 @@ from ..credentials import refuse_password, scrub
 from .script import call_parse, CliError
 
 # %% ../../nbs/91_cli.core.ipynb #974ff64a
-import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai and timm are imported; nothing a user can act on
 
 # %% ../../nbs/91_cli.core.ipynb #52f479aa
@@ -38,13 +37,30 @@ def _safe_children():
         else: os.environ['PYTHONSAFEPATH'] = before
 
 @contextmanager
+def _clean_logs():
+    "What other libraries log or warn of holds no credentials"
+    record, show = logging.getLogRecordFactory(), warnings.showwarning
+    def clean(*args, **kwargs):
+        found = record(*args, **kwargs)
+        with suppress(Exception): # a message that does not fit its arguments is logging's to tell
+            if (said := scrub(found.getMessage()))!=found.getMessage(): found.msg, found.args = said, ()
+        return found
+    def show_clean(message, category, *args, **kwargs): return show(said if (said := scrub(message))!=str(message) else message, category, *args, **kwargs)
+    logging.setLogRecordFactory(clean)
+    warnings.showwarning = show_clean
+    try: yield
+    finally:
+        logging.setLogRecordFactory(record)
+        if warnings.showwarning is show_clean: warnings.showwarning = show
+
+@contextmanager
 def one_line_errors(
     debug:bool # let exceptions through, with their traceback?
 ) -> Iterator[None]:
     "Turn an exception into the message of a command, without credentials."
     if debug: sys.excepthook = _scrubbed_traceback
     try:
-        with _safe_children(): yield
+        with _safe_children(), _clean_logs(): yield
     except CliError: raise
     except KeyboardInterrupt as e:
         if debug: raise
@@ -56,6 +72,7 @@ def one_line_errors(
         expected = isinstance(e, (ValueError, OSError, FloatingPointError))
         message = (isinstance(e, OSError) and not e.filename and e.strerror or str(e)) if expected else f'{type(e).__name__}: {e} (unexpected; --debug shows where)'
         message = re.sub(r'^Exception occured in .*?:\s+', '', message) # fastai tells in which callback
+        if not message.strip(' .:'): message = f'{type(e).__name__}, of which nothing more is known; --debug shows where it arose'
         raise CliError(f'{Path(sys.argv[0]).name}: error: {" ".join(scrub(message).split())}') from None
 
 # %% ../../nbs/91_cli.core.ipynb #7465faf8

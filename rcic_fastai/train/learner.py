@@ -15,6 +15,7 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import timm
 import torch
 import numpy as np
 import pandas as pd
@@ -131,6 +132,12 @@ def _head_options(recipe, n_cell_types):
     return dict(n_hidden=m.hidden, dropout=m.dropout, classifier=m.classifier, n_cell_types=n_cell_types if m.cell_type else 0, cell_type=m.cell_type or 'one_hot')
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b030
+def _n_weights(arch, options):
+    "Weights of a network, before memory is asked for; 0 where only building it tells"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device('meta'): return sum(p.numel() for p in timm.create_model(arch, **options).parameters())
+    except Exception: return 0 # whatever is wrong is said when it is built
+
 def recipe_model(
     recipe:Recipe, # settings
     n_classes:int, # outputs
@@ -139,6 +146,7 @@ def recipe_model(
 ) -> ScreenModel:
     "The network of a recipe, before training. Raises: ValueError for `model.arch_options` that make no network."
     m, said = recipe.model, f'model.arch_options is {json.dumps(recipe.model.arch_options)}'
+    if m.arch_options and (n := _n_weights(m.arch, m.arch_options)) > 2e9: raise ValueError(f'{said}, which makes {n/1e9:,.0f} billion weights of {m.arch}, expected at most 2')
     try: model = create_model(m.arch, n_classes, n_channels=n_channels, pretrained=m.pretrained, init=m.first_conv, pool=m.pool, head=m.head,
                               **_head_options(recipe, n_cell_types), **m.arch_options)
     except ValueError as e: raise ValueError(f'{said}: {e}') if str(e).startswith('timm cannot build') else e from None
