@@ -6,11 +6,19 @@ from dataclasses import asdict, fields, is_dataclass
 import pytest
 import torch
 
-from rcic_fastai.recipe.settings import compare_recipes
-from rcic_fastai.recipe.check import recipe_from_json, recipe_to_json
+from rcic_fastai.model.batchnorm import batchnorm_modes
+from rcic_fastai.model.backbone import first_conv_inits
+from rcic_fastai.model.head import cell_type_kinds, classifiers, head_kinds, pools
+from rcic_fastai.labels.threshold import threshold_methods
+from rcic_fastai.loss.by_name import losses
+from rcic_fastai.profile.correct import postprocess_names
+from rcic_fastai.recipe.check import recipe_from_json, recipe_to_json, settings_table
 from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe, list_recipes, recipes
-from rcic_fastai.recipe.settings import Recipe
+from rcic_fastai.recipe.settings import _limits, _rule, InferenceSettings, LossSettings, ModelSettings, Recipe, TrainSettings, compare_recipes
 from rcic_fastai.train.learner import _compile, recipe_model
+from rcic_fastai.train.mix import mixes
+from rcic_fastai.train.optimizer import optimizers
+from rcic_fastai.train.schedule import schedule_function
 
 
 def leaves(settings, where=""):
@@ -104,20 +112,13 @@ def test_list_names_source_and_score():
 
 def test_every_number_of_a_recipe_has_a_range():
     "What is zero, negative, huge, NaN or infinite is refused by name"
-    import dataclasses
-    import typing
-
-    from rcic_fastai.recipe.check import _ranges
-
     base, checked = get_recipe("laptop"), 0
-    for section in dataclasses.fields(base):
+    for section in fields(base):
         part = getattr(base, section.name)
-        for f in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
-            hint = typing.get_type_hints(type(part))[f.name]
-            kinds = typing.get_args(hint) or (hint,)
-            if not {int, float} & set(kinds) or hint in (dict, list):
+        for f in fields(part) if is_dataclass(part) else ():
+            if not {int, float} & set(_rule(type(part), f.name)[0]):
                 continue
-            key, (low, high) = f"{section.name}.{f.name}", _ranges[section.name, f.name]
+            key, (low, high) = f"{section.name}.{f.name}", _limits(type(part), f.name)
             for text in ("NaN", "Infinity", "-Infinity", "1e999", "true", "[1]", "{}", '"nan"', str(low - 1), str(int(high * 2 + 1)), "-1e30", str(10**400)):
                 with pytest.raises(ValueError, match=key.removeprefix("inference.")) as e:
                     change_recipe(base, f"{key}={text}")
@@ -126,11 +127,27 @@ def test_every_number_of_a_recipe_has_a_range():
     assert checked > 600
 
 
-def test_the_names_of_thresholds_are_those_there_are():
-    from rcic_fastai.recipe.check import _choices
-    from rcic_fastai.labels.threshold import threshold_methods
+@pytest.mark.parametrize("table, setting, names", [
+    (LossSettings, "name", losses), (TrainSettings, "loss", losses), (TrainSettings, "optimizer", optimizers), (TrainSettings, "mix", mixes),
+    (ModelSettings, "pool", pools), (ModelSettings, "head", set(head_kinds) - {"linear_cosine"}), (ModelSettings, "cell_type", cell_type_kinds), (ModelSettings, "classifier", classifiers), (ModelSettings, "first_conv", first_conv_inits),
+    (InferenceSettings, "batchnorm", batchnorm_modes), (InferenceSettings, "postprocess", postprocess_names), (InferenceSettings, "thresholds", threshold_methods),
+])  # fmt: skip
+def test_the_words_of_a_setting_are_those_of_its_module(table, setting, names):
+    "A name that a module gains or loses is one that a recipe gains or loses"
+    assert set(_rule(table, setting)[1]) == set(names)
 
-    assert set(_choices["inference", "thresholds"]) == set(threshold_methods)
+
+def test_every_setting_is_in_the_table_with_its_rule():
+    table = settings_table()
+    assert list(table.index) == [key for key, _ in leaves(Recipe())]
+    assert table.what.notna().all() and table.loc["train.keep", "may_be"] == '"last", "best"'
+    assert table.loc["data.crop", "may_be"] == "int or null, 8 to 16,384" and table.loc["device.channels_last", "may_be"] == 'bool or "auto"'
+
+
+@pytest.mark.parametrize("schedule", _rule(TrainSettings, "schedule")[1])
+def test_every_schedule_can_be_made(schedule):
+    if schedule != "one_cycle":  # which is fastai's
+        assert schedule_function(TrainSettings(schedule=schedule, steps=[0.5]))(0) > 0
 
 
 @pytest.mark.parametrize("setting", ['loss.options={"m": 1, "m": 2}', 'loss.options={"m": "a"}', 'loss.options={"s": NaN}', 'loss.options={"reduction": "none"}', "train.steps=[2]",

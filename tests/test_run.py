@@ -22,7 +22,7 @@ from rcic_fastai.cli.script import CliError
 from rcic_fastai.screen.simulate import simulate_screen
 from rcic_fastai.data.statistics import complete_stats
 from rcic_fastai.recipe.settings import ModelSettings, Recipe, TrainSettings
-from rcic_fastai.train.callbacks import schedule_function
+from rcic_fastai.train.schedule import schedule_function
 from rcic_fastai.train.loaders import recipe_dataloaders
 from rcic_fastai.train.learner import fit_stage, known_accuracy, new_head, screen_learner
 from rcic_fastai.run.folder import load_run, read_run  # fmt: skip

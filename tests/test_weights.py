@@ -16,7 +16,7 @@ from rcic_fastai.recipe.published import change_recipe, get_recipe, recipes
 from rcic_fastai.run.train import find_lr, logger, train_run
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.recipe.settings import DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings
-from rcic_fastai.train.callbacks import schedule_function
+from rcic_fastai.train.schedule import schedule_function
 from rcic_fastai.train.loaders import recipe_dataloaders
 from rcic_fastai.train.learner import fit_stage, recipe_model, screen_learner  # fmt: skip
 from rcic_fastai.train.averaging import KeepBest, geometric_rates

@@ -12,86 +12,152 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..errors import did_you_mean
 from ..files import parse_json, read_text, user_path
-from .settings import DataSettings, InferenceSettings, LossSettings, ModelSettings, _nearest
-from .settings import _nearest_setting, PseudoSettings, Recipe, recipe_from_dict, TrainSettings
-from .check import check_recipe, _is_arch, _originals, recipe_from_json, _stages
+from ..model.backbone import check_arch
+from .settings import DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings
+from .settings import _nearest_setting, Recipe, recipe_from_dict, stage_names, TrainSettings
+from .check import check_recipe, recipe_from_json
 
 # %% ../../nbs/62_recipe.published.ipynb #1aade3cf
-# what several recipes share
-def _one_experiment(batch_size): return DataSettings(domain='experiment', batch_size=batch_size, standardize='image')
+recipes:dict[str, Recipe] = {}
+
+def _add(*systems):
+    for r in systems: recipes[r.name] = r
+
+_add(Recipe(
+    name='laptop', source='rcic_fastai',
+    data=DataSettings(domain='experiment', batch_size=32, crop=96, epoch_sites=128, standardize='screen'),
+    model=ModelSettings(arch='small_seresnext', head='cosine'),
+    loss=LossSettings('am_softmax', dict(m=.3, s=16.)),
+    train=TrainSettings(epochs=8, lr=2e-3, weight_decay=1e-2),
+    inference=InferenceSettings(batchnorm='domain')))
+
+# %% ../../nbs/62_recipe.published.ipynb #5473e9ce
+def _one_experiment(batch_size):
+    "Small batches of one experiment, standardised by image"
+    return DataSettings(domain='experiment', batch_size=batch_size, standardize='image')
+
 _falling = TrainSettings(epochs=20, lr=1e-4, schedule='exponential', decay=.95, weight_decay=0.)
 _last = replace(_falling, epochs=10, lr=3e-5)
-_two_rates = TrainSettings(epochs=20, lr=1e-3, optimizer='adam', schedule='steps', steps=[.5], weight_decay=0., keep='best', validate_steps=500)
 _voted = InferenceSettings(batchnorm='domain', pool_sites=128, assignment='vote')
+_am_softmax = LossSettings('am_softmax', dict(m=.5, s=30.))
 
-recipes = {r.name: r for r in (
-    Recipe(name='laptop', source='rcic_fastai',
-           data=DataSettings(domain='experiment', batch_size=32, crop=96, epoch_sites=128, standardize='screen'),
-           model=ModelSettings(arch='small_seresnext', head='cosine'),
-           loss=LossSettings('am_softmax', dict(m=.3, s=16.)),
-           train=TrainSettings(epochs=8, lr=2e-3, weight_decay=1e-2),
-           inference=InferenceSettings(batchnorm='domain')),
-    Recipe(name='efficientnet_b5_amsoftmax', source='RCIC 2019, 83rd of 866, first of four models', score='part of a blend',
-           data=_one_experiment(4), model=ModelSettings(arch='efficientnet_b5', pretrained=True, head='cosine'),
-           loss=LossSettings('am_softmax', dict(m=.5, s=30.)), train=replace(_falling, freeze_epochs=1), cell_type=_last, inference=_voted),
-    Recipe(name='densenet201_amsoftmax', source='RCIC 2019, 83rd of 866, second of four models', score='part of a blend',
-           data=_one_experiment(8), model=ModelSettings(arch='densenet201', pretrained=True, head='cosine'),
-           loss=LossSettings('am_softmax', dict(m=.5, s=30.)), train=replace(_falling, optimizer='adam', freeze_epochs=1),
-           cell_type=replace(_last, optimizer='adam'), inference=_voted),
-    Recipe(name='efficientnet_b2_crossentropy', source='RCIC 2019, 83rd of 866, third of four models', score='part of a blend',
-           data=_one_experiment(8), model=ModelSettings(arch='efficientnet_b2', pretrained=True, head='linear'),
+_add(
+    Recipe(name='efficientnet_b5_amsoftmax', source='RCIC 2019, 83rd of 866, first of four models',
+           score='part of a blend', data=_one_experiment(4),
+           model=ModelSettings(arch='efficientnet_b5', pretrained=True, head='cosine'), loss=_am_softmax,
+           train=replace(_falling, freeze_epochs=1), cell_type=_last, inference=_voted),
+    Recipe(name='densenet201_amsoftmax', source='RCIC 2019, 83rd of 866, second of four models',
+           score='part of a blend', data=_one_experiment(8),
+           model=ModelSettings(arch='densenet201', pretrained=True, head='cosine'), loss=_am_softmax,
+           train=replace(_falling, optimizer='adam', freeze_epochs=1),
+           cell_type=replace(_last, optimizer='adam'), inference=_voted))
+
+# %% ../../nbs/62_recipe.published.ipynb #c128c08c
+_add(
+    Recipe(name='efficientnet_b2_crossentropy', source='RCIC 2019, 83rd of 866, third of four models',
+           score='part of a blend', data=_one_experiment(8),
+           model=ModelSettings(arch='efficientnet_b2', pretrained=True, head='linear'),
            loss=LossSettings('cross_entropy', {}), train=replace(_falling, lr=1e-3, optimizer='adam', decay=.99),
            cell_type=replace(_last, lr=3e-4, optimizer='adam', decay=.99), inference=_voted),
-    Recipe(name='seresnext101_amsoftmax', source='RCIC 2019, 83rd of 866, fourth of four models', score='part of a blend',
-           data=_one_experiment(16), model=ModelSettings(arch='se_resnext101_32x4d', pretrained=True, head='cosine'),
-           loss=LossSettings('am_softmax', dict(m=.5, s=30., gamma=2.)), train=TrainSettings(epochs=20, lr=1e-4, weight_decay=1e-4),
-           cell_type=replace(_last, schedule='one_cycle', weight_decay=1e-4), inference=_voted),
-    Recipe(name='densenet121_accumulate', source='a ten-day log of RCIC 2019', score='not submitted',
-           data=_one_experiment(6), model=ModelSettings(arch='densenet121', pretrained=True, head='neck', hidden=512, dropout=.5),
-           loss=LossSettings('cross_entropy', {}), train=replace(_two_rates, accumulate=5), inference=InferenceSettings(batchnorm='domain', pool_sites=128)),
-    Recipe(name='resnext50_accumulate', source='a ten-day log of RCIC 2019', score='not submitted',
-           data=_one_experiment(6), model=ModelSettings(arch='resnext50_32x4d', pretrained=True, head='neck', hidden=512, dropout=.5),
-           loss=LossSettings('cross_entropy', {}), train=replace(_two_rates, accumulate=10), inference=InferenceSettings(batchnorm='domain', pool_sites=128)),
-    Recipe(name='densenet121_domain_bn', source='RCIC 2019, 44th of 866', score='private .953', per_cell_type=True,
-           data=DataSettings(domain='plate', batch_size=8, standardize='screen', intensity=0.),
-           model=ModelSettings(arch='densenet121', pretrained=True, head='linear'),
-           loss=LossSettings('one_hot_bce'),
-           controls=TrainSettings(epochs=100, lr=1e-3, optimizer='adam', schedule='constant', weight_decay=0., accumulate=16),
-           train=TrainSettings(epochs=275, lr=1e-3, optimizer='adam', schedule='steps', steps=[.8, 250/275], weight_decay=0., accumulate=16),
-           finetune=TrainSettings(epochs=25, lr=1e-4, optimizer='adam', schedule='cosine', weight_decay=0., accumulate=16, mix='mixup'),
-           inference=InferenceSettings(batchnorm='batch', bagging=[32, 64, 96, 128])),
+    Recipe(name='seresnext101_amsoftmax', source='RCIC 2019, 83rd of 866, fourth of four models',
+           score='part of a blend', data=_one_experiment(16),
+           model=ModelSettings(arch='se_resnext101_32x4d', pretrained=True, head='cosine'),
+           loss=LossSettings('am_softmax', dict(m=.5, s=30., gamma=2.)),
+           train=TrainSettings(epochs=20, lr=1e-4, weight_decay=1e-4),
+           cell_type=replace(_last, schedule='one_cycle', weight_decay=1e-4), inference=_voted))
+
+# %% ../../nbs/62_recipe.published.ipynb #176fb3f1
+_two_rates = TrainSettings(epochs=20, lr=1e-3, optimizer='adam', schedule='steps', steps=[.5], weight_decay=0.,
+                           keep='best', validate_steps=500)
+_pooled = InferenceSettings(batchnorm='domain', pool_sites=128)
+
+def _log(name, arch, accumulate):
+    model = ModelSettings(arch=arch, pretrained=True, head='neck', hidden=512, dropout=.5)
+    return Recipe(name=name, source='a ten-day log of RCIC 2019', score='not submitted', data=_one_experiment(6),
+                  model=model, loss=LossSettings('cross_entropy', {}),
+                  train=replace(_two_rates, accumulate=accumulate), inference=_pooled)
+
+_add(_log('densenet121_accumulate', 'densenet121', 5), _log('resnext50_accumulate', 'resnext50_32x4d', 10))
+
+# %% ../../nbs/62_recipe.published.ipynb #27953e4a
+_adam_16 = TrainSettings(lr=1e-3, optimizer='adam', schedule='constant', weight_decay=0., accumulate=16)
+
+_add(Recipe(
+    name='densenet121_domain_bn', source='RCIC 2019, 44th of 866', score='private .953', per_cell_type=True,
+    data=DataSettings(domain='plate', batch_size=8, standardize='screen', intensity=0.),
+    model=ModelSettings(arch='densenet121', pretrained=True, head='linear'),
+    loss=LossSettings('one_hot_bce'),
+    controls=replace(_adam_16, epochs=100),
+    train=replace(_adam_16, epochs=275, schedule='steps', steps=[.8, 250/275]),
+    finetune=replace(_adam_16, epochs=25, lr=1e-4, schedule='cosine', mix='mixup'),
+    inference=InferenceSettings(batchnorm='batch', bagging=[32, 64, 96, 128])))
+
+# %% ../../nbs/62_recipe.published.ipynb #8b3bba47
+_add(
     Recipe(name='densenet161_first_place', source='RCIC 2019, 1st of 866', score='private .9976',
            data=DataSettings(domain=None, batch_size=24, standardize='image', intensity=.1, control_classes='all'),
-           model=ModelSettings(arch='densenet161', pretrained=True, head='neck', classifier='linear_cosine', cell_type='one_hot'),
+           model=ModelSettings(arch='densenet161', pretrained=True, head='neck', classifier='linear_cosine',
+                               cell_type='one_hot'),
            loss=LossSettings('ce_arcface', dict(weight=.2, m=.5, s=30.)),
-           train=TrainSettings(epochs=150, lr=1.5e-4, optimizer='adam', schedule='cosine', weight_decay=1e-5, accumulate=2, mix='cutmix', mix_alpha=1.),
+           train=TrainSettings(epochs=150, lr=1.5e-4, optimizer='adam', schedule='cosine', weight_decay=1e-5,
+                               accumulate=2, mix='cutmix', mix_alpha=1.),
            pseudo=PseudoSettings(start=90, first=.4, last=1.),
            inference=InferenceSettings(batchnorm='running', tta=8)),
     Recipe(name='densenet161_domain_batches', source='rcic_fastai', score='see benchmarks/results/batch_effect.md',
-           data=DataSettings(domain='plate', batch_size=8, match_histograms='experiment', standardize=None, intensity=0.),
+           data=DataSettings(domain='plate', batch_size=8, match_histograms='experiment', standardize=None,
+                             intensity=0.),
            model=ModelSettings(arch='densenet161', pretrained=True, head='cosine', cell_type='one_hot'),
            loss=LossSettings('am_softmax', dict(m=.3, s=16.)),
            train=TrainSettings(epochs=90, lr=1e-3, weight_decay=1e-2),
-           inference=InferenceSettings(batchnorm='domain', tta=8, postprocess='center_plate', pool_sites=128)),
+           inference=InferenceSettings(batchnorm='domain', tta=8, postprocess='center_plate', pool_sites=128)))
+
+# %% ../../nbs/62_recipe.published.ipynb #7a2540db
+_atlas = DataSettings(domain=None, batch_size=16, read_size=512, size=512, min_scale=.5, standardize='image',
+                      intensity=0., brightness=.1, warp=.1)
+_found = TrainSettings(epochs=25, lr=1e-2, find_lr=100, accumulate=4)
+
+_add(
     Recipe(name='hpa_seresnext50_focal', source='Human Protein Atlas 2018, 8th place', score='private macro-F1 .563',
-           data=DataSettings(domain=None, batch_size=16, read_size=512, size=512, min_scale=.5, standardize='image', intensity=0., brightness=.1, warp=.1),
+           data=_atlas, valid='fold=0/5',
            model=ModelSettings(arch='se_resnext50_32x4d', pretrained=True, pool='concat', head='batchnorm', dropout=.5),
            loss=LossSettings('multilabel_focal', dict(gamma=2.)),
-           head=TrainSettings(epochs=2, lr=1e-2, find_lr=100, accumulate=4),
-           train=TrainSettings(epochs=25, lr=1e-2, find_lr=100, lr_ratio=16., accumulate=4),
-           finetune=TrainSettings(epochs=12, lr=1e-4, lr_ratio=16., schedule='constant', accumulate=4, loss='lsep', average=10),
-           valid='fold=0/5', inference=InferenceSettings(batchnorm='running', tta='s4', thresholds='repeated_f1')),
-    Recipe(name='hpa_resnet50_arcface', source='Human Protein Atlas 2018, metric learning of the 1st place', score='+.03',
-           data=DataSettings(domain=None, batch_size=32, read_size=512, size=512, min_scale=.5, standardize='image', intensity=0., brightness=.1, warp=.1),
+           head=replace(_found, epochs=2),
+           train=replace(_found, lr_ratio=16.),
+           finetune=TrainSettings(epochs=12, lr=1e-4, lr_ratio=16., schedule='constant', accumulate=4, loss='lsep',
+                                  average=10),
+           inference=InferenceSettings(batchnorm='running', tta='s4', thresholds='repeated_f1')),
+    Recipe(name='hpa_resnet50_arcface', source='Human Protein Atlas 2018, metric learning of the 1st place',
+           score='+.03', data=replace(_atlas, batch_size=32),
            model=ModelSettings(arch='resnet50', pretrained=True, head='batchnorm', classifier='cosine'),
-           loss=LossSettings('arcface', dict(m=.5, s=30.)), train=TrainSettings(epochs=50, lr=1e-3, lr_ratio=16.), inference=InferenceSettings(batchnorm='running')),
-)}
+           loss=LossSettings('arcface', dict(m=.5, s=30.)), train=TrainSettings(epochs=50, lr=1e-3, lr_ratio=16.),
+           inference=InferenceSettings(batchnorm='running')))
 
+# %% ../../nbs/62_recipe.published.ipynb #a2aa0e88
 def list_recipes() -> pd.DataFrame: # one row per recipe
     "The recipes with where they come from."
-    return pd.DataFrame([dict(recipe=r.name, arch=r.model.arch, loss=r.loss.name, batches=r.data.domain or 'mixed', epochs=r.train.epochs,
-                              source=r.source, score=r.score) for r in recipes.values()]).set_index('recipe')
+    row = lambda r: dict(recipe=r.name, arch=r.model.arch, loss=r.loss.name, batches=r.data.domain or 'mixed',
+                         epochs=r.train.epochs, source=r.source, score=r.score)
+    return pd.DataFrame([row(r) for r in recipes.values()]).set_index('recipe')
+
+# %% ../../nbs/62_recipe.published.ipynb #39f793ca
+# settings of the originals that are mistakes, or do not suit new experiments
+_original = ('data.domain=null', 'inference.batchnorm=running', 'inference.pool_sites=null', 'model.first_conv=repeat',
+             'valid=well=0/5')
+_blended = ('efficientnet_b5_amsoftmax', 'densenet201_amsoftmax', 'efficientnet_b2_crossentropy',
+            'seresnext101_amsoftmax')
+_originals = {**{name: (*_original, 'inference.assignment=vote_zero') for name in _blended},
+              **{name: _original for name in ('densenet121_accumulate', 'resnext50_accumulate')}}
+
+def _faithful(name):
+    if name in _originals: return change_recipe(recipes[name], f'name={name}-faithful', *_originals[name])
+    raise ValueError(f'nothing was corrected in {name!r}; an original is there of {", ".join(_originals)}')
+
+def _is_arch(name):
+    try: check_arch(name)
+    except ValueError: return False
+    return True
 
 # %% ../../nbs/62_recipe.published.ipynb #066a2311
 def get_recipe(
@@ -100,51 +166,75 @@ def get_recipe(
 ) -> Recipe: # checked
     """A recipe by name or from a file.
 
-    Raises: ValueError naming the nearest recipe, the file and what is wrong in it, or a recipe in which nothing was corrected; FileNotFoundError.
+    Raises: ValueError naming the nearest recipe, the file and what is wrong in it, or a recipe in which nothing was
+    corrected; FileNotFoundError.
     """
-    if faithful:
-        if str(name) not in _originals: raise ValueError(f'nothing was corrected in {str(name)!r}; an original is there of {", ".join(_originals)}')
-        return change_recipe(recipes[str(name)], f'name={name}-faithful', *_originals[str(name)])
+    if faithful: return _faithful(str(name))
     if str(name) in recipes: return recipes[str(name)]
     path = user_path(name)
-    if path.suffix!='.json' and _is_arch(str(name)):
-        raise ValueError(f'there is no recipe {str(name)!r}: it is an architecture, which any recipe takes with --set model.arch={name} '
-                         f"(change_recipe(recipe, 'model.arch={name}'); screen_learner(dls, {str(name)!r}))")
-    if path.suffix!='.json': raise ValueError(f'there is no recipe {str(name)!r}{_nearest(str(name), list(recipes))}')
+    if path.suffix != '.json' and _is_arch(str(name)):
+        raise ValueError(f'there is no recipe {str(name)!r}: it is an architecture, which any recipe takes with '
+                         f"--set model.arch={name} (change_recipe(recipe, 'model.arch={name}'); "
+                         f'screen_learner(dls, {str(name)!r}))')
+    if path.suffix != '.json': raise ValueError(f'there is no recipe {str(name)!r}{did_you_mean(name, recipes, .5)}')
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
     try: return recipe_from_json(read_text(path), path)
-    except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(path)) else f'{path}: {e}') from None
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(str(path)) else f'{path}: {e}') from None
 
 # %% ../../nbs/62_recipe.published.ipynb #d5fcbed5
+_free = ('loss.options', 'model.arch_options') # tables whose keys are not settings
+
+def _put(d, setting):
+    "Put 'train.epochs=5' into nested dictionaries"
+    key, equals, text = setting.partition('=')
+    if not equals: raise ValueError(f'{setting!r} has no "=", expected something like train.epochs=5')
+    try: json.loads(text)
+    except ValueError: value = text # no JSON, so it is a word
+    else: value = parse_json(text, key)
+    *parents, last = key.split('.')
+    for k in parents:
+        if not isinstance(d.get(k), dict): raise ValueError(f'{key} is no setting{_nearest_setting(key)}')
+        d = d[k]
+    if last not in d and '.'.join(parents) not in _free: raise ValueError(f'{key} is no setting{_nearest_setting(key)}')
+    d[last] = value
+
 def change_recipe(
     recipe:Recipe, # where to start
     *settings:str # such as 'train.epochs=5', 'data.domain=null', 'loss.options={"m": 0.2}'
 ) -> Recipe: # a checked copy
-    "Change single settings. Raises: ValueError naming the setting, and the nearest one if there is none of that name."
+    "Change single settings. Raises: ValueError naming the setting, or the nearest one if there is none of that name."
     d = asdict(recipe)
-    for s in settings:
-        key, equals, text = s.partition('=')
-        if not equals: raise ValueError(f'{s!r} has no "=", expected something like train.epochs=5')
-        try: json.loads(text)
-        except ValueError: value = text # no JSON, so it is a word
-        else: value = parse_json(text, key)
-        *parents, last = key.split('.')
-        at = d
-        for i, k in enumerate(parents):
-            if k not in at or not isinstance(at[k], dict): raise ValueError(f'{key} is no setting{_nearest_setting(key)}')
-            at = at[k]
-        if parents[:2] not in (['loss', 'options'], ['model', 'arch_options']) and last not in at: raise ValueError(f'{key} is no setting{_nearest_setting(key)}')
-        at[last] = value
+    for s in settings: _put(d, s)
     return check_recipe(recipe_from_dict(d))
 
-# %% ../../nbs/62_recipe.published.ipynb #b1b34ae8
-# highest learning rates for `small_resnet`, chosen on held-out training experiments (benchmarks/results/batch_effect_rates.csv, recipe_rates.csv)
-laptop_rates = dict(efficientnet_b5_amsoftmax=1.2e-2, densenet201_amsoftmax=4e-3, efficientnet_b2_crossentropy=4e-3, seresnext101_amsoftmax=3.6e-2,
-                    densenet121_accumulate=4e-3, resnext50_accumulate=1.2e-2,
-                    hpa_seresnext50_focal=2.5e-2, hpa_resnet50_arcface=2e-2, # the last two on a simulated atlas
-                    laptop=1.2e-2, densenet121_domain_bn=4e-3, densenet161_first_place=1.5e-3, densenet161_domain_batches=1.2e-2)
-small_resnet = dict(arch='resnet10t', arch_options=dict(channels=[24, 48, 96, 192], stem_width=16)) # 0.7 million weights
+# %% ../../nbs/62_recipe.published.ipynb #c51b0077
+# highest learning rates for `small_resnet`, chosen on held-out training experiments of a simulated screen
+# (benchmarks/results/batch_effect_rates.csv, recipe_rates.csv); those of the atlas on a simulated atlas
+laptop_rates = dict(efficientnet_b5_amsoftmax=1.2e-2, densenet201_amsoftmax=4e-3, efficientnet_b2_crossentropy=4e-3,
+                    seresnext101_amsoftmax=3.6e-2, densenet121_accumulate=4e-3, resnext50_accumulate=1.2e-2,
+                    hpa_seresnext50_focal=2.5e-2, hpa_resnet50_arcface=2e-2, laptop=1.2e-2, densenet121_domain_bn=4e-3,
+                    densenet161_first_place=1.5e-3, densenet161_domain_batches=1.2e-2)
+small_resnet = dict(arch='resnet10t', arch_options=dict(channels=[24, 48, 96, 192], stem_width=16)) # .7 million weights
 
+# %% ../../nbs/62_recipe.published.ipynb #d5948b2d
+def _shorter(recipe, epochs):
+    "Epochs of a stage in proportion, so that all stages have `epochs` together"
+    total = sum(getattr(recipe, s).epochs for s in stage_names if s != 'head')
+    return lambda n: max(1, round(n*epochs/total)) if n else 0
+
+def _short_stage(stage, short, factor, accumulate):
+    "A stage with fewer epochs, another rate, and smaller virtual batches"
+    epochs = short(stage.epochs)
+    return replace(stage, epochs=epochs, lr=stage.lr*factor, find_lr=0, lr_ratio=1., average=min(stage.average, epochs),
+                   accumulate=max(1, min(stage.accumulate, accumulate)),
+                   freeze_epochs=max(0, min(stage.freeze_epochs, epochs-1)),
+                   validate_steps=min(stage.validate_steps, 50))
+
+def _short_pseudo(pseudo, short, epochs):
+    return pseudo if pseudo.start is None else replace(pseudo, start=min(short(pseudo.start), epochs-1))
+
+# %% ../../nbs/62_recipe.published.ipynb #b1b34ae8
 def laptop_recipe(
     recipe:Recipe, # any system
     epochs:int=12, # of all stages together
@@ -153,18 +243,17 @@ def laptop_recipe(
     **model # of `ModelSettings`; by default `small_resnet`
 ) -> Recipe: # checked
     "The same system on a small network and a short schedule, with images kept in memory."
-    if isinstance(epochs, bool) or not 1 <= epochs <= 100_000: raise ValueError(f'epochs is {epochs} (--laptop), expected 1 to 100,000 epochs of all stages together')
+    if isinstance(epochs, bool) or not 1 <= epochs <= 100_000:
+        raise ValueError(f'epochs is {epochs} (--laptop), expected 1 to 100,000 epochs of all stages together')
     if lr is not None and not 0 < lr < 1000: raise ValueError(f'lr is {lr}, expected a learning rate above 0')
     if not virtual_batch >= 1: raise ValueError(f'virtual_batch is {virtual_batch}, expected 1 site or more')
-    stages = {s: getattr(recipe, s) for s in _stages}
-    stages['head'] = replace(recipe.head, epochs=0) # nothing is pretrained, so there is no body that a head could wait for
-    total = sum(s.epochs for s in stages.values())
-    short = lambda n: max(1, round(n*epochs/total)) if n else 0
-    bs = min(recipe.data.batch_size, virtual_batch)
+    recipe = replace(recipe, head=replace(recipe.head, epochs=0)) # nothing is pretrained that a head could wait for
+    short, size = _shorter(recipe, epochs), min(recipe.data.batch_size, virtual_batch)
     factor = (lr or laptop_rates.get(recipe.name.removesuffix('-faithful'), recipe.train.lr))/recipe.train.lr
-    stages = {k: replace(s, epochs=short(s.epochs), lr=s.lr*factor, find_lr=0, lr_ratio=1., average=min(s.average, short(s.epochs)), accumulate=max(1, min(s.accumulate, virtual_batch//bs)),
-                           freeze_epochs=max(0, min(s.freeze_epochs, short(s.epochs)-1)), validate_steps=min(s.validate_steps, 50)) for k,s in stages.items()}
-    pseudo = recipe.pseudo if recipe.pseudo.start is None else replace(recipe.pseudo, start=min(short(recipe.pseudo.start), stages['train'].epochs-1))
-    return check_recipe(replace(recipe, name=f'{recipe.name}-laptop', data=replace(recipe.data, batch_size=bs, cache=True, workers=0, read_size=recipe.data.read_size and 64),
-                                model=replace(recipe.model, **{'pretrained': False, **(model or small_resnet)}), pseudo=pseudo,
-                                inference=replace(recipe.inference, pool_sites=None), **stages))
+    stages = {s: _short_stage(getattr(recipe, s), short, factor, virtual_batch//size) for s in stage_names}
+    return check_recipe(replace(
+        recipe, **stages, name=f'{recipe.name}-laptop',
+        data=replace(recipe.data, batch_size=size, cache=True, workers=0, read_size=recipe.data.read_size and 64),
+        model=replace(recipe.model, **{'pretrained': False, **(model or small_resnet)}),
+        pseudo=_short_pseudo(recipe.pseudo, short, stages['train'].epochs),
+        inference=replace(recipe.inference, pool_sites=None)))

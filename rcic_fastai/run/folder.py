@@ -30,7 +30,6 @@ from ..data.target import is_multilabel
 from ..model.core import load_weights
 from ..loss.by_name import multilabel_losses
 from ..recipe.settings import Recipe, recipe_from_dict, TrainSettings
-from ..recipe.check import check_sizes
 from ..train.loaders import recipe_dataloaders
 from ..train.learner import recipe_model, screen_learner
 
@@ -114,7 +113,7 @@ def read_run(
         if not (run/name).exists(): raise FileNotFoundError(f'{run} is no finished run: {name} is missing')
         return run/name
     settings, info = read_json(need('recipe.json'), nan=True), _check_info(read_json(need('run.json'), nan=True), run/'run.json')
-    try: recipe = check_sizes(recipe_from_dict(settings))
+    try: recipe = recipe_from_dict(settings)
     except ValueError as e: raise ValueError(f'{run/"recipe.json"}: {e}; written by rcic_fastai {info.get("version", "0.1")}, and this is {__version__}') from None
     several = recipe.loss.name in multilabel_losses
     if info['target'] in ('sirna', 'labels') and several!=(info['target']=='labels'):

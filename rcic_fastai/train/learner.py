@@ -51,7 +51,7 @@ from ..loss.by_name import create_loss
 from ..labels.metrics import average_precision, macro_f1
 from ..recipe.settings import DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings
 from .averaging import EMA, FreezeBody, geometric_rates, KeepBest, LastEpochs, ValidateWithin
-from .callbacks import schedule_function
+from .schedule import schedule_function
 from .checkpoint import Checkpoint, History, random_state, set_random_state, StopOnNaN
 from .mix import create_mix, refuse_plain_mix
 from .optimizer import optimizers
