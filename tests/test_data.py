@@ -172,7 +172,7 @@ def test_context_there_and_back():
     roles = [encode(["RPE", "HUVEC-01", 4, w]) for w in ("treatment", "positive_control", "negative_control")]
     assert [r.tolist() for r in roles] == [[1, 0, 3, i] for i in range(3)]
     assert [encode.describe(r) for r in roles] == [f"RPE, HUVEC-01, plate 4{c}" for c in ("", ", positive control", ", negative control")]
-    with pytest.raises(ValueError, match="well_type 'empty' is unknown, expected one of 'treatment'"):
+    with pytest.raises(ValueError, match="well_type is 'empty', expected one of 'treatment'"):
         encode(["RPE", "HUVEC-01", 4, "empty"])
     assert encode.describe([-1, -1, 1]) == "new cell type, new experiment, plate 2"
 
