@@ -17,55 +17,67 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.augment import RandTransform
 from fastai.vision.core import TensorImage
+from fastcore.basics import patch
 from fasttransform import ItemTransform
 from torch import Tensor
 
+from ..errors import one_of
 from ..renamed import renamed
+from .context import ContextColumns
 
 # %% ../../nbs/20_data.augment.ipynb #4883d943
-__getattr__ = renamed(__name__, RandomCrop='RandomSquareCrop', Warp='PerspectiveWarp', Brightness='ImageBrightness') # names of version 0.1.0
+__getattr__ = renamed(__name__, # names of version 0.1.0
+    RandomCrop='RandomSquareCrop', Warp='PerspectiveWarp', Brightness='ImageBrightness')
 
 # %% ../../nbs/20_data.augment.ipynb #f2d15a86
 class ChannelStats(NamedTuple):
     "Mean and standard deviation of each channel, over the pixels of a domain, in grey values 0-255."
-    mean: Tensor # (C,) for a screen, (experiments, C), or (experiments, plates, C); float32, nan where there were no images
+    mean: Tensor # float32 (C,) for a screen, (experiments, C) or (experiments, plates, C); NaN without images
     std: Tensor # the same shape
 
-# averages over the 51 experiments of RxRx1
-rcic_stats = ChannelStats(mean=torch.tensor([5.84, 15.57, 10.10, 9.96, 5.58, 9.06]), std=torch.tensor([6.90, 12.56, 5.58, 7.44, 4.67, 4.91]))
+rcic_stats = ChannelStats( # averages over the 51 experiments of RxRx1
+    mean=torch.tensor([5.84, 15.57, 10.10, 9.96, 5.58, 9.06]), std=torch.tensor([6.90, 12.56, 5.58, 7.44, 4.67, 4.91]))
 
-_context_columns = {'screen': [], 'experiment': [1], 'plate': [1, 2]}
+# %% ../../nbs/20_data.augment.ipynb #dd662e72
+_domain_columns = {'screen': [], 'experiment': [ContextColumns.EXPERIMENT],
+                   'plate': [ContextColumns.EXPERIMENT, ContextColumns.PLATE]}
 
-def _check_by(by, choices):
-    if by not in choices: raise ValueError(f'by is {by!r}, expected one of {", ".join(map(repr, choices))}')
+def _domains(context, by):
+    "The numbers of the domain of each row, as tuples"
+    return list(map(tuple, context.as_subclass(Tensor)[:, _domain_columns[by]].tolist()))
 
+def _stacked(values):
+    "Tensors by domain as one tensor indexed by the domain, 0 where there is none"
+    first = next(iter(values.values()))
+    out = torch.zeros([*(1+max(numbers) for numbers in zip(*values)), *first.shape], dtype=first.dtype)
+    for key, v in values.items(): out[key] = v
+    return out
+
+def _integer_pixels(image, function):
+    if image.dtype != torch.uint8:
+        raise ValueError(f'{function} needs uint8 images, from before the batch transforms, got {image.dtype}')
+    return image.as_subclass(Tensor)
+
+# %% ../../nbs/20_data.augment.ipynb #d592d80a
 def channel_stats(
-    batches:Iterable, # iterable of (image, context, ...): image uint8 (B, C, H, W), context int (B, 3) or wider, as a loader without batch transforms yields them
+    batches:Iterable, # of (image, context, ...): uint8 (B, C, H, W), int (B, 3) or wider, as without batch transforms
     by:str='experiment', # 'screen', 'experiment' or 'plate'
 ) -> ChannelStats: # on the CPU, indexed like the context; the arguments `mean` and `std` of `Standardize`
     """Mean and standard deviation per domain and channel, pooled exactly over all pixels.
 
     Raises: ValueError if an image is not uint8, or there is no batch.
     """
-    _check_by(by, _context_columns)
-    count:dict[tuple, int] = {} # pixels of each domain
-    total:dict[tuple, Tensor] = {}
-    square:dict[tuple, Tensor] = {}
+    one_of(by, _domain_columns, 'by')
+    sums:dict[tuple, Tensor] = {} # int64 (3, C): number of pixels, their sum and the sum of their squares
     for image, context, *_ in batches:
-        if image.dtype != torch.uint8: raise ValueError(f'channel_stats needs uint8 images, from before the batch transforms, got {image.dtype}')
-        x = image.as_subclass(Tensor).int()
-        sums, squares = x.sum((2, 3)).cpu(), (x*x).sum((2, 3)).cpu()  # int64: exact for any number of pixels a disk can hold
-        for i, key in enumerate(map(tuple, context.as_subclass(Tensor)[:, _context_columns[by]].tolist())):
-            count[key] = count.get(key, 0) + x[0, 0].numel()
-            total[key], square[key] = total.get(key, 0) + sums[i], square.get(key, 0) + squares[i]
-    if not count: raise ValueError('channel_stats got no images')
-    shape = [1+max(key[d] for key in count) for d in range(len(_context_columns[by]))]
-    mean = torch.full((*shape, x.shape[1]), torch.nan, dtype=torch.float64)
-    std = mean.clone()
-    for key, n in count.items():
-        mean[key] = total[key].double()/n
-        std[key] = (square[key].double()/n - mean[key]**2).clamp(min=0).sqrt()
-    return ChannelStats(mean.float(), std.float())
+        x = _integer_pixels(image, 'channel_stats').int()
+        total, square = x.sum((2, 3)), (x*x).sum((2, 3)) # int64: exact for any number of pixels a disk can hold
+        own = torch.stack([torch.full_like(total, x[0, 0].numel()), total, square], 1).cpu()
+        for key, s in zip(_domains(context, by), own): sums[key] = sums[key]+s if key in sums else s
+    if not sums: raise ValueError('channel_stats got no images')
+    n, total, square = _stacked(sums).double().unbind(-2)
+    mean = total/n
+    return ChannelStats(mean.float(), (square/n - mean**2).clamp(min=0).sqrt().float())
 
 # %% ../../nbs/20_data.augment.ipynb #729cb1cb
 def _replace_image(b, f):
@@ -74,106 +86,125 @@ def _replace_image(b, f):
     if i is None: return b
     return [*b[:i], f(b[i], b[i+1] if i+1 < len(b) else None), *b[i+1:]]
 
-def _context_index(tfm, context, known, what, source):
-    "Context columns as an index, after a check: a wrong index on a GPU would end the process without saying why"
+def _check_context(tfm, context):
     if context is None or context.ndim != 2 or context.shape[1] < 3 or context.is_floating_point():
         got = 'nothing' if context is None else f'{tuple(context.shape)} {context.dtype}'
-        raise ValueError(f'{tfm!r} needs batches (image, context, ...), context integers (B, 3) or wider, got {got} after the image')
-    columns = context.as_subclass(Tensor)[:, _context_columns[tfm.by]]
+        needed = 'batches (image, context, ...), context integers (B, 3) or wider'
+        raise ValueError(f'{tfm!r} needs {needed}, got {got} after the image')
+
+def _context_index(tfm, context, known, what, source):
+    "Columns of the context as an index of statistics, after a check that the mask `known` has them all"
+    _check_context(tfm, context)
+    columns = context.as_subclass(Tensor)[:, _domain_columns[tfm.by]]
     sizes = torch.tensor(known.shape, device=columns.device)
     inside = ((columns >= 0) & (columns < sizes)).all(1)
     good = inside & known[tuple(columns.clamp(min=0).minimum(sizes-1).T)]
     if not good.all():
-        names = zip(('experiment', 'plate'), columns[~good][0].tolist())
-        raise ValueError(f'no {what} for {", ".join(f"{n} {i}" for n, i in names)} (indices of the context); compute them with {source}')
+        domain = ', '.join(f'{n} {i}' for n, i in zip(('experiment', 'plate'), columns[~good][0].tolist()))
+        raise ValueError(f'no {what} for {domain} (indices of the context); compute them with {source}')
     return tuple(columns.T)
 
+# %% ../../nbs/20_data.augment.ipynb #3e36a512
 class Standardize(ItemTransform):
     """Standardise each channel: (x - mean) / std, to float32.
 
-    Shape: image (B, C, H, W), uint8 or float; in a tuple the first image counts, and for 'plate' and 'experiment' the context (B, 3) or wider next to it.
+    Shape: image (B, C, H, W), uint8 or float; in a tuple the first image counts. For 'plate' and 'experiment' the
+    context (B, 3) or wider follows it.
     Raises: ValueError if statistics and images do not fit, or a plate or experiment of the batch has no statistics.
     """
     order = 10 # after crops and symmetries, which are cheaper on uint8
     grey_values = False # what comes out is standardised, for `PixelsToFloat`
     def __init__(self,
         by:str='image', # whose mean and standard deviation: 'image' (each its own), 'plate', 'experiment' or 'screen'
-        mean:Tensor=None, # statistics from `channel_stats`; by image only the brightness to show; by screen `rcic_stats` if not given
+        mean:Tensor=None, # from `channel_stats`; by image only for decoding; by screen `rcic_stats` by default
         std:Tensor=None, # the same shape as `mean`
         eps:float=1e-3, # smallest standard deviation to divide by, in grey values
     ):
-        _check_by(by, ('image', *_context_columns))
         super().__init__()
-        if (mean is None) != (std is None): raise ValueError('Standardize needs both mean and std, or neither')
-        if mean is None and by in ('plate', 'experiment'):
-            raise ValueError(f'Standardize(by={by!r}) needs the mean and std that channel_stats(batches, by={by!r}) returns')
-        if mean is None and by == 'screen': mean, std = rcic_stats
-        self.by, self.eps, self.n_index = by, eps, len(_context_columns.get(by, []))
-        self.mean, self.std = (None if t is None else torch.as_tensor(t, dtype=torch.float32) for t in (mean, std))
-        if mean is not None and (self.mean.shape != self.std.shape or self.mean.ndim != 1+self.n_index):
-            shape = ('experiments', 'plates')[:self.n_index] + ('channels',)
-            raise ValueError(f'mean {tuple(self.mean.shape)} and std {tuple(self.std.shape)}, expected ({", ".join(shape)}) by {by}')
+        self.by, self.eps = one_of(by, ('image', *_domain_columns), 'by'), eps
+        self.n_index = len(_domain_columns.get(by, []))
+        self._set_stats(mean, std)
 
     def __repr__(self): return f'Standardize(by={self.by!r})'
     def encodes(self, x:TensorImage): return self._encode(x, None)
-    def encodes(self, b:list): return self._replace_image(b, self._encode) # type: ignore[no-redef] # one definition per type
+    def encodes(self, b:list): return _replace_image(b, self._encode) # type: ignore[no-redef] # one definition per type
     def decodes(self, x:TensorImage): return self._decode(x, None)
-    def decodes(self, b:list): return self._replace_image(b, self._decode) # type: ignore[no-redef]
+    def decodes(self, b:list): return _replace_image(b, self._decode) # type: ignore[no-redef]
 
-    def _replace_image(self, b, f): return _replace_image(b, f)
+# %% ../../nbs/20_data.augment.ipynb #2cb0133c
+@patch
+def _set_stats(self:Standardize, mean, std):
+    "Keep the statistics. Raises: ValueError if they are missing or of another shape"
+    if (mean is None) != (std is None): raise ValueError('Standardize needs both mean and std, or neither')
+    if mean is None and self.by in ('plate', 'experiment'):
+        needed = f'the mean and std that channel_stats(batches, by={self.by!r}) returns'
+        raise ValueError(f'Standardize(by={self.by!r}) needs {needed}')
+    if mean is None and self.by == 'screen': mean, std = rcic_stats
+    self.mean, self.std = (None if t is None else torch.as_tensor(t, dtype=torch.float32) for t in (mean, std))
+    if mean is not None and (self.mean.shape != self.std.shape or self.mean.ndim != 1+self.n_index):
+        mean, std = tuple(self.mean.shape), tuple(self.std.shape)
+        expected = ', '.join([*('experiments', 'plates')[:self.n_index], 'channels'])
+        raise ValueError(f'mean {mean} and std {std}, expected ({expected}) by {self.by}')
 
-    def _encode(self, x, context): return self._scaled(x.as_subclass(Tensor), context).as_subclass(type(x))
+# %% ../../nbs/20_data.augment.ipynb #068848f7
+@patch
+def _lookup(self:Standardize, x, context):
+    "Mean and std of each image, ready to broadcast over its pixels"
+    if self.mean.device != x.device: self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
+    known, found = self.mean.shape[-1], x.shape[-3]
+    if known != found: raise ValueError(f'statistics of {known} channels for images of {found} channels')
+    index = ()
+    if self.n_index: index = _context_index(self, context, self.mean.isfinite().all(-1), 'statistics', 'channel_stats')
+    return self.mean[index][..., None, None], self.std[index][..., None, None]
 
-    def _scaled(self, x, context):
-        x = x.to(torch.float32, copy=True)
-        if self.by == 'image':
-            x.sub_(x.mean((-2, -1), keepdim=True))
-            # not torch.var_mean, which takes several times as long on a CPU
-            return x.div_((torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)/math.sqrt(x.shape[-2]*x.shape[-1])).clamp(min=self.eps))
-        mean, std = self._lookup(x, context)
-        return x.sub_(mean).div_(std.clamp(min=self.eps))
+@patch
+def _scaled(self:Standardize, x, context):
+    x = x.to(torch.float32, copy=True)
+    if self.by == 'image':
+        x.sub_(x.mean((-2, -1), keepdim=True))
+        # not torch.var_mean, which takes several times as long on a CPU
+        length = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+        return x.div_((length/math.sqrt(x.shape[-2]*x.shape[-1])).clamp(min=self.eps))
+    mean, std = self._lookup(x, context)
+    return x.sub_(mean).div_(std.clamp(min=self.eps))
 
-    def _decode(self, x, context):
-        if self.by != 'image': mean, std = self._lookup(x, context)
-        elif self.mean is not None: mean, std = self._lookup(x, None)
-        else:  # the average channel where there are not six
-            n = x.shape[-3]
-            mean, std = ((t if n == len(t) else t.mean().expand(n)).to(x.device)[:, None, None] for t in rcic_stats)
-        return (x*std+mean).round_().clamp_(0, 255).to(torch.uint8)
+@patch
+def _encode(self:Standardize, x, context): return self._scaled(x.as_subclass(Tensor), context).as_subclass(type(x))
 
-    def _lookup(self, x, context):
-        "Mean and std of each image, ready to broadcast over its pixels."
-        if self.mean.device != x.device: self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
-        if self.mean.shape[-1] != x.shape[-3]: raise ValueError(f'statistics of {self.mean.shape[-1]} channels for images of {x.shape[-3]} channels')
-        index = _context_index(self, context, self.mean.isfinite().all(-1), 'statistics', 'channel_stats') if self.n_index else ()
-        return self.mean[index][..., None, None], self.std[index][..., None, None]
+# %% ../../nbs/20_data.augment.ipynb #f9a8b395
+@patch
+def _decode(self:Standardize, x, context):
+    if self.by != 'image': mean, std = self._lookup(x, context)
+    elif self.mean is not None: mean, std = self._lookup(x, None)
+    else:  # the average channel where there are not six
+        n = x.shape[-3]
+        mean, std = ((t if n == len(t) else t.mean().expand(n)).to(x.device)[:, None, None] for t in rcic_stats)
+    return (x*std+mean).round_().clamp_(0, 255).to(torch.uint8)
 
 # %% ../../nbs/20_data.augment.ipynb #4daa49da
 def channel_histograms(
-    batches:Iterable, # iterable of (image, context, ...): image uint8 (B, C, H, W), context int (B, 3) or wider, as a loader without batch transforms yields them
+    batches:Iterable, # of (image, context, ...): uint8 (B, C, H, W), int (B, 3) or wider, as without batch transforms
     by:str='experiment', # 'experiment' or 'plate'
 ) -> Tensor: # int64 (experiments, C, 256) or (experiments, plates, C, 256), zero where there were no images
     """How often each grey value occurs, per domain and channel.
 
     Raises: ValueError if an image is not uint8, or there is no batch.
     """
-    _check_by(by, _context_columns.keys()-{'screen'})
+    one_of(by, ('experiment', 'plate'), 'by')
     counts:dict[tuple, Tensor] = {}
     for image, context, *_ in batches:
-        if image.dtype != torch.uint8: raise ValueError(f'channel_histograms needs uint8 images, from before the batch transforms, got {image.dtype}')
-        for x, key in zip(image.as_subclass(Tensor).cpu(), map(tuple, context.as_subclass(Tensor)[:, _context_columns[by]].tolist())):
+        for x, key in zip(_integer_pixels(image, 'channel_histograms').cpu(), _domains(context, by)):
             own = torch.stack([torch.bincount(c.flatten().int(), minlength=256) for c in x])
             counts[key] = counts[key]+own if key in counts else own
     if not counts: raise ValueError('channel_histograms got no images')
-    out = torch.zeros([*(1+max(key[d] for key in counts) for d in range(len(_context_columns[by]))), *own.shape], dtype=torch.int64)
-    for key, n in counts.items(): out[key] = n
-    return out
+    return _stacked(counts)
 
+# %% ../../nbs/20_data.augment.ipynb #6f0671d8
 def normal_scores(
     counts:Tensor, # int (..., 256): how often each grey value occurs
     limit:float=3.5, # largest score, in standard deviations
 ) -> Tensor: # float32 (..., 256): score of each grey value; over the pixels, mean 0 and standard deviation 1
-    """The place of each grey value among the pixels, as a quantile of the normal distribution.
+    """The rank of each grey value among the pixels, as a quantile of the normal distribution.
 
     Source: van der Waerden scores; the middle of the ranks that share a grey value.
     """
@@ -184,10 +215,11 @@ def normal_scores(
     std = (share*(scores-mean)**2).sum(-1, keepdim=True).sqrt()
     return ((scores-mean)/std.clamp(min=1e-6)).float()
 
+# %% ../../nbs/20_data.augment.ipynb #0e577848
 class MatchHistograms(ItemTransform):
     """Replace grey values by their normal scores within the plate or experiment, a monotone curve for each channel.
 
-    Shape: image (B, C, H, W), uint8, or float in grey values (after resizing), to float32; context (B, 3) or wider next to it.
+    Shape: image (B, C, H, W), uint8, or float in grey values (after resizing), to float32; context (B, 3) or wider.
     Raises: ValueError if there is no context, or a plate or experiment of the batch has no histogram.
     """
     order = 9 # before Standardize, after crops and symmetries
@@ -197,10 +229,10 @@ class MatchHistograms(ItemTransform):
         counts:Tensor, # int64 from `channel_histograms`
     ):
         super().__init__()
-        _check_by(by, ('experiment', 'plate'))
-        if counts.ndim != 2+len(_context_columns[by]) or counts.shape[-1] != 256:
-            raise ValueError(f'counts {tuple(counts.shape)}, expected what channel_histograms(batches, by={by!r}) returns')
-        self.by = by
+        self.by = one_of(by, ('experiment', 'plate'), 'by')
+        if counts.ndim != 2+len(_domain_columns[by]) or counts.shape[-1] != 256:
+            expected = f'what channel_histograms(batches, by={by!r}) returns'
+            raise ValueError(f'counts {tuple(counts.shape)}, expected {expected}')
         self.set_counts(counts)
 
     def set_counts(self, counts): self.known, self.scores = counts.sum((-1, -2)) > 0, normal_scores(counts)
@@ -208,15 +240,18 @@ class MatchHistograms(ItemTransform):
     def encodes(self, x:TensorImage): return self._encode(x, None)
     def encodes(self, b:list): return _replace_image(b, self._encode) # type: ignore[no-redef] # one definition per type
 
-    def _encode(self, x, context):
-        if self.scores.device != x.device: self.known, self.scores = self.known.to(x.device), self.scores.to(x.device)
-        if self.scores.shape[-2] != x.shape[-3]: raise ValueError(f'histograms of {self.scores.shape[-2]} channels for images of {x.shape[-3]} channels')
-        table = self.scores[_context_index(self, context, self.known, 'histogram', 'channel_histograms')]
-        score = lambda i: table.gather(2, i.flatten(2).long()).reshape(x.shape)
-        pixels = x.as_subclass(Tensor)
-        if not x.is_floating_point(): return type(x)(score(pixels))
-        below = pixels.floor().clamp(0, 254)
-        return type(x)(score(below).lerp(score(below+1), (pixels-below).clamp(0, 1)))
+# %% ../../nbs/20_data.augment.ipynb #0a1cc726
+@patch
+def _encode(self:MatchHistograms, x, context):
+    if self.scores.device != x.device: self.known, self.scores = self.known.to(x.device), self.scores.to(x.device)
+    known, found = self.scores.shape[-2], x.shape[-3]
+    if known != found: raise ValueError(f'histograms of {known} channels for images of {found} channels')
+    table = self.scores[_context_index(self, context, self.known, 'histogram', 'channel_histograms')]
+    score = lambda i: table.gather(2, i.flatten(2).long()).reshape(x.shape)
+    pixels = x.as_subclass(Tensor)
+    if not x.is_floating_point(): return type(x)(score(pixels))
+    below = pixels.floor().clamp(0, 254)
+    return type(x)(score(below).lerp(score(below+1), (pixels-below).clamp(0, 1)))
 
 # %% ../../nbs/20_data.augment.ipynb #59d89b11
 class RandBatchTransform(RandTransform):
@@ -226,7 +261,7 @@ class RandBatchTransform(RandTransform):
     """
     def __init__(self,
         p:float=1., # probability that an image is changed, 0-1
-        seed:int=None, # int: draw from a generator of its own; None: from torch's global one (`torch.manual_seed`, `set_seed`)
+        seed:int=None, # int: draw from an own generator; None: from torch's global one (`set_seed`)
         **kwargs
     ):
         if not 0 <= p <= 1: raise ValueError(f'p is {p}, expected a probability from 0 to 1')
@@ -235,21 +270,29 @@ class RandBatchTransform(RandTransform):
 
     @property
     def name(self): return type(self).__name__
-
-    def before_call(self, b, split_idx):
-        x = next((o for o in (b if isinstance(b, (tuple, list)) else [b]) if isinstance(o, TensorImage)), None)
-        self.do = x is not None and (self.split_idx is None or split_idx == self.split_idx)
-        if self.do and x.ndim != 4: raise ValueError(f'{self.name} works on batches (B, C, H, W), got {tuple(x.shape)}')
-        if self.do and x.dtype == torch.uint16 and getattr(self, 'grey_values', False):
-            raise ValueError(f'{self.name} resamples grey values of 0-255 or floats, got uint16: PixelsToFloat(order=4) comes first')
-        if self.do: self.draw(x.as_subclass(Tensor), split_idx) # fastai is asked for each attribute of a typed tensor
-
     def draw(self, x, split_idx): raise NotImplementedError
     def rand(self, *shape): return torch.rand(*shape, generator=self.generator)
     def randn(self, *shape): return torch.randn(*shape, generator=self.generator)
 
+# %% ../../nbs/20_data.augment.ipynb #4d1fa87f
+@patch
+def before_call(self:RandBatchTransform, b, split_idx):
+    x = next((o for o in (b if isinstance(b, (tuple, list)) else [b]) if isinstance(o, TensorImage)), None)
+    self.do = x is not None and (self.split_idx is None or split_idx == self.split_idx)
+    if not self.do: return
+    if x.ndim != 4: raise ValueError(f'{self.name} works on batches (B, C, H, W), got {tuple(x.shape)}')
+    if x.dtype == torch.uint16 and getattr(self, 'grey_values', False):
+        expected = 'grey values of 0-255 or floats, got uint16: PixelsToFloat(order=4) comes first'
+        raise ValueError(f'{self.name} resamples {expected}')
+    self.draw(x.as_subclass(Tensor), split_idx) # fastai is asked for each attribute of a typed tensor
+
+def _check_standardised(x, name):
+    if x.is_floating_point(): return
+    raise ValueError(f'{name} changes standardised float images, got {x.dtype}; Standardize comes first')
+
 # %% ../../nbs/20_data.augment.ipynb #ecd8762a
-D4_INVERSE = (0, 1, 2, 3, 4, 6, 5, 7) # dihedral(dihedral(x, k), D4_INVERSE[k]) is x: only the two quarter turns differ from their inverses
+# dihedral(dihedral(x, k), D4_INVERSE[k]) is x: only the two quarter turns are not their own inverse
+D4_INVERSE = (0, 1, 2, 3, 4, 6, 5, 7)
 
 def dihedral(
     x:Tensor, # (..., H, W), any dtype
@@ -264,14 +307,19 @@ def dihedral(
     dims = [d for bit, d in ((1, -1), (2, -2)) if k & bit]
     return x.flip(dims) if dims else x
 
+# %% ../../nbs/20_data.augment.ipynb #a8c4ebae
 def dihedral_batch(
     x:Tensor, # (B, C, H, W), any dtype
     ks:Tensor, # (B,) int, on the CPU: symmetry of each image
 ) -> Tensor: # (B, C, H, W)
-    "Each image in its own symmetry; as many copies as there are different ones, however large the batch."
+    """Each image in its own symmetry; as many copies as there are different ones, however large the batch.
+
+    Raises: ValueError if images that are not square would be transposed.
+    """
     if (ks >= 4).any() and x.shape[-1] != x.shape[-2]:
         raise ValueError(f'symmetries 4-7 transpose, but images of {x.shape[-2]}x{x.shape[-1]} are not square')
-    if x.dtype == torch.uint16: return dihedral_batch(x.view(torch.int16), ks).view(torch.uint16) # torch moves no uint16 by index
+    # torch moves no uint16 by index
+    if x.dtype == torch.uint16: return dihedral_batch(x.view(torch.int16), ks).view(torch.uint16)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for k in ks.unique().tolist():
         rows = (ks == k).nonzero()[:, 0].to(x.device)
@@ -280,7 +328,7 @@ def dihedral_batch(
 
 # %% ../../nbs/20_data.augment.ipynb #b00341db
 class D4(RandBatchTransform):
-    "Each training image in a random symmetry of the square (of the rectangle: 4, if it is not square); never interpolates, keeps the dtype."
+    "Each training image in a random symmetry of the square, or of the rectangle (4); moves pixels, keeps the dtype."
     order = 6
     def draw(self, x, split_idx):
         n = 8 if x.shape[-1] == x.shape[-2] else 4
@@ -290,7 +338,8 @@ class D4(RandBatchTransform):
 
 # %% ../../nbs/20_data.augment.ipynb #10136549
 def _check_size(size, x, name):
-    if min(x.shape[-2:]) < size: raise ValueError(f'{name}: a window of {size} pixels does not fit into images of {x.shape[-2]}x{x.shape[-1]}')
+    if min(x.shape[-2:]) < size:
+        raise ValueError(f'{name}: a window of {size} pixels does not fit into images of {x.shape[-2]}x{x.shape[-1]}')
 
 class RandomSquareCrop(RandBatchTransform):
     """Each image its own random square window at native scale, by slicing; in validation the centre.
@@ -307,21 +356,23 @@ class RandomSquareCrop(RandBatchTransform):
         super().__init__(p=p, seed=seed)
         self.size = size
 
-    def draw(self, x, split_idx):
-        _check_size(self.size, x, self.name)
-        room = torch.tensor(x.shape[-2:])[:, None] - self.size
-        self.corners = (room//2).expand(2, len(x))
-        if split_idx == 0:
-            u = self.rand(3, len(x))
-            self.corners = torch.where(u[0] < self.p, (u[1:]*(room+1)).long().minimum(room), self.corners)
-
     def encodes(self, x:TensorImage):
-        pixels, n = x.as_subclass(Tensor), self.size
-        return torch.stack([pixels[i, :, top:top+n, left:left+n] for i, (top, left) in enumerate(self.corners.T.tolist())])
+        pixels, n, corners = x.as_subclass(Tensor), self.size, self.corners.T.tolist()
+        return torch.stack([pixels[i, :, top:top+n, left:left+n] for i, (top, left) in enumerate(corners)])
+
+# %% ../../nbs/20_data.augment.ipynb #64e29d08
+@patch
+def draw(self:RandomSquareCrop, x, split_idx):
+    _check_size(self.size, x, self.name)
+    room = torch.tensor(x.shape[-2:])[:, None] - self.size
+    self.corners = (room//2).expand(2, len(x))
+    if split_idx == 0:
+        u = self.rand(3, len(x))
+        self.corners = torch.where(u[0] < self.p, (u[1:]*(room+1)).long().minimum(room), self.corners)
 
 # %% ../../nbs/20_data.augment.ipynb #669af8ca
 class RandomResizedSquareCrop(RandBatchTransform):
-    """Each image its own random square window, resized by antialiased bilinear interpolation; in validation a centred one.
+    """Each image its own random square window, resized by antialiased bilinear interpolation; in validation the centre.
 
     Shape: (B, C, H, W), uint8 or float, to float32 (B, C, size, size) in the same units.
     Raises: ValueError if `scale` or `val_scale` is not a share of the area in (0, 1].
@@ -330,46 +381,53 @@ class RandomResizedSquareCrop(RandBatchTransform):
     grey_values = True # what comes out is on the scale of the integers, for `PixelsToFloat`
     def __init__(self,
         size:int, # side of the result, pixels
-        scale:tuple[float, float]=(.5, 1.), # smallest and largest window in training, as a share of the area of the largest square
+        scale:tuple[float, float]=(.5, 1.), # smallest and largest window in training, as a share of the area
         val_scale:float=1., # the same for the centred window of validation; 1: the whole image, if it is square
         p:float=1., # probability of a random window in training; the others take the one of validation
         seed:int=None, # int: a generator of its own; None: torch's global one
     ):
         lo, hi = scale
-        if not 0 < lo <= hi <= 1: raise ValueError(f'scale is {scale}, expected shares of the area with 0 < smallest <= largest <= 1')
-        if not 0 < val_scale <= 1: raise ValueError(f'val_scale is {val_scale}, expected a share of the area, 0 < val_scale <= 1')
+        if not 0 < lo <= hi <= 1:
+            raise ValueError(f'scale is {scale}, expected shares of the area with 0 < smallest <= largest <= 1')
+        if not 0 < val_scale <= 1:
+            raise ValueError(f'val_scale is {val_scale}, expected a share of the area, 0 < val_scale <= 1')
         super().__init__(p=p, seed=seed)
         self.size, self.scale, self.val_scale = size, scale, val_scale
 
-    def draw(self, x, split_idx):
-        shape, n = torch.tensor(x.shape[-2:])[:, None], len(x)
-        area, where = torch.full((n,), self.val_scale), torch.full((2, n), .5)
-        if split_idx == 0:
-            u = self.rand(4, n)
-            area = torch.where(u[0] < self.p, u[1]*(self.scale[1]-self.scale[0])+self.scale[0], area)
-            where = torch.where(u[0] < self.p, u[2:], where)
-        self.sides = (area.sqrt()*shape.min()).round().long().clamp(min=1)
-        room = shape-self.sides
-        self.corners = (where*(room+1)).long().minimum(room)
-
     def encodes(self, x:TensorImage):
         pixels, size = x.as_subclass(Tensor), (self.size, self.size)
-        windows = (pixels[i, None, :, top:top+n, left:left+n] for i, (n, (top, left)) in enumerate(zip(self.sides.tolist(), self.corners.T.tolist())))
+        places = enumerate(zip(self.sides.tolist(), self.corners.T.tolist()))
+        windows = (pixels[i, None, :, top:top+n, left:left+n] for i, (n, (top, left)) in places)
         return torch.cat([F.interpolate(w.float(), size, mode='bilinear', antialias=True) for w in windows])
+
+# %% ../../nbs/20_data.augment.ipynb #ae984e59
+@patch
+def draw(self:RandomResizedSquareCrop, x, split_idx):
+    shape, n = torch.tensor(x.shape[-2:])[:, None], len(x)
+    area, where = torch.full((n,), self.val_scale), torch.full((2, n), .5)
+    if split_idx == 0:
+        u = self.rand(4, n)
+        area = torch.where(u[0] < self.p, u[1]*(self.scale[1]-self.scale[0])+self.scale[0], area)
+        where = torch.where(u[0] < self.p, u[2:], where)
+    self.sides = (area.sqrt()*shape.min()).round().long().clamp(min=1)
+    room = shape-self.sides
+    self.corners = (where*(room+1)).long().minimum(room)
 
 # %% ../../nbs/20_data.augment.ipynb #6116f526
 def perspective_matrices(
-    corners:Tensor, # float (B, 4, 2): where the corners (-1, -1), (1, -1), (-1, 1), (1, 1) take their pixels from, as (x, y)
-) -> Tensor: # float64 (B, 3, 3): times (x, y, 1), up to a factor, is the place to take the pixel from
+    corners:Tensor, # float (B, 4, 2): where (-1, -1), (1, -1), (-1, 1), (1, 1) take their pixels from, as (x, y)
+) -> Tensor: # float64 (B, 3, 3): times (x, y, 1), up to a factor, is the point to take the pixel from
     "The perspective map that takes the corners of the square to four given points."
     x, y = torch.tensor([[-1., 1, -1, 1], [-1, -1, 1, 1]], dtype=torch.float64, device=corners.device)
     to = corners.double()
     ones, zeros, (px, py) = torch.ones_like(to[..., 0]), torch.zeros_like(to[..., 0]), to.unbind(-1)
     row = lambda *columns: torch.stack([c.expand_as(ones) for c in columns], -1)
-    a = torch.cat([row(x, y, ones, zeros, zeros, zeros, -x*px, -y*px), row(zeros, zeros, zeros, x, y, ones, -x*py, -y*py)], 1)
+    a = torch.cat([row(x, y, ones, zeros, zeros, zeros, -x*px, -y*px),
+                   row(zeros, zeros, zeros, x, y, ones, -x*py, -y*py)], 1)
     m = torch.linalg.solve(a, torch.cat([px, py], 1))
     return torch.cat([m, ones[:, :1]], 1).view(-1, 3, 3)
 
+# %% ../../nbs/20_data.augment.ipynb #38fc591c
 class PerspectiveWarp(RandBatchTransform):
     """A random perspective of each training image, the same in all its channels; bilinear, reflected at the border.
 
@@ -383,28 +441,36 @@ class PerspectiveWarp(RandBatchTransform):
         p:float=1., # probability that an image is changed
         seed:int=None, # int: a generator of its own; None: torch's global one
     ):
-        if not 0 <= magnitude < .25: raise ValueError(f'magnitude is {magnitude}, expected a share of the side, 0 <= magnitude < .25')
+        if not 0 <= magnitude < .25:
+            raise ValueError(f'magnitude is {magnitude}, expected a share of the side, 0 <= magnitude < .25')
         super().__init__(p=p, seed=seed)
         self.magnitude = magnitude
-
-    def draw(self, x, split_idx):
-        u = self.rand(9, len(x))
-        self.rows = (u[8] < self.p).nonzero()[:, 0]
-        # the square has a side of 2 here, so a share of it counts twice
-        steps = (u[:8].T.reshape(-1, 4, 2)*2-1)*2*self.magnitude
-        self.matrices = perspective_matrices(steps + torch.tensor([[-1., -1], [1, -1], [-1, 1], [1, 1]]))
 
     def encodes(self, x:TensorImage):
         pixels, rows = x.as_subclass(Tensor), self.rows.to(x.device)
         out = pixels.clone() if x.is_floating_point() else pixels.float()
-        if len(rows):
-            # centres of the pixels, the borders of the image at -1 and 1
-            ys, xs = ((torch.arange(n, device=x.device)*2+1)/n-1 for n in x.shape[-2:])
-            grid = torch.stack([xs.expand(len(ys), -1), ys[:, None].expand(-1, len(xs)), torch.ones(len(ys), len(xs), device=x.device)], -1)
-            at = grid.flatten(0, 1) @ self.matrices[self.rows].float().to(x.device).transpose(1, 2) # (rows, H*W, 3)
-            at = (at[..., :2]/at[..., 2:]).view(-1, *x.shape[-2:], 2)
-            out[rows] = F.grid_sample(pixels[rows].float(), at, mode='bilinear', padding_mode='reflection', align_corners=False).to(out.dtype)
+        if len(rows): out[rows] = self._warped(pixels[rows].float()).to(out.dtype)
         return out.as_subclass(type(x))
+
+# %% ../../nbs/20_data.augment.ipynb #236ef941
+@patch
+def draw(self:PerspectiveWarp, x, split_idx):
+    u = self.rand(9, len(x))
+    self.rows = (u[8] < self.p).nonzero()[:, 0]
+    # the square has a side of 2 here, so a share of it counts twice
+    steps = (u[:8].T.reshape(-1, 4, 2)*2-1)*2*self.magnitude
+    self.matrices = perspective_matrices(steps + torch.tensor([[-1., -1], [1, -1], [-1, 1], [1, 1]]))
+
+@patch
+def _warped(self:PerspectiveWarp, pixels):
+    "The images that were drawn, float (rows, C, H, W)"
+    # centres of the pixels, the borders of the image at -1 and 1
+    ys, xs = ((torch.arange(n, device=pixels.device)*2+1)/n-1 for n in pixels.shape[-2:])
+    ones = torch.ones(len(ys), len(xs), device=pixels.device)
+    grid = torch.stack([xs.expand(len(ys), -1), ys[:, None].expand(-1, len(xs)), ones], -1)
+    at = grid.flatten(0, 1) @ self.matrices[self.rows].float().to(pixels.device).transpose(1, 2) # (rows, H*W, 3)
+    at = (at[..., :2]/at[..., 2:]).view(-1, *pixels.shape[-2:], 2)
+    return F.grid_sample(pixels, at, mode='bilinear', padding_mode='reflection', align_corners=False)
 
 # %% ../../nbs/20_data.augment.ipynb #7e871e73
 class ChannelIntensity(RandBatchTransform):
@@ -425,7 +491,7 @@ class ChannelIntensity(RandBatchTransform):
         self.sigma_a, self.sigma_b = sigma_a, sigma_b
 
     def draw(self, x, split_idx):
-        if not x.is_floating_point(): raise ValueError(f'ChannelIntensity changes standardised float images, got {x.dtype}; Standardize comes first')
+        _check_standardised(x, self.name)
         n, c = x.shape[:2]
         sigma = torch.tensor([self.sigma_a, self.sigma_b]).view(2, 1, 1, 1, 1)
         change = self.rand(n, 1, 1, 1) < self.p
@@ -445,7 +511,7 @@ class ImageBrightness(RandBatchTransform):
     """
     order = 19 # after Standardize, which would undo it
     def __init__(self,
-        max_change:float=.2, # largest change: of the log of the gain, and of the offset in standard deviations of the channel
+        max_change:float=.2, # largest change: of the log of the gain, and of the offset in standard deviations
         p:float=1., # probability that an image is changed
         seed:int=None, # int: a generator of its own; None: torch's global one
     ):
@@ -454,7 +520,7 @@ class ImageBrightness(RandBatchTransform):
         self.max_change = max_change
 
     def draw(self, x, split_idx):
-        if not x.is_floating_point(): raise ValueError(f'ImageBrightness changes standardised float images, got {x.dtype}; Standardize comes first')
+        _check_standardised(x, self.name)
         u = self.rand(3, len(x), 1, 1, 1)
         log_a, self.b = (u[:2]*2-1)*self.max_change*(u[2] < self.p)
         self.a = log_a.exp()
@@ -475,29 +541,35 @@ class Cutout(RandBatchTransform):
     order = 30 # after Standardize, so that 0 is the mean
     def __init__(self,
         n:int=1, # rectangles per image
-        size:tuple[float, float]=(.1, .3), # smallest and largest side, as a share of the image's; height and width are drawn apart
+        size:tuple[float, float]=(.1, .3), # smallest and largest height or width, as a share of the image's
         p:float=1., # probability that an image is changed
         value:float=0, # grey value, or standardised value, of the rectangles
         seed:int=None, # int: a generator of its own; None: torch's global one
     ):
         lo, hi = size
-        if not 0 < lo <= hi <= 1: raise ValueError(f'size is {size}, expected shares of the side with 0 < smallest <= largest <= 1')
+        if not 0 < lo <= hi <= 1:
+            raise ValueError(f'size is {size}, expected shares of the side with 0 < smallest <= largest <= 1')
         super().__init__(p=p, seed=seed)
         self.n, self.size, self.value = n, size, value
 
-    def draw(self, x, split_idx):
-        u = self.rand(5, len(x), self.n)
-        shape, change = torch.tensor(x.shape[-2:]).view(2, 1, 1), u[4, :, :1] < self.p
-        sides = ((u[:2]*(self.size[1]-self.size[0])+self.size[0])*shape).round().clamp(min=1)*change
-        self.starts = (u[2:4]*(shape-sides+1)).floor().minimum(shape-sides)
-        self.ends = self.starts+sides
+    def encodes(self, x:TensorImage): return x.masked_fill(self._covered(x).as_subclass(Tensor), self.value)
 
-    def encodes(self, x:TensorImage):
-        starts, ends = self.starts.to(x.device), self.ends.to(x.device)
-        rows, cols = ((torch.arange(m, device=x.device) >= s[..., None]) & (torch.arange(m, device=x.device) < e[..., None])
-                      for m, s, e in zip(x.shape[-2:], starts, ends))  # (B, n, H) and (B, n, W)
-        covered = (rows[..., None] & cols[:, :, None]).any(1, keepdim=True)  # (B, 1, H, W)
-        return x.masked_fill(covered.as_subclass(Tensor), self.value)
+# %% ../../nbs/20_data.augment.ipynb #6ee9ce95
+@patch
+def draw(self:Cutout, x, split_idx):
+    u = self.rand(5, len(x), self.n)
+    shape, change = torch.tensor(x.shape[-2:]).view(2, 1, 1), u[4, :, :1] < self.p
+    sides = ((u[:2]*(self.size[1]-self.size[0])+self.size[0])*shape).round().clamp(min=1)*change
+    self.starts = (u[2:4]*(shape-sides+1)).floor().minimum(shape-sides)
+    self.ends = self.starts+sides
+
+@patch
+def _covered(self:Cutout, x):
+    "Mask (B, 1, H, W) of the rectangles"
+    places = [torch.arange(m, device=x.device) for m in x.shape[-2:]]
+    ranges = zip(places, self.starts.to(x.device), self.ends.to(x.device))
+    rows, cols = ((i >= s[..., None]) & (i < e[..., None]) for i, s, e in ranges) # (B, n, H) and (B, n, W)
+    return (rows[..., None] & cols[:, :, None]).any(1, keepdim=True)
 
 # %% ../../nbs/20_data.augment.ipynb #4367cae4
 def screen_transforms(
@@ -506,25 +578,22 @@ def screen_transforms(
     d4:bool=True, # the 8 symmetries of the square
     intensity:float=.1, # sigma of the gain and offset per channel; 0: off
     cutout:int=0, # number of rectangles; 0: off
-    standardize:str|None='image', # 'image', 'plate', 'experiment' or 'screen'; None: leave it to the caller, or to `match`
+    standardize:str|None='image', # 'image', 'plate', 'experiment' or 'screen'; None: the caller does it, or `match`
     stats:ChannelStats=None, # from `channel_stats`, for plate, experiment and screen
     match:str=None, # 'plate' or 'experiment': match histograms before standardising
     counts:Tensor=None, # from `channel_histograms`, for `match`
-    scale:tuple[float, float]=(.5, 1.), # random windows that are resized, as a share of the area; with `crop` the crop is resized whole
+    scale:tuple[float, float]=(.5, 1.), # windows that are resized, as a share of the area; a `crop` is resized whole
     seed:int=None, # None: draw from torch's global generator
     warp:float=0., # largest step of a corner in a random perspective, as a share of the side; 0: off
     brightness:float=0., # largest change of the gain and offset that all channels of an image share; 0: off
 ) -> list: # batch transforms, for `batch_tfms` of a DataBlock or `after_batch` of a DataLoader
     "Batch transforms of a screen: crops, symmetries, warp, standardising, brightness, intensity, cutout."
-    def seeded(i): return None if seed is None else seed+i
-    tfms = []
-    if crop: tfms.append(RandomSquareCrop(crop, seed=seeded(0)))
-    if d4: tfms.append(D4(seed=seeded(1)))
-    if size: tfms.append(RandomResizedSquareCrop(size, scale=(1., 1.) if crop else scale, seed=seeded(2)))
-    if warp: tfms.append(PerspectiveWarp(warp, seed=seeded(5)))
-    if match: tfms.append(MatchHistograms(match, counts))
-    if standardize: tfms.append(Standardize(standardize, *(stats or ())))
-    if brightness: tfms.append(ImageBrightness(brightness, seed=seeded(6)))
-    if intensity: tfms.append(ChannelIntensity(intensity, intensity, seed=seeded(3)))
-    if cutout: tfms.append(Cutout(cutout, seed=seeded(4)))
-    return tfms
+    seeds = [None if seed is None else seed+i for i in range(7)]
+    tfms = [
+        crop and RandomSquareCrop(crop, seed=seeds[0]), d4 and D4(seed=seeds[1]),
+        size and RandomResizedSquareCrop(size, scale=(1., 1.) if crop else scale, seed=seeds[2]),
+        warp and PerspectiveWarp(warp, seed=seeds[5]), match and MatchHistograms(match, counts),
+        standardize and Standardize(standardize, *(stats or ())),
+        brightness and ImageBrightness(brightness, seed=seeds[6]),
+        intensity and ChannelIntensity(intensity, intensity, seed=seeds[3]), cutout and Cutout(cutout, seed=seeds[4])]
+    return [t for t in tfms if t]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import one_of
 
-# %% ../../nbs/19_data.context.ipynb #849cf416
+# %% ../../nbs/19_data.context.ipynb #e65624eb
 class ContextColumns(IntEnum):
     "The columns of a context, by name."
     CELL_TYPE, EXPERIMENT, PLATE, ROLE = range(4)
@@ -52,7 +52,7 @@ class ContextEncoder(DisplayedTransform):
         numbers = self._cell_type.get(cell_type, -1), self._experiment.get(experiment, -1), int(plate)-1
         return ScreenContext([*numbers, _role(*well_type or ROLES[:1])])
 
-# %% ../../nbs/19_data.context.ipynb #f29073ab
+# %% ../../nbs/19_data.context.ipynb #0bd3236d
 @patch
 def describe(self:ContextEncoder,
     context:Iterable[int] # three or four integers
@@ -64,7 +64,7 @@ def describe(self:ContextEncoder,
     plate = f'plate {p+1}' if p >= 0 else 'new plate'
     return ', '.join([name(self.cell_types, c, 'cell type'), name(self.experiments, e, 'experiment'), plate, *control])
 
-# %% ../../nbs/19_data.context.ipynb #35a816ba
+# %% ../../nbs/19_data.context.ipynb #a929c000
 @patch
 def table(self:ContextEncoder,
     sites:pd.DataFrame # with `cell_type`, `experiment`, `plate` and perhaps `well_type`
@@ -77,7 +77,7 @@ def table(self:ContextEncoder,
     cell_types, experiments = numbers('cell_type', self._cell_type), numbers('experiment', self._experiment)
     return np.stack([cell_types, experiments, sites.plate.to_numpy(np.int64)-1, roles], 1)
 
-# %% ../../nbs/19_data.context.ipynb #fe5747f1
+# %% ../../nbs/19_data.context.ipynb #9a6d4037
 def ContextBlock(
     cell_types:Sequence[str], # names of the cell types
     experiments:Sequence[str] # names of the experiments
@@ -114,7 +114,7 @@ def is_traced() -> bool:
     "Is a network being traced (`torch.export`, ONNX, `torch.jit.trace`, `torch.compile`)? Then values are unknown."
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
-# %% ../../nbs/19_data.context.ipynb #285585e1
+# %% ../../nbs/19_data.context.ipynb #7775bde0
 def _one_hot(cell_type, n):
     "One-hot float32 (B, n); zeros for -1"
     i = plain(cell_type).long()
@@ -132,7 +132,7 @@ def cell_type_weights(
 
     Raises: ValueError naming a row beyond the known ones.
     """
-    column = int(ContextColumns.CELL_TYPE)
+    column = ContextColumns.CELL_TYPE
     if not isinstance(context, MixedContext): return _one_hot(context[:, column], n)
     w = context.weight[:, None]
     return w*_one_hot(context.context[:, column], n) + (1-w)*_one_hot(context.other[:, column], n)
