@@ -38,7 +38,7 @@ class ChannelStats(NamedTuple):
 rcic_stats = ChannelStats( # averages over the 51 experiments of RxRx1
     mean=torch.tensor([5.84, 15.57, 10.10, 9.96, 5.58, 9.06]), std=torch.tensor([6.90, 12.56, 5.58, 7.44, 4.67, 4.91]))
 
-# %% ../../nbs/20_data.augment.ipynb #dd662e72
+# %% ../../nbs/20_data.augment.ipynb #d9cbcec8
 _domain_columns = {'screen': [], 'experiment': [ContextColumns.EXPERIMENT],
                    'plate': [ContextColumns.EXPERIMENT, ContextColumns.PLATE]}
 
@@ -58,7 +58,7 @@ def _integer_pixels(image, function):
         raise ValueError(f'{function} needs uint8 images, from before the batch transforms, got {image.dtype}')
     return image.as_subclass(Tensor)
 
-# %% ../../nbs/20_data.augment.ipynb #d592d80a
+# %% ../../nbs/20_data.augment.ipynb #886f1a0d
 def channel_stats(
     batches:Iterable, # of (image, context, ...): uint8 (B, C, H, W), int (B, 3) or wider, as without batch transforms
     by:str='experiment', # 'screen', 'experiment' or 'plate'
@@ -104,7 +104,7 @@ def _context_index(tfm, context, known, what, source):
         raise ValueError(f'no {what} for {domain} (indices of the context); compute them with {source}')
     return tuple(columns.T)
 
-# %% ../../nbs/20_data.augment.ipynb #3e36a512
+# %% ../../nbs/20_data.augment.ipynb #ed3ea522
 class Standardize(ItemTransform):
     """Standardise each channel: (x - mean) / std, to float32.
 
@@ -127,11 +127,11 @@ class Standardize(ItemTransform):
 
     def __repr__(self): return f'Standardize(by={self.by!r})'
     def encodes(self, x:TensorImage): return self._encode(x, None)
-    def encodes(self, b:list): return _replace_image(b, self._encode) # type: ignore[no-redef] # one definition per type
+    def encodes(self, b:list): return _replace_image(b, self._encode) # one definition per type
     def decodes(self, x:TensorImage): return self._decode(x, None)
-    def decodes(self, b:list): return _replace_image(b, self._decode) # type: ignore[no-redef]
+    def decodes(self, b:list): return _replace_image(b, self._decode)
 
-# %% ../../nbs/20_data.augment.ipynb #2cb0133c
+# %% ../../nbs/20_data.augment.ipynb #0780aa3c
 @patch
 def _set_stats(self:Standardize, mean, std):
     "Keep the statistics. Raises: ValueError if they are missing or of another shape"
@@ -146,7 +146,7 @@ def _set_stats(self:Standardize, mean, std):
         expected = ', '.join([*('experiments', 'plates')[:self.n_index], 'channels'])
         raise ValueError(f'mean {mean} and std {std}, expected ({expected}) by {self.by}')
 
-# %% ../../nbs/20_data.augment.ipynb #068848f7
+# %% ../../nbs/20_data.augment.ipynb #95a0afbe
 @patch
 def _lookup(self:Standardize, x, context):
     "Mean and std of each image, ready to broadcast over its pixels"
@@ -171,7 +171,7 @@ def _scaled(self:Standardize, x, context):
 @patch
 def _encode(self:Standardize, x, context): return self._scaled(x.as_subclass(Tensor), context).as_subclass(type(x))
 
-# %% ../../nbs/20_data.augment.ipynb #f9a8b395
+# %% ../../nbs/20_data.augment.ipynb #2fe7380e
 @patch
 def _decode(self:Standardize, x, context):
     if self.by != 'image': mean, std = self._lookup(x, context)
@@ -199,7 +199,7 @@ def channel_histograms(
     if not counts: raise ValueError('channel_histograms got no images')
     return _stacked(counts)
 
-# %% ../../nbs/20_data.augment.ipynb #6f0671d8
+# %% ../../nbs/20_data.augment.ipynb #e333fdf9
 def normal_scores(
     counts:Tensor, # int (..., 256): how often each grey value occurs
     limit:float=3.5, # largest score, in standard deviations
@@ -215,7 +215,7 @@ def normal_scores(
     std = (share*(scores-mean)**2).sum(-1, keepdim=True).sqrt()
     return ((scores-mean)/std.clamp(min=1e-6)).float()
 
-# %% ../../nbs/20_data.augment.ipynb #0e577848
+# %% ../../nbs/20_data.augment.ipynb #1ee39dc2
 class MatchHistograms(ItemTransform):
     """Replace grey values by their normal scores within the plate or experiment, a monotone curve for each channel.
 
@@ -238,9 +238,9 @@ class MatchHistograms(ItemTransform):
     def set_counts(self, counts): self.known, self.scores = counts.sum((-1, -2)) > 0, normal_scores(counts)
     def __repr__(self): return f'MatchHistograms(by={self.by!r})'
     def encodes(self, x:TensorImage): return self._encode(x, None)
-    def encodes(self, b:list): return _replace_image(b, self._encode) # type: ignore[no-redef] # one definition per type
+    def encodes(self, b:list): return _replace_image(b, self._encode) # one definition per type
 
-# %% ../../nbs/20_data.augment.ipynb #0a1cc726
+# %% ../../nbs/20_data.augment.ipynb #f9d7f59b
 @patch
 def _encode(self:MatchHistograms, x, context):
     if self.scores.device != x.device: self.known, self.scores = self.known.to(x.device), self.scores.to(x.device)
@@ -274,9 +274,10 @@ class RandBatchTransform(RandTransform):
     def rand(self, *shape): return torch.rand(*shape, generator=self.generator)
     def randn(self, *shape): return torch.randn(*shape, generator=self.generator)
 
-# %% ../../nbs/20_data.augment.ipynb #4d1fa87f
+# %% ../../nbs/20_data.augment.ipynb #48c43211
 @patch
 def before_call(self:RandBatchTransform, b, split_idx):
+    "Check the image and draw, where the split asks for it."
     x = next((o for o in (b if isinstance(b, (tuple, list)) else [b]) if isinstance(o, TensorImage)), None)
     self.do = x is not None and (self.split_idx is None or split_idx == self.split_idx)
     if not self.do: return
@@ -307,7 +308,7 @@ def dihedral(
     dims = [d for bit, d in ((1, -1), (2, -2)) if k & bit]
     return x.flip(dims) if dims else x
 
-# %% ../../nbs/20_data.augment.ipynb #a8c4ebae
+# %% ../../nbs/20_data.augment.ipynb #698dc12d
 def dihedral_batch(
     x:Tensor, # (B, C, H, W), any dtype
     ks:Tensor, # (B,) int, on the CPU: symmetry of each image
@@ -360,9 +361,10 @@ class RandomSquareCrop(RandBatchTransform):
         pixels, n, corners = x.as_subclass(Tensor), self.size, self.corners.T.tolist()
         return torch.stack([pixels[i, :, top:top+n, left:left+n] for i, (top, left) in enumerate(corners)])
 
-# %% ../../nbs/20_data.augment.ipynb #64e29d08
+# %% ../../nbs/20_data.augment.ipynb #73e7d374
 @patch
 def draw(self:RandomSquareCrop, x, split_idx):
+    "The corner of each window."
     _check_size(self.size, x, self.name)
     room = torch.tensor(x.shape[-2:])[:, None] - self.size
     self.corners = (room//2).expand(2, len(x))
@@ -400,9 +402,10 @@ class RandomResizedSquareCrop(RandBatchTransform):
         windows = (pixels[i, None, :, top:top+n, left:left+n] for i, (n, (top, left)) in places)
         return torch.cat([F.interpolate(w.float(), size, mode='bilinear', antialias=True) for w in windows])
 
-# %% ../../nbs/20_data.augment.ipynb #ae984e59
+# %% ../../nbs/20_data.augment.ipynb #233c30eb
 @patch
 def draw(self:RandomResizedSquareCrop, x, split_idx):
+    "Side and corner of each window."
     shape, n = torch.tensor(x.shape[-2:])[:, None], len(x)
     area, where = torch.full((n,), self.val_scale), torch.full((2, n), .5)
     if split_idx == 0:
@@ -427,7 +430,7 @@ def perspective_matrices(
     m = torch.linalg.solve(a, torch.cat([px, py], 1))
     return torch.cat([m, ones[:, :1]], 1).view(-1, 3, 3)
 
-# %% ../../nbs/20_data.augment.ipynb #38fc591c
+# %% ../../nbs/20_data.augment.ipynb #4271e240
 class PerspectiveWarp(RandBatchTransform):
     """A random perspective of each training image, the same in all its channels; bilinear, reflected at the border.
 
@@ -452,9 +455,10 @@ class PerspectiveWarp(RandBatchTransform):
         if len(rows): out[rows] = self._warped(pixels[rows].float()).to(out.dtype)
         return out.as_subclass(type(x))
 
-# %% ../../nbs/20_data.augment.ipynb #236ef941
+# %% ../../nbs/20_data.augment.ipynb #910bae12
 @patch
 def draw(self:PerspectiveWarp, x, split_idx):
+    "Which images are warped, and their matrices."
     u = self.rand(9, len(x))
     self.rows = (u[8] < self.p).nonzero()[:, 0]
     # the square has a side of 2 here, so a share of it counts twice
@@ -554,9 +558,10 @@ class Cutout(RandBatchTransform):
 
     def encodes(self, x:TensorImage): return x.masked_fill(self._covered(x).as_subclass(Tensor), self.value)
 
-# %% ../../nbs/20_data.augment.ipynb #6ee9ce95
+# %% ../../nbs/20_data.augment.ipynb #f9bafd7d
 @patch
 def draw(self:Cutout, x, split_idx):
+    "Where each rectangle begins and ends."
     u = self.rand(5, len(x), self.n)
     shape, change = torch.tensor(x.shape[-2:]).view(2, 1, 1), u[4, :, :1] < self.p
     sides = ((u[:2]*(self.size[1]-self.size[0])+self.size[0])*shape).round().clamp(min=1)*change
