@@ -12,7 +12,9 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(4, os.cpu_count() o
 STAMP := $(VENV)/.installed
 BENCH := $(VENV)/.bench
 # what shares a fixture runs in one process, and what takes longest begins first (tests/conftest.py)
-PYTEST_N := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST_N := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=15
+# the benchmarks of speed; `make bench` runs them one after the other
+SPEED := loading training inference assignment index
 RUN := PATH="$$(cd $(VENV)/bin && pwd):$$PATH"
 RUN1 := $(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # what `make export` writes, and the few files it needs to do so
@@ -30,42 +32,43 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	@touch $@
 
 .PHONY: install
-install: $(STAMP) ## create .venv and install the package with its development tools (once)
+install: $(STAMP) ## create .venv, install the package with its development tools and nbdev's git hooks (once)
+	@[ ! -d .git ] || $(RUN) nbdev-install-hooks
 
 .PHONY: demo
-demo: install ## simulate a screen, pack, train, predict, assign, score; ends with the table and the run folder (ARGS="--seed 1")
+demo: $(STAMP) ## simulate a screen, pack, train, predict, assign, score; ends with the table and the run folder (ARGS="--seed 1")
 	@$(RUN) rcic-demo $(ARGS)
 
 .PHONY: test
-test: install lint check browser test-nbs ## what CI runs: lint, export and clean without a diff, every notebook, pytest
+test: $(STAMP) lint check browser test-nbs ## what CI runs: lint, export and clean without a diff, every notebook, pytest
 	@$(RUN1) python -m pytest $(PYTEST_N) $(ARGS)
 
 .PHONY: quick
-quick: install ## pytest without what is slow: no notebooks, no browser, no kills, none of the long runs (ARGS="-k store")
-	@$(RUN1) python -m pytest $(PYTEST_N) -m 'not slow and not bench' --durations=15 $(ARGS)
+quick: $(STAMP) ## pytest without what is slow: no notebooks, no browser, no kills, none of the long runs (ARGS="-k store")
+	@$(RUN1) python -m pytest $(PYTEST_N) -m 'not slow and not bench' $(ARGS)
 
 .PHONY: test-bf16
-test-bf16: install ## pytest with bfloat16 wherever a recipe leaves the precision open, whatever this processor computes itself
+test-bf16: $(STAMP) ## pytest with bfloat16 wherever a recipe leaves the precision open, whatever this processor computes itself
 	@RCIC_BF16=on $(RUN1) python -m pytest $(PYTEST_N) $(ARGS)
 
 .PHONY: browser
-browser: install ## find or install the Chromium that looks at reports and at the documentation in the tests
+browser: $(STAMP) ## find or install the Chromium that looks at reports and at the documentation in the tests
 	@$(RUN) python tools/browser.py --optional
 
 .PHONY: types
-types: install ## mypy over the package
+types: $(STAMP) ## mypy over the package
 	@$(RUN) mypy rcic_fastai
 
 .PHONY: imports
-imports: install ## draw which room imports which: rooms, floors, arrows, and their counts (ARGS=--modules)
+imports: $(STAMP) ## draw which room imports which: rooms, floors, arrows, and their counts (ARGS=--modules)
 	@$(RUN) python tools/imports.py $(ARGS)
 
 .PHONY: docs
-docs: install ## the static site of the documentation in _site, from the notebooks with their stored outputs; link-checked
+docs: $(STAMP) ## the static site of the documentation in _site, from the notebooks with their stored outputs; link-checked
 	@$(RUN) python tools/docs.py $(ARGS)
 
 .PHONY: dist
-dist: install ## wheel and sdist in dist, checked, and the demo on a tiny screen in an environment that has nothing but the wheel
+dist: $(STAMP) ## wheel and sdist in dist, checked, and the demo on a tiny screen in an environment that has nothing but the wheel
 	rm -rf dist build
 	@$(RUN) python -m build
 	@$(RUN) twine check --strict dist/*
@@ -84,73 +87,25 @@ test-kaggle: ## kernels, reports and commands in an environment like Kaggle's im
 	$(KAGGLE_PYTHON) tools/kaggle_image.py build/kaggle
 	OMP_NUM_THREADS=1 PATH="$$PWD/build/kaggle/bin:$$PATH" build/kaggle/bin/pytest $(PYTEST_N) $(or $(ARGS),tests/test_kaggle.py tests/test_report.py tests/test_cli.py)
 
-.PHONY: bench-recipes
-bench-recipes: install ## the published systems at an equal budget, three seeds, and the blend of four; resumable (ARGS="--seeds 7 8")
-	@$(RUN) python benchmarks/recipes.py $(ARGS)
-
-.PHONY: bench-questions
-bench-questions: install ## augmentations one by one, and ways to use the controls; resumable (ARGS="--seeds 7 8")
-	@$(RUN) python benchmarks/questions.py $(ARGS)
-
-.PHONY: bench-fullsize
-bench-fullsize: install ## one optimiser step of each recipe at full size on two real sites: time and memory
-	@$(RUN) python benchmarks/fullsize.py $(ARGS)
-
-.PHONY: bench-hpa
-bench-hpa: install ## several labels on simulated atlases: thresholds, views, means of weights, stack, retrieval; resumable (ARGS="--seeds 7")
-	@$(RUN) python benchmarks/hpa.py $(ARGS)
-
-.PHONY: bench-thresholds
-bench-thresholds: install ## what thresholds lose on images that did not choose them (ARGS="--help")
-	@$(RUN) python benchmarks/thresholds.py $(ARGS)
-
-.PHONY: bench-duplicates
-bench-duplicates: install ## all pairs of perceptual hashes: time and memory (ARGS="--help")
-	@$(RUN) python benchmarks/duplicates.py $(ARGS)
-
-.PHONY: bench-batch-effect
-bench-batch-effect: install ## methods against the batch effect, seeds and strengths; resumable (ARGS="--seeds 7 8 --strengths .35:1.8")
-	@$(RUN) python benchmarks/batch_effect.py $(ARGS)
-
 $(BENCH): $(STAMP)
 	$(VENV)/bin/python -m pip install -e '.[dev,bench]'
 	@touch $@
 
 .PHONY: bench
-bench: bench-loading bench-training bench-inference bench-assignment bench-index ## every measurement of speed on this machine, one after the other (ARGS="--repeats 9")
-	@echo 'make bench: the tables lie in benchmarks/results: loading.md, training.md, inference.md, assignment.md, index.md'
+bench: $(if $(filter-out $(SPEED) gpu,$(NAME)),$(STAMP),$(BENCH)) ## the benchmarks of speed, or those of NAME; tables in benchmarks/results (NAME=hpa ARGS="--seeds 7")
+	@for name in $(or $(NAME),$(SPEED)); do $(RUN) python benchmarks/$$name.py $(ARGS); done
 
-.PHONY: bench-loading
-bench-loading: $(BENCH) ## formats, presets and other libraries: ms per site, size, windows, DataLoaders (ARGS="--repeats 9")
-	@$(RUN) python benchmarks/loading.py $(ARGS)
-
-.PHONY: bench-training
-bench-training: $(BENCH) ## an epoch of our learner against a bare PyTorch loop and a naive pipeline (ARGS="--repeats 9")
-	@$(RUN) python benchmarks/training.py $(ARGS)
-
-.PHONY: bench-inference
-bench-inference: $(BENCH) ## prediction against bare PyTorch loops, by kind of BatchNorm statistics (ARGS="--threads 2")
-	@$(RUN) python benchmarks/inference.py $(ARGS)
-
-.PHONY: bench-assignment
-bench-assignment: $(BENCH) ## plate groups and assignment against other ways: time and exactness (ARGS="--simulated 33")
-	@$(RUN) python benchmarks/assignment.py $(ARGS)
-
-.PHONY: bench-index
-bench-index: $(BENCH) ## the index of a store of a million sites: time to open, memory, reading order (ARGS="--sites 100000")
-	@$(RUN) python benchmarks/index.py $(ARGS)
-
-.PHONY: bench-gpu
-bench-gpu: $(BENCH) ## training steps at 6x512x512 on a CUDA GPU, and feeding beside them (ARGS="--batch 32", ARGS=--torch-only)
-	@$(RUN) python benchmarks/gpu.py $(ARGS)
+.PHONY: benches
+benches: ## list the names that `make bench NAME=...` takes
+	@for f in benchmarks/*.py; do if grep -q __main__ $$f; then printf '%-14s %s\n' $$(basename $$f .py) "$$(head -1 $$f | tr -d '"')"; fi; done
 
 .PHONY: lint
-lint: install ## ruff: setup.py, tests and tools; of the generated modules only what is an error in Python 3.10
+lint: $(STAMP) ## ruff: setup.py, tests and tools; of the generated modules only what is an error in Python 3.10
 	@$(RUN) ruff check
-	@$(RUN) ruff check --quiet --select E9,F63,F7,F82 rcic_fastai/*.py
+	@$(RUN) ruff check --quiet --isolated --target-version py310 --select E9,F63,F7,F82 rcic_fastai
 
 .PHONY: check
-check: install ## modules, README and notebooks are what `make export` makes of them (works on a copy)
+check: $(STAMP) ## modules, README and notebooks are what `make export` makes of them (works on a copy)
 	@copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
 	for f in $(EXPORT_NEEDS); do if [ -e $$f ]; then mkdir -p "$$copy/$$(dirname $$f)"; cp -R $$f "$$copy/$$(dirname $$f)/"; fi; done; \
 	$(MAKE) --no-print-directory -C "$$copy" export-here VENV="$$(cd $(VENV) && pwd)"; \
@@ -162,11 +117,11 @@ check: install ## modules, README and notebooks are what `make export` makes of 
 	@echo 'make check: exported, clean, README up to date'
 
 .PHONY: test-nbs
-test-nbs: install ## run every notebook, tutorials included, without changing it
+test-nbs: $(STAMP) ## run every notebook, tutorials included, without changing it
 	@$(RUN1) nbdev-test --n-workers $(WORKERS) --timing
 
 .PHONY: export
-export: install export-here ## notebooks to modules, cleaned; README.md from nbs/index.ipynb
+export: $(STAMP) export-here ## notebooks to modules, cleaned; README.md from nbs/index.ipynb
 
 .PHONY: export-here
 export-here:
@@ -175,11 +130,11 @@ export-here:
 	@$(RUN) python tools/readme.py
 
 .PHONY: readme
-readme: install ## README.md and its pictures from nbs/index.ipynb
+readme: $(STAMP) ## README.md and its pictures from nbs/index.ipynb
 	@$(RUN) python tools/readme.py
 
 .PHONY: notebooks
-notebooks: install ## run every notebook in its own kernel, store its outputs, then export
+notebooks: $(STAMP) ## run every notebook in its own kernel, store its outputs, then export
 	@find nbs -name '*.ipynb' -not -path '*/.*' -print0 | $(RUN1) PYTHONWARNINGS=ignore TQDM_DISABLE=1 xargs -0 -n 1 -P $(WORKERS) \
 		jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 --log-level WARN
 	@$(MAKE) --no-print-directory export-here

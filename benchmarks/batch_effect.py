@@ -1,6 +1,6 @@
 """Methods against the batch effect on simulated screens: one table over methods, seeds and strengths.
 
-`make bench-batch-effect` runs it at its default size in less than 30 minutes on two cores. It can be stopped and started again: a
+`make bench NAME=batch_effect` runs it at its default size in less than 30 minutes on two cores. It can be stopped and started again: a
 training that has finished is kept in `--work`, and is done again only if one of its settings has changed. All methods have the same
 network and show it the same number of images. No setting was chosen by looking at test labels: learning rates come from `--select`,
 which holds training experiments of screens of other seeds out and never looks at their test split.
@@ -252,7 +252,7 @@ def report(args, table, methods, screens, seconds):
     chosen = {"--seeds": args.seeds, "--strengths": args.strengths, "--views": [args.views], "--sirnas": [args.sirnas], "--methods": args.methods or []}
     usual = vars(arguments([]))
     options = " ".join(f"{k} {' '.join(map(str, v))}" for k, v in chosen.items() if v and v != usual[k[2:]] and v != [usual[k[2:]]])
-    command = f'make bench-batch-effect ARGS="{options}"' if options else "make bench-batch-effect"
+    command = f'make bench NAME=batch_effect ARGS="{options}"' if options else "make bench NAME=batch_effect"
     parts = ["# The batch effect on simulated screens", f"`{command}`, {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}), "
              f"chance {1 / args.design['n_sirnas']:.3f}; mean ± standard deviation over the seeds (screen and training). "
              f"{args.workers} processes of one thread, {seconds:.0f} s of computing on {platform.machine()}, Python {platform.python_version()}.",

@@ -1,6 +1,6 @@
 """Two open questions of the ten-day log, asked on simulated screens: which augmentation helps with six channels, and what to do with the controls.
 
-`make bench-questions` runs it at its default size in less than 30 minutes on one core. It can be stopped and started again, as
+`make bench NAME=questions` runs it at its default size in less than 30 minutes on one core. It can be stopped and started again, as
 `batch_effect.py`, whose trainings and tables it uses: a training that has finished is kept in `--work`. All contestants show the network
 the same number of images, controls included, and differ from the base in one setting. Whatever helped on every one of the `--seeds` is
 put together and judged on screens that had no part in the choice, those of the `--fresh` seeds.
@@ -142,7 +142,7 @@ def report(args, table, methods, chosen, seconds):
     pages = {"augmentation": "Augmentation, one by one", "controls": "The controls, all with D4", "together": "Together, on screens that had no part in the choice"}
     bases = {"augmentation": NOTHING, "controls": IGNORED, "together": NOTHING}
     parts = ["# Two open questions of system S2", __doc__.split("\n")[0],
-             f"`make bench-questions`, screens and trainings of seeds {seeds['augmentation']}{fresh}, chance {1 / args.design['n_sirnas']:.3f}. "
+             f"`make bench NAME=questions`, screens and trainings of seeds {seeds['augmentation']}{fresh}, chance {1 / args.design['n_sirnas']:.3f}. "
              f"Accuracy of a well (argmax) on {wells} wells, less a few missing ones, of {args.design['n_test']} experiments that training never saw, BatchNorm statistics of the "
              f"experiment; mean ± standard deviation over the seeds. *helps* and *hurts*: a 95 % interval over the seeds leaves zero out; "
              f"*rather*: all seeds agree in sign, which chance alone brings in one case of four; *not decided*: they do not. "

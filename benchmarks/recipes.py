@@ -1,6 +1,6 @@
 """The published systems side by side: the same small network, the same number of images, simulated screens with known truth.
 
-`make bench-recipes` runs it in about 20 minutes on one core. It can be stopped and started again: a training that has finished is kept in
+`make bench NAME=recipes` runs it in about 20 minutes on one core. It can be stopped and started again: a training that has finished is kept in
 `--work`, and is done again only if one of its settings has changed. What differs between the rows is what a recipe is about: batches, loss,
 optimiser, schedule, stages, BatchNorm statistics, the way from scores to labels. Learning rates come from `--select`, on a screen of another
 seed and its held-out training experiments.
@@ -280,7 +280,7 @@ def report(args, table, methods):
     table.round(4).to_csv(args.out / "recipes.csv", index=False)
     d, seconds = args.design, table[["train_seconds", "predict_seconds"]].sum().sum()
     wells = {s: n * d["n_sirnas"] * len(d["cell_types"]) for s, n in (("validation", 1), ("test", d["n_test"]))}
-    parts = [f"`make bench-recipes`, {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}: each its own screen and training), chance {1 / d['n_sirnas']:.3f}; "
+    parts = [f"`make bench NAME=recipes`, {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}: each its own screen and training), chance {1 / d['n_sirnas']:.3f}; "
              f"mean ± standard deviation over the seeds. {machine('fastai', 'timm')} {seconds:.0f} s of computing in one thread.",
              "All recipes have the same small network in place of their own (`laptop_recipe`) and are shown about the same number of images, all stages together; "
              f"one training experiment of each cell type is set aside (up to {wells['validation']} wells), {d['n_test']} test experiments of each are scored with "

@@ -30,7 +30,8 @@ from docs_links import broken_links  # noqa: E402
 TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]  # in this order; others follow
 GUIDES = ["which_recipe", "runs", "published_systems", "limits"]
 # rooms of the API that stand under one title; a room that is not named has its own
-GROUPS = {"errors": "Ground", "files": "Ground", "credentials": "Ground", "renamed": "Ground", "versions": "Ground"}
+GROUPS = {"errors": "Ground", "files": "Ground", "credentials": "Ground", "renamed": "Ground", "versions": "Ground",
+          "private": "Ground"}
 GROUND = "Files, errors and names that everything stands on."
 BENCHMARKS = {  # in this order, each with a sentence
     "batch_effect": "Methods against the batch effect side by side, over seeds and strengths, on simulated screens.",
