@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['user_path', 'output_path', 'refuse_links', 'check_target', 'partial_path', 'write_whole', 'clean_partials',
-           'refuse_linked_folders', 'parse_json', 'read_text', 'read_json', 'write_json', 'naming', 'read_arrays',
-           'check_name', 'path_within', 'check_output', 'FolderClaimed', 'claim_folder', 'folder_contents',
-           'check_free', 'note_request']
+           'refuse_linked_folders', 'parse_json', 'regular_file', 'read_text', 'read_json', 'write_json', 'naming',
+           'read_arrays', 'check_name', 'path_within', 'check_output', 'FolderClaimed', 'claim_folder',
+           'folder_contents', 'check_free', 'note_request']
 
 # %% ../nbs/01_files.ipynb #83648d7a
 import json, os, re, socket, sys, time, warnings
@@ -160,11 +160,20 @@ def parse_json(
     if kind is None or isinstance(found, kind): return found
     raise ValueError(f'{where}: {json.dumps(found)[:60]} where {dict(dict="an object in braces", list="a list in brackets").get(kind.__name__, kind.__name__)} is expected')
 
+def regular_file(
+    path:str|Path # file that is to be read
+) -> Path: # the same
+    "Refuse what may never end, a pipe, a socket or a device, before it is opened. Raises: ValueError naming what it is."
+    path = Path(path)
+    what = next((name for test, name in _KINDS[2:] if getattr(path, test)()), None)
+    if what: raise ValueError(f'{path} is {what}, expected a regular file')
+    return path
+
 def read_text(
     path:str|Path # file in UTF-8
 ) -> str:
-    "A text file. Raises: FileNotFoundError; ValueError if it is not UTF-8; OSError naming the file."
-    try: return Path(path).read_text(encoding='utf-8-sig')
+    "A text file. Raises: FileNotFoundError; ValueError if it is not UTF-8, or not a regular file; OSError naming the file."
+    try: return regular_file(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f'{path} is no text in UTF-8: byte {e.start} is {e.object[e.start]:#04x}') from None
 
 def read_json(
@@ -190,6 +199,7 @@ def naming(
     what:str # what it should be, such as 'Parquet file'
 ) -> Iterator[None]:
     "Readers of other libraries raise a dozen kinds of exceptions. Raises: FileNotFoundError; ValueError that names the file and what is wrong with it."
+    regular_file(path)
     try: yield
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
     except IsADirectoryError: raise ValueError(f'{path} is a folder, expected a {what}') from None

@@ -1,5 +1,6 @@
 "Every file of ours, damaged in every way that a disk, an editor or another version can think of, is named in the message."
 import json
+import os
 import shutil
 
 import numpy as np
@@ -11,13 +12,16 @@ from rcic_fastai.predict.submission import score_submission
 from rcic_fastai.screen.platemap import describe_screen, read_platemap
 from rcic_fastai.predict.core import Predictions
 from rcic_fastai.run.predict import embed_run, predict_run
-from rcic_fastai.report.core import read_history, read_truth
+from rcic_fastai.report.core import make_report, read_history, read_truth
 from rcic_fastai.run.stages import Stages
 from rcic_fastai.run.submit import submit_run
+from rcic_fastai.run.blend import blend_runs
+from rcic_fastai.screen.planes import read_channel
+from rcic_fastai.train.checkpoint import read_checkpoint
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.simulate import simulate_screen
 from rcic_fastai.labels.stack import Stacker
-from rcic_fastai.data.store import Store, pack_screen
+from rcic_fastai.data.store import Store, pack_screen, verify_store
 from rcic_fastai.labels.threshold import ConstantThreshold, read_thresholds, write_thresholds
 from rcic_fastai.run.folder import _run_histograms, load_run, read_run
 
@@ -270,3 +274,60 @@ def test_tables_of_a_store_are_compared_when_it_is_read(small_screen, tmp_path):
         with pytest.raises(ValueError, match=f"{name} is not the table that was packed"): read_screen(store)
         (store / name).write_text(data)
     read_screen(store)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["run.json", "recipe.json", "predictions/test.npz", "model.safetensors", "histograms.npz", "history.csv", "manifest.json", "sites.parquet", "shards/00000.bin",
+                                  "train.csv", "image", "checkpoint", "template"])  # fmt: skip
+def test_a_pipe_is_not_waited_for(run, small_screen, tmp_path, name):
+    "Nobody writes into it, so that a reader would wait for ever"
+    screen, store = read_screen(small_screen), tmp_path / "store"
+    if name.startswith(("manifest", "sites", "shards", "train")):
+        pack_screen(screen, store, progress=False)
+        path = store / name
+    elif name == "image": path = tmp_path / "x.png"
+    elif name == "checkpoint": path = tmp_path / "00000001-0123456789abcdef.pt"
+    elif name == "template": path = tmp_path / "mine.ipynb"
+    else: path = run / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    reads = {"predictions/test.npz": lambda: submit_run(run, screen, say=quiet), "model.safetensors": lambda: load_run(run, screen.sites().head(4)), "histograms.npz": lambda: _run_histograms(run),
+             "history.csv": lambda: read_history(run), "image": lambda: read_channel(path), "checkpoint": lambda: read_checkpoint(path), "run.json": lambda: read_run(run), "recipe.json": lambda: read_run(run),
+             "template": lambda: make_report(run, tmp_path / "page.html", small_screen, template=path, say=quiet)}  # fmt: skip
+    with pytest.raises(EXPECTED, match=f"{path.name}.*(is a pipe, expected a regular file|does not exist|no such file|is missing|looked for)|looked for train.csv"):
+        reads.get(name, lambda: (read_screen(store), Store(store).read(0)))()
+
+
+def test_a_manifest_does_not_say_how_long_something_takes(small_screen, tmp_path):
+    for format in ("blosc2", "raw", "zarr"):
+        store = tmp_path / format
+        pack_screen(read_screen(small_screen), store, progress=False, format=format)
+        manifest = json.loads((store / "manifest.json").read_text())
+        (store / "manifest.json").write_text(json.dumps({k: v for k, v in {**manifest, "n_sites": 10**12}.items() if k != "digest"}))
+        for use in (lambda s: s.check(), verify_store, lambda s: s.read(0), lambda s: s.read_batch([0])):
+            with pytest.raises(ValueError, match="sites.parquet: [0-9]+ sites, but the manifest counts 1,000,000,000,000"): use(Store(store))
+
+
+def test_predictions_are_of_the_sites_of_the_screen(run, small_screen, tmp_path):
+    "By submission and blend; a site that is written in another way is another one"
+    screen, path = read_screen(small_screen), run / "predictions" / "test.npz"
+    p = predict_run(run, screen, "test", progress=False, say=quiet)
+    second = shutil.copytree(run, tmp_path / "second")
+    def changed(i, ids, logits=None): return Predictions(ids, p.classes, p.logits if logits is None else logits, p.made)
+    other = p.ids.copy().astype(object)
+    other[0] = p.ids[0].rpartition("_")[0] + "_01"
+    more = np.append(p.ids, p.ids[0].rpartition("_")[0] + "_9")
+    cases = [(changed(0, other), "site .*_01 is not in"), (changed(0, more, np.concatenate([p.logits, p.logits[:1]])), "site .*_9 is not in"),
+             (changed(0, p.ids[1:], p.logits[1:]), f"site {p.ids[0]} is missing")]  # fmt: skip
+    wells = p.wells()
+    unknown = wells.ids.copy().astype(object)
+    unknown[0] = "HUVEC-99_1_B02"
+    cases.append((Predictions(unknown, wells.classes, wells.logits, wells.made), "well HUVEC-99_1_B02 is not in"))
+    for bad, message in cases:
+        bad.save(path)
+        with pytest.raises(ValueError, match=f"test.npz: {message}"): submit_run(run, screen, say=quiet)
+        with pytest.raises(ValueError, match=f"test.npz: {message}"): blend_runs([second, run], screen, tmp_path / "blend", say=quiet)
+    assert not (run / "submission.csv").exists()
+    wells.save(path)
+    assert submit_run(run, screen, say=quiet).exists()

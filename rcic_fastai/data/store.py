@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files import check_output, claim_folder, clean_partials, folder_contents, parse_json, path_within
-from ..files import read_json, refuse_linked_folders, refuse_links, user_path, write_json, write_whole
+from ..files import read_json, refuse_linked_folders, refuse_links, regular_file, user_path, write_json, write_whole
 from ..credentials import scrub
 from ..screen.tables import WELL_COLUMNS
 from ..screen.sites import CHANNELS, check_files, _expand, has_channels, packed_row, present_sites
@@ -202,11 +202,11 @@ def _join(path, *parts): return '/'.join([str(path).rstrip('/'), *parts])
 
 def _mapped(path):
     "Bytes of a file as an array uint8; the system reads them when they are touched"
-    if not os.path.getsize(path): return np.empty(0, np.uint8)
+    if not os.path.getsize(regular_file(path)): return np.empty(0, np.uint8)
     with open(path, 'rb') as f: return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 def _read_bytes(path):
-    if '://' not in str(path): return Path(path).read_bytes()
+    if '://' not in str(path): return regular_file(path).read_bytes()
     import fsspec
     try:
         with fsspec.open(str(path)) as f: return f.read()
@@ -352,6 +352,7 @@ class Store:
     @cached_property
     def _fits(self):
         "Nothing is allocated before the first site was seen to have the shape that the manifest gives. Raises: ValueError"
+        _ = self.sites # the index is held against the manifest before anything of that is believed
         if self.format=='zarr': return self._array is not None
         try: data = self._stored(0)
         except (DamagedSite, FileNotFoundError): return True # told of the site that is read
@@ -810,7 +811,7 @@ def verify_store(
 
     Raises: ValueError if a site of the store is not among `sites`.
     """
-    files = None
+    files, n = None, len(store.sites) # which is held against the manifest
     if sites is not None:
         files = sites.set_index('site_id').files.reindex(store.sites.site_id)
         if files.isna().any(): raise ValueError(f'site {files.index[files.isna()][0]} of {store.shown} is not among the {len(sites):,} sites given')
@@ -824,7 +825,7 @@ def verify_store(
         differ = int((source!=x).sum())
         return f'{differ:,} pixels differ from {files.iloc[i]}' if differ else None
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        found = list(tqdm(pool.map(problem, range(len(store))), total=len(store), unit='site', disable=not progress))
+        found = list(tqdm(pool.map(problem, range(n)), total=n, unit='site', disable=not progress))
     tables = {name: _table_problem(store, name, checksum) for name, checksum in store.manifest['files'].items()}
     problems = [(name, p) for name,p in tables.items() if p] + [(store.sites.site_id.iloc[i], p) for i,p in enumerate(found) if p]
     return pd.DataFrame(problems, columns=['site_id', 'problem'])

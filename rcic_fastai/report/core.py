@@ -29,7 +29,8 @@ from matplotlib.collections import PathCollection
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from ..files import check_output, check_target, naming, read_arrays, read_json, user_path, write_whole
+from ..files import check_output, check_target, naming, read_arrays, read_json, regular_file, user_path
+from ..files import write_whole
 from ..screen.tables import is_unknown
 from ..screen.groups import plate_groups
 from ..screen.sites import present_sites
@@ -646,7 +647,7 @@ def make_report(
     if truth is not None and not (truth := user_path(truth)).exists(): raise FileNotFoundError(f'{truth} does not exist; expected a table with the truth')
     template = user_path(template or report_template(info['target']=='labels'))
     if not template.exists(): raise FileNotFoundError(f'{template} does not exist; expected a notebook to execute')
-    try: nb = nbformat.read(template, 4)
+    try: nb = nbformat.read(regular_file(template), 4)
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError) as e: raise ValueError(f'{template} is no notebook: {str(e).splitlines()[0]}') from None
     parameters = dict(run=str(run.resolve()), data=str(where.resolve()), truth=None if truth is None else str(Path(truth).resolve()), max_wells=max_wells, n_pictures=n_pictures)
     say(f'Executing {template.name}, which takes a while')

@@ -20,12 +20,14 @@ from ..predict.core import Predictions
 from ..predict.blend import blend_predictions, blend_report, blend_weights, _check_space, _normalised
 from ..labels.metrics import average_precision
 from .folder import check_target_column, read_run, write_run
-from .predict import check_treatments, predict_run
+from .predict import check_predicted, check_treatments, predict_run
 
 # %% ../../nbs/77_run.blend.ipynb #3c469c5e
 def _predicted(run, screen, split, present_only, say):
     path = Path(run)/'predictions'/f'{split}.npz'
-    return Predictions.load(path) if path.exists() else predict_run(run, screen, split, present_only=present_only or None, say=say)
+    if not path.exists(): return predict_run(run, screen, split, present_only=present_only or None, say=say)
+    check_predicted(path, p := Predictions.load(path), screen)
+    return p
 
 def _precision_report(members, blend, wells):
     "Weight and average precision of each member, and of the blend, on the images that were set aside"

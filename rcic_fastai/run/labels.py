@@ -23,7 +23,7 @@ from ..labels.submission import read_label_submission, write_label_submission
 from ..labels.threshold import create_threshold, nested_macro_f1, NestedF1, ShareThreshold
 from ..labels.threshold import ThresholdEstimator, write_thresholds
 from .folder import read_run
-from .predict import check_channels, check_classes, _check_scored, predict_run, _run_files
+from .predict import check_channels, check_classes, check_predicted, _check_scored, predict_run, _run_files
 
 # %% ../../nbs/77_run.labels.ipynb #e544134a
 def fit_thresholds(
@@ -70,8 +70,10 @@ def submit_labels(
     check_classes(run, info, atlas)
     if 'channels' in info: check_channels(run, info, atlas)
     out = check_submission_path(check_screen_output(out or Path(run)/'submission.csv', atlas, sample, *_run_files(run)))
-    test, method = Predictions.load(Path(run)/'predictions'/'test.npz').wells(), method or recipe.inference.thresholds
+    test, method = Predictions.load(path := Path(run)/'predictions'/'test.npz'), method or recipe.inference.thresholds
     _check_scored(run, info, test, 'test')
+    check_predicted(path, test, atlas)
+    test = test.wells()
     if info['valid_wells']:
         valid = _kept(run, atlas, 'valid', say)
         estimator, found = fit_thresholds(valid, atlas, method)

@@ -19,7 +19,7 @@ from ..predict.submission import check_submission_path, write_submission
 from ..predict.core import Predictions
 from ..predict.assign import assign_predictions
 from .folder import read_run
-from .predict import check_channels, check_classes, _check_scored, check_treatments, _run_files
+from .predict import check_channels, check_classes, check_predicted, _check_scored, check_treatments, _run_files
 from .predict import treatment_names
 
 # %% ../../nbs/77_run.submit.ipynb #e1179bf9
@@ -42,6 +42,7 @@ def submit_run(
     if 'channels' in info: check_channels(run, info, screen)
     p, run = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(run)
     _check_scored(run, info, p, 'test')
+    check_predicted(run/'predictions'/'test.npz', p, screen)
     out = check_submission_path(check_screen_output(out or run/'submission.csv', screen, sample, *_run_files(run)))
     if screen.replicates and (groups or one_to_one):
         groups = one_to_one = False

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from .channels import as_channel, Channel, CHANNELS
+from ..files import regular_file
 from .sites import site_files
 
 # %% ../../nbs/12_screen.planes.ipynb #ec0aea24
@@ -23,7 +24,7 @@ from .sites import site_files
 def _image_file(path):
     "An open image, and errors that say which file it is"
     try:
-        with Image.open(path) as im:
+        with Image.open(regular_file(path)) as im:
             if (n := getattr(im, 'n_frames', 1)) > 1: raise ValueError(f'{path} holds {n} images, expected one file per channel')
             yield im
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..files import path_within, user_path
+from ..files import path_within, regular_file, user_path
 
 # %% ../../nbs/10_screen.tables.ipynb #8fe10977
 def _where(row): return f'{row.file}: row {row.row}' if 'file' in row else f'well {row.id_code}'
@@ -40,7 +40,7 @@ _NO_TABLE = {b'\xff\xfe': 'text in UTF-16', b'\xfe\xff': 'text in UTF-16', b'PK\
 
 def _table_text(path):
     "The text of a table. Raises: ValueError that says what a file is that is none."
-    data = path.read_bytes()
+    data = regular_file(path).read_bytes()
     what = next((w for start, w in _NO_TABLE.items() if data.startswith(start)), 'no text' if b'\0' in data else None)
     if what: raise ValueError(f'{path.name} is {what}; expected a table of comma-separated text: in Excel, save it as "CSV UTF-8"')
     try: return data.decode('utf-8-sig')

@@ -22,7 +22,7 @@ from fastai.callback.all import TrackerCallback
 from fastcore.foundation import L
 from torch import Tensor
 
-from ..files import clean_partials, refuse_links, write_whole
+from ..files import clean_partials, refuse_links, regular_file, write_whole
 from ..renamed import renamed
 from ..data.context import plain
 
@@ -69,7 +69,7 @@ def read_checkpoint(
 ) -> dict: # tensors on the CPU
     "The state of a checkpoint. Raises: ValueError if the file is not as it was written; FileNotFoundError."
     path = Path(path)
-    name, data = _NAME.fullmatch(path.name), path.read_bytes()
+    name, data = _NAME.fullmatch(path.name), regular_file(path).read_bytes()
     if name is None: raise ValueError(f'{path} is no checkpoint: its name is not a number and a checksum')
     if xxhash.xxh3_64_hexdigest(data)!=name[2]: raise ValueError(f'{path} is cut short or damaged')
     try: return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
