@@ -57,16 +57,16 @@ def contestants(views, design, rates=None):
     from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
 
     rates = rates or {}  # None: those that `laptop_recipe` knows, which --select has found
-    s3 = change_recipe(laptop_recipe(get_recipe("densenet121_domain_bn"), 100, rates.get("S3")), "per_cell_type=false")
+    s3 = change_recipe(laptop_recipe(get_recipe("densenet121_domain_bn"), 100, rates.get("44th place")), "per_cell_type=false")
     bare = change_recipe(s3, "finetune.epochs=0")
     single = change_recipe(bare, "train.accumulate=1", "controls.accumulate=1")
     first = laptop_recipe(get_recipe("densenet161_first_place"), 100, rates.get("1st place"))
     ours = laptop_recipe(get_recipe("densenet161_domain_batches"), 100, rates.get("ours"))
     both = ["default", "hard"]
-    out = {"S3 ladder: eval-mode BatchNorm": (single, dict(batchnorm="running", bagging=[]), ["default"]),
-           "S3 ladder: batch statistics": (single, {}, both),
-           "S3 ladder: + virtual batch": (bare, {}, ["default"]),
-           "S3 (ladder: + MixUp fine-tuning)": (s3, {}, both),
+    out = {"44th place: eval-mode BatchNorm": (single, dict(batchnorm="running", bagging=[]), ["default"]),
+           "44th place: batch statistics": (single, {}, both),
+           "44th place: + virtual batch": (bare, {}, ["default"]),
+           "44th place: + MixUp fine-tuning": (s3, {}, both),
            "1st place": (first, {}, both),
            "1st place, domain statistics": (first, dict(batchnorm="domain", domain="experiment"), both),
            "ours": (ours, {}, both),
@@ -181,8 +181,8 @@ def select(args, screens):
     valid = [f"{c}-{i:02}" for c in args.design["cell_types"] for i in (args.design["n_train"] - 1, args.design["n_train"])]
     jobs = {}
     for rate in RATES:
-        methods = contestants(args.views, args.design, dict.fromkeys(("S3", "1st place", "ours", "batches"), rate))
-        for name in args.select or ("S3 (ladder: + MixUp fine-tuning)", "1st place", "ours", "batches: experiment"):
+        methods = contestants(args.views, args.design, dict.fromkeys(("44th place", "1st place", "ours", "batches"), rate))
+        for name in args.select or ("44th place: + MixUp fine-tuning", "1st place", "ours", "batches: experiment"):
             recipe, inference, _ = methods[name]
             for seed in SELECT_SEEDS:
                 screen = {**args.design, **next(iter(screens.values())), "seed": seed}
@@ -212,7 +212,7 @@ def differences(table):
     rows = []
     for strength, t in table.groupby("strength", sort=False):
         wide = t.pivot(index="seed", columns="method")
-        for other in ("S3 (ladder: + MixUp fine-tuning)", "S3 ladder: batch statistics", "1st place", "1st place, domain statistics"):
+        for other in ("44th place: + MixUp fine-tuning", "44th place: batch statistics", "1st place", "1st place, domain statistics"):
             if other in t.method.values and "ours" in t.method.values:
                 gain = {s: wide[s]["ours"] - wide[s][other] for s in ("argmax", "assignment", "groups")}
                 rows.append({"strength": strength, "ours minus": other, **{k: spread(v) for k, v in gain.items()},
@@ -221,11 +221,11 @@ def differences(table):
 
 
 def gains(table):
-    "What each step of the S3 ladder brings, seed by seed, and in how many seeds it helped"
-    steps = [("eval-mode BatchNorm", "S3 ladder: eval-mode BatchNorm", "argmax"), ("batch statistics", "S3 ladder: batch statistics", "argmax"),
-             ("+ virtual batch", "S3 ladder: + virtual batch", "argmax"), ("+ assignment", "S3 ladder: + virtual batch", "assignment"),
-             ("+ plate groups", "S3 ladder: + virtual batch", "groups"),
-             ("+ MixUp fine-tuning", "S3 (ladder: + MixUp fine-tuning)", "groups")]  # fmt: skip
+    "What each step of the ladder of the 44th place brings, seed by seed, and in how many seeds it helped"
+    steps = [("eval-mode BatchNorm", "44th place: eval-mode BatchNorm", "argmax"), ("batch statistics", "44th place: batch statistics", "argmax"),
+             ("+ virtual batch", "44th place: + virtual batch", "argmax"), ("+ assignment", "44th place: + virtual batch", "assignment"),
+             ("+ plate groups", "44th place: + virtual batch", "groups"),
+             ("+ MixUp fine-tuning", "44th place: + MixUp fine-tuning", "groups")]  # fmt: skip
     t, rows, before = table[table.strength == table.strength.iloc[0]].set_index(["method", "seed"]), [], None
     for step, method, column in steps:
         if method not in t.index.get_level_values(0):
@@ -257,7 +257,7 @@ def report(args, table, methods, screens, seconds):
              f"chance {1 / args.design['n_sirnas']:.3f}; mean ± standard deviation over the seeds (screen and training). "
              f"{args.workers} processes of one thread, {seconds:.0f} s of computing on {platform.machine()}, Python {platform.python_version()}.",
              "## Methods", markdown(summary(table)), "## Ours against the published systems", markdown(differences(table)),
-             "## The ladder of S3", markdown(gains(table)) if len(gains(table)) else "(not run)",
+             "## The ladder of the 44th place", markdown(gains(table)) if len(gains(table)) else "(not run)",
              "## Screens", "```json\n" + json.dumps({**args.design, **screens}, indent=1) + "\n```",
              "## Recipes", "Images shown in training: " + ", ".join(f"{k} {v:,}" for k, v in budget.items()) + ".",
              *(f"<details><summary>{k}</summary>\n\n```json\n{json.dumps(dict(recipe=asdict(r), prediction=i))}\n```\n</details>"

@@ -141,7 +141,7 @@ def report(args, table, methods, chosen, seconds):
     fresh = f" (the last table: {seeds['together']})" if "together" in seeds else ""
     pages = {"augmentation": "Augmentation, one by one", "controls": "The controls, all with D4", "together": "Together, on screens that had no part in the choice"}
     bases = {"augmentation": NOTHING, "controls": IGNORED, "together": NOTHING}
-    parts = ["# Two open questions of system S2", __doc__.split("\n")[0],
+    parts = ["# Two open questions of the ten-day log", __doc__.split("\n")[0],
              f"`make bench NAME=questions`, screens and trainings of seeds {seeds['augmentation']}{fresh}, chance {1 / args.design['n_sirnas']:.3f}. "
              f"Accuracy of a well (argmax) on {wells} wells, less a few missing ones, of {args.design['n_test']} experiments that training never saw, BatchNorm statistics of the "
              f"experiment; mean ± standard deviation over the seeds. *helps* and *hurts*: a 95 % interval over the seeds leaves zero out; "

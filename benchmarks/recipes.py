@@ -22,8 +22,8 @@ import pandas as pd
 from batch_effect import job_key, ready_screen, spread
 from measure import machine, markdown, write_report
 
-S1 = ("efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_crossentropy", "seresnext101_amsoftmax")
-SYSTEMS = {**dict.fromkeys(S1, "S1"), "densenet121_accumulate": "S2", "resnext50_accumulate": "S2", "densenet121_domain_bn": "S3"}
+FOUR = ("efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_crossentropy", "seresnext101_amsoftmax")
+SYSTEMS = {**dict.fromkeys(FOUR, "83rd place"), "densenet121_accumulate": "ten-day log", "resnext50_accumulate": "ten-day log", "densenet121_domain_bn": "44th place"}
 ORIGINALS = ("seresnext101_amsoftmax", "densenet121_accumulate")
 VIRTUAL_BATCH = {"resnext50_accumulate": 60}  # what sets it apart from densenet121_accumulate once both have the same network
 DESIGN = dict(n_sirnas=32, n_train=4, n_test=3, cell_types=("HUVEC", "RPE"), n_positive=3, image_size=64, effect=0.3, batch_effect=1.5)
@@ -189,12 +189,12 @@ def compare(args, methods):
         predictions = loaded(folder)
         row = scores(args.work, job, predictions, methods[name].inference.assignment)
         rows.append(dict(system=SYSTEMS[name.removesuffix("-faithful")], recipe=name, seed=seed, **row, **json.loads((folder / "result.json").read_text())))
-        if name in S1:
+        if name in FOUR:
             members.setdefault(seed, {})[name] = predictions
     for seed, those in members.items():
         if len(those) > 1:
-            rows += [dict(system="S1", seed=seed, **r) for r in blends(args.work, jobs[next(iter(those)), seed], those)]
-    order = [*[n for n in methods if n in S1], "blend, equal weights", "blend, weights chosen on validation", *[n for n in methods if n not in S1]]
+            rows += [dict(system="83rd place", seed=seed, **r) for r in blends(args.work, jobs[next(iter(those)), seed], those)]
+    order = [*[n for n in methods if n in FOUR], "blend, equal weights", "blend, weights chosen on validation", *[n for n in methods if n not in FOUR]]
     return pd.DataFrame(rows).sort_values(["recipe", "seed"], key=lambda c: c.map(order.index) if c.name == "recipe" else c, ignore_index=True)
 
 
@@ -202,14 +202,14 @@ def compare(args, methods):
 
 
 def select(args):
-    "Validation accuracy of the recipes of S1 and S2 at every learning rate"
+    "Validation accuracy of the recipes of the 83rd place and of the ten-day log at every learning rate"
     from rcic_fastai.screen.groups import plate_groups
 
     screen = {**args.design, **SELECT}
     held = [f"{c}-{i:02}" for c in screen["cell_types"] for i in (SELECT["n_train"] - 1, SELECT["n_train"])]
     jobs, rows = {}, []
     for name in args.recipes:
-        for rate in RATES if SYSTEMS[name] != "S3" else ():
+        for rate in RATES if SYSTEMS[name] != "44th place" else ():
             recipe = within_budget(name, args.select_views, screen, 2, rate)
             jobs[name, rate] = dict(screen=screen, recipe=asdict(replace(recipe, seed=SELECT["seed"])), valid="experiment=" + ",".join(held))
     for (name, rate), job, folder in run_all(args, jobs):
@@ -238,7 +238,7 @@ def summary(table, methods):
     out = out.reset_index("recipe")
     lr = {n: f"{r.train.lr:g}" for n, r in methods.items()}
     way = {n: FORMS[r.inference.assignment] for n, r in methods.items()}
-    blend = next((way[n] for n in methods if n in S1), "")
+    blend = next((way[n] for n in methods if n in FOUR), "")
     out.insert(1, "learning rate", out.recipe.map(lr).fillna(""))
     out.insert(list(out).index(SCORES["own"]) + 1, "which is", out.recipe.map(way).fillna(blend))
     return out
@@ -246,7 +246,7 @@ def summary(table, methods):
 
 def blend_gains(table):
     "The blends against the member that is best on validation, seed by seed"
-    t, rows = table[table.recipe.isin(S1)], []
+    t, rows = table[table.recipe.isin(FOUR)], []
     best = t.sort_values("validation", ascending=False, kind="stable").groupby("seed").first()
     for name, b in table[table.recipe.str.startswith("blend")].groupby("recipe", sort=False):
         gain = b.set_index("seed")[list(SCORES)] - best[list(SCORES)]
@@ -288,18 +288,18 @@ def report(args, table, methods):
              "stages, not the published networks, and a recipe with large virtual batches takes few steps at this budget.",
              "## Recipes", markdown(summary(table, methods))]  # fmt: skip
     if (gains := blend_gains(table)) is not None:
-        parts += ["## The blend of S1 against its best member",
+        parts += ["## The blend of the 83rd place against its best member",
                   "Best on validation, seed by seed; differences. Weights that were chosen on the wells they are reported on flatter the blend there, and so does calling the "
                   "member with the highest of four validation figures the best: the columns of the test experiments are the ones to go by.", markdown(gains)]  # fmt: skip
     if (gains := corrections(table)) is not None:
         parts += ["## What the corrections bring",
                   "Corrected minus original (`get_recipe(name, faithful=True)`): batches of one experiment instead of mixed ones, statistics of that experiment instead of running ones, "
-                  "groups masked instead of set to 0 (S1), a first convolution that is no copy (here of random weights), and whole experiments for validation instead of single wells. The column `validation` therefore compares "
+                  "groups masked instead of set to 0 (83rd place), a first convolution that is no copy (here of random weights), and whole experiments for validation instead of single wells. The column `validation` therefore compares "
                   "different wells; the last two show how far either validation is from the test.", markdown(gains)]  # fmt: skip
     if (rates := rates_table(args.out / "recipe_rates.csv")) is not None:
         parts += ["## Learning rates",
                   f"`--select`: a screen of seed {SELECT['seed']}, about {SELECT_VIEWS:,} images, argmax / exact assignment with plate groups on two held-out training experiments of "
-                  "each cell type. The highest mean of the two was taken; S3 keeps the rate of `laptop_rates`.", markdown(rates)]  # fmt: skip
+                  "each cell type. The highest mean of the two was taken; the 44th place keeps the rate of `laptop_rates`.", markdown(rates)]  # fmt: skip
     parts += ["## Screens", "```json\n" + json.dumps(d, indent=1) + "\n```",
               "## Settings", *(f"<details><summary>{n}</summary>\n\n```json\n{json.dumps(asdict(r))}\n```\n</details>" for n, r in methods.items())]  # fmt: skip
     write_report(args.out / "recipes.md", "The published systems at an equal budget", *parts)

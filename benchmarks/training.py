@@ -399,7 +399,7 @@ def pipeline_section(args, cases, folder):
     table = summary(seconds, "naive", units=sites, unit="site")
     text = (
         f"## From files to weights\n\nThe small ResNet on random windows of {window} pixels in sites of 6x{pixels}x{pixels}, batches of {batch}, Adam and cross entropy, float32. "
-        f"*naive* (as in S2): six PNGs through PIL, float32 from there on, each image transformed by itself, a plain DataLoader with {args.workers} processes. "
+        f"*naive* (as in the ten-day log): six PNGs through PIL, float32 from there on, each image transformed by itself, a plain DataLoader with {args.workers} processes. "
         f"*ours*: the packed store, {args.workers} threads that read ahead, uint8 until the windows are cut, everything else in batches. Files are in the page cache."
     )
     return [text, markdown(table)], dict(pipeline=float(table.loc["ours", "x naive"]))

@@ -99,8 +99,35 @@ def test_a_command_points_at_a_function(name):
     assert callable(getattr(importlib.import_module(module), function)), f"{name}: {module}.{function} is not a function"
 
 
-def test_the_changelog_names_the_version():
-    assert f"## [{settings()['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_changelog_and_citation_name_the_version():
+    version = settings()["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert {"cff-version: 1.2.0", f"version: {version}", f"title: {settings()['lib_name']}", f"license: {settings()['license']}",
+            f"  - name: {settings()['author']}"} <= set(citation)
+
+
+def test_upper_bounds_are_above_what_is_tested():
+    tool = runpy.run_path(str(ROOT / "tools" / "newest.py"))
+    required = {r.name: r for r in map(Requirement, settings()["requirements"].split())}
+    kaggle = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "tools" / "kaggle_image.txt").read_text(encoding="utf-8"), flags=re.M))
+    for name in ("fastai", "fastcore", "torch", "torchvision"):
+        specifier = required[name].specifier
+        assert any(s.operator == "<" for s in specifier), f"{name} has no upper bound"
+        assert kaggle[name] in specifier and importlib.metadata.version(name).partition("+")[0] in specifier
+    free = tool["unbounded"](["fastai>=2.8.7,<2.9", "nbdev==3.3.26", "zarr>=3.0.8;python_version>='3.11'", "plum-dispatch<=2.9"])
+    assert free == ["fastai>=2.8.7", "nbdev", "zarr>=3.0.8;python_version>='3.11'", "plum-dispatch"]
+
+
+def test_benchmarks_and_notebooks_that_are_named_exist():
+    stems = {p.stem for p in NOTEBOOKS}
+    pages = {p: "\n".join(c.source for c in notebook(p).cells) for p in NOTEBOOKS}
+    pages |= {p: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "benchmarks").rglob("*.md"))}
+    for path, text in pages.items():
+        gone = [n for n in re.findall(r"`(?:nbs/)?(\d\d_[a-z_.]+?)(?:\.ipynb)?`", text) if n not in stems]
+        assert not gone, f"{path.name} names notebooks that do not exist: {gone}"
+        missing = [n for n in re.findall(r"make bench NAME=(\w+)", text) if n != "..." and not (ROOT / "benchmarks" / f"{n}.py").exists()]
+        assert not missing, f"{path.name} names benchmarks that do not exist: {missing}"
 
 
 # Notebooks

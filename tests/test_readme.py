@@ -83,7 +83,7 @@ def test_commands_of_the_readme(home, monkeypatch, capsys):
     monkeypatch.setattr("rcic_fastai.report._most_wells", lambda *_: 24)  # what it is of large images
     ran = []
     for words in commands():
-        if words[0] in ("make", "pip"): continue
+        if words[0] in ("make", "pip", "git", "cd"): continue
         extra = SMALLER.get(words[0], []) if "--laptop" not in words else ["--laptop", "1", *SMALLER[words[0]][2:]]  # the last one counts
         status, out, err = in_process(monkeypatch, capsys, *words, *extra)
         assert status == 0, f"{' '.join(words)}: exit status {status}\n{out[-500:]}\n{err[-2000:]}"

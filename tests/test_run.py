@@ -147,7 +147,7 @@ def test_every_published_system_runs_to_predictions(screen, tmp_path):
         write_embeddings(x, table, tmp_path / "e.csv")
 
 
-S1 = "efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_crossentropy", "seresnext101_amsoftmax"
+FOUR = "efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_crossentropy", "seresnext101_amsoftmax"
 
 
 @pytest.mark.slow
@@ -155,25 +155,25 @@ def test_the_blend_of_four_models_runs_to_a_submission(screen, tmp_path, capsys)
     "Each by one command: all cell types, then each of them, validated on the same wells; then their blend, and the ten-day log"
     tiny = ["model.arch_options=" + json.dumps(dict(channels=[8, 8, 8, 8], stem_width=8)), "data.crop=null", "train.lr=1e-3"]
     common = dict(data=screen.path, laptop=3, valid="experiment=HUVEC-02,RPE-02", submit=True, set=tiny)
-    for name in (*S1, "densenet121_accumulate"):
+    for name in (*FOUR, "densenet121_accumulate"):
         cli.rcic_train(recipe=name, run=tmp_path / name, **common)
     assert "Validation, experiment=HUVEC-02,RPE-02:" in capsys.readouterr().out
-    _, info = read_run(tmp_path / S1[0])
-    assert info["parts"] == ["HUVEC", "RPE"] and (tmp_path / S1[0] / "all/model.safetensors").exists()
-    cli.rcic_blend(run=[tmp_path / n for n in S1], out=tmp_path / "blend", weights="chosen")
+    _, info = read_run(tmp_path / FOUR[0])
+    assert info["parts"] == ["HUVEC", "RPE"] and (tmp_path / FOUR[0] / "all/model.safetensors").exists()
+    cli.rcic_blend(run=[tmp_path / n for n in FOUR], out=tmp_path / "blend", weights="chosen")
     cli.rcic_submit(run=tmp_path / "blend")
     assert read_run(tmp_path / "blend")[0].inference.assignment == "vote"  # as the system did
     wells = set(screen.wells[(screen.wells.split == "test") & (screen.wells.well_type == "treatment")].id_code)
-    for name in (*S1, "densenet121_accumulate", "blend"):
+    for name in (*FOUR, "densenet121_accumulate", "blend"):
         assert set(pd.read_csv(tmp_path / name / "submission.csv").id_code) == wells
-    right = {n: well_accuracy(Predictions.load(tmp_path / n / "predictions/valid.npz"), screen.wells)[0] for n in (*S1, "blend")}
-    assert right["blend"] >= max(right[n] for n in S1)
+    right = {n: well_accuracy(Predictions.load(tmp_path / n / "predictions/valid.npz"), screen.wells)[0] for n in (*FOUR, "blend")}
+    assert right["blend"] >= max(right[n] for n in FOUR)
     with pytest.raises(ValueError, match="is a blend"):
         predict_run(tmp_path / "blend", screen, "test")
     with pytest.raises(CliError, match="at least two runs"):
-        cli.rcic_blend(run=[tmp_path / S1[0]], out=tmp_path / "other")
+        cli.rcic_blend(run=[tmp_path / FOUR[0]], out=tmp_path / "other")
     with pytest.raises(CliError, match="holds .*, and no blend"):
-        cli.rcic_blend(run=[tmp_path / n for n in S1], out=tmp_path / S1[0] / "all")
+        cli.rcic_blend(run=[tmp_path / n for n in FOUR], out=tmp_path / FOUR[0] / "all")
 
 
 def test_histograms_come_back_with_the_run(screen, tmp_path):

@@ -28,10 +28,9 @@ import docs_api as api  # noqa: E402
 from docs_links import broken_links  # noqa: E402
 
 TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]  # in this order; others follow
-GUIDES = ["which_recipe", "runs", "published_systems", "limits"]
+GUIDES = ["which_recipe", "runs", "published_systems", "limits", "architecture", "glossary"]
 # rooms of the API that stand under one title; a room that is not named has its own
-GROUPS = {"errors": "Ground", "files": "Ground", "credentials": "Ground", "renamed": "Ground", "versions": "Ground",
-          "private": "Ground"}
+GROUPS = dict.fromkeys(["errors", "files", "credentials", "renamed", "versions", "private"], "Ground")
 GROUND = "Files, errors and names that everything stands on."
 BENCHMARKS = {  # in this order, each with a sentence
     "batch_effect": "Methods against the batch effect side by side, over seeds and strengths, on simulated screens.",
@@ -252,7 +251,7 @@ CARDS = """{.cards}
   The whole road in a notebook, your own images, the Human Protein Atlas, open questions.
 - **[Guides](guides/index.md)**
 
-  Which recipe to use, what the published systems did, and what this library cannot do.
+  Which recipe to use, what the published systems did, what this library cannot do, its architecture and its words.
 - **[API](api/index.md)**
 
   Every function and class, with the notebook that explains it.
@@ -309,7 +308,7 @@ def write_pages(site, folder):
         write(page + source.suffix, text)
     generated = {
         "tutorials/index": list_page("Tutorials", "Notebooks to run cell by cell, on simulated images or on your own.", [*site.tutorials, "tutorials/data"], site),
-        "guides/index": list_page("Guides", "What to choose, where it comes from, and where it ends.", list(site.guides), site) if site.guides else "",
+        "guides/index": list_page("Guides", "What to choose, where it comes from, where it ends, and how the library is built.", list(site.guides), site) if site.guides else "",
         "benchmarks/index": list_page("Benchmarks", "What was measured, how, and on what machine; each page says the command that measures it again.",
                                       list(site.benchmarks), site),
         "api/index": api_index(site), "commands": command_page(site)}
