@@ -26,7 +26,10 @@ def _without_user(m):
 # no scheme: a user of two letters or more (a drive of Windows has one), a password, and what looks like a host
 _bare = re.compile(rf"""(?<![\w.%+-])[\w.%+-]{{2,}}?{_colon}(?![/\\:*]|%(?:25)*(?:2[Ff]|3[Aa]))([^\s"'<>]+)(?:@|%(?:25)*40)(?=(\[|(?:\d+\.){{3}}\d|[A-Za-z][\w-]*(?:[./\\:]|%(?:25)*2[Ff]))|[A-Za-z])""")
 
-def _without_passwords(text): return _bare.sub(lambda m: '***@' if m[2] or len(m[1]) > 5 else m[0], _address.sub(_without_user, text))
+# `u:password@host:/path`, as scp has it: here a user of one letter is none of Windows' drives
+_scp = re.compile(r'''(?<![\w.%+/\\-])[\w.%+-]:[^\s"'<>/\\:@]+@(?=[\w-]+:[/~]|[\w-]+(?:\.[\w-]+)+[:/])''')
+
+def _without_passwords(text): return _scp.sub('***@', _bare.sub(lambda m: '***@' if m[2] or len(m[1]) > 5 else m[0], _address.sub(_without_user, text)))
 
 def _scrub_addresses(text): return _query.sub(r'\1***', _without_passwords(text))
 
@@ -50,13 +53,15 @@ def _scrub_names(text):
     for p in _pairs: text = p.sub(lambda m: m[1]+'***', text)
     return text
 
+_signature = re.compile(r'(?i)[?&#][\w.~-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|credential|(?:api|access|account)[_-]?key)[\w.~-]*=[^&\s]')
+
 def refuse_password(
     text:str, # that will be written to files or uploaded
     what:str # it is, such as the name of a setting
 ):
-    "Refuse an address with a password. Raises: ValueError that shows it without."
-    shown, signed = _without_passwords(text), '://' in text and _scrub_names(text)!=text
-    if signed: shown = _scrub_addresses(text)
+    "Refuse an address with a password, a signature or a token. Raises: ValueError that shows it without."
+    shown, signed = _without_passwords(text), '://' in text and _scrub_names(text)!=text or _signature.search(text)
+    if signed: shown = _query.sub(r'\1***', re.sub(r'#([\w.~-]+=)\S+', r'#\1***', shown))
     if shown!=text: raise ValueError(f'{what} holds an address with a password, {shown}: leave the password out, it would be kept in files')
 
 # %% ../nbs/02_credentials.ipynb #873be2ec

@@ -22,7 +22,7 @@ import pytest
 import xxhash
 
 from rcic_fastai.cli.core import _say, one_line_errors, rcic_show
-from rcic_fastai.credentials import scrub
+from rcic_fastai.credentials import refuse_password, scrub
 from rcic_fastai.screen.atlas import read_hpa
 from rcic_fastai.kaggle.core import build_kernel, copy_run, read_kernel
 from rcic_fastai.kaggle.client import run_client, scrub_kaggle
@@ -588,6 +588,16 @@ def test_what_others_log_and_warn_of_holds_no_password(caplog):
 def test_an_error_without_a_word_gets_some():
     for error in (MemoryError(), ValueError(), OSError(), KeyError("")):
         with pytest.raises(CliError, match=f"{type(error).__name__}"), one_line_errors(False): raise error
+
+
+@pytest.mark.parametrize("address", ["h.org/x?sig=S3cret", "x?token=S3cret", "https://h/x?token=S3c", "https://h/x?a=1&X-Amz-Signature=S3cret", "https://h/x#access_token=S3cret", "//h/x?sv=1&Signature=S3cret",
+                                     "u:S3cret@h:/x", "u:S3cret@h.org:x", "https://h/x?api_key=S3cret"])  # fmt: skip
+def test_signatures_and_tokens_come_into_no_file(tmp_path, address):
+    for build in (dict(values=dict(VALID=address)), dict(title=address)):
+        with pytest.raises(ValueError, match="holds an address with a password") as e: build_kernel(tmp_path / "kernel", user="ada", lacking=(), **build)
+        assert "S3c" not in str(e.value)
+    assert not (tmp_path / "kernel").exists()
+    for text in ("https://host/weights.pth?download=true", "valid?fold=0/5", "treatment 'TP53:siRNA1@24h: x'", "C:/mine/a@h.org/x", "a:b@c"): refuse_password(text, "x")
 
 
 # Pages

@@ -20,7 +20,7 @@ from rcic_fastai.cli import core as cli, labels as hpa_cli
 from rcic_fastai.kaggle import core as kaggle
 from rcic_fastai.run.blend import blend_runs
 from rcic_fastai.run.train import train_run
-from rcic_fastai.files import FolderClaimed, claim_folder, write_whole
+from rcic_fastai.files import FolderClaimed, claim_folder, is_marked, write_picture, write_whole
 from rcic_fastai.screen.platemap import describe_screen
 from rcic_fastai.train.checkpoint import remove_checkpoints
 from rcic_fastai.run.predict import predict_run
@@ -263,6 +263,7 @@ def test_no_folder_inside_a_folder_of_ours_leads_out_of_it(mine, tmp_path, name)
     run, victim = tmp_path / "theirs", tmp_path / "victim"
     victim.mkdir()
     for f in ("test.npz", "valid.npz", "run.json", "00000001-0123456789abcdef.pt", ".a.2147483646.rcic-part.pt", "model.safetensors"): (victim / f).write_text("mine")
+    if name == "embed": (victim / "test.npz").unlink()
     if name.startswith(("predict", "embed")): shutil.copytree(mine / "run", run)
     else: run.mkdir()
     if name == "weights":
@@ -278,6 +279,78 @@ def test_no_folder_inside_a_folder_of_ours_leads_out_of_it(mine, tmp_path, name)
     before = tree(victim)
     with pytest.raises((CliError, ValueError), match=f"{inside} is a link to .*victim, and nothing is written or deleted through a link"): command(run, mine / "screen")
     assert tree(victim) == before and not [p for p in victim.iterdir() if p.name.startswith(".rcic")]
+
+
+# Files of others under a name that is asked for; ours may be made again
+
+OVER = {  # file, the command that would replace it, and what it is not
+    "report": ("mine.html", lambda r, out: cli.rcic_report(r / "run", data=r / "screen", out=out), "a report"),
+    "show": ("mine.png", lambda r, out: cli.rcic_show(data=r / "screen", out=out), "a picture"),
+    "show, pdf": ("mine.pdf", lambda r, out: cli.rcic_show(data=r / "screen", out=out), "a picture"),
+    "show, jpg": ("mine.jpg", lambda r, out: cli.rcic_show(data=r / "screen", out=out), "a picture"),
+    "find-lr": ("mine.png", lambda r, out: cli.rcic_find_lr(data=r / "screen", out=out, laptop=1, steps=20), "a picture"),
+    "embed": ("mine.npz", lambda r, out: cli.rcic_embed(run=r / "run", data=r / "screen", out=out), "a file of embeddings"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OVER)
+def test_a_file_of_others_is_not_replaced(mine, tmp_path, name):
+    "It is told before the work; what the same command has written before is replaced"
+    file, command, what = OVER[name]
+    out, before = tmp_path / file, tree(mine)
+    if file.endswith(".npz"): np.savez(out, x=np.zeros(3))
+    elif file.endswith(("png", "jpg")): Image.fromarray(np.zeros((9, 9), np.uint8)).save(out)
+    else: out.write_text("<html>rcic_fastai is what I write about</html>")
+    theirs = out.read_bytes()
+    with pytest.raises(CliError, match=f"{file} exists, and is not {what} that rcic_fastai has written: delete it, or give another name"): command(mine, out)
+    assert out.read_bytes() == theirs and tree(mine) == before
+    if name in ("report", "find-lr", "show, jpg"): return  # the first two take a while, and a JPEG has no mark
+    out.write_bytes(b"")
+    for _ in range(2): command(mine, out)
+    assert out.stat().st_size
+
+
+def test_marks_of_pictures(tmp_path):
+    import matplotlib.pyplot as plt
+
+    fig = plt.figure()
+    for kind in ("png", "pdf", "svg", "eps", "ps"):
+        write_picture(fig, tmp_path / f"x.{kind}")
+        assert is_marked(write_picture(fig, tmp_path / f"x.{kind}"))
+        fig.savefig(tmp_path / f"theirs.{kind}")
+        with pytest.raises(FileExistsError, match="delete it"): write_picture(fig, tmp_path / f"theirs.{kind}")
+    plt.close(fig)
+
+
+def test_a_submission_of_other_wells_is_not_replaced(mine, tmp_path):
+    screen, run, out = read_screen(mine / "screen"), mine / "run", tmp_path / "mine.csv"
+    out.write_text("id_code,sirna\nHUVEC-99_1_B02,3\n")
+    with pytest.raises(CliError, match="mine.csv has other ids than the sample submission"): cli.rcic_submit(run=run, data=screen.path, out=out)
+    assert "HUVEC-99" in out.read_text()
+    out.unlink()
+    for _ in range(2): cli.rcic_submit(run=run, data=screen.path, out=out)
+
+
+def test_a_begun_json_of_others_stays(small_screen, tmp_path):
+    for text in ('{"mine": 1}', "[1]", '"recipe asked"'):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "begun.json").write_text(text)
+        with pytest.raises(CliError, match="begun.json is not of a training that was begun"): cli.rcic_train(data=small_screen, run=tmp_path / "run", laptop=1)
+        assert (tmp_path / "run" / "begun.json").read_text() == text
+
+
+def test_the_metadata_of_another_kernel_stays(tmp_path):
+    "Of another address, or of a kernel whose notebook is somebody else's; the same kernel may be built again"
+    def build(title="Train something"): return kaggle.build_kernel(tmp_path / "kernel", user="ada", title=title, lacking=())
+    path = tmp_path / "kernel" / "kernel-metadata.json"
+    path.parent.mkdir()
+    for there, message in ((dict(id="ada/other", code_file="x.py"), "is of the kernel ada/other, not ada/train-something"), (dict(id="ada/train-something", code_file="x.py"), "is not of a kernel that rcic_fastai has written")):
+        path.write_text(json.dumps(there))
+        with pytest.raises(FileExistsError, match=message): build()
+        assert json.loads(path.read_text()) == there
+    path.unlink()
+    for _ in range(2): build()
+    with pytest.raises(FileExistsError, match="is of the kernel ada/train-something, not ada/another-one"): build("Another one")
 
 
 # Killed, and two at once

@@ -215,15 +215,15 @@ def rcic_show(
     "A picture of a well: all stains in colour, then each in grey."
     with one_line_errors(debug):
         import matplotlib.pyplot as plt
-        from rcic_fastai.files import write_whole
+        from rcic_fastai.files import check_ours, write_picture
         from rcic_fastai.screen.read import read_screen
         from rcic_fastai.data.store import check_screen_output
         _check_picture(out)
         screen = read_screen(data)
-        out = check_screen_output(out, screen)
+        out = check_ours(check_screen_output(out, screen), 'a picture')
         with plt.ioff():
             fig = screen.show_well(well, site)[0].figure
-            write_whole(out, lambda p: fig.savefig(p, format=out.suffix[1:] or 'png', dpi=150, bbox_inches='tight'))
+            write_picture(fig, out, dpi=150, bbox_inches='tight')
         _say(f'Written: {out}, {fig._suptitle.get_text()}')
 
 # %% ../../nbs/91_cli.core.ipynb #10789587
@@ -390,8 +390,8 @@ def rcic_embed(
         from rcic_fastai.screen.read import read_screen
         from rcic_fastai.data.store import check_screen_output
         from rcic_fastai.run.folder import run_data
-        screen, out = read_screen(run_data(run, data)), embeddings_path(out or Path(run)/'embeddings'/f'{split}.npz')
-        out = check_screen_output(out, screen, truth, *_run_files(run))
+        screen, out = read_screen(run_data(run, data)), out or Path(run)/'embeddings'/f'{split}.npz'
+        out = embeddings_path(check_screen_output(out, screen, truth, *_run_files(run)))
         if truth is not None:
             if isinstance(screen, Atlas): raise ValueError('--truth is for one siRNA per well, and this is an atlas: without it the embeddings are written')
             screen.wells = merge_truth(screen.wells, truth, treatment_numbers(screen.wells)) # told to be wrong before the work

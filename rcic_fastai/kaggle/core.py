@@ -22,7 +22,7 @@ from fastai.callback.core import Callback
 from safetensors import safe_open
 
 from ..files import check_free, check_name, check_output, claim_folder, clean_partials, naming, path_within
-from ..files import read_json, user_path, write_json, write_whole
+from ..files import read_json, read_text, user_path, write_json, write_whole
 from ..credentials import refuse_password
 from ..screen.groups import plate_groups
 from ..screen.core import Screen
@@ -341,7 +341,14 @@ def _check_size(text, wheels):
 
 def _check_folder(out):
     notebook = check_free(out, 'kernel-metadata.json', 'kernel')/'kernel.ipynb'
-    if notebook.exists() and 'PACKED = ' not in notebook.read_text(encoding='utf-8'): raise FileExistsError(f'{notebook} is a notebook of somebody else: give another folder')
+    if notebook.exists() and 'PACKED = ' not in read_text(notebook): raise FileExistsError(f'{notebook} is a notebook of somebody else: give another folder')
+
+def _check_metadata(out, meta):
+    "A kernel is replaced by itself: by one of the same address, whose notebook this library has written"
+    path = out/'kernel-metadata.json'
+    if not path.exists() or (there := read_json(path))==meta: return
+    if there.get('id')!=meta['id']: raise FileExistsError(f'{path} is of the kernel {there.get("id")}, not {meta["id"]}: delete it, or give another folder')
+    if not (out/meta['code_file']).exists(): raise FileExistsError(f'{path} is not of a kernel that rcic_fastai has written: delete it, or give another folder')
 
 def build_kernel(
     out:str|Path, # folder to write
@@ -378,6 +385,7 @@ def build_kernel(
     if go_on: kernels.append(f'{user}/{kaggle_slug(title)}')
     competition = competition or competitions['labels' if recipe.loss.name in multilabel_losses else 'sirna']
     meta = kernel_metadata(user, title, competition=competition, datasets=dict.fromkeys(datasets), kernels=dict.fromkeys(kernels), **metadata)
+    _check_metadata(out, meta)
     hashes = {w.name: hashlib.sha256(w.read_bytes()).hexdigest() for w in _check_wheels(attached, '--attached-wheel')}
     with tempfile.TemporaryDirectory() as folder:
         found = _embedded(wheels, lacking, folder)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from ..files import write_whole
+from ..files import naming, write_whole
 from ..screen.tables import is_unknown, whole_numbers
 from ..screen.core import Screen
 from ..screen.platemap import read_well_table
@@ -51,14 +51,23 @@ def _check_labels(labels, ids, name):
     return numbers.astype(int)
 
 def check_submission_path(
-    path:str|Path # file that is to be written
+    path:str|Path, # file that is to be written
+    sample:str|Path|pd.DataFrame=None # sample submission, whose ids an earlier submission has too
 ) -> Path: # the same
-    "Refuse to replace a file that is no submission. Raises: FileExistsError."
+    "Refuse to replace a file that is no submission, or one of other wells. Raises: FileExistsError."
     path = Path(path)
     if not path.is_file() or not path.stat().st_size: return path
     with path.open('rb') as f: head = f.readline(1000).decode('utf-8-sig', 'replace')
-    if [c.strip(' "\r\n') for c in head.split(',')] in (['id_code', 'sirna'], ['id_code', 'sirna', 'treatment'], ['Id', 'Predicted']): return path
-    raise FileExistsError(f'{path} is no submission (a table of id_code,sirna or Id,Predicted), and only such a file is replaced: give another name')
+    if [c.strip(' "\r\n') for c in head.split(',')] not in (['id_code', 'sirna'], ['id_code', 'sirna', 'treatment'], ['Id', 'Predicted']):
+        raise FileExistsError(f'{path} is no submission (a table of id_code,sirna or Id,Predicted), and only such a file is replaced: delete it, or give another name')
+    if sample is not None and _first_column(path)!=_first_column(sample): raise FileExistsError(f'{path} has other ids than the sample submission, and only a submission of the same ids is replaced: delete it, or give another name')
+    return path
+
+def _first_column(table):
+    "The ids of a table, in any order"
+    if isinstance(table, pd.DataFrame): return set(table.iloc[:, 0].astype(str))
+    with naming(table, 'table (CSV)'): found = pd.read_csv(table, dtype=str, keep_default_na=False)
+    return set(found[next((c for c in found if c in ('id_code', 'Id', 'id')), found.columns[0])])
 
 def write_submission(
     id_codes:ArrayLike, # (W,) str: wells, in any order

@@ -29,7 +29,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from ..files import check_output, check_target, naming, read_arrays, read_json, regular_file, user_path
+from ..files import check_ours, check_output, check_target, is_marked, naming, read_arrays, read_json, regular_file, user_path
 from ..files import write_whole
 from ..screen.tables import is_unknown
 from ..screen.groups import plate_groups
@@ -615,6 +615,7 @@ def _check_page(out, *inputs):
     for path in (out, beside):
         check_target(path)
         check_output(path, *inputs, option='--out' if path==out else 'the executed notebook')
+    check_ours(out, 'a report', lambda p: is_marked(p) or beside.is_file() and _is_report(beside))
     if beside.exists() and not _is_report(beside): raise FileExistsError(f'{beside} was not written by a report, which would replace it by the notebook beside {out.name}: give another name')
     return out
 

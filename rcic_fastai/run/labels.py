@@ -69,7 +69,7 @@ def submit_labels(
     if info['target']!='labels': raise ValueError(f'{run} predicts {info["target"]} (target in run.json); a submission of labels needs a run that predicts labels')
     check_classes(run, info, atlas)
     if 'channels' in info: check_channels(run, info, atlas)
-    out = check_submission_path(check_screen_output(out or Path(run)/'submission.csv', atlas, sample, *_run_files(run)))
+    out = check_submission_path(check_screen_output(out or Path(run)/'submission.csv', atlas, sample, *_run_files(run)), sample or atlas.path/'sample_submission.csv')
     test, method = Predictions.load(path := Path(run)/'predictions'/'test.npz'), method or recipe.inference.thresholds
     _check_scored(run, info, test, 'test')
     check_predicted(path, test, atlas)

@@ -7,7 +7,7 @@ __all__ = ['check_channels', 'check_classes', 'check_predicted', 'treatment_name
            'predict_run', 'embed_run', 'embeddings_path', 'write_embeddings']
 
 # %% ../../nbs/76_run.predict.ipynb #9e4d5cf1
-import os
+import importlib.util, os, zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +17,7 @@ import torch
 import numpy as np
 import pandas as pd
 
-from ..files import claim_folder, user_path, write_whole
+from ..files import check_ours, claim_folder, user_path, write_whole
 from ..screen.sites import channel_file, channel_name, grey_limits, present_sites
 from ..screen.core import Screen
 from ..data.select import select_sites
@@ -230,10 +230,19 @@ def embed_run(
 def embeddings_path(
     path:str|Path # file to write
 ) -> Path: # the same
-    "Raises: ValueError for a file that embeddings are not written as."
+    "Raises: ValueError for a file that embeddings are not written as, or a package that is missing; FileExistsError for a file of others."
     path = user_path(path)
-    if path.suffix in ('.npz', '.h5ad'): return path
-    raise ValueError(f'{path}: embeddings are written as .npz or .h5ad')
+    if path.suffix not in ('.npz', '.h5ad'): raise ValueError(f'{path}: embeddings are written as .npz or .h5ad')
+    if path.suffix=='.h5ad' and importlib.util.find_spec('anndata') is None: raise ValueError(f"{path}: .h5ad needs the package anndata: pip install 'rcic_fastai[phenomics]', or give a name that ends with .npz")
+    return check_ours(path, 'a file of embeddings', _are_embeddings)
+
+def _are_embeddings(path):
+    "Has `write_embeddings` written a file? Its arrays say so"
+    try:
+        if path.suffix=='.npz': return {'x.npy', 'id_code.npy', 'well_type.npy'} <= set(zipfile.ZipFile(path).namelist())
+        import h5py # which anndata needs
+        with h5py.File(path, 'r') as f: return 'X' in f and {'id_code', 'well_type'} <= set(f['obs'])
+    except Exception: return False # whatever it is
 
 def _claimed(run, out):
     "Hold a run folder while a file in it is made; a file elsewhere holds nothing"

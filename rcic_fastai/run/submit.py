@@ -43,16 +43,17 @@ def submit_run(
     p, run = Predictions.load(Path(run)/'predictions'/'test.npz'), Path(run)
     _check_scored(run, info, p, 'test')
     check_predicted(run/'predictions'/'test.npz', p, screen)
-    out = check_submission_path(check_screen_output(out or run/'submission.csv', screen, sample, *_run_files(run)))
+    out = check_screen_output(out or run/'submission.csv', screen, sample, *_run_files(run))
+    if sample is None and (own := Path(screen.path)/'sample_submission.csv').exists(): sample = own
+    if sample is None: sample = screen.wells.loc[(screen.wells.split=='test') & (screen.wells.well_type=='treatment'), ['id_code']] # a screen of one's own has none
+    out = check_submission_path(out, sample)
     if screen.replicates and (groups or one_to_one):
         groups = one_to_one = False
         say('Treatments have several wells within an experiment: each well gets its most likely treatment, without plate groups and one-to-one assignment')
     method = method or (recipe.inference.assignment if groups and one_to_one else 'exact')
     try: table = assign_predictions(p, plate_groups(screen.wells) if groups else None, one_to_one, method)
     except ValueError as e: raise ValueError(f'{Path(run)/"predictions"/"test.npz"}: {e}') from None
-    if sample is None and not (Path(screen.path)/'sample_submission.csv').exists(): # of somebody's own screen there is none
-        sample = screen.wells.loc[(screen.wells.split=='test') & (screen.wells.well_type=='treatment'), ['id_code']]
-    write_submission(table.id_code, table.sirna, Path(screen.path)/'sample_submission.csv' if sample is None else sample, out)
+    write_submission(table.id_code, table.sirna, sample, out)
     if 'treatment' in screen.wells: # treatments have names
         names = {**treatment_names(screen.wells), **(info.get('treatments') or {})}
         write_whole(out, (given := pd.read_csv(out)).assign(treatment=given.sirna.astype(str).map(names)).to_csv(index=False))

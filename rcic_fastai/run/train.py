@@ -21,7 +21,7 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from ..files import check_name, check_output, claim_folder, clean_partials, read_json, user_path
-from ..files import refuse_links, write_whole
+from ..files import check_ours, refuse_links, write_picture, write_whole
 from ..screen.groups import plate_groups
 from ..screen.core import Screen
 from ..screen.split import valid_mask
@@ -216,6 +216,7 @@ _written = ('model.safetensors', 'recipe.json', 'best.safetensors', 'history.csv
 def _check_begun(run):
     "What no training of ours has left here would be replaced"
     found = [n for n in _written if (run/n).exists() and not (n=='recipe.json' and any(run.glob('*/run.json')))] # of networks per cell type
+    if (run/_BEGUN).exists() and not {'recipe', 'asked'} <= set(read_json(run/_BEGUN, None) or ()): raise FileExistsError(f'{run/_BEGUN} is not of a training that was begun: delete it, or give another folder')
     ours = checkpoint_files(run/'checkpoints') or 'model.safetensors' in found and 'recipe' in read_meta(run/found[0])
     if found and not ours and not ((run/_BEGUN).is_file() and {'recipe', 'asked'} <= set(read_json(run/_BEGUN))):
         raise FileExistsError(f'{run} holds {found[0]}, and no training that was begun: give another folder')
@@ -351,7 +352,7 @@ def find_lr(
     "A learning rate for the main stage, by fastai's `lr_find`: the rate rises from step to step, and the loss says when it is too much."
     import matplotlib.pyplot as plt
     if steps < 20: raise ValueError(f'--steps is {steps}, expected 20 or more: fewer points show no curve')
-    if path is not None: path = check_screen_output(path, screen)
+    if path is not None: path = check_ours(check_screen_output(path, screen), 'a picture')
     sites, target = training_sites(screen, recipe, present_only=present_only, say=say), target or screen.target
     _check_losses(sites, recipe, target)
     controls = control_sites(screen, present_only) if needs_controls(recipe) else None
@@ -361,6 +362,6 @@ def find_lr(
         learn = screen_learner(dls, recipe, path=folder)
         with learn.no_bar(): found = learn.lr_find(num_it=steps, suggest_funcs=(valley, _slide, steep, minimum), show_plot=path is not None)
     if path is not None:
-        write_whole(path, lambda p: plt.savefig(p, format=Path(path).suffix[1:] or 'png'))
+        write_picture(plt.gcf(), path)
         plt.close()
     return found
