@@ -6,7 +6,7 @@ from .screen.folds import fold_report
 from .screen.groups import plate_groups, plate_rotations
 from .screen.core import plate_map, Screen
 from .screen.atlas import Atlas, atlas_folds, hpa_channels, hpa_classes, label_truth, read_hpa, read_labels
-from .screen.platemap import describe_screen
+from .screen.describe import describe_screen
 from .screen.read import read_screen
 from .screen.simulate_atlas import simulate_hpa
 from .screen.split import valid_mask

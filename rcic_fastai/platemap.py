@@ -1,3 +1,3 @@
 from rcic_fastai.renamed import moved
 
-__getattr__ = moved(__name__, 'screen.platemap')  # a module of version 0.1.0
+__getattr__ = moved(__name__, 'screen.platemap', 'screen.describe')  # a module of version 0.1.0

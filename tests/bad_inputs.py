@@ -21,7 +21,7 @@ def made(root):
     "What the bad inputs are made from: a screen, its store, a run with predictions, a screen of one's own"
     from PIL import Image
 
-    from rcic_fastai.screen.platemap import describe_screen
+    from rcic_fastai.screen.describe import describe_screen
     from rcic_fastai.run.predict import predict_run
     from rcic_fastai.recipe.published import get_recipe, laptop_recipe
     from rcic_fastai.run.submit import submit_run

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from rcic_fastai.predict.submission import score_submission
-from rcic_fastai.screen.platemap import describe_screen, read_platemap
+from rcic_fastai.screen.describe import describe_screen, read_platemap
 from rcic_fastai.predict.core import Predictions
 from rcic_fastai.run.predict import embed_run, predict_run
 from rcic_fastai.report.core import make_report, read_history, read_truth

@@ -16,7 +16,8 @@ from rcic_fastai.data.store import read_site
 from rcic_fastai.data.image import MultiChannelImage
 from rcic_fastai.report.accuracy import plot_intervals, plot_plate
 from rcic_fastai.model.backbone import create_backbone
-from rcic_fastai.screen.platemap import describe_screen, find_sites, pattern_regex, read_plate_map
+from rcic_fastai.screen.describe import describe_screen, find_sites, pattern_regex
+from rcic_fastai.screen.platemap import read_plate_map
 from rcic_fastai.run.predict import predict_run
 from rcic_fastai.recipe.published import get_recipe, laptop_recipe
 from rcic_fastai.report.core import make_report, plot_map, run_context

@@ -12,8 +12,8 @@ from PIL import Image
 from rcic_fastai.screen.planes import read_channel
 from rcic_fastai.data.store import read_site
 from rcic_fastai.data.image import MultiChannelImage
-from rcic_fastai.screen.platemap import describe_screen, find_grey_limits, guess_pattern, plate_map_wells
-from rcic_fastai.screen.platemap import read_plate_map
+from rcic_fastai.screen.describe import describe_screen, find_grey_limits, guess_pattern
+from rcic_fastai.screen.platemap import plate_map_wells, read_plate_map
 from rcic_fastai.report.core import run_context
 from rcic_fastai.screen.sites import channel_name, grey_limits, site_files
 from rcic_fastai.screen.read import read_screen

@@ -604,8 +604,8 @@ def test_an_empty_part_of_wells_is_an_error(many):
     {
         "experiment=HEPG2-77": ["'HEPG2-77'", "did you mean 'HEPG2-07'"],
         "experiment=HEPG2-01,RPE-O2": ["'RPE-O2'", "did you mean 'RPE-02'"],
-        "experiment=xyz": ["'xyz'", "expected one of HEPG2-01"],
-        "plate=5": ["plate '5'", "1, 2, 3, 4"],
+        "experiment=xyz": ["'xyz'", "expected one of 'HEPG2-01'"],
+        "plate=5": ["plate '5'", "'1', '2', '3', '4'"],
         "cell_type=UTOS": ["did you mean 'U2OS'"],
         "plate=1,2,3,4": ["leaves none to train on"],
         "fold=5": ["fold 5 is outside 0-4"],

@@ -27,7 +27,7 @@ from rcic_fastai.screen.atlas import read_hpa
 from rcic_fastai.kaggle.core import build_kernel, copy_run, read_kernel
 from rcic_fastai.kaggle.client import run_client, scrub_kaggle
 from rcic_fastai.report.html import notebook_page, table, tiles
-from rcic_fastai.screen.platemap import describe_screen
+from rcic_fastai.screen.describe import describe_screen
 from rcic_fastai.report.core import folder_sizes, make_report
 from rcic_fastai.run.train import train_run
 from rcic_fastai.recipe.published import get_recipe

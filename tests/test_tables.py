@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.screen.platemap import describe_screen, plate_map_wells, read_plate_map
+from rcic_fastai.screen.describe import describe_screen
+from rcic_fastai.screen.platemap import plate_map_wells, read_plate_map
 from rcic_fastai.screen.tables import alike, alike_names, is_unknown, read_rows, read_table
 
 ROWS = [["well", "treatment", "dose"], ["B02", "Taxol", "1"], ["B03", "DMSO", "0"], ["C04", "a, b", "2.5"]]

@@ -21,7 +21,7 @@ from rcic_fastai.kaggle import core as kaggle
 from rcic_fastai.run.blend import blend_runs
 from rcic_fastai.run.train import train_run
 from rcic_fastai.files import FolderClaimed, claim_folder, is_marked, write_picture, write_whole
-from rcic_fastai.screen.platemap import describe_screen
+from rcic_fastai.screen.describe import describe_screen
 from rcic_fastai.train.checkpoint import remove_checkpoints
 from rcic_fastai.run.predict import predict_run
 from rcic_fastai.recipe.check import recipe_to_json

@@ -199,7 +199,7 @@ def rcic_describe(
 ):
     "Make a screen of a folder of channel files and a plate map; --data of the other commands takes it from then on."
     with one_line_errors(debug):
-        from rcic_fastai.screen.platemap import describe_screen
+        from rcic_fastai.screen.describe import describe_screen
         screen = describe_screen(data, table, files, channels and [c.strip() for c in channels.split(',')], _pairs(column, 'column'), negative or (), positive or (), out, like, say=_say)
         _say(screen)
         _say(f'Channels: {", ".join(map(str, screen.channels))}\nWritten: {screen.path/"screen.json"}; look at a well with rcic-show --data {screen.path}')

@@ -16,7 +16,7 @@ from fastai.data.all import DataBlock, DataLoaders, is_listy, TransformBlock
 
 from ..files import user_path
 from ..versions import check_versions
-from ..screen.tables import _nearest
+from ..errors import did_you_mean
 from ..screen.sites import CHANNELS
 from ..screen.core import Screen
 from ..screen.split import _VALID, valid_mask
@@ -107,7 +107,7 @@ def _refuse_names(kwargs):
     for k in kwargs:
         if k in _fastai_names: raise TypeError(f'screen_dataloaders has no {k!r}; here it is {_fastai_names[k]}')
         known = screen_dataloaders.__annotations__
-        raise TypeError(f'screen_dataloaders has no {k!r}{_nearest(k, [n for n in known if n!="return"])}')
+        raise TypeError(f'screen_dataloaders has no {k!r}{did_you_mean(k, [n for n in known if n!="return"])}')
 
 def _default_target(sites):
     "The siRNA, or the labels where there are none"

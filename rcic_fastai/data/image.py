@@ -17,7 +17,7 @@ from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..screen.tables import _nearest
+from ..errors import did_you_mean
 from ..screen.sites import channel_name, CHANNELS, present_sites
 from ..screen.core import plain_text, Screen
 from .store import read_site
@@ -120,7 +120,7 @@ def show_well(self:Screen,
     Raises: ValueError for a well or a site that has no images; FileNotFoundError naming a file that is missing.
     """
     wells = self.wells if well is None else self.wells[_called(self.wells, well)]
-    if not len(wells): raise ValueError(f'{self.path} has no well {well}' + _nearest(well, self.wells.id_code))
+    if not len(wells): raise ValueError(f'{self.path} has no well {well}' + did_you_mean(well, self.wells.id_code))
     sites = self.sites(wells)
     if site is not None: sites = sites[sites.site==site]
     if not len(sites): raise ValueError(f'{self.path} has no images of well {well or "any"}' + ('' if site is None else f', site {site}'))

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from ..files import naming, write_whole
 from ..screen.tables import is_unknown, whole_numbers
 from ..screen.core import Screen
-from ..screen.platemap import read_well_table
+from ..screen.describe import read_well_table
 
 # %% ../../nbs/45_predict.submission.ipynb #5c1e4b84
 def _some(ids, n=3):

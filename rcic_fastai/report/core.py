@@ -37,7 +37,7 @@ from ..screen.sites import present_sites
 from ..screen.core import plain_text, Screen
 from ..screen.planes import resize_site
 from ..screen.atlas import Atlas, read_labels
-from ..screen.platemap import read_well_table
+from ..screen.describe import read_well_table
 from ..screen.read import read_screen
 from ..data.image import channel_limits, MultiChannelImage, stain_colors, stains_to_rgb
 from ..data.statistics import complete_stats

@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'Channel', 'as_channel', 'channel_name', 'channel_file', 'grey_limits', 'is_optional',
            'check_channel_names']
 
-# %% ../../nbs/10_screen.channels.ipynb #187a1569
+# %% ../../nbs/10_screen.channels.ipynb #b5ee207d
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from functools import lru_cache
 
 from fastcore.basics import patch
 
-# %% ../../nbs/10_screen.channels.ipynb #57d855ca
-CHANNELS = (1, 2, 3, 4, 5, 6)  # nucleus, endoplasmic reticulum, actin, nucleoli and RNA, mitochondria, Golgi and plasma membrane
+# %% ../../nbs/10_screen.channels.ipynb #5d673986
+# nucleus, endoplasmic reticulum, actin, nucleoli and RNA, mitochondria, Golgi and plasma membrane
+CHANNELS = (1, 2, 3, 4, 5, 6)
 
-# %% ../../nbs/10_screen.channels.ipynb #60308fa4
+# %% ../../nbs/10_screen.channels.ipynb #beb16948
 @dataclass(frozen=True)
 class Channel:
     """One channel of a screen.
@@ -34,7 +35,7 @@ class Channel:
         if self.file not in ('.', '..') and not re.search(r'[/\\\0]', self.file): return
         raise ValueError(f'channel {self.file!r} leads to another folder; expected what the names of files call it')
 
-# %% ../../nbs/10_screen.channels.ipynb #222f135d
+# %% ../../nbs/10_screen.channels.ipynb #16947f26
 @patch
 def __str__(self:Channel):
     file = '' if self.file == self.name else f'{self.file}='
@@ -44,7 +45,8 @@ def __str__(self:Channel):
 @lru_cache(maxsize=1024) # the same few are asked for at each of a million sites
 def _parsed(text):
     names, low, high, optional = re.fullmatch(r'(.*?)(?:\[(\d+)-(\d+)\])?(\?)?', text, re.S).groups()
-    return Channel(names.rpartition('=')[2], names.partition('=')[0], (int(low), int(high)) if low else None, bool(optional))
+    return Channel(names.rpartition('=')[2], names.partition('=')[0], (int(low), int(high)) if low else None,
+                   bool(optional))
 
 def as_channel(
     channel:'int|str|Channel' # such as 1, 'DAPI', 'yellow?', 'DAPI[100-3200]' or 'w1=DAPI'
@@ -52,7 +54,7 @@ def as_channel(
     "A channel from its number or its text. Raises: `ValueError` for one that leads to another folder."
     return channel if isinstance(channel, Channel) else _parsed(str(channel))
 
-# %% ../../nbs/10_screen.channels.ipynb #6b567977
+# %% ../../nbs/10_screen.channels.ipynb #558b0db4
 def channel_name(
     channel:int|str|Channel # number, text or channel
 ) -> str: # such as 'DAPI' of 'w1=DAPI'
@@ -77,7 +79,7 @@ def is_optional(
     "May the file of a channel be missing, so that zeros take its place?"
     return as_channel(channel).optional
 
-# %% ../../nbs/10_screen.channels.ipynb #934eeba9
+# %% ../../nbs/10_screen.channels.ipynb #bed484fa
 def check_channel_names(
     channels:Iterable[int|str|Channel] # of one screen
 ) -> None:

@@ -13,45 +13,53 @@ from scipy.sparse.csgraph import connected_components
 
 from .tables import _where
 
-# %% ../../nbs/11_screen.groups.ipynb #ecc2df71
+# %% ../../nbs/11_screen.groups.ipynb #396e1c38
 def _labelled(wells): return wells[(wells.well_type == 'treatment') & wells.sirna.notna()]
 
 def _misplaced(wells, plates):
-    "Row of the well whose siRNA shares plates with the fewest others: for each pair of its plates, count the siRNAs found on both."
+    "Row of the well whose siRNA shares plates with the fewest others"
     seen = pd.DataFrame(dict(i=np.arange(len(wells)), sirna=wells.sirna.to_numpy('int64'), plate=plates))
+    # for each pair of its plates, count the siRNAs found on both
     pairs = seen.merge(seen, on='sirna').query('plate_x != plate_y')
     shared = pairs.groupby(['plate_x', 'plate_y']).sirna.transform('size')
     return wells.iloc[shared.groupby(pairs.i_x).mean().idxmin()]
 
-def plate_groups(
-    wells:pd.DataFrame,  # wells; those that are treatments with a known siRNA count
-)->pd.Series:            # index `sirna` (int64, sorted), values `group` (int64, from 0)
-    """Sets of siRNAs that lie on one plate together in every experiment, numbered by their plate in the first experiment (by name).
+def _parts(plates, sirnas):
+    "For numbered plates and siRNAs, one pair per well: the part of the graph in which each plate and each siRNA lies"
+    n_plates = plates.max() + 1
+    n = n_plates + sirnas.max() + 1
+    graph = coo_array((np.ones(len(plates)), (plates, n_plates+sirnas)), shape=(n, n))
+    parts = connected_components(graph, directed=False)[1]
+    return parts[:n_plates], parts[n_plates:]
 
-    A siRNA without a labelled well has no group.
-    Raises: `ValueError` naming the well if a plate holds two groups."""
+# %% ../../nbs/11_screen.groups.ipynb #ecc2df71
+def plate_groups(
+    wells:pd.DataFrame, # wells; those that are treatments with a known siRNA count
+) -> pd.Series: # index `sirna` (int64, sorted), values `group` (int64, from 0)
+    """Sets of siRNAs that lie on one plate together in every experiment.
+
+    They are numbered by their plate in the first experiment (by name). A siRNA without a labelled well has no group.
+    Raises: `ValueError` naming the well if a plate holds two groups.
+    """
     t = _labelled(wells)
     if t.empty: return pd.Series(dtype='int64', name='group', index=pd.Index([], dtype='int64', name='sirna'))
-    plates = t.groupby(['experiment', 'plate']).ngroup().to_numpy()   # numbered in the order of experiment and plate
+    plates = t.groupby(['experiment', 'plate']).ngroup().to_numpy()  # numbered in the order of experiment and plate
     sirnas, which = np.unique(t.sirna.to_numpy('int64'), return_inverse=True)
-    n_plates = plates.max() + 1
-    n = n_plates + len(sirnas)
-    graph = coo_array((np.ones(len(t)), (plates, n_plates+which)), shape=(n, n))
-    parts = connected_components(graph, directed=False)[1]
-    of_plate, order = pd.factorize(parts[:n_plates])                  # numbered by first plate
+    plate_parts, sirna_parts = _parts(plates, which)
+    of_plate, order = pd.factorize(plate_parts)  # numbered by first plate
     used = t.assign(group=of_plate[plates]).drop_duplicates(['experiment', 'plate'])
     if used.duplicated(['experiment', 'group']).any():
         r = _misplaced(t, plates)
         raise ValueError(f'{_where(r)}: plate {r.plate} of {r.experiment} holds two plate groups: '
                          f'elsewhere siRNA {r.sirna} shares its plate with other siRNAs')
-    group = pd.Index(order).get_indexer(parts[n_plates:]).astype('int64')
+    group = pd.Index(order).get_indexer(sirna_parts).astype('int64')
     return pd.Series(group, index=pd.Index(sirnas, name='sirna'), name='group')
 
 # %% ../../nbs/11_screen.groups.ipynb #d1060047
 def plate_rotations(
-    wells:pd.DataFrame,       # wells
-    groups:pd.Series=None,    # from `plate_groups`; None: those of `wells`
-)->pd.DataFrame:              # index experiment, columns group, values plate (Int64, <NA> where the experiment has no such plate)
+    wells:pd.DataFrame, # wells
+    groups:pd.Series=None, # from `plate_groups`; None: those of `wells`
+) -> pd.DataFrame: # index experiment, columns group, values plate (Int64, <NA> where the experiment has no such plate)
     "Plate of every group in every experiment that has labelled treatments."
     t = _labelled(wells)
     groups = plate_groups(wells) if groups is None else groups

@@ -15,8 +15,8 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
-from .channels import as_channel, Channel, CHANNELS
 from ..files import regular_file
+from .channels import as_channel, Channel, CHANNELS
 from .sites import site_files
 
 # %% ../../nbs/12_screen.planes.ipynb #ec0aea24
@@ -25,14 +25,15 @@ def _image_file(path):
     "An open image, and errors that say which file it is"
     try:
         with Image.open(regular_file(path)) as im:
-            if (n := getattr(im, 'n_frames', 1)) > 1: raise ValueError(f'{path} holds {n} images, expected one file per channel')
+            if (n := getattr(im, 'n_frames', 1)) > 1:
+                raise ValueError(f'{path} holds {n} images, expected one file per channel')
             yield im
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
     except UnidentifiedImageError: raise ValueError(f'{path} is not an image') from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f'{path} cannot be read: {e}') from None
 
-# %% ../../nbs/12_screen.planes.ipynb #13c4b631
+# %% ../../nbs/12_screen.planes.ipynb #a09b550e
 def read_grey(
     path:str|Path # PNG, TIFF or JPEG of one grey plane, of any depth
 ) -> np.ndarray: # (H, W), uint8, uint16, int32 or float32 as the file has them
@@ -45,7 +46,7 @@ def read_grey(
     if x.ndim != 2: raise ValueError(f'{path}: a colour image, expected one grey plane per file')
     return x
 
-# %% ../../nbs/12_screen.planes.ipynb #f8b87be0
+# %% ../../nbs/12_screen.planes.ipynb #f1a764c8
 def _scaled(x, limits):
     "Grey values from `limits` to 0-255, rounded"
     low, high = limits
@@ -54,21 +55,25 @@ def _scaled(x, limits):
 
 def _eight_bits(x, path):
     "Grey values 0-65535 to 0-255, rounded; Pillow opens some 16-bit files as 32-bit integers"
-    if x.min() < 0 or x.max() > 65535: raise ValueError(f'{path}: grey values from {x.min()} to {x.max()}, expected 16 bits, 0-65535')
+    if x.min() < 0 or x.max() > 65535:
+        raise ValueError(f'{path}: grey values from {x.min()} to {x.max()}, expected 16 bits, 0-65535')
     return np.round(x/257).astype(np.uint8)
 
-# %% ../../nbs/12_screen.planes.ipynb #01caa63c
-stain_planes = dict(red=[0], green=[1], blue=[2], yellow=[0, 1])  # of an RGB picture in which a stain is shown in its colour
-_deep = dict.fromkeys(('I;16', 'I;16B', 'I', 'F'), '; deeper images need grey limits, which rcic-describe (describe_screen) finds')
+# %% ../../nbs/12_screen.planes.ipynb #915bc726
+# of an RGB picture in which a stain is shown in its colour
+stain_planes = dict(red=[0], green=[1], blue=[2], yellow=[0, 1])
+_deep = dict.fromkeys(('I;16', 'I;16B', 'I', 'F'),
+                      '; deeper images need grey limits, which rcic-describe (describe_screen) finds')
 
 def read_channel(
     path:str|Path, # PNG, TIFF or JPEG, grey or RGB; of 8 bits, or with `limits` of any depth
     color:str=None, # one of `stain_planes`, if it may be a picture in that colour, or of 16 bits
     limits:tuple=None # grey values that become 0 and 255, those outside are clipped; None: values stay as they are
 ) -> np.ndarray: # uint8 (H, W), or (H, W, 3) for a composite
-    """Read one image file as it is; of a picture in the `color` of its stain, the planes that carry it, at full brightness.
+    """Read one image file as it is; of a picture in the `color` of its stain, the planes that carry it.
 
-    Raises: `FileNotFoundError`; `ValueError` for a file that is no image, holds several, or is not of 8 bits (with `color`, not of 8 or 16).
+    Raises: `FileNotFoundError`; `ValueError` for a file that is no image, holds several, or is not of 8 bits
+    (with `color`, not of 8 or 16).
     """
     if limits is not None: return _scaled(read_grey(path), limits)
     if color is not None and color not in stain_planes:
@@ -96,13 +101,15 @@ def _require_alike(planes, paths):
         h, w = planes[0].shape
         raise ValueError(f'{p}: {x.shape[0]}x{x.shape[1]} pixels, but {paths[0].name} has {h}x{w}')
 
+# %% ../../nbs/12_screen.planes.ipynb #a289f204
 def read_planes(
     files:str|Path|Sequence, # path pattern with `{channel}`, one composite, or the paths of the channels
     channels:Sequence=CHANNELS # numbers or texts of the channels, see `as_channel`
 ) -> np.ndarray: # uint8 (C, H, W)
-    """Read all channels of one site from its files; channels named after a colour may be pictures in that colour, or of 16 bits.
+    """Read all channels of one site; those named after a colour may be pictures in that colour, or of 16 bits.
 
-    Raises: `FileNotFoundError` naming the first missing file; `ValueError` if channels differ in size or a composite is mixed with others.
+    Raises: `FileNotFoundError` naming the first missing file; `ValueError` if channels differ in size or a composite is
+    mixed with others.
     """
     paths = site_files(str(files), channels) if isinstance(files, (str, Path)) else [Path(f) for f in files]
     if not paths: raise ValueError(f'{files!r} with channels {channels!r} is no file, expected one per channel')

@@ -8,34 +8,45 @@ __all__ = ['read_screen']
 # %% ../../nbs/14_screen.read.ipynb #e562a5dd
 from pathlib import Path
 
+from .channels import CHANNELS
 from .tables import _find_screen, kaggle_wells, metadata_sites, WELL_COLUMNS
-from .sites import CHANNELS
 from .core import check_screen, _packed_files, Screen
 
-# %% ../../nbs/14_screen.read.ipynb #35789001
-def read_screen(
-    path:str|Path,      # folder of the screen, or of a store that it was packed into
-    layout:str=None,    # one of `LAYOUTS`; None: find out
-    check:bool=True,    # hold the rows against each other, require controls beside treatments; without it only single values are checked
-)->Screen:
-    """Read the tables of a screen.
-
-    Raises: `FileNotFoundError` for a folder without a screen or a missing table; `ValueError` naming file and row of what is wrong."""
-    if (Path(path)/'packing.json').is_file():
-        raise FileNotFoundError(f'{path} holds no finished store: packing was interrupted; run the same rcic-pack to go on')
-    root, layout = _find_screen(path, layout)
-    if layout == 'hpa':
-        from rcic_fastai.screen.atlas import read_hpa # numbered higher; only where there is an atlas
-        return read_hpa(root)
-    if layout == 'platemap':
-        from rcic_fastai.screen.platemap import read_platemap # numbered higher; only where somebody's own screen was described
-        return read_platemap(root)
-    if (root/'sites.parquet').is_file() and not (root/'manifest.json').is_file(): raise FileNotFoundError(f'{root} holds a store whose manifest.json is missing')
-    packed = _packed_files(root) if (root/'sites.parquet').is_file() else None # a table that was changed is told as that
+# %% ../../nbs/14_screen.read.ipynb #28dc95ff
+def _published_screen(root, layout, check):
+    "A screen of the Kaggle, RxRx1 or WILDS layout, or a store of it"
+    if (root/'sites.parquet').is_file() and not (root/'manifest.json').is_file():
+        raise FileNotFoundError(f'{root} holds a store whose manifest.json is missing')
+    # a table that was changed is told as that
+    packed = _packed_files(root) if (root/'sites.parquet').is_file() else None
     if layout == 'kaggle': rows, site_rows = kaggle_wells(root, check), None
     else:
         rows = metadata_sites(root/'metadata.csv')
         rows, site_rows = rows.drop_duplicates('id_code', ignore_index=True), rows[['id_code', 'site']]
     if check: check_screen(rows)
     # a WILDS site is one RGB file of the first three stains
-    return Screen(root, layout, rows[list(WELL_COLUMNS)], CHANNELS[:3] if layout == 'wilds' else CHANNELS, site_rows, packed)
+    channels = CHANNELS[:3] if layout == 'wilds' else CHANNELS
+    return Screen(root, layout, rows[list(WELL_COLUMNS)], channels, site_rows, packed)
+
+# %% ../../nbs/14_screen.read.ipynb #35789001
+def read_screen(
+    path:str|Path, # folder of the screen, or of a store that it was packed into
+    layout:str=None, # one of `LAYOUTS`; None: find out
+    check:bool=True, # compare the rows with each other, require controls with treatments
+) -> Screen:
+    """Read the tables of a screen.
+
+    Raises: `FileNotFoundError` for a folder without a screen or a missing table; `ValueError` naming file and row of
+    what is wrong.
+    """
+    if (Path(path)/'packing.json').is_file():
+        raise FileNotFoundError(f'{path} holds no finished store: packing was interrupted; '
+                                'run the same rcic-pack to go on')
+    root, layout = _find_screen(path, layout)
+    if layout == 'hpa':
+        from rcic_fastai.screen.atlas import read_hpa  # only where there is an atlas
+        return read_hpa(root)
+    if layout == 'platemap':
+        from rcic_fastai.screen.describe import read_platemap  # only where a screen was described
+        return read_platemap(root)
+    return _published_screen(root, layout, check)

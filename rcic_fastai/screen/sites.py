@@ -25,11 +25,11 @@ def escape_braces(
     "Double the braces of a path, so that they stand for themselves."
     return path.replace('{', '{{').replace('}', '}}')
 
-# %% ../../nbs/11_screen.sites.ipynb #366e25a0
+# %% ../../nbs/11_screen.sites.ipynb #150cce69
 def pattern_parts(
     pattern:str, # such as '{well}_s{site}_{channel}.tif'
 ) -> list[tuple[str, str]]: # (text, field) in turn; the last field is ''
-    "The texts of a pattern and the field after each; doubled braces are text, and so are braces around anything but a name."
+    "The texts of a pattern and the field after each; doubled braces, and those around anything but a name, are text."
     parts, text = [], ''
     for m in re.finditer(r'\{\{|\}\}|\{(\w[\w ]*)\}|[^{}]+|[{}]', pattern):
         if m[1]: parts.append((text, m[1])); text = ''
@@ -42,15 +42,15 @@ def has_channels(
     "Does `{channel}` stand in it for a channel?"
     return '{channel}' in files and any(field == 'channel' for _, field in pattern_parts(files))
 
-# %% ../../nbs/11_screen.sites.ipynb #8704a853
+# %% ../../nbs/11_screen.sites.ipynb #e5d72444
 def packed_row(
     files:str, # as in the column `files` of sites
-) -> tuple[str, str]|None: # folder of the store; row, or the id of a site that it does not hold. None: files of the site alone
+) -> tuple[str, str]|None: # folder of the store, and row or id of a site that it lacks; None: files
     "Take `store#17` apart."
     store, mark, row = files.rpartition('#')
     return (store, row) if mark and re.fullmatch(r'\d+|[^/]*_\d+', row, re.S) else None
 
-# %% ../../nbs/11_screen.sites.ipynb #ec2d02e6
+# %% ../../nbs/11_screen.sites.ipynb #52e29781
 def _repeated(wells, sites):
     "Every well once per site; `sites` is a table of `id_code` and `site`, or the numbers that all wells have"
     if not isinstance(sites, pd.DataFrame):
@@ -79,10 +79,11 @@ def well_sites(
 ) -> pd.DataFrame: # columns of wells, `site_id`, `site` (int64), `files` (path, `{channel}` for the channel)
     """One row per site of the wells, in the order of the wells.
 
-    Raises: `ValueError` for an unknown layout, for sites instead of wells, or for a well without a site in the table given.
+    Raises: `ValueError` for an unknown layout, for sites instead of wells, or for a well without a site in `sites`.
     Source: WILDS, wilds/datasets/rxrx1_dataset.py (file names and the official split).
     """
-    if layout not in _PLATE_FOLDER: raise ValueError(f'layout {layout!r} is unknown{did_you_mean(layout, _PLATE_FOLDER)}')
+    if layout not in _PLATE_FOLDER:
+        raise ValueError(f'layout {layout!r} is unknown{did_you_mean(layout, _PLATE_FOLDER)}')
     if 'site_id' in wells: raise ValueError('these are sites already; expected one row per well')
     table = _repeated(wells, sites)
     table.insert(len(table.columns)-1, 'site_id', table.id_code + '_' + table.site.astype(str))
@@ -94,8 +95,10 @@ def well_sites(
 def _expand(pattern, channels):
     "Paths of a pattern, as texts: one per channel, or one"
     if '{{' not in pattern and '}}' not in pattern: # nearly all, and quicker
-        return [pattern.replace('{channel}', channel_file(c)) for c in channels] if '{channel}' in pattern else [pattern]
-    parts = [(text, field) if field in ('channel', '') else (f'{text}{{{field}}}', '') for text, field in pattern_parts(pattern)]
+        if '{channel}' not in pattern: return [pattern]
+        return [pattern.replace('{channel}', channel_file(c)) for c in channels]
+    parts = [(text, field) if field in ('channel', '') else (f'{text}{{{field}}}', '')
+             for text, field in pattern_parts(pattern)]
     if all(field != 'channel' for _, field in parts): return [''.join(text for text, _ in parts)]
     return [''.join(text + (channel_file(c) if field else '') for text, field in parts) for c in channels]
 
@@ -113,7 +116,8 @@ def _lost_files(pattern, channels, listed):
     lost = []
     for path in _expand(pattern, channels):
         folder, _, name = path.rpartition('/')
-        if folder not in listed: listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
         if name not in listed[folder]: lost.append(path)
     return lost
 
@@ -123,6 +127,7 @@ def _missing_files(sites, channels):
     required = [c for c in channels if not is_optional(c)]
     return [_lost_files(pattern, required, listed) for pattern in sites.files]
 
+# %% ../../nbs/11_screen.sites.ipynb #55be9660
 def check_files(
     sites:pd.DataFrame, # sites
     channels:Sequence=CHANNELS, # channels that must be there, unless they are optional
@@ -138,7 +143,7 @@ def check_files(
     others = f'; {n-1:,} more files are missing, {n_sites:,} of {len(sites):,} sites are incomplete' if n > 1 else ''
     raise FileNotFoundError(f'{missing[first][0]} does not exist (site {sites.site_id.iloc[first]}){others}')
 
-# %% ../../nbs/11_screen.sites.ipynb #8e402a0d
+# %% ../../nbs/11_screen.sites.ipynb #45d72b29
 def present_sites(
     sites:pd.DataFrame, # sites
     channels:Sequence=CHANNELS, # channels that must be there, unless they are optional
