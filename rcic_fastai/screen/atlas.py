@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..files import user_path
 from .duplicates import external_keys, join_groups, resolve_labels
@@ -24,16 +25,21 @@ from .core import _packed_files, Screen
 
 # %% ../../nbs/13_screen.atlas.ipynb #53f4b017
 hpa_channels = 'red', 'green', 'blue', 'yellow' # microtubules, the protein, nucleus, endoplasmic reticulum
-hpa_classes = ('Nucleoplasm', 'Nuclear membrane', 'Nucleoli', 'Nucleoli fibrillar center', 'Nuclear speckles', 'Nuclear bodies', 'Endoplasmic reticulum',
-               'Golgi apparatus', 'Peroxisomes', 'Endosomes', 'Lysosomes', 'Intermediate filaments', 'Actin filaments', 'Focal adhesion sites', 'Microtubules',
-               'Microtubule ends', 'Cytokinetic bridge', 'Mitotic spindle', 'Microtubule organizing center', 'Centrosome', 'Lipid droplets', 'Plasma membrane',
+hpa_classes = ('Nucleoplasm', 'Nuclear membrane', 'Nucleoli', 'Nucleoli fibrillar center', 'Nuclear speckles',
+               'Nuclear bodies', 'Endoplasmic reticulum',
+               'Golgi apparatus', 'Peroxisomes', 'Endosomes', 'Lysosomes', 'Intermediate filaments', 'Actin filaments',
+               'Focal adhesion sites', 'Microtubules',
+               'Microtubule ends', 'Cytokinetic bridge', 'Mitotic spindle', 'Microtubule organizing center',
+               'Centrosome', 'Lipid droplets', 'Plasma membrane',
                'Cell junctions', 'Mitochondria', 'Aggresome', 'Cytosol', 'Cytoplasmic bodies', 'Rods & rings')
 
 # %% ../../nbs/13_screen.atlas.ipynb #d326c840
 def _image_ids(table):
     "Ids of a table, which are parts of the names of files. Raises: ValueError naming file and row"
     wrong = table[table.Id.str.contains(r'[/\\\0]') | table.Id.isin(['.', '..'])]
-    if len(wrong): raise ValueError(f'{wrong.file.iloc[0]}: row {wrong.row.iloc[0]}: Id {wrong.Id.iloc[0]!r} leads to another folder')
+    if len(wrong):
+        raise ValueError(f'{wrong.file.iloc[0]}: row {wrong.row.iloc[0]}: '
+                         f'Id {wrong.Id.iloc[0]!r} leads to another folder')
     return table.Id
 
 def read_labels(
@@ -43,7 +49,8 @@ def read_labels(
 ) -> pd.Series: # sorted tuples of class numbers, by id, in the order of the file
     """Labels of a table of images.
 
-    Raises: FileNotFoundError; ValueError naming file and row for a missing column, an id that is missing or occurs twice, or labels that are none.
+    Raises: FileNotFoundError; ValueError naming file and row for a missing column, an id that is missing or occurs
+    twice, or labels that are none.
     """
     table, known = read_table(path, ('Id', column)), {}
     seen:dict[str, int] = {} # row of each id
@@ -55,7 +62,7 @@ def read_labels(
         if text not in known: known[text] = parse_labels(text, n_classes, where)
     return pd.Series([known[t] for t in table[column]], index=pd.Index(_image_ids(table), name='Id'), name='labels')
 
-# %% ../../nbs/13_screen.atlas.ipynb #75b10020
+# %% ../../nbs/13_screen.atlas.ipynb #29396ad3
 @dataclass(eq=False, repr=False)
 class Atlas(Screen):
     "A collection of images with several labels each; made by `read_hpa`."
@@ -63,104 +70,153 @@ class Atlas(Screen):
     folders:dict=None # where the images of each source and split lie: folder and suffix of the files
     target = 'labels'
 
-    def sites(self,
-        wells:pd.DataFrame=None, # rows of `wells`; None: all
-    ) -> pd.DataFrame: # one row per image: columns of wells, `site_id`, `site`, `files`
-        "The images with their files."
-        table = (self.wells if wells is None else wells).reset_index(drop=True)
-        if 'site_id' in table: raise ValueError('these are sites already; expected rows of `wells`')
-        table = table.assign(site_id=table.id_code+'_1', site=1)
-        where = {k: escape_braces(f'{self.path.as_posix()}/{name}/') for k,(name, _) in self.folders.items()}
-        keys = list(zip(table.experiment, table.split))
-        table['files'] = [f'{where[k]}{escape_braces(i)}_{{channel}}{self.folders[k][1]}' for k,i in zip(keys, table.id_code)]
-        if self.packed is not None: table['files'] = table.site_id.map(self.packed).fillna(f'{self.path.as_posix()}#' + table.site_id)
-        return table
+@patch
+def sites(self:Atlas,
+    wells:pd.DataFrame=None, # rows of `wells`; None: all
+) -> pd.DataFrame: # one row per image: columns of wells, `site_id`, `site`, `files`
+    "The images with their files."
+    table = (self.wells if wells is None else wells).reset_index(drop=True)
+    if 'site_id' in table: raise ValueError('these are sites already; expected rows of `wells`')
+    table = table.assign(site_id=table.id_code+'_1', site=1)
+    where = {k: escape_braces(f'{self.path.as_posix()}/{name}/') for k,(name, _) in self.folders.items()}
+    keys = list(zip(table.experiment, table.split))
+    table['files'] = [f'{where[k]}{escape_braces(i)}_{{channel}}{self.folders[k][1]}'
+                      for k,i in zip(keys, table.id_code)]
+    if self.packed is not None:
+        table['files'] = table.site_id.map(self.packed).fillna(f'{self.path.as_posix()}#' + table.site_id)
+    return table
 
-    @property
-    def classes(self) -> list[int]: return list(range(len(self.class_names)))
+@patch(as_prop=True)
+def classes(self:Atlas) -> list[int]:
+    "Class numbers."
+    return list(range(len(self.class_names)))
 
-    def labels(self,
-        wells:pd.DataFrame=None # rows of `wells`, labelled; None: all that are
-    ) -> np.ndarray: # uint8 (N, K)
-        "Labels as a matrix."
-        wells = self.wells[self.wells.labels.notna()] if wells is None else wells
-        return label_matrix(wells.labels, len(self.class_names))
+# %% ../../nbs/13_screen.atlas.ipynb #524aa612
+@patch
+def labels(self:Atlas,
+    wells:pd.DataFrame=None # rows of `wells`, labelled; None: all that are
+) -> np.ndarray: # uint8 (N, K)
+    "Labels as a matrix."
+    wells = self.wells[self.wells.labels.notna()] if wells is None else wells
+    return label_matrix(wells.labels, len(self.class_names))
 
-    def summary(self) -> pd.DataFrame:
-        "Images, labels and groups of each source."
-        rows = {}
-        for key, w in self.wells.groupby(['experiment', 'split'], sort=False):
-            known = w.labels.dropna()
-            rows[key] = dict(images=len(w), labelled=len(known), labels=int(known.map(len).sum()), **{'labels per image': known.map(len).mean()}, groups=w.group.nunique(), antibodies=w.antibody.nunique())
-        return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=['source', 'split']))
+@patch
+def summary(self:Atlas) -> pd.DataFrame:
+    "Images, labels and groups of each source."
+    rows = {}
+    for key, w in self.wells.groupby(['experiment', 'split'], sort=False):
+        known = w.labels.dropna()
+        n_labels = known.map(len)
+        rows[key] = {'images': len(w), 'labelled': len(known), 'labels': int(n_labels.sum()),
+                     'labels per image': n_labels.mean(), 'groups': w.group.nunique(),
+                     'antibodies': w.antibody.nunique()}
+    return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=['source', 'split']))
 
-    def class_counts(self) -> pd.DataFrame:
-        "Images of each class, by source."
-        known = self.wells[self.wells.labels.notna()]
-        return pd.DataFrame({e: label_matrix(w.labels, len(self.class_names)).sum(0) for e, w in known.groupby('experiment', sort=False)}, index=pd.Index(self.class_names, name='class'))
+@patch
+def class_counts(self:Atlas) -> pd.DataFrame:
+    "Images of each class, by source."
+    known = self.wells[self.wells.labels.notna()]
+    counts = {e: label_matrix(w.labels, len(self.class_names)).sum(0)
+              for e, w in known.groupby('experiment', sort=False)}
+    return pd.DataFrame(counts, index=pd.Index(self.class_names, name='class'))
 
-    def _headline(self):
-        packed = '' if self.packed is None else ', packed'
-        return f'Atlas {self.path}{packed}: {len(self.wells):,} images of {len(self.channels)} channels, {len(self.class_names)} classes'
-    def __repr__(self): return f'{self._headline()}\n{self.summary().to_string(float_format=lambda v: f"{v:.2f}")}'
-    def _repr_html_(self): return f'<p>{html.escape(self._headline())}</p>' + self.summary().to_html(float_format=lambda v: f'{v:.2f}')
+# %% ../../nbs/13_screen.atlas.ipynb #b67b8f21
+@patch
+def _headline(self:Atlas):
+    packed = '' if self.packed is None else ', packed'
+    return (f'Atlas {self.path}{packed}: {len(self.wells):,} images of {len(self.channels)} channels, '
+            f'{len(self.class_names)} classes')
 
-# %% ../../nbs/13_screen.atlas.ipynb #064cc20d
+# %% ../../nbs/13_screen.atlas.ipynb #a820d5be
+@patch
+def __repr__(self:Atlas): return f'{self._headline()}\n{self.summary().to_string(float_format=lambda v: f"{v:.2f}")}'
+
+# %% ../../nbs/13_screen.atlas.ipynb #75b10020
+@patch
+def _repr_html_(self:Atlas):
+    return f'<p>{html.escape(self._headline())}</p>' + self.summary().to_html(float_format=lambda v: f'{v:.2f}')
+
+# %% ../../nbs/13_screen.atlas.ipynb #234392d4
 _kaggle, _external = ('kaggle', 'train'), ('external', 'train')
 
 def _folder(root, name):
     "Folder of the images, and the suffix of its files"
     for entry in (root/name).iterdir() if (root/name).is_dir() else ():
         if entry.stem.endswith('_green'): return name, entry.suffix
-    return name, '.jpg' if name=='external' else '.png'
+    return name, '.jpg' if name == 'external' else '.png'
 
 def _image_table(ids, source, split, labels=None):
     "Images of one table in the columns of wells"
-    table = pd.DataFrame(dict(id_code=list(ids), split=split, cell_type='human', experiment=source, plate=1, well='A01', well_type='treatment'))
-    return table.assign(sirna=pd.array([pd.NA]*len(table), dtype='Int64'), labels=pd.Series([None]*len(table) if labels is None else list(labels), dtype=object))
+    table = pd.DataFrame(dict(id_code=list(ids), split=split, cell_type='human', experiment=source, plate=1, well='A01',
+                              well_type='treatment'))
+    return table.assign(sirna=pd.array([pd.NA]*len(table), dtype='Int64'),
+                        labels=pd.Series([None]*len(table) if labels is None else list(labels), dtype=object))
 
 def _with_groups(wells, root):
     "Columns `antibody`, `group` and `twins`: from groups.csv where it is, else from the ids"
     keys = external_keys(wells.id_code)
     wells = wells.assign(antibody=keys.antibody)
-    if not (root/'groups.csv').is_file(): return wells.assign(group=join_groups(keys.antibody, keys.plate_well), twins=np.arange(len(wells)))
+    if not (root/'groups.csv').is_file():
+        return wells.assign(group=join_groups(keys.antibody, keys.plate_well), twins=np.arange(len(wells)))
     table = read_table(_own_table(root, 'groups.csv'), ('Id', 'group', 'twins', 'antibody')).set_index('Id')
     missing = wells.id_code[~wells.id_code.isin(table.index)]
-    if len(missing): raise ValueError(f'{root/"groups.csv"}: image {missing.iloc[0]} is missing (and {len(missing)-1:,} more); rcic-hpa-duplicates makes it anew')
+    if len(missing):
+        raise ValueError(f'{root/"groups.csv"}: image {missing.iloc[0]} is missing (and {len(missing)-1:,} more); '
+                         'rcic-hpa-duplicates makes it anew')
     table = table.loc[wells.id_code]
-    return wells.assign(antibody=pd.to_numeric(table.antibody.replace('', pd.NA)).astype('Int64').to_numpy(), group=table.group.astype('int64').to_numpy(), twins=table.twins.astype('int64').to_numpy())
+    return wells.assign(antibody=pd.to_numeric(table.antibody.replace('', pd.NA)).astype('Int64').to_numpy(),
+                        group=table.group.astype('int64').to_numpy(), twins=table.twins.astype('int64').to_numpy())
 
+# %% ../../nbs/13_screen.atlas.ipynb #064cc20d
+def _atlas_tables(root, packed, external):
+    "Tables of the images of each source and split, and their folders"
+    labels = read_labels(_own_table(root, 'train.csv'))
+    tables, folders = [_image_table(labels.index, *_kaggle, labels)], {_kaggle: _folder(root, 'train')}
+    if external is None:
+        external = (root/'external.csv').is_file() and (packed is not None or (root/'external').is_dir())
+    if external:
+        more, folders[_external] = read_labels(_own_table(root, 'external.csv')), _folder(root, 'external')
+        # a store has the table even if the images were not there to be packed
+        if packed is None or (more.index + '_1').isin(packed.index).any():
+            tables.append(_image_table(more.index, *_external, more))
+    if (root/'sample_submission.csv').is_file():
+        folders['kaggle', 'test'] = _folder(root, 'test')
+        submission = read_table(_own_table(root, 'sample_submission.csv'), ('Id', 'Predicted'))
+        tables.append(_image_table(_image_ids(submission), 'kaggle', 'test'))
+    return tables, folders
+
+def _resolved(wells, conflicts):
+    "With one answer for twins that disagree, or without them"
+    labels = resolve_labels(wells.labels.tolist(), wells.twins.to_numpy(), conflicts, wells.experiment.tolist(),
+                            'kaggle')
+    labels = pd.Series(labels, dtype=object, index=wells.index)
+    if conflicts == 'drop': return wells[labels.notna() | wells.labels.isna()].reset_index(drop=True)
+    return wells.assign(labels=labels)
+
+# %% ../../nbs/13_screen.atlas.ipynb #578e2be5
 def read_hpa(
-    path:str|Path, # folder with train.csv, and perhaps external.csv, sample_submission.csv and groups.csv; or a store it was packed into
+    path:str|Path, # folder with train.csv and perhaps external.csv, sample_submission.csv, groups.csv; or a store of it
     external:bool=None, # with the images of external.csv? None: if the folder `external` is there, or they are packed
     yellow:str='zeros', # for images without a yellow file: 'zeros', or 'raise' for an error
     conflicts:str='keep' # labels of twins that disagree, a policy of `resolve_labels`
 ) -> Atlas:
     """Read the tables of the Human Protein Atlas challenge.
 
-    Raises: FileNotFoundError for a missing table; ValueError naming file and row for a label, an id or a setting that is none.
+    Raises: FileNotFoundError for a missing table; ValueError naming file and row for a label, an id or a setting that
+    is none.
     Source: the files of kaggle.com/c/human-protein-atlas-image-classification.
     """
     root = user_path(path)
     if yellow not in ('zeros', 'raise'): raise ValueError(f"yellow is {yellow!r}, expected 'zeros' or 'raise'")
-    packed, labels = _packed_files(root) if (root/'sites.parquet').is_file() else None, read_labels(_own_table(root, 'train.csv'))
-    tables, folders = [_image_table(labels.index, *_kaggle, labels)], {_kaggle: _folder(root, 'train')}
-    if external is None: external = (root/'external.csv').is_file() and (packed is not None or (root/'external').is_dir())
-    if external:
-        more, folders[_external] = read_labels(_own_table(root, 'external.csv')), _folder(root, 'external')
-        # a store has the table even if the images were not there to be packed
-        if packed is None or (more.index + '_1').isin(packed.index).any(): tables.append(_image_table(more.index, *_external, more))
-    if (root/'sample_submission.csv').is_file():
-        folders['kaggle', 'test'] = _folder(root, 'test')
-        tables.append(_image_table(_image_ids(read_table(_own_table(root, 'sample_submission.csv'), ('Id', 'Predicted'))), 'kaggle', 'test'))
+    packed = _packed_files(root) if (root/'sites.parquet').is_file() else None
+    tables, folders = _atlas_tables(root, packed, external)
     wells = pd.concat(tables, ignore_index=True)
     twice = wells[wells.id_code.duplicated()]
     if len(twice): raise ValueError(f'image {twice.id_code.iloc[0]} is in two of the tables of {root}')
     wells = _with_groups(wells, root)
-    resolved = pd.Series(resolve_labels(wells.labels.tolist(), wells.twins.to_numpy(), conflicts, wells.experiment.tolist(), 'kaggle'), dtype=object, index=wells.index)
-    if conflicts=='drop': wells = wells[resolved.notna() | wells.labels.isna()].reset_index(drop=True)
-    else: wells = wells.assign(labels=resolved)
-    return Atlas(root, 'hpa', wells[[*WELL_COLUMNS, 'labels', 'antibody', 'group', 'twins']], (*hpa_channels[:3], 'yellow?' if yellow=='zeros' else 'yellow'), packed=packed, folders=folders)
+    wells = _resolved(wells, conflicts)
+    return Atlas(root, 'hpa', wells[[*WELL_COLUMNS, 'labels', 'antibody', 'group', 'twins']],
+                 (*hpa_channels[:3], 'yellow?' if yellow == 'zeros' else 'yellow'), packed=packed, folders=folders)
 
 # %% ../../nbs/13_screen.atlas.ipynb #076502d0
 def atlas_folds(

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 
 from .simulate import cell_centres, named_rng, _noise, _step
 
-# %% ../../nbs/11_screen.cells.ipynb #19e6ba2b
+# %% ../../nbs/11_screen.cells.ipynb #ae7f9d9b
 class CellField:
     "Where everything is in a field of cells; lengths in cell radii, images float32 (size, size)."
     def __init__(self,
@@ -39,107 +40,124 @@ class CellField:
         self.u, self.v = self._image(cos*dx+sin*dy), self._image(cos*dy-sin*dx)
         self._draw_cells(aspect, dividing)
 
-    def _image(self, x): return x.astype(np.float32).reshape(self.size, self.size)
+@patch
+def _image(self:CellField, x): return x.astype(np.float32).reshape(self.size, self.size)
 
-    def vary(self,
-        s:float # standard deviation of its natural log
-    ) -> np.ndarray: # float32 (cells,)
-        "A random factor for every cell."
-        return np.exp(s*self.rng.standard_normal(self.n)).astype(np.float32)
+# %% ../../nbs/11_screen.cells.ipynb #8d40a2a4
+@patch
+def vary(self:CellField,
+    s:float # standard deviation of its natural log
+) -> np.ndarray: # float32 (cells,)
+    "A random factor for every cell."
+    return np.exp(s*self.rng.standard_normal(self.n)).astype(np.float32)
 
-    def noise(self,
-        scale:float # its grain
-    ) -> np.ndarray: # float32 (size, size)
-        "Smooth noise with zero mean and unit variance."
-        return _noise(self.rng, self.size, scale*self.radius)
+@patch
+def noise(self:CellField,
+    scale:float # its grain
+) -> np.ndarray: # float32 (size, size)
+    "Smooth noise with zero mean and unit variance."
+    return _noise(self.rng, self.size, scale*self.radius)
 
-    def central(self) -> int: # its number
-        "The cell nearest to the middle of the image."
-        return int(((self.centres-self.size/2)**2).sum(1).argmin())
+@patch
+def central(self:CellField) -> int: # its number
+    "The cell nearest to the middle of the image."
+    return int(((self.centres-self.size/2)**2).sum(1).argmin())
 
-    def _draw_cells(self, aspect, dividing):
-        "Nuclei, cell bodies, nucleoli, microtubules and endoplasmic reticulum"
-        rng, n, own = self.rng, self.n, self.own
-        self.dividing = rng.random(n) < dividing
-        if dividing > .1: self.dividing[self.central()] = True
-        self.a = np.where(self.dividing, np.float32(.13), np.float32(.42*aspect**.5)*self.vary(.08)) # chromosomes of a dividing cell line up in a plate
-        self.b = np.where(self.dividing, np.float32(.42), np.float32(.42/aspect**.5)*self.vary(.08))
-        self.r = np.sqrt((self.u/self.a[own])**2+(self.v/self.b[own])**2) # 1 on the border of the nucleus
-        self.nucleus = _step(1-self.r, .08)
-        self.body = _step(1.15*self.vary(.06)[own]-self.dist-.1*self.noise(.4), .06)
-        self.cytoplasm = self.body*(1-self.nucleus)
-        t = rng.uniform(0, 2*np.pi, n)
-        self.hub = (.55*np.stack([np.cos(t), np.sin(t)])).astype(np.float32) # where microtubules start, (2, cells) in the frame of the cell
-        number = np.where(self.dividing, 0, np.clip(rng.poisson(2.6, n), 1, 6))
-        self.nucleolus = cell, u, v = self.in_nucleus(number, .7)
-        self.nucleoli = np.clip(self.stamp(cell, u, v, self.disc(.11), .4), 0, 1)
-        fading = self.cytoplasm*np.exp(-np.clip(self.dist-.4, 0, None)/.6)
-        self.reticulum = fading*np.clip(1+.6*self.noise(.1), .05, None)
-        away = np.hypot(self.u-self.hub[0][own], self.v-self.hub[1][own])
-        self.tubules = self.cytoplasm*(.2+np.exp(-(self.noise(.09)/.4)**2))*(.5+np.exp(-away/.5))
+# %% ../../nbs/11_screen.cells.ipynb #707a4fc0
+@patch
+def _draw_cells(self:CellField, aspect, dividing):
+    "Nuclei, cell bodies, nucleoli, microtubules and endoplasmic reticulum"
+    rng, n, own = self.rng, self.n, self.own
+    self.dividing = rng.random(n) < dividing
+    if dividing > .1: self.dividing[self.central()] = True
+    # chromosomes of a dividing cell line up in a plate
+    self.a = np.where(self.dividing, np.float32(.13), np.float32(.42*aspect**.5)*self.vary(.08))
+    self.b = np.where(self.dividing, np.float32(.42), np.float32(.42/aspect**.5)*self.vary(.08))
+    self.r = np.sqrt((self.u/self.a[own])**2+(self.v/self.b[own])**2) # 1 on the border of the nucleus
+    self.nucleus = _step(1-self.r, .08)
+    self.body = _step(1.15*self.vary(.06)[own]-self.dist-.1*self.noise(.4), .06)
+    self.cytoplasm = self.body*(1-self.nucleus)
+    t = rng.uniform(0, 2*np.pi, n)
+    # where microtubules start, (2, cells) in the frame of the cell
+    self.hub = (.55*np.stack([np.cos(t), np.sin(t)])).astype(np.float32)
+    number = np.where(self.dividing, 0, np.clip(rng.poisson(2.6, n), 1, 6))
+    self.nucleolus = cell, u, v = self.in_nucleus(number, .7)
+    self.nucleoli = np.clip(self.stamp(cell, u, v, self.disc(.11), .4), 0, 1)
+    fading = self.cytoplasm*np.exp(-np.clip(self.dist-.4, 0, None)/.6)
+    self.reticulum = fading*np.clip(1+.6*self.noise(.1), .05, None)
+    away = np.hypot(self.u-self.hub[0][own], self.v-self.hub[1][own])
+    self.tubules = self.cytoplasm*(.2+np.exp(-(self.noise(.09)/.4)**2))*(.5+np.exp(-away/.5))
 
-    def in_nucleus(self,
-        number:np.ndarray, # organelles of every cell (cells,)
-        reach:float=.85 # how far out in the nucleus, as a share of its radius
-    ) -> tuple: # cell of every organelle, its u and v
-        "Random places in the nuclei."
-        cell = np.repeat(np.arange(self.n), number)
-        r, t = reach*np.sqrt(self.rng.random(len(cell))), self.rng.uniform(0, 2*np.pi, len(cell))
-        return cell, r*np.cos(t)*self.a[cell], r*np.sin(t)*self.b[cell]
+# %% ../../nbs/11_screen.cells.ipynb #1ddcd8f5
+@patch
+def in_nucleus(self:CellField,
+    number:np.ndarray, # organelles of every cell (cells,)
+    reach:float=.85 # how far out in the nucleus, as a share of its radius
+) -> tuple: # cell of every organelle, its u and v
+    "Random places in the nuclei."
+    cell = np.repeat(np.arange(self.n), number)
+    r, t = reach*np.sqrt(self.rng.random(len(cell))), self.rng.uniform(0, 2*np.pi, len(cell))
+    return cell, r*np.cos(t)*self.a[cell], r*np.sin(t)*self.b[cell]
 
-    def around(self,
-        number:np.ndarray, # organelles of every cell (cells,)
-        near:float, # least distance from the centre of the cell
-        far:float # largest one
-    ) -> tuple: # cell of every organelle, its u and v
-        "Random places in a ring around the centre of the cell."
-        cell = np.repeat(np.arange(self.n), number)
-        r, t = np.sqrt(self.rng.uniform(near**2, far**2, len(cell))), self.rng.uniform(0, 2*np.pi, len(cell))
-        return cell, r*np.cos(t), r*np.sin(t)
+@patch
+def around(self:CellField,
+    number:np.ndarray, # organelles of every cell (cells,)
+    near:float, # least distance from the centre of the cell
+    far:float # largest one
+) -> tuple: # cell of every organelle, its u and v
+    "Random places in a ring around the centre of the cell."
+    cell = np.repeat(np.arange(self.n), number)
+    r, t = np.sqrt(self.rng.uniform(near**2, far**2, len(cell))), self.rng.uniform(0, 2*np.pi, len(cell))
+    return cell, r*np.cos(t), r*np.sin(t)
 
-    def disc(self,
-        size:float, # standard deviation across
-        long:float=1. # how much longer it is along
-    ) -> Callable: # function of (along, across)
-        "A spot or rod with soft edges, never smaller than a pixel can show."
-        size = max(size, .55/self.radius)
-        return lambda along, across: np.exp(-.5*((along/(long*size))**2+(across/size)**2))
+@patch
+def disc(self:CellField,
+    size:float, # standard deviation across
+    long:float=1. # how much longer it is along
+) -> Callable: # function of (along, across)
+    "A spot or rod with soft edges, never smaller than a pixel can show."
+    size = max(size, .55/self.radius)
+    return lambda along, across: np.exp(-.5*((along/(long*size))**2+(across/size)**2))
 
-    def ring(self,
-        size:float, # its radius
-        width:float=.03 # half the thickness of the line
-    ) -> Callable: # function of (along, across)
-        "A circle."
-        width = max(width, .45/self.radius)
-        return lambda along, across: np.exp(-.5*((np.hypot(along, across)-size)/width)**2)
+# %% ../../nbs/11_screen.cells.ipynb #dbc04ffe
+@patch
+def ring(self:CellField,
+    size:float, # its radius
+    width:float=.03 # half the thickness of the line
+) -> Callable: # function of (along, across)
+    "A circle."
+    width = max(width, .45/self.radius)
+    return lambda along, across: np.exp(-.5*((np.hypot(along, across)-size)/width)**2)
 
-    def stamp(self,
-        cell:np.ndarray, # cell of every organelle (n,)
-        u:np.ndarray, # where in the frame of its cell (n,)
-        v:np.ndarray, # likewise (n,)
-        shape:Callable, # function of (along, across), such as `disc(.1)`
-        reach:float, # half the side of the window drawn
-        turn:np.ndarray|float=0., # direction of `along` in the frame of the cell
-        strength:np.ndarray|float=1., # brightness of every organelle (n,)
-        clip:bool=True # cut off where the cell ends?
-    ) -> np.ndarray: # float32 (size, size)
-        "The sum of many small shapes."
-        column = lambda x: np.broadcast_to(x, len(cell))[:, None, None]
-        cos, sin = np.cos(self.angle[cell]), np.sin(self.angle[cell])
-        y, x = self.centres[cell].T + self.radius*np.stack([sin*u+cos*v, cos*u-sin*v])
-        k = int(np.ceil(reach*self.radius))
-        w = np.arange(-k, k+1)
-        iy, ix = np.broadcast_arrays(column(np.floor(y).astype(int))+w[:, None], column(np.floor(x).astype(int))+w)
-        dy, dx = (iy+.5-column(y))/self.radius, (ix+.5-column(x))/self.radius
-        t = self.angle[cell]+turn
-        cos, sin = column(np.cos(t)), column(np.sin(t))
-        value = column(strength)*shape(cos*dx+sin*dy, cos*dy-sin*dx)
-        inside = (iy >= 0) & (iy < self.size) & (ix >= 0) & (ix < self.size)
-        at, value, cell = (iy*self.size+ix)[inside], value[inside], np.broadcast_to(column(cell), iy.shape)[inside]
-        if clip: value = value*(self.own.ravel()[at] == cell)
-        return self._image(np.bincount(at, value, self.size**2))
+# %% ../../nbs/11_screen.cells.ipynb #19e6ba2b
+@patch
+def stamp(self:CellField,
+    cell:np.ndarray, # cell of every organelle (n,)
+    u:np.ndarray, # where in the frame of its cell (n,)
+    v:np.ndarray, # likewise (n,)
+    shape:Callable, # function of (along, across), such as `disc(.1)`
+    reach:float, # half the side of the window drawn
+    turn:np.ndarray|float=0., # direction of `along` in the frame of the cell
+    strength:np.ndarray|float=1., # brightness of every organelle (n,)
+    clip:bool=True # cut off where the cell ends?
+) -> np.ndarray: # float32 (size, size)
+    "The sum of many small shapes."
+    column = lambda x: np.broadcast_to(x, len(cell))[:, None, None]
+    cos, sin = np.cos(self.angle[cell]), np.sin(self.angle[cell])
+    y, x = self.centres[cell].T + self.radius*np.stack([sin*u+cos*v, cos*u-sin*v])
+    k = int(np.ceil(reach*self.radius))
+    w = np.arange(-k, k+1)
+    iy, ix = np.broadcast_arrays(column(np.floor(y).astype(int))+w[:, None], column(np.floor(x).astype(int))+w)
+    dy, dx = (iy+.5-column(y))/self.radius, (ix+.5-column(x))/self.radius
+    t = self.angle[cell]+turn
+    cos, sin = column(np.cos(t)), column(np.sin(t))
+    value = column(strength)*shape(cos*dx+sin*dy, cos*dy-sin*dx)
+    inside = (iy >= 0) & (iy < self.size) & (ix >= 0) & (ix < self.size)
+    at, value, cell = (iy*self.size+ix)[inside], value[inside], np.broadcast_to(column(cell), iy.shape)[inside]
+    if clip: value = value*(self.own.ravel()[at] == cell)
+    return self._image(np.bincount(at, value, self.size**2))
 
-# %% ../../nbs/11_screen.cells.ipynb #1b957c46
+# %% ../../nbs/11_screen.cells.ipynb #7ea755d4
 @dataclass(frozen=True)
 class Stain:
     "How one antibody stains."
@@ -158,7 +176,8 @@ def antibody_stain(
     rng = named_rng(seed, 'antibody', antibody)
     weights = rng.uniform(.5, 1., len(labels))
     grain, number, uneven = np.exp((.15, .25, .4)*rng.standard_normal(3))
-    return Stain(tuple(weights/max(weights)), float(grain), float(number), float(.3*uneven), float(rng.uniform(.05, .25)))
+    return Stain(tuple(weights/max(weights)), float(grain), float(number), float(.3*uneven),
+                 float(rng.uniform(.05, .25)))
 
 def _spots(c, s, number, size, near=None, far=None, long=1., vary=.3, reach=.9):
     "Spots in the nuclei, or in a ring of the cells"
@@ -168,36 +187,46 @@ def _spots(c, s, number, size, near=None, far=None, long=1., vary=.3, reach=.9):
     image = c.stamp(cell, u, v, c.disc(size*s.grain, long), 3.5*max(size*s.grain*long, .55/c.radius), turn, strength)
     return np.clip(image, 0, 1.5)*(c.nucleus if near is None else c.cytoplasm)
 
+# %% ../../nbs/11_screen.cells.ipynb #90131c31
 def _at_hub(c, shape, reach, side=0.):
-    "A shape beside the nucleus of every cell, on the side of the microtubule origin"
+    "A shape next to the nucleus of every cell, on the side of the microtubule origin"
     turn = np.arctan2(c.hub[1], c.hub[0])
     return c.stamp(np.arange(c.n), c.hub[0]-side*np.sin(turn), c.hub[1]+side*np.cos(turn), shape, reach, turn)
 
 def _ridges(c, scale, sharp): return np.exp(-(c.noise(scale)/sharp)**2)
 def _rim(c): return 4*c.body*(1-c.body) + c.body*np.exp(-(c.gap/.09)**2)
-
 def _nucleoplasm(c, s): return c.nucleus*(1-.8*c.nucleoli)*np.clip(1+.2*c.noise(.12*s.grain), .1, None)
 def _nuclear_membrane(c, s): return np.exp(-((c.r-1)/.16)**2)*c.body + .15*c.nucleus
 def _nucleoli(c, s): return c.nucleus*c.nucleoli + .1*c.nucleus
+
 def _fibrillar_center(c, s): # a few dots inside every nucleolus
     cell, u, v = (np.repeat(x, 3) for x in c.nucleolus)
     du, dv = .06*c.rng.standard_normal((2, len(cell)))
     return c.nucleus*np.clip(c.stamp(cell, u+du, v+dv, c.disc(.03*s.grain), .25), 0, 1.5)
+
 def _nuclear_speckles(c, s): return c.nucleus*(1-c.nucleoli)*(_step(c.noise(.07*s.grain)-.7, .2)+.15)
 def _nuclear_bodies(c, s): return _spots(c, s, 4, .05) + .04*c.nucleus
 def _endoplasmic_reticulum(c, s): return c.reticulum
+
 def _golgi(c, s): # a ribbon around one side of the nucleus
-    return np.clip(sum(_at_hub(c, c.disc(.1*s.grain), .6, side) for side in (-.2, 0., .2)), 0, 1.2)*c.cytoplasm*np.clip(1+.6*c.noise(.07), .1, None)
+    return np.clip(sum(_at_hub(c, c.disc(.1*s.grain), .6, side) for side in (-.2, 0., .2)), 0,
+                   1.2)*c.cytoplasm*np.clip(1+.6*c.noise(.07), .1, None)
+
 def _peroxisomes(c, s): return _spots(c, s, 45, .03, .45, 1.1, vary=.15)
+
+# %% ../../nbs/11_screen.cells.ipynb #4d09b02b
 def _endosomes(c, s): return _spots(c, s, 16, .045, .4, .95, vary=.7)
 def _lysosomes(c, s): return _spots(c, s, 12, .075, .45, .75)
 def _intermediate_filaments(c, s): return c.cytoplasm*_ridges(c, .2*s.grain, .2)*np.exp(-np.clip(c.dist-.4, 0, None)/.4)
+
 def _actin_filaments(c, s): # parallel fibres along the cell
     phase = c.rng.uniform(0, 2*np.pi, c.n).astype(np.float32)[c.own]
     return c.body*np.clip(np.sin(2*np.pi*c.v/(.28*s.grain)+phase+.7*c.noise(.5)), 0, 1)**2 + .3*_rim(c)
+
 def _focal_adhesions(c, s): return _spots(c, s, 11, .05, .8, 1.1, long=3.) + .05*c.cytoplasm
 def _microtubules(c, s): return c.tubules
 def _microtubule_ends(c, s): return _spots(c, s, 22, .03, .75, 1.1, long=2.) + .25*c.tubules
+
 def _cytokinetic_bridge(c, s): # between a cell and its nearest neighbour, in some of them
     nearest = cKDTree(c.centres).query(c.centres, k=2)[1][:, 1]
     chosen = np.unique(np.append(np.flatnonzero(c.rng.random(c.n) < .25), c.central()))
@@ -205,30 +234,51 @@ def _cytokinetic_bridge(c, s): # between a cell and its nearest neighbour, in so
     cos, sin = np.cos(c.angle)[chosen], np.sin(c.angle)[chosen]
     u, v = cos*dx+sin*dy, cos*dy-sin*dx
     return c.stamp(chosen, u, v, c.disc(.06*s.grain, 3.5), .7, np.arctan2(v, u), clip=False)
+
 def _mitotic_spindle(c, s): # two cones of fibres that meet at the chromosomes of a dividing cell
     along, width = np.abs(c.u), .28*np.clip(1-np.abs(c.u)/.65, .03, 1)
     return c.dividing[c.own]*np.exp(-(c.v/width)**2)*_step(.6-along, .05)*(1-.6*np.exp(-(along/.08)**2)) + .04*c.body
-def _organizing_center(c, s): return _at_hub(c, c.disc(.12*s.grain), .6)*(.5+.5*_ridges(c, .06, .5)) + .3*c.tubules*np.exp(-c.dist)
-def _centrosome(c, s): return _at_hub(c, c.disc(.045*s.grain), .3, -.05) + _at_hub(c, c.disc(.045*s.grain), .3, .07) + .04*c.body
+
+def _organizing_center(c, s):
+    return _at_hub(c, c.disc(.12*s.grain), .6)*(.5+.5*_ridges(c, .06, .5)) + .3*c.tubules*np.exp(-c.dist)
+
+# %% ../../nbs/11_screen.cells.ipynb #e4c7a31e
+def _centrosome(c, s):
+    return _at_hub(c, c.disc(.045*s.grain), .3, -.05) + _at_hub(c, c.disc(.045*s.grain), .3, .07) + .04*c.body
+
 def _lipid_droplets(c, s): # hollow spheres in clusters
     cell, u, v = c.around(c.rng.poisson(9*s.number, c.n), .5, .9)
     return np.clip(c.stamp(cell, u, v, c.ring(.11*s.grain), .4), 0, 1.2)*c.cytoplasm
+
 def _plasma_membrane(c, s): return _rim(c) + .08*c.body
-def _cell_junctions(c, s): return c.body*np.exp(-(c.gap/.12)**2)*_step(c.noise(.12*s.grain)-.1, .15) # only where two cells touch, and in pieces
-def _mitochondria(c, s): return c.cytoplasm*_ridges(c, .13*s.grain, .35)*_step(c.noise(.3)+.6, .3)*np.exp(-((c.dist-.65)/.3)**2)
-def _aggresome(c, s): return np.clip(_at_hub(c, c.disc(.2*s.grain), .8), 0, 1)*_step(c.noise(.1)+1, .3) + .05*c.cytoplasm
+
+def _cell_junctions(c, s):
+    # only where two cells touch, and in pieces
+    return c.body*np.exp(-(c.gap/.12)**2)*_step(c.noise(.12*s.grain)-.1, .15)
+
+def _mitochondria(c, s):
+    return c.cytoplasm*_ridges(c, .13*s.grain, .35)*_step(c.noise(.3)+.6, .3)*np.exp(-((c.dist-.65)/.3)**2)
+
+def _aggresome(c, s):
+    return np.clip(_at_hub(c, c.disc(.2*s.grain), .8), 0, 1)*_step(c.noise(.1)+1, .3) + .05*c.cytoplasm
+
 def _cytosol(c, s): return (c.cytoplasm+.3*c.nucleus)*np.clip(1+.12*c.noise(.3*s.grain), .1, None)
 def _cytoplasmic_bodies(c, s): return _spots(c, s, 5, .065, .5, 1.) + .05*c.cytoplasm
+
 def _rods_and_rings(c, s): # one or two rods and a ring or two per cell
     cell, u, v = c.around(c.rng.poisson(1.2, c.n), .5, .8)
     rods = c.stamp(cell, u, v, c.disc(.035, 7*s.grain), .7, c.rng.uniform(0, np.pi, len(cell)))
     cell, u, v = c.around(c.rng.poisson(1., c.n), .5, .8)
     return np.clip(rods+c.stamp(cell, u, v, c.ring(.17*s.grain), .4), 0, 1.2)*c.body
 
-hpa_patterns = ( # of the classes 0-27: functions of a `CellField` and a `Stain`, each an image float32 (size, size), about 1 where it is strong
-    _nucleoplasm, _nuclear_membrane, _nucleoli, _fibrillar_center, _nuclear_speckles, _nuclear_bodies, _endoplasmic_reticulum,
-    _golgi, _peroxisomes, _endosomes, _lysosomes, _intermediate_filaments, _actin_filaments, _focal_adhesions, _microtubules,
-    _microtubule_ends, _cytokinetic_bridge, _mitotic_spindle, _organizing_center, _centrosome, _lipid_droplets, _plasma_membrane,
+# %% ../../nbs/11_screen.cells.ipynb #1b957c46
+# of the classes 0-27: functions of a `CellField` and a `Stain`, float32 (size, size), about 1 where it is strong
+hpa_patterns = (
+    _nucleoplasm, _nuclear_membrane, _nucleoli, _fibrillar_center, _nuclear_speckles, _nuclear_bodies,
+    _endoplasmic_reticulum, _golgi, _peroxisomes, _endosomes, _lysosomes, _intermediate_filaments, _actin_filaments,
+    _focal_adhesions, _microtubules,
+    _microtubule_ends, _cytokinetic_bridge, _mitotic_spindle, _organizing_center, _centrosome, _lipid_droplets,
+    _plasma_membrane,
     _cell_junctions, _mitochondria, _aggresome, _cytosol, _cytoplasmic_bodies, _rods_and_rings)
 
 # %% ../../nbs/11_screen.cells.ipynb #13e362ec

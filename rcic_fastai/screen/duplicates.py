@@ -20,6 +20,7 @@ from scipy.fft import dctn
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+from fastcore.basics import patch
 
 # %% ../../nbs/10_screen.duplicates.ipynb #9881fb25
 def _overlaps(n, cells=32):
@@ -28,9 +29,9 @@ def _overlaps(n, cells=32):
     return np.clip(np.minimum(cell+n, pixel+cells) - np.maximum(cell, pixel), 0, None).astype(np.float64)
 
 def _whole_numbers(x):
-    "Planes as float64 of whole numbers: integers as they are, floats from 0 to 65,535 between their lowest and highest value"
+    "Planes as float64 of whole numbers: integers as they are, floats from 0 (their lowest value) to 65,535"
     if x.dtype.kind in 'ub' and x.dtype.itemsize <= 2: return x.astype(np.float64)
-    if x.dtype.kind!='f': raise ValueError(f'planes of type {x.dtype}, expected uint8, uint16 or floats')
+    if x.dtype.kind != 'f': raise ValueError(f'planes of type {x.dtype}, expected uint8, uint16 or floats')
     if not np.isfinite(x).all(): raise ValueError('planes hold NaN or infinite values, expected finite ones')
     low, high = x.min((-2, -1), keepdims=True).astype(np.float64), x.max((-2, -1), keepdims=True).astype(np.float64)
     return np.rint((x-low)/np.where(high > low, high-low, 1)*65535)
@@ -38,12 +39,14 @@ def _whole_numbers(x):
 def area_means(
     planes:np.ndarray # (..., H, W) uint8, uint16 or float
 ) -> np.ndarray: # float64 (..., 32, 32): grey values, of floats in 65,535ths of their range
-    """Means over 32 x 32 areas of equal size, exactly symmetric: those of a flipped or transposed plane are the flipped or transposed means.
+    """Means over 32 x 32 areas of equal size, exactly symmetric: those of a flipped or transposed plane are the flipped
+    or transposed means.
 
     Raises: ValueError for planes of another type, without pixels, or with values that are not finite.
     """
     planes = np.asarray(planes)
-    if planes.ndim<2 or 0 in planes.shape[-2:]: raise ValueError(f'planes have shape {planes.shape}, expected (..., height, width)')
+    if planes.ndim<2 or 0 in planes.shape[-2:]:
+        raise ValueError(f'planes have shape {planes.shape}, expected (..., height, width)')
     h, w = planes.shape[-2:]
     return _overlaps(h) @ _whole_numbers(planes) @ _overlaps(w).T / (h*w)
 
@@ -62,13 +65,13 @@ def _low_frequencies(means, size):
 def _unless_blank(hashes, means, min_range):
     "0 in place of the hashes of blank planes"
     blank = np.ptp(means, axis=(-2, -1)) < max(min_range, 1e-6)
-    return np.where(blank if hashes.ndim==blank.ndim else blank[..., None], np.uint64(0), hashes)
+    return np.where(blank if hashes.ndim == blank.ndim else blank[..., None], np.uint64(0), hashes)
 
 def perceptual_hash(
     planes:np.ndarray, # (..., H, W) uint8, uint16 or float
     size:int=8, # lowest frequencies per direction: the hash has size*size bits
     canonical:bool=False, # the same for all flips and rotations of a plane?
-    min_range:float=1 # blank if the 32 x 32 means differ by less, in grey values (of floats in 65,535ths of their range)
+    min_range:float=1 # blank if the 32 x 32 means differ by less, in grey values (floats: 65,535ths of their range)
 ) -> np.ndarray: # uint64 (...); 0 for a blank plane
     """Hash of each plane that hardly changes with size, compression, brightness, contrast and bit depth.
 
@@ -96,7 +99,8 @@ def hash_distance(
     b:np.ndarray # uint64, of a shape that fits
 ) -> np.ndarray: # uint8, 0-64
     "Number of bits in which two hashes differ; what the distance to a hash of 0 means, nobody knows."
-    return _bitwise_count(np.atleast_1d(np.bitwise_xor(np.asarray(a, np.uint64), np.asarray(b, np.uint64)))).reshape(np.broadcast(a, b).shape)
+    return _bitwise_count(np.atleast_1d(np.bitwise_xor(np.asarray(a, np.uint64),
+                                                       np.asarray(b, np.uint64)))).reshape(np.broadcast(a, b).shape)
 
 # %% ../../nbs/10_screen.duplicates.ipynb #b0f5ac59
 def _symmetries(means):
@@ -104,9 +108,9 @@ def _symmetries(means):
     return np.stack([v[..., ::a, ::b] for v in (means, means.swapaxes(-1, -2)) for a in (1, -1) for b in (1, -1)], -3)
 
 def _canonical_bits(low):
-    "Hash (...) of the one of eight symmetries (..., 8, S, S) that is brightest on the left, then at the top; of equals the smallest"
+    "Hash (...) of that of eight symmetries (..., 8, S, S) that is brightest on the left, then at the top"
     bright = low[..., 0, 1] + .5*low[..., 1, 0]
-    return np.where(bright==bright.max(-1, keepdims=True), _median_bits(low), np.uint64(2**64-1)).min(-1)
+    return np.where(bright == bright.max(-1, keepdims=True), _median_bits(low), np.uint64(2**64-1)).min(-1)
 
 def symmetry_hashes(
     planes:np.ndarray, # (..., H, W) uint8, uint16 or float
@@ -132,14 +136,14 @@ def image_hashes(
     Raises: ValueError if it is no single image, and as `perceptual_hash`.
     """
     x = x.detach().cpu().as_subclass(Tensor).numpy() if isinstance(x, Tensor) else np.asarray(x)
-    if x.ndim!=3: raise ValueError(f'an image of shape {x.shape}, expected (channels, height, width)')
+    if x.ndim != 3: raise ValueError(f'an image of shape {x.shape}, expected (channels, height, width)')
     return perceptual_hash(x, size, canonical, min_range)
 
-# %% ../../nbs/10_screen.duplicates.ipynb #18062244
+# %% ../../nbs/10_screen.duplicates.ipynb #02cca54a
 _ROWS, _COLS = 64, 2048 # of a block: 1 MB of XORs stays in the cache of a core
 
 def _near(a, b, has_a, has_b, order, bound, buffer):
-    "Flat positions in the block of a (C, R) and b (C, S) where no channel that both have, of those looked at, is further apart than `bound`"
+    "Flat positions in the block of a (C, R) and b (C, S) where no channel that both have is further apart than `bound`"
     xor, near = buffer[:a.shape[1]*b.shape[1]].reshape(a.shape[1], b.shape[1]), True
     for c in order:
         np.bitwise_xor(a[c][:, None], b[c], out=xor)
@@ -150,49 +154,76 @@ def _near(a, b, has_a, has_b, order, bound, buffer):
         if len(found)*32 < near.size: break # few enough to look at one by one
     return found
 
+# %% ../../nbs/10_screen.duplicates.ipynb #6c722fe7
 class _Search:
     "Pairs of near hashes of two sets, given as (C, N) with masks of the channels that are there"
     def __init__(self, a, b, has_a, has_b, max_distance, rule, min_channels, same):
         self.a, self.b, self.has_a, self.has_b, self.same = a, b, has_a, has_b, same
         self.max_distance, self.rule, self.min_channels = max_distance, rule, min_channels
-        self.order = np.argsort(-has_a.sum(1, dtype=float)*has_b.sum(1), kind='stable') # the channel that most images have decides first
-        self.bound = np.uint8(min(64, max_distance if rule=='all' else max_distance*len(a)))
+        # the channel that most images have decides first
+        self.order = np.argsort(-has_a.sum(1, dtype=float)*has_b.sum(1), kind='stable')
+        self.bound = np.uint8(min(64, max_distance if rule == 'all' else max_distance*len(a)))
         self.local = threading.local()
 
-    def _exact(self, i, j):
-        "Table of those candidates that are twins"
-        both = self.has_a[:, i] & self.has_b[:, j]
-        d, n = hash_distance(self.a[:, i], self.b[:, j])*both, both.sum(0)
-        total, largest = d.sum(0, dtype=np.int64), d.max(0)
-        keep = (n >= self.min_channels) & (largest <= self.max_distance if self.rule=='all' else total <= self.max_distance*n)
-        return pd.DataFrame(dict(first=i, second=j, distance=total/np.maximum(n, 1), largest=largest.astype(np.int64), channels=n))[keep]
+@patch
+def _exact(self:_Search, i, j):
+    "Table of those candidates that are twins"
+    both = self.has_a[:, i] & self.has_b[:, j]
+    d, n = hash_distance(self.a[:, i], self.b[:, j])*both, both.sum(0)
+    total, largest = d.sum(0, dtype=np.int64), d.max(0)
+    keep = (n >= self.min_channels) & (largest <= self.max_distance if self.rule == 'all'
+                                       else total <= self.max_distance*n)
+    return pd.DataFrame(dict(first=i, second=j, distance=total/np.maximum(n, 1), largest=largest.astype(np.int64),
+                             channels=n))[keep]
 
-    def rows(self, i):
-        "Twins of a block of rows"
-        if not hasattr(self.local, 'buffer'): self.local.buffer = np.empty(_ROWS*_COLS, np.uint64) # each thread has its own
-        end, tables = min(i+_ROWS, self.a.shape[1]), []
-        for j in range(i if self.same else 0, self.b.shape[1], _COLS):
-            width = min(_COLS, self.b.shape[1]-j)
-            here, there = slice(i, end), slice(j, j+width)
-            found = _near(self.a[:, here], self.b[:, there], self.has_a[:, here], self.has_b[:, there], self.order, self.bound, self.local.buffer)
-            first, second = found//width+i, found%width+j
-            if self.same: first, second = first[first < second], second[first < second]
-            if len(first): tables.append(self._exact(first, second))
-        return tables
+# %% ../../nbs/10_screen.duplicates.ipynb #016c6b1b
+@patch
+def rows(self:_Search, i):
+    "Twins of a block of rows"
+    if not hasattr(self.local, 'buffer'):
+        self.local.buffer = np.empty(_ROWS*_COLS, np.uint64) # each thread has its own
+    end, tables = min(i+_ROWS, self.a.shape[1]), []
+    for j in range(i if self.same else 0, self.b.shape[1], _COLS):
+        width = min(_COLS, self.b.shape[1]-j)
+        here, there = slice(i, end), slice(j, j+width)
+        found = _near(self.a[:, here], self.b[:, there], self.has_a[:, here], self.has_b[:, there], self.order,
+                      self.bound, self.local.buffer)
+        first, second = found//width+i, found%width+j
+        if self.same: first, second = first[first < second], second[first < second]
+        if len(first): tables.append(self._exact(first, second))
+    return tables
 
+# %% ../../nbs/10_screen.duplicates.ipynb #56bfba81
 def _checked_hashes(hashes, valid, name):
     "Hashes (C, N) and the mask of those that count"
     hashes = np.asarray(hashes)
-    if hashes.ndim!=2 or not hashes.shape[1] or hashes.dtype!=np.uint64:
+    if hashes.ndim != 2 or not hashes.shape[1] or hashes.dtype != np.uint64:
         raise ValueError(f'{name} are {hashes.dtype} of shape {hashes.shape}, expected uint64 (images, channels)')
-    has = hashes!=0
+    has = hashes != 0
     if valid is not None:
         valid = np.asarray(valid)
-        if valid.dtype!=bool or valid.shape!=hashes.shape:
-            raise ValueError(f'the mask of {name} is {valid.dtype} of shape {valid.shape}, expected bool {hashes.shape}')
+        if valid.dtype != bool or valid.shape != hashes.shape:
+            raise ValueError(f'the mask of {name} is {valid.dtype} of shape {valid.shape}, '
+                             f'expected bool {hashes.shape}')
         has &= valid
     return np.ascontiguousarray(hashes.T), np.ascontiguousarray(has.T)
 
+# %% ../../nbs/10_screen.duplicates.ipynb #18062244
+def _search_all(search, max_pairs, threads):
+    "Tables of all twins, blocks of rows side by side"
+    tables, n = [search._exact(*np.zeros((2, 0), int))], 0
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for found in pool.map(search.rows, range(0, search.a.shape[1], _ROWS)):
+            n += sum(map(len, found))
+            if n > max_pairs:
+                raise ValueError(f'more than {max_pairs:,} pairs are at most {search.max_distance} bits apart: '
+                                 'is max_distance too large?')
+            tables += found
+    finally: pool.shutdown(cancel_futures=True)
+    return tables
+
+# %% ../../nbs/10_screen.duplicates.ipynb #ac30870a
 def find_twins(
     hashes:np.ndarray, # uint64 (N, C) of N images; 0 is never compared
     others:np.ndarray=None, # uint64 (M, C) to compare them with; by default with each other
@@ -203,29 +234,25 @@ def find_twins(
     min_channels:int=1, # that both must have
     max_pairs:int=10_000_000, # more are an error
     threads:int=None # by default one per core
-) -> pd.DataFrame: # a row per pair, sorted: rows `first` < `second` (or one of `others`), mean `distance`, `largest`, `channels` compared
+) -> pd.DataFrame: # a row per pair, sorted: `first` < `second` (or of `others`), mean `distance`, `largest`, `channels`
     """All pairs of images whose hashes are near, exactly.
 
-    Raises: ValueError for hashes or masks of another shape or type, an unknown rule, a distance outside 0-64, or more than `max_pairs` pairs.
+    Raises: ValueError for hashes or masks of another shape or type, an unknown rule, a distance outside 0-64, or more
+    than `max_pairs` pairs.
     """
     if rule not in ('all', 'mean'): raise ValueError(f"rule is {rule!r}, expected 'all' or 'mean'")
     if not 0 <= max_distance <= 64: raise ValueError(f'max_distance is {max_distance}, expected 0 to 64 bits')
     a, has_a = _checked_hashes(hashes, valid, 'hashes')
     b, has_b = (a, has_a) if others is None else _checked_hashes(others, others_valid, 'others')
-    if len(a)!=len(b): raise ValueError(f'hashes of {len(a)} channels and others of {len(b)}, expected the same channels')
+    if len(a) != len(b):
+        raise ValueError(f'hashes of {len(a)} channels and others of {len(b)}, expected the same channels')
     search = _Search(a, b, has_a, has_b, max_distance, rule, max(1, min_channels), same=others is None)
-    tables, n = [search._exact(*np.zeros((2, 0), int))], 0
-    pool = ThreadPoolExecutor(threads or num_cpus())
-    try:
-        for found in pool.map(search.rows, range(0, a.shape[1], _ROWS)):
-            n += sum(map(len, found))
-            if n > max_pairs: raise ValueError(f'more than {max_pairs:,} pairs are at most {max_distance} bits apart: is max_distance too large?')
-            tables += found
-    finally: pool.shutdown(cancel_futures=True)
+    tables = _search_all(search, max_pairs, threads or num_cpus())
     return pd.concat(tables).sort_values(['first', 'second'], ignore_index=True)
 
-# %% ../../nbs/10_screen.duplicates.ipynb #2976ab21
-_external = re.compile(r'(?P<antibody>\d+)_(?P<plate>[0-9A-Za-z]+)_(?P<well>[A-P](?:[1-9]|1\d|2[0-4]))_(?P<fov>\d+)(?:_(?P<mark>\w+))?')
+# %% ../../nbs/10_screen.duplicates.ipynb #41ce4e5b
+_external = re.compile(r'(?P<antibody>\d+)_(?P<plate>[0-9A-Za-z]+)_(?P<well>[A-P](?:[1-9]|1\d|2[0-4]))_(?P<fov>\d+)'
+                       r'(?:_(?P<mark>\w+))?')
 _uuid = re.compile(r'[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}')
 
 class ExternalId(NamedTuple):
@@ -244,9 +271,11 @@ def parse_external_id(
     Raises: ValueError for an id of another form.
     """
     m = _external.fullmatch(str(id))
-    if not m: raise ValueError(f'id {id!r} is not {{antibody}}_{{plate}}_{{well}}_{{fov}}, expected one like 10580_1610_C1_1')
+    if not m:
+        raise ValueError(f'id {id!r} is not {{antibody}}_{{plate}}_{{well}}_{{fov}}, expected one like 10580_1610_C1_1')
     return ExternalId(int(m['antibody']), m['plate'], m['well'], int(m['fov']), m['mark'] or '')
 
+# %% ../../nbs/10_screen.duplicates.ipynb #2976ab21
 def external_keys(
     ids:Sequence[str]|np.ndarray # external ids and UUIDs of the competition, in any order
 ) -> pd.DataFrame: # a row per id: antibody Int64, plate, well, fov Int64, plate_well; missing for a UUID
@@ -259,25 +288,29 @@ def external_keys(
     wrong = np.flatnonzero(keys.antibody.isna() & ~text.str.fullmatch(_uuid.pattern).fillna(False).astype(bool))
     if len(wrong):
         row = wrong[0]
-        raise ValueError(f'row {row}: id {text[row]!r} is neither {{antibody}}_{{plate}}_{{well}}_{{fov}}, such as 10580_1610_C1_1, nor a UUID')
-    return pd.DataFrame(dict(antibody=keys.antibody.astype('Int64'), plate=keys.plate, well=keys.well, fov=keys.fov.astype('Int64'),
+        raise ValueError(f'row {row}: id {text[row]!r} is neither {{antibody}}_{{plate}}_{{well}}_{{fov}}, '
+                         'such as 10580_1610_C1_1, nor a UUID')
+    return pd.DataFrame(dict(antibody=keys.antibody.astype('Int64'), plate=keys.plate, well=keys.well,
+                             fov=keys.fov.astype('Int64'),
                              plate_well=keys.plate+'_'+keys.well))
 
-# %% ../../nbs/10_screen.duplicates.ipynb #7920c662
+# %% ../../nbs/10_screen.duplicates.ipynb #40527fe2
 def _key_edges(key, n, start):
     "Rows and node numbers (from `start` on) of a key's values, and the first number that is free"
     key = pd.Series(key).reset_index(drop=True)
-    if len(key)!=n: raise ValueError(f'keys of {len(key):,} and {n:,} rows: expected one value for each image')
+    if len(key) != n: raise ValueError(f'keys of {len(key):,} and {n:,} rows: expected one value for each image')
     codes, values = pd.factorize(key.where(key.ne('').fillna(False).astype(bool)))
     rows = np.flatnonzero(codes >= 0)
     return rows, start+codes[rows], start+len(values)
 
+# %% ../../nbs/10_screen.duplicates.ipynb #7920c662
 def join_groups(
-    *keys:Sequence|np.ndarray, # each (N,): names or numbers such as antibodies or wells; equal values join, missing ones (None, NaN, '') do not
+    *keys:Sequence|np.ndarray, # each (N,): names or numbers; equal values join, missing ones (None, NaN, '') do not
     pairs:np.ndarray|pd.DataFrame=(), # (M, 2) row numbers that belong together, or the table of `find_twins`
     n:int=None # number of images, where there is no key
 ) -> np.ndarray: # int64 (N,), numbered from 0 on in the order of their first images
-    """Group of each image, such that all that is joined by any key or pair, directly or through others, is in one group.
+    """Group of each image, such that all that is joined by any key or pair, directly or through others, is in one
+    group.
 
     Raises: ValueError if keys differ in length, or a pair names a row that is not there.
     """
@@ -295,7 +328,7 @@ def join_groups(
     parts = connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), shape=(nodes, nodes)), directed=False)[1]
     return pd.factorize(parts[:n])[0].astype(np.int64)
 
-# %% ../../nbs/10_screen.duplicates.ipynb #a0ac0f6a
+# %% ../../nbs/10_screen.duplicates.ipynb #fa182cbd
 def _pairs_by_source(key, source, names):
     "Matrix of the number of pairs with equal keys, by the sources of both"
     m = pd.crosstab(key, source).reindex(columns=names, fill_value=0).to_numpy(np.int64)
@@ -308,11 +341,14 @@ def _checked_labels(labels, groups, source) -> tuple[list, np.ndarray, np.ndarra
     labels, groups = list(labels), np.asarray(groups)
     source = np.full(len(labels), 'all', object) if source is None else np.asarray(source, object)
     for what, values in (('groups', groups), ('sources', source)):
-        if values.shape!=(len(labels),): raise ValueError(f'{what} of shape {values.shape} for {len(labels):,} images: expected one for each')
+        if values.shape != (len(labels),):
+            raise ValueError(f'{what} of shape {values.shape} for {len(labels):,} images: expected one for each')
     for row, v in enumerate(labels):
-        if v is not None and not isinstance(v, tuple): raise ValueError(f'row {row}: labels {v!r}, expected a tuple of class numbers, or None')
+        if v is not None and not isinstance(v, tuple):
+            raise ValueError(f'row {row}: labels {v!r}, expected a tuple of class numbers, or None')
     return [v if v is None else tuple(sorted(set(v))) for v in labels], groups, source
 
+# %% ../../nbs/10_screen.duplicates.ipynb #a0ac0f6a
 def label_agreement(
     labels:Sequence, # tuple of class numbers of each image, None where unknown
     groups:np.ndarray, # (N,) group of twins of each image, as `join_groups(pairs=..., n=...)` gives it
@@ -328,46 +364,50 @@ def label_agreement(
     names = sorted(set(source), key=str)
     pairs = _pairs_by_source(group, source, names)
     agree = _pairs_by_source(pd.factorize(pd.MultiIndex.from_arrays([group, text]))[0], source, names)
-    rows = {f'{a} - {b}': (pairs[i, j], agree[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i<=j and pairs[i, j]}
+    rows = {f'{a} - {b}': (pairs[i, j], agree[i, j]) for i, a in enumerate(names) for j, b in enumerate(names) if i<=j
+            and pairs[i, j]}
     both = tuple(sum(v) for v in zip((0, 0), *rows.values()))
     table = pd.DataFrame({**(rows if len(names) > 1 else {}), 'all': both}, ['pairs', 'agree']).T
     return table.assign(share=table.agree/table.pairs.where(table.pairs > 0)).rename_axis('sources')
 
-# %% ../../nbs/10_screen.duplicates.ipynb #b20acde5
+# %% ../../nbs/10_screen.duplicates.ipynb #e460c8fd
 LABEL_POLICIES = ('keep', 'union', 'intersection', 'majority', 'train', 'drop')
 
 def _resolved(known, sources, policy, train):
     "Labels of a group whose members, all known, disagree; None: each keeps its own"
     counts = Counter(c for v in known for c in v)
-    own = [v for v, s in zip(known, sources) if s==train]
+    own = [v for v, s in zip(known, sources) if s == train]
     chosen = {'union': counts,
-              'intersection': [c for c, k in counts.items() if k==len(known)],
+              'intersection': [c for c, k in counts.items() if k == len(known)],
               'majority': [c for c, k in counts.items() if 2*k > len(known)],
               'train': {c for v in own for c in v}}[policy]
-    return tuple(sorted(chosen or counts)) if own or policy!='train' else None
+    return tuple(sorted(chosen or counts)) if own or policy != 'train' else None
 
+# %% ../../nbs/10_screen.duplicates.ipynb #b20acde5
 def resolve_labels(
     labels:Sequence, # tuple of class numbers of each image, None where unknown
     groups:np.ndarray, # (N,) group of twins of each image; of twins alone: images of one antibody need not look alike
-    policy:str='keep', # 'keep', 'union', 'intersection', 'majority' (more than half of the twins), 'train' (the labels of that source win), 'drop'
+    policy:str='keep', # 'keep', 'union', 'intersection', 'majority' (of twins), 'train' (it wins) or 'drop'
     source:Sequence|np.ndarray=None, # (N,) the table each image comes from; needed for 'train'
     train:str='train' # the source whose labels win; where several of its images disagree, their union
 ) -> list: # tuple of class numbers of each image; None where unknown, and with 'drop' where twins disagree
     """Labels after twins that disagree are resolved; groups in which all agree, and unknown labels, stay as they are.
 
-    Raises: ValueError for an unknown policy, 'train' without sources, labels that are no tuples, or groups that do not fit them.
+    Raises: ValueError for an unknown policy, 'train' without sources, labels that are no tuples, or groups that do not
+    fit them.
     """
-    if policy not in LABEL_POLICIES: raise ValueError(f'policy is {policy!r}, expected one of {", ".join(map(repr, LABEL_POLICIES))}')
-    if policy=='train' and source is None: raise ValueError("policy 'train' needs the source of each image")
+    if policy not in LABEL_POLICIES:
+        raise ValueError(f'policy is {policy!r}, expected one of {", ".join(map(repr, LABEL_POLICIES))}')
+    if policy == 'train' and source is None: raise ValueError("policy 'train' needs the source of each image")
     labels, groups, source = _checked_labels(labels, groups, source)
-    if policy=='keep': return labels
+    if policy == 'keep': return labels
     members:dict[int, list[int]] = {} # rows of each group
     for row, (v, g) in enumerate(zip(labels, groups.tolist())):
         if v is not None: members.setdefault(g, []).append(row)
     for rows in members.values():
         known = [labels[r] for r in rows]
         if len(set(known)) < 2: continue
-        if policy=='drop': chosen = None
+        if policy == 'drop': chosen = None
         elif (chosen := _resolved(known, source[rows], policy, train)) is None: continue
         for r in rows: labels[r] = chosen
     return labels

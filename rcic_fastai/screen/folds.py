@@ -17,23 +17,23 @@ from .duplicates import join_groups
 def _group_codes(groups, n):
     "Group numbers int64 (N,) from 0 on; a missing group is one of its own"
     if groups is None: return np.arange(n)
-    if len(groups)!=n: raise ValueError(f'{len(groups):,} groups for {n:,} rows: expected one for each row')
+    if len(groups) != n: raise ValueError(f'{len(groups):,} groups for {n:,} rows: expected one for each row')
     return join_groups(groups)
 
-# %% ../../nbs/11_screen.folds.ipynb #94fb1b73
+# %% ../../nbs/11_screen.folds.ipynb #91876edd
 def _check_labels(y):
     "Labels as int64 (N, K)"
     y = np.asarray(y)
-    if y.ndim!=2: raise ValueError(f'labels have shape {y.shape}, expected (rows, classes)')
+    if y.ndim != 2: raise ValueError(f'labels have shape {y.shape}, expected (rows, classes)')
     if not len(y): raise ValueError('there are no rows to put into folds')
-    wrong = np.argwhere((y!=0) & (y!=1))
+    wrong = np.argwhere((y != 0) & (y != 1))
     if len(wrong):
         row, col = wrong[0]
         raise ValueError(f'row {row} has the value {y[row, col]} for class {col}, expected 0 or 1')
     return y.astype(np.int64)
 
 def _rarest_first(counts):
-    "Yield each class that has undecided groups, with those groups, largest first; then None with the groups that have no label"
+    "Yield each class that has undecided groups, with those, largest first; then None with the groups without a label"
     undecided, left = np.ones(len(counts), bool), (counts > 0).sum(0)
     while (left > 0).any():
         c = int(np.where(left > 0, left, len(counts)+1).argmin())
@@ -43,11 +43,13 @@ def _rarest_first(counts):
         left -= (counts[rows] > 0).sum(0)
     yield None, np.flatnonzero(undecided)
 
+# %% ../../nbs/11_screen.folds.ipynb #e96daebf
 def _deal(counts, sizes, n_folds, rng):
     "Fold of each group, from its positives per class (G, K) and its images (G,)"
     classes, folds = [np.flatnonzero(c).tolist() for c in counts], np.empty(len(counts), np.int64)
     luck = rng.permuted(np.tile(np.arange(n_folds), (len(counts), 1)), axis=1).tolist()
-    counts_, sizes_, total = counts.tolist(), sizes.tolist(), counts.sum(0).tolist() # lists: arrays of a handful are slow one by one
+    # lists: arrays of a handful are slow one by one
+    counts_, sizes_, total = counts.tolist(), sizes.tolist(), counts.sum(0).tolist()
     have, images = [[0]*counts.shape[1] for _ in range(n_folds)], [0]*n_folds
     for c, groups in _rarest_first(counts):
         if c is None: groups = groups[np.argsort(-sizes[groups], kind='stable')]
@@ -60,34 +62,37 @@ def _deal(counts, sizes, n_folds, rng):
             for i in classes[g]: have[j][i] += counts_[g][i]
     return folds
 
+# %% ../../nbs/11_screen.folds.ipynb #94fb1b73
 def grouped_folds(
     y:np.ndarray, # (N, K) of 0 and 1: labels of each image
-    groups:Sequence|np.ndarray=None, # (N,) names or numbers; rows of one group stay together, a missing one is alone; None: all are
+    groups:Sequence|np.ndarray=None, # (N,) names or numbers; rows of one group stay together
     n_folds:int=5, # 2 to the number of groups
     seed:int=0 # decides the order of equals
 ) -> np.ndarray: # int64 (N,), 0 to n_folds-1
     """Fold of each image for grouped, stratified cross-validation with several labels per image.
 
     A class of fewer groups than folds is missing from some of them: `fold_report` tells which.
-    Raises: ValueError if labels are no matrix of 0 and 1, groups are not one per row, or `n_folds` is below 2 or above the number of groups.
+    Raises: ValueError if labels are no matrix of 0 and 1, groups are not one per row, or `n_folds` is below 2 or above
+    the number of groups.
     Source: Sechidis et al. (2011), On the stratification of multi-label data; here on whole groups.
     """
     y = _check_labels(y)
     codes = _group_codes(groups, len(y))
     n_groups = int(codes.max())+1
-    if not 2 <= n_folds <= n_groups: raise ValueError(f'n_folds is {n_folds}, expected 2 to {n_groups:,}, the number of groups')
+    if not 2 <= n_folds <= n_groups:
+        raise ValueError(f'n_folds is {n_folds}, expected 2 to {n_groups:,}, the number of groups')
     rng = np.random.default_rng(seed)
     place = rng.permutation(n_groups)[codes] # of each row's group in a random order, in which equals are decided
     counts = np.zeros((n_groups, y.shape[1]), np.int64)
     np.add.at(counts, place, y)
     return _deal(counts, np.bincount(place, minlength=n_groups), n_folds, rng)[place]
 
-# %% ../../nbs/11_screen.folds.ipynb #ed60685c
+# %% ../../nbs/11_screen.folds.ipynb #c0b22098
 def _divided(codes, folds):
     "Mask of the groups, numbered from 0 on, that are in more than one fold"
     first = np.unique(codes, return_index=True)[1]
     divided = np.zeros(len(first), bool)
-    divided[codes[folds!=folds[first][codes]]] = True
+    divided[codes[folds != folds[first][codes]]] = True
     return divided
 
 def straddling_groups(
@@ -102,25 +107,28 @@ def straddling_groups(
     codes = _group_codes(groups, len(folds))
     return pd.unique(pd.Series(groups).reset_index(drop=True)[_divided(codes, folds)[codes]]).tolist()
 
+# %% ../../nbs/11_screen.folds.ipynb #ed60685c
 def fold_report(
     y:np.ndarray, # (N, K) of 0 and 1
     folds:np.ndarray, # (N,) fold of each row
     names:Sequence|None=None, # of the K classes; by default their numbers
     groups:Sequence|np.ndarray=None # (N,) to be counted as well
-) -> pd.DataFrame: # a row per class; `attrs['straddling']` holds the number of all groups that are in more than one fold, if groups are given
-    """Positives of each class: in all, in each fold, the fewest and most, their spread relative to the expected, and folds without any (`empty`).
+) -> pd.DataFrame: # a row per class; `attrs['straddling']`: how many of the groups, if given, are in more than one fold
+    """Positives of each class: in all, in each fold, the fewest and most, their spread relative to the expected, and
+    folds without any (`empty`).
 
     With groups also how many have the class (`groups`), and how many of these are in more than one fold (`straddling`).
     Raises: ValueError if labels are no matrix of 0 and 1, or folds, names or groups do not fit them.
     """
     y, folds = _check_labels(y), np.asarray(folds)
-    if folds.shape!=(len(y),): raise ValueError(f'folds have shape {folds.shape}, expected one for each of the {len(y):,} rows')
+    if folds.shape != (len(y),):
+        raise ValueError(f'folds have shape {folds.shape}, expected one for each of the {len(y):,} rows')
     names = list(range(y.shape[1]) if names is None else names)
-    if len(names)!=y.shape[1]: raise ValueError(f'{len(names)} names for {y.shape[1]} classes: expected one for each')
-    counts = pd.DataFrame({f'fold {j}': y[folds==j].sum(0) for j in np.unique(folds)}, pd.Index(names, name='class'))
+    if len(names) != y.shape[1]: raise ValueError(f'{len(names)} names for {y.shape[1]} classes: expected one for each')
+    counts = pd.DataFrame({f'fold {j}': y[folds == j].sum(0) for j in np.unique(folds)}, pd.Index(names, name='class'))
     total, low, high = counts.sum(axis=1), counts.min(axis=1), counts.max(axis=1)
     expected = (total/counts.shape[1]).where(total > 0)
-    report = counts.assign(min=low, max=high, spread=(high-low)/expected, empty=(counts==0).sum(axis=1))
+    report = counts.assign(min=low, max=high, spread=(high-low)/expected, empty=(counts == 0).sum(axis=1))
     report.insert(0, 'positives', total)
     if groups is None: return report
     codes = _group_codes(groups, len(y))
@@ -128,7 +136,7 @@ def fold_report(
     report.attrs['straddling'] = int(divided.sum())
     return report.assign(groups=has.sum(0), straddling=has[divided].sum(0))
 
-# %% ../../nbs/11_screen.folds.ipynb #45172574
+# %% ../../nbs/11_screen.folds.ipynb #989274b6
 def check_no_straddling(
     groups:Sequence|np.ndarray, # (N,) names or numbers; a missing one is alone
     *parts:np.ndarray # row numbers or masks (N,) of each part, such as training and validation
@@ -138,24 +146,28 @@ def check_no_straddling(
     Raises: ValueError naming the first such group and its rows; if a part does not fit the groups.
     """
     n = len(groups)
-    codes, owner, found = _group_codes(groups, n), np.full(n, -1), np.full(n, -1) # of each group: the part it is in, and a row of it there
+    # of each group: the part it is in, and a row of it there
+    codes, owner, found = _group_codes(groups, n), np.full(n, -1), np.full(n, -1)
     for i, part in enumerate(parts):
         rows = _part_rows(part, n, i)
-        taken = rows[(owner[codes[rows]] >= 0) & (owner[codes[rows]]!=i)]
+        taken = rows[(owner[codes[rows]] >= 0) & (owner[codes[rows]] != i)]
         if len(taken):
             row, other = taken[0], codes[taken[0]]
-            name = f'group {pd.Series(groups).iloc[row]!r}' if found[other]!=row else f'row {row}'
+            name = f'group {pd.Series(groups).iloc[row]!r}' if found[other] != row else f'row {row}'
             n_shared = len(np.unique(codes[taken]))
             raise ValueError(f'{name} is in part {owner[other]} (row {found[other]}) and in part {i} (row {row}); '
                              f'{n_shared:,} group{"s are" if n_shared > 1 else " is"} shared with earlier parts')
         owner[codes[rows]], found[codes[rows]] = i, rows
 
+# %% ../../nbs/11_screen.folds.ipynb #45172574
 def _part_rows(part, n, i):
     "Row numbers of a part that is given by numbers or a mask"
     part = np.asarray(part)
-    if part.dtype==bool:
-        if part.shape!=(n,): raise ValueError(f'part {i} is a mask of shape {part.shape}, expected one value for each of the {n:,} rows')
+    if part.dtype == bool:
+        if part.shape != (n,):
+            raise ValueError(f'part {i} is a mask of shape {part.shape}, expected one value for each of the {n:,} rows')
         return np.flatnonzero(part)
     if part.size and not (part.dtype.kind in 'iu' and part.min() >= 0 and part.max() < n):
-        raise ValueError(f'part {i} holds values from {part.min()} to {part.max()}, expected row numbers from 0 to {n-1:,} or a mask')
+        raise ValueError(f'part {i} holds values from {part.min()} to {part.max()}, '
+                         f'expected row numbers from 0 to {n-1:,} or a mask')
     return part.astype(np.int64)

@@ -12,21 +12,25 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-# %% ../../nbs/10_screen.labels.ipynb #13d30440
+# %% ../../nbs/10_screen.labels.ipynb #dfe45e21
 def _check_classes(labels, n_classes, where=''):
     "Class numbers as a sorted tuple; `where` begins the message of an error"
     at = f'{where}: ' if where else ''
-    if labels is None: raise ValueError(f'{at}the labels are unknown (None), expected a list of class numbers; leave such images out')
-    if isinstance(labels, (str, bytes)) or not np.iterable(labels): raise ValueError(f'{at}labels are {labels!r}, expected a list of class numbers')
+    if labels is None:
+        raise ValueError(f'{at}the labels are unknown (None), expected a list of class numbers; leave such images out')
+    if isinstance(labels, (str, bytes)) or not np.iterable(labels):
+        raise ValueError(f'{at}labels are {labels!r}, expected a list of class numbers')
     labels = list(labels)
     for c in labels:
-        if isinstance(c, bool) or not isinstance(c, (int, np.integer)): raise ValueError(f'{at}label {c!r} is not a class number')
+        if isinstance(c, bool) or not isinstance(c, (int, np.integer)):
+            raise ValueError(f'{at}label {c!r} is not a class number')
         if not 0<=c<n_classes: raise ValueError(f'{at}label {c} is outside 0-{n_classes-1}')
     labels = tuple(sorted(map(int, labels)))
     for a, b in zip(labels, labels[1:]):
-        if a==b: raise ValueError(f'{at}label {a} occurs more than once')
+        if a == b: raise ValueError(f'{at}label {a} occurs more than once')
     return labels
 
+# %% ../../nbs/10_screen.labels.ipynb #c2c3631a
 def parse_labels(
     text:str, # class numbers with spaces between, in any order: '16 0'
     n_classes:int=28, # classes are 0 to n_classes-1
@@ -34,16 +38,19 @@ def parse_labels(
 ) -> tuple: # class numbers, sorted: (0, 16)
     """Labels of an image from a cell of a table.
 
-    Raises: ValueError if there is no number, something else than a number, a class outside the range, or one that occurs twice.
+    Raises: ValueError if there is no number, something else than a number, a class outside the range, or one that
+    occurs twice.
     """
     at = f'{where}: ' if where else ''
     if not isinstance(text, str): raise ValueError(f"{at}labels are {text!r}, expected text such as '16 0'")
     parts = text.split()
     if not parts: raise ValueError(f"{at}there are no labels, expected class numbers such as '16 0'")
     for part in parts:
-        if not re.fullmatch('-?[0-9]+', part): raise ValueError(f"{at}label {part!r} is not a number, expected class numbers such as '16 0'")
+        if not re.fullmatch('-?[0-9]+', part):
+            raise ValueError(f"{at}label {part!r} is not a number, expected class numbers such as '16 0'")
     return _check_classes(map(int, parts), n_classes, where)
 
+# %% ../../nbs/10_screen.labels.ipynb #13d30440
 def format_labels(
     labels:Iterable[int] # class numbers, such as (0, 16)
 ) -> str: # with spaces between, sorted: '0 16'
@@ -57,7 +64,8 @@ def label_matrix(
 ) -> np.ndarray: # uint8 (N, K): 1 where the image has the label
     """Labels of N images as a matrix of zeros and ones.
 
-    Raises: ValueError naming the image's position and the class, for a number outside 0 to K-1, a label that occurs twice, or unknown labels (None).
+    Raises: ValueError naming the image's position and the class, for a number outside 0 to K-1, a label that occurs
+    twice, or unknown labels (None).
     """
     labels = [_check_classes(l, n_classes, f'image {i}') for i, l in enumerate(labels)]
     y = np.zeros((len(labels), n_classes), np.uint8)
@@ -67,8 +75,8 @@ def label_matrix(
 def _binary(y, name) -> np.ndarray:
     "As uint8 (N, K) of zeros and ones"
     y = np.asarray(y)
-    if y.ndim!=2: raise ValueError(f'{name} has shape {y.shape}, expected (images, classes)')
-    if y.dtype!=bool and (bad := ~((y==0) | (y==1))).any():
+    if y.ndim != 2: raise ValueError(f'{name} has shape {y.shape}, expected (images, classes)')
+    if y.dtype != bool and (bad := ~((y == 0) | (y == 1))).any():
         row, col = np.argwhere(bad)[0]
         raise ValueError(f'{name}: image {row}, class {col} is {y[row, col]}, expected 0 or 1')
     return y.astype(np.uint8)

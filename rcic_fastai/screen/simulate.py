@@ -59,8 +59,10 @@ class Morphology:
 morphology_names = tuple(Morphology.__dataclass_fields__)
 
 # %% ../../nbs/10_screen.simulate.ipynb #d9ee7a66
-_reaction = dict(nucleus_size=.45, nucleus_aspect=.5, chromatin=1., nucleoli=.9, nucleolus_size=.8, er_extent=.8, er_scale=.9, actin_fibres=1.2,
-                 actin_period=.7, mito_distance=.5, mito_scale=.8, golgi_size=.9, golgi_distance=.6, spread=.35, crowding=.5)
+_reaction = dict(nucleus_size=.45, nucleus_aspect=.5, chromatin=1., nucleoli=.9, nucleolus_size=.8, er_extent=.8,
+                 er_scale=.9, actin_fibres=1.2,
+                 actin_period=.7, mito_distance=.5, mito_scale=.8, golgi_size=.9, golgi_distance=.6, spread=.35,
+                 crowding=.5)
 
 def changed_morphology(
     base:Morphology, # where to start from
@@ -69,7 +71,8 @@ def changed_morphology(
 ) -> Morphology: # every parameter multiplied by its own log-normal factor
     "A morphology near `base`."
     z = np.clip(rng.standard_normal(len(morphology_names)), -2, 2)
-    return replace(base, **{k: getattr(base, k)*float(np.exp(effect*_reaction[k]*v)) for k,v in zip(morphology_names, z)})
+    return replace(base,
+                   **{k: getattr(base, k)*float(np.exp(effect*_reaction[k]*v)) for k,v in zip(morphology_names, z)})
 
 # %% ../../nbs/10_screen.simulate.ipynb #7adca699
 def cell_centres(
@@ -98,9 +101,9 @@ def _step(x, width):
     "Smooth step: 0 far below zero, 1 far above"
     return 1/(1+np.exp(-np.clip(x/width, -30, 30)))
 
-# %% ../../nbs/10_screen.simulate.ipynb #585498b0
+# %% ../../nbs/10_screen.simulate.ipynb #fd2a1245
 def _cell_frame(rng, size, radius, m):
-    "Per pixel: distance to its cell's centre and to the border with the next cell, position (u, v) along the cell's axes, cell number"
+    "Per pixel: distance to its cell's centre and to the next cell, position (u, v) along the cell's axes, cell number"
     centres = cell_centres(rng, size, radius, m.crowding)
     n = len(centres)
     grid = np.moveaxis(np.mgrid[:size, :size], 0, -1).reshape(-1, 2) + .5
@@ -109,8 +112,20 @@ def _cell_frame(rng, size, radius, m):
     dy, dx = ((grid - centres[own])/radius).T
     cos, sin = np.cos(angle)[own], np.sin(angle)[own]
     shape = lambda x: x.astype(np.float32).reshape(size, size)
-    return shape(dist[:, 0]/radius), shape((dist[:, 1]-dist[:, 0])/radius), shape(cos*dx+sin*dy), shape(cos*dy-sin*dx), own.reshape(size, size), n
+    centre, border = dist[:, 0]/radius, (dist[:, 1]-dist[:, 0])/radius
+    return (*map(shape, (centre, border, cos*dx+sin*dy, cos*dy-sin*dx)), own.reshape(size, size), n)
 
+# %% ../../nbs/10_screen.simulate.ipynb #585498b0
+def _nucleoli(rng, m, u, v, a, b, own, n):
+    "One to seven in each of the `n` nuclei"
+    out, count = np.zeros_like(u), np.clip(rng.poisson(m.nucleoli, n), 1, 7)
+    for k in range(7): # the k-th nucleolus of every cell at once
+        r, t = .75*np.sqrt(rng.random(n)), rng.uniform(0, 2*np.pi, n)
+        uk, vk = (r*np.cos(t))[own]*a, (r*np.sin(t))[own]*b
+        out += (k < count)[own]*np.exp(-((u-uk)**2+(v-vk)**2)/(2*m.nucleolus_size**2))
+    return out
+
+# %% ../../nbs/10_screen.simulate.ipynb #fad405c3
 def draw_cells(
     rng:np.random.Generator, # source of positions and textures
     size:int, # side of the image in pixels
@@ -128,22 +143,19 @@ def draw_cells(
     cytoplasm, edge = body*(1-nucleus), body*np.exp(-(gap/.09)**2)
 
     dna = nucleus*np.clip(1+m.chromatin*_noise(rng, size, .09*radius), .1, None)*vary(.12)
-    er = cytoplasm*np.exp(-np.clip(dist-m.nucleus_size, 0, None)/m.er_extent)*np.clip(1+.5*_noise(rng, size, m.er_scale*radius), .05, None)
+    fading = cytoplasm*np.exp(-np.clip(dist-m.nucleus_size, 0, None)/m.er_extent)
+    er = fading*np.clip(1+.5*_noise(rng, size, m.er_scale*radius), .05, None)
     phase = rng.uniform(0, 2*np.pi, n)[own]
     fibres = np.clip(np.sin(2*np.pi*v/m.actin_period+phase+.8*_noise(rng, size, .5*radius)), 0, 1)**2
     actin = .9*edge + m.actin_fibres*cytoplasm*fibres + .15*cytoplasm
-    nucleoli = np.zeros_like(dna)
-    count = np.clip(rng.poisson(m.nucleoli, n), 1, 7)
-    for k in range(7): # the k-th nucleolus of every cell at once
-        r, t = .75*np.sqrt(rng.random(n)), rng.uniform(0, 2*np.pi, n)
-        uk, vk = (r*np.cos(t))[own]*a, (r*np.sin(t))[own]*b
-        nucleoli += (k < count)[own]*np.exp(-((u-uk)**2+(v-vk)**2)/(2*m.nucleolus_size**2))
-    rna = 1.2*nucleus*np.clip(nucleoli, 0, 1.5) + .35*nucleus + .5*cytoplasm*np.clip(1+.2*_noise(rng, size, .15*radius), .1, None)
+    nucleoli = np.clip(_nucleoli(rng, m, u, v, a, b, own, n), 0, 1.5)
+    rna = 1.2*nucleus*nucleoli + .35*nucleus + .5*cytoplasm*np.clip(1+.2*_noise(rng, size, .15*radius), .1, None)
     threads = np.exp(-(_noise(rng, size, m.mito_scale*radius)/.45)**2)
     mito = cytoplasm*np.exp(-((dist-m.mito_distance)/.28)**2)*threads*vary(.15)
     t = rng.uniform(0, 2*np.pi, n)[own]
     away = (u-m.golgi_distance*np.cos(t))**2 + (v-m.golgi_distance*np.sin(t))**2
-    golgi = 1.3*body*np.exp(-away/(2*m.golgi_size**2))*np.clip(1+.5*_noise(rng, size, .08*radius), .1, None) + .5*edge + .12*cytoplasm
+    ribbon = 1.3*body*np.exp(-away/(2*m.golgi_size**2))*np.clip(1+.5*_noise(rng, size, .08*radius), .1, None)
+    golgi = ribbon + .5*edge + .12*cytoplasm
     return np.stack([dna, er, actin, rna, mito, golgi]).astype(np.float32)
 
 # %% ../../nbs/10_screen.simulate.ipynb #3811d4d2
@@ -169,8 +181,10 @@ def plate_camera(
     z = named_rng(seed, 'experiment', experiment).standard_normal((5, 6))
     z = z + plate_effect*named_rng(seed, 'plate', experiment, plate).standard_normal((5, 6))
     gain, offset, power, blur, other = strength*np.clip(z, -2.2, 2.2)
-    return Camera(tuple(np.exp(.55*gain)), tuple(2*np.abs(offset)), tuple(np.exp(.45*power)), tuple(.06*np.exp(.5*blur)),
-                  (.25*other[0], .25*other[1], .2*other[2]), float(np.exp(.15*other[3])), float(.25*np.exp(.3*other[4])))
+    return Camera(tuple(np.exp(.55*gain)), tuple(2*np.abs(offset)), tuple(np.exp(.45*power)),
+                  tuple(.06*np.exp(.5*blur)),
+                  (.25*other[0], .25*other[1],
+                   .2*other[2]), float(np.exp(.15*other[3])), float(.25*np.exp(.3*other[4])))
 
 # %% ../../nbs/10_screen.simulate.ipynb #c41288c3
 real_intensity = { # cell type: means, standard deviations within a site, of the six channels in grey values 0-255
@@ -200,7 +214,7 @@ def sirna_morphology(
     m = changed_morphology(m, named_rng(seed, 'sirna', sirna), effect)
     return changed_morphology(m, named_rng(seed, 'sirna', sirna, cell_type), .2*effect)
 
-# %% ../../nbs/10_screen.simulate.ipynb #04dcab92
+# %% ../../nbs/10_screen.simulate.ipynb #d119ec7b
 def expose(
     field:np.ndarray, # float32 (6, H, W) from `draw_cells`
     camera:Camera, # of the plate
@@ -218,6 +232,7 @@ def expose(
     grey = np.clip(gain*(intercept+slope*out), 0, None) + offset
     return grey + camera.noise*np.sqrt(grey)*rng.standard_normal(grey.shape, dtype=np.float32)
 
+# %% ../../nbs/10_screen.simulate.ipynb #04dcab92
 @lru_cache(maxsize=256)
 def grey_scale(
     seed:int, # seed of the screen
@@ -232,15 +247,16 @@ def grey_scale(
     fields = np.stack([[gaussian_filter(f, s*radius) for f,s in zip(x, neutral.blur)] for x in drawn])
     mean, std = np.array(real_intensity.get(cell_type, other_intensity))
     slope = std/fields.std((2, 3)).mean(0)
-    return tuple(fields.mean((0, 2, 3))+2*fields.std((2, 3)).mean(0)), tuple(slope), tuple(mean-slope*fields.mean((0, 2, 3)))
+    return tuple(fields.mean((0, 2, 3))+2*fields.std((2, 3)).mean(0)), tuple(slope), tuple(mean-slope*fields.mean((0, 2,
+                                                                                                                   3)))
 
-# %% ../../nbs/10_screen.simulate.ipynb #5a6aa07c
+# %% ../../nbs/10_screen.simulate.ipynb #24df446b
 _rows, _columns = 'BCDEFGHIJKLMNO', range(2, 24)
 _control_wells = [f'{r}{c:02}' for r in 'CFHJM' for c in (3, 7, 11, 15, 19, 22)]
 _free_wells = [w for r in _rows for c in _columns if (w := f'{r}{c:02}') not in _control_wells and w != 'B02']
 
 def _plate_wells(seed, experiment, plate, treatments, positives, negative, missing):
-    "Wells of one plate: controls on their grid, treatments shuffled, now and then a few wells lost or one more negative control"
+    "Wells of one plate: controls on their grid, treatments shuffled, now and then wells lost or one more control"
     rng = named_rng(seed, 'layout', experiment, plate)
     rows = [('B02', 'negative_control', negative)]
     rows += [(w, 'positive_control', s) for w,s in zip(_control_wells, rng.permutation(positives))]
@@ -250,23 +266,31 @@ def _plate_wells(seed, experiment, plate, treatments, positives, negative, missi
     if free and rng.random() < .16: rows.append((free.pop(), 'negative_control', negative))
     return pd.DataFrame(rows, columns=['well', 'well_type', 'sirna']).assign(experiment=experiment, plate=plate)
 
+# %% ../../nbs/10_screen.simulate.ipynb #6b7c5160
 def _check_design(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates):
     "Readable errors for a screen that nobody could run, or that `read_screen` would refuse"
     for name in cell_types:
-        if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9.+-]*', str(name)): raise ValueError(f'cell type {name!r} is no name such as HUVEC: letters, digits, ".", "+" and "-"')
-    if not cell_types or len(set(cell_types)) < len(cell_types): raise ValueError(f'cell_types is {cell_types}, expected one name or more, each once')
-    if n_train < 1 or n_test < 0: raise ValueError(f'n_train is {n_train} and n_test is {n_test}, expected at least 1 training and 0 test experiments')
+        if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9.+-]*', str(name)):
+            raise ValueError(f'cell type {name!r} is no name such as HUVEC: letters, digits, ".", "+" and "-"')
+    if not cell_types or len(set(cell_types)) < len(cell_types):
+        raise ValueError(f'cell_types is {cell_types}, expected one name or more, each once')
+    if n_train < 1 or n_test < 0:
+        raise ValueError(f'n_train is {n_train} and n_test is {n_test}, '
+                         'expected at least 1 training and 0 test experiments')
     if not 1 <= n_plates <= 4: raise ValueError(f'n_plates is {n_plates}, expected 1 to 4')
-    if not 0 <= n_positive <= len(_control_wells): raise ValueError(f'n_positive is {n_positive}; a plate has {len(_control_wells)} wells for positive controls')
+    if not 0 <= n_positive <= len(_control_wells):
+        raise ValueError(f'n_positive is {n_positive}; a plate has {len(_control_wells)} wells for positive controls')
     if not n_plates <= n_sirnas <= n_plates*len(_free_wells):
-        raise ValueError(f'n_sirnas is {n_sirnas}; {n_plates} plates hold {n_plates} to {n_plates*len(_free_wells)} treatments')
+        raise ValueError(f'n_sirnas is {n_sirnas}; {n_plates} plates hold {n_plates} to '
+                         f'{n_plates*len(_free_wells)} treatments')
 
+# %% ../../nbs/10_screen.simulate.ipynb #5a6aa07c
 def design_screen(
     n_sirnas:int=48, # number of treatment siRNAs, at most 277 a plate
     n_train:int=6, # training experiments of each cell type, at least 1
     n_test:int=2, # test experiments of each cell type; 0 for a screen without a test set
     cell_types:str|tuple=('HUVEC', 'RPE'), # name or names of the cell types
-    n_positive:int|None=None, # number of positive-control siRNAs, at most 30; by default an eighth of the treatments, 3 to 30
+    n_positive:int|None=None, # positive-control siRNAs, at most 30; None: an eighth of the treatments, 3 to 30
     n_plates:int=4, # plates of an experiment, and groups of siRNAs; 1-4
     missing:float=.17, # share of plates that lost wells, 0-1
     seed:int=0 # everything follows from it
@@ -284,17 +308,19 @@ def design_screen(
     for t, cell_type in enumerate(cell_types):
         for i in range(n_train+n_test):
             experiment, split = f'{cell_type}-{i+1:02}', 'train' if i < n_train else 'test'
-            seen, rng = max(1, n_plates-1), named_rng(seed, 'rotation', experiment)
-            unseen_here = split == 'test' and (i-n_train+t) % 2 == 0 # every other test experiment has the rotation that training never shows
-            rotation = n_plates-1 if unseen_here else rng.integers(seen)
+            # every other test experiment has the rotation that training never shows
+            unseen_here = split == 'test' and (i-n_train+t) % 2 == 0
+            rotation = n_plates-1 if unseen_here else named_rng(seed, 'rotation',
+                                                                experiment).integers(max(1, n_plates-1))
             for g, treatments in enumerate(groups):
-                w = _plate_wells(seed, experiment, (g+rotation) % n_plates + 1, treatments, positives, negative, missing if i else 0)
+                w = _plate_wells(seed, experiment, (g+rotation) % n_plates + 1, treatments, positives, negative,
+                                 missing if i else 0)
                 tables.append(w.assign(split=split, cell_type=cell_type))
     wells = pd.concat(tables).sort_values(['experiment', 'plate', 'well'], kind='stable', ignore_index=True)
     wells['id_code'] = wells.experiment + '_' + wells.plate.astype(str) + '_' + wells.well
     return wells[['id_code', 'split', 'cell_type', 'experiment', 'plate', 'well', 'well_type', 'sirna']]
 
-# %% ../../nbs/10_screen.simulate.ipynb #4098c2d6
+# %% ../../nbs/10_screen.simulate.ipynb #27604dc5
 @dataclass(frozen=True)
 class Simulation:
     "What the pixels of a screen depend on."
@@ -313,6 +339,7 @@ class Simulation:
         for k in ('effect', 'batch_effect', 'plate_effect'):
             if not getattr(self, k) >= 0: raise ValueError(f'{k} is {getattr(self, k)}, expected 0 or more')
 
+# %% ../../nbs/10_screen.simulate.ipynb #71a225ed
 def simulate_site(
     sim:Simulation, # settings of the screen
     well, # row of the well table: id_code, cell_type, experiment, plate, well_type, sirna
@@ -320,13 +347,14 @@ def simulate_site(
 ) -> np.ndarray: # uint8 (6, image_size, image_size)
     "The image of one site, from the seed and the site's name alone."
     camera = plate_camera(sim.seed, well.experiment, well.plate, sim.batch_effect, sim.plate_effect)
-    treated = None if well.well_type=='negative_control' else int(well.sirna)
+    treated = None if well.well_type == 'negative_control' else int(well.sirna)
     m = sirna_morphology(sim.seed, well.cell_type, treated, sim.effect)
     own = named_rng(sim.seed, 'well', well.id_code)
     m = replace(m, crowding=m.crowding*camera.crowding*float(np.exp(.08*own.standard_normal())))
     rng = named_rng(sim.seed, 'site', well.id_code, site)
     field = draw_cells(rng, sim.image_size, sim.cell_radius, m)
-    grey = expose(field, camera, grey_scale(sim.seed, well.cell_type, sim.image_size, sim.cell_radius), sim.cell_radius, rng)
+    grey = expose(field, camera, grey_scale(sim.seed, well.cell_type, sim.image_size, sim.cell_radius), sim.cell_radius,
+                  rng)
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
 
 def _write_wells(sim, root, wells):
@@ -337,34 +365,41 @@ def _write_wells(sim, root, wells):
         for site in range(1, sim.n_sites+1):
             paths = [folder/f'{well.well}_s{site}_w{c}.png' for c in range(1, 7)]
             if all(p.exists() for p in paths): continue
-            for x, p in zip(simulate_site(sim, well, site), paths): write_whole(p, partial(Image.fromarray(x).save, format='PNG'), sync=False)
+            for x, p in zip(simulate_site(sim, well, site), paths):
+                write_whole(p, partial(Image.fromarray(x).save, format='PNG'), sync=False)
     return len(wells)*sim.n_sites
 
+# %% ../../nbs/10_screen.simulate.ipynb #4098c2d6
 def _begin_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches every process; the first one stops the others
     def end_with(parent):
         parent.join()
         os._exit(1)
-    Thread(target=end_with, args=(parent_process(),), daemon=True).start() # or it would wait for ever for a parent that was killed
+    # or it would wait for ever for a parent that was killed
+    Thread(target=end_with, args=(parent_process(),), daemon=True).start()
 
 def _map_parts(write, parts, workers):
     "Results of `write` for all parts in order, from any number of processes"
     if min(workers, len(parts)) <= 1: yield from map(write, parts); return
-    with ProcessPoolExecutor(min(workers, len(parts)), initializer=_begin_worker) as pool: # after an error or Ctrl-C, `map` cancels
-        yield from pool.map(write, parts)                                                      # what waits, and the wells in hand are finished
+    # after an error or Ctrl-C, `map` cancels
+    with ProcessPoolExecutor(min(workers, len(parts)), initializer=_begin_worker) as pool:
+        # what waits, and the wells in hand are finished
+        yield from pool.map(write, parts)
 
 def _write_tables(wells, root):
     "Write the CSV tables of the Kaggle layout, and the truth"
-    well, write = ['id_code', 'experiment', 'plate', 'well'], lambda t, name: write_whole(root/name, partial(t.to_csv, index=False))
+    well, write = ['id_code', 'experiment', 'plate', 'well'], lambda t, name: write_whole(root/name,
+                                                                                          partial(t.to_csv,
+                                                                                                  index=False))
     for split, w in wells.groupby('split'):
-        treated = w[w.well_type=='treatment']
-        write(treated[well + (['sirna'] if split=='train' else [])], f'{split}.csv')
-        write(w[w.well_type!='treatment'][well + ['sirna', 'well_type']], f'{split}_controls.csv')
-        if split=='test':
+        treated = w[w.well_type == 'treatment']
+        write(treated[well + (['sirna'] if split == 'train' else [])], f'{split}.csv')
+        write(w[w.well_type != 'treatment'][well + ['sirna', 'well_type']], f'{split}_controls.csv')
+        if split == 'test':
             write(treated[['id_code']].assign(sirna=0), 'sample_submission.csv')
             write(treated[['id_code', 'sirna']], 'truth.csv')
 
-# %% ../../nbs/10_screen.simulate.ipynb #37956a4d
+# %% ../../nbs/10_screen.simulate.ipynb #8db07ae0
 def simulate_screen(
     path:str|Path, # folder to write to; made if need be
     n_sirnas:int=48, # number of treatment siRNAs
@@ -384,13 +419,16 @@ def simulate_screen(
     workers:int|None=None, # processes; by default one per core, 0 or 1 write in this process
     progress:bool=True # show a progress bar?
 ) -> Path: # `path`
-    """Write a screen in the Kaggle layout: `train.csv` and the other tables, `train/HUVEC-01/Plate1/B03_s1_w1.png`, and `truth.csv`.
+    """Write a screen in the Kaggle layout: `train.csv` and the other tables, `train/HUVEC-01/Plate1/B03_s1_w1.png`, and
+    `truth.csv`.
 
-    Raises: ValueError for settings out of range, or a folder that holds a screen made with others; FileExistsError for a folder of something else.
+    Raises: ValueError for settings out of range, or a folder that holds a screen made with others; FileExistsError for
+    a folder of something else.
     """
     root = user_path(path)
     cell_types = (cell_types,) if isinstance(cell_types, str) else tuple(cell_types)
-    sim = Simulation(seed, image_size, min(image_size/8, 26.) if cell_radius is None else cell_radius, n_sites, effect, batch_effect, plate_effect)
+    sim = Simulation(seed, image_size, min(image_size/8, 26.) if cell_radius is None else cell_radius, n_sites, effect,
+                     batch_effect, plate_effect)
     wells = design_screen(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates, missing, seed)
     settings = dict(asdict(sim), n_sirnas=n_sirnas, n_train=n_train, n_test=n_test, cell_types=list(cell_types),
                     n_positive=n_positive, n_plates=n_plates, missing=missing)
@@ -400,9 +438,10 @@ def simulate_screen(
         _write_all(partial(_write_wells, sim, root), parts, len(wells)*n_sites, 'site', workers, progress)
     return root
 
+# %% ../../nbs/10_screen.simulate.ipynb #37956a4d
 @contextmanager
 def _begun(root, settings):
-    "Make `root` the home of a screen with these settings, or refuse if something else lives there; held until all is written"
+    "Begin a screen with these settings in `root`, or refuse a folder of something else; held until all is written"
     with claim_folder(root):
         note_request(root, 'simulation.json', settings, 'simulated screen')
         refuse_linked_folders(root)
@@ -411,11 +450,29 @@ def _begun(root, settings):
 
 def _write_all(write, parts, total, unit, workers, progress):
     "Write all parts, in as many processes as asked for"
-    done, quiet = _map_parts(write, parts, num_cpus() if workers is None else workers), not progress or os.environ.get('TQDM_DISABLE')
+    done, quiet = _map_parts(write, parts, num_cpus() if workers is None
+                             else workers), not progress or os.environ.get('TQDM_DISABLE')
     with tqdm(total=total, desc='Simulating', unit=unit, disable=True if quiet else None) as bar, closing(done):
         for n in done: bar.update(n)
 
 # %% ../../nbs/10_screen.simulate.ipynb #473e2144
+def _tiny_plate(rng, experiment, plate, treatments, controls, n_more):
+    "Rows of one plate; the last of the controls is the negative one, in the first well"
+    inner = [f'{r}{c:02}' for r in 'BCDEFGHIJKLMNO' for c in range(2, 24)]  # the outer ring of a plate stays empty
+    at = [inner[0], *sorted(rng.permutation(inner[1:])[:n_more])]
+    cast = [controls[-1], *rng.permutation([*controls[:-1], *treatments])]
+    return [(f'{experiment}_{plate}_{w}', experiment, plate, w, s) for w, s in zip(at, cast)]
+
+def _write_tiny(root, split, rows, controls):
+    "The table of treatments of a split, and that of its controls"
+    table = pd.DataFrame(rows, columns=['id_code', 'experiment', 'plate', 'well', 'sirna'])
+    treated, control = table[table.sirna < controls[0]], table[table.sirna >= controls[0]]
+    kind = np.where(control.sirna == controls[-1], 'negative_control', 'positive_control')
+    if split == 'test': treated = treated.drop(columns='sirna')
+    write_whole(root/f'{split}.csv', treated.to_csv(index=False))
+    write_whole(root/f'{split}_controls.csv', control.assign(well_type=kind).to_csv(index=False))
+
+# %% ../../nbs/10_screen.simulate.ipynb #4b04a9a9
 def tiny_screen(
     root:str|Path, # folder to write to
     train:dict={'HEPG2': 3, 'HUVEC': 5}, # number of training experiments of each cell type
@@ -426,27 +483,18 @@ def tiny_screen(
 ) -> Path: # the folder
     "The tables of a small screen without images, in the layout of the Kaggle competition: for examples and tests."
     rng, root, first = np.random.default_rng(seed), Path(root), {c: 1 for c in {**train, **test}}
-    inner = [f'{r}{c:02}' for r in 'BCDEFGHIJKLMNO' for c in range(2, 24)]  # the outer ring of a plate stays empty
     groups = np.array_split(rng.permutation(n_sirnas), 4)
-    positive, negative = range(n_sirnas, n_sirnas+n_positive), n_sirnas+n_positive
+    controls = range(n_sirnas, n_sirnas+n_positive+1)
     root.mkdir(parents=True, exist_ok=True)
     for split, cells in {k: v for k, v in dict(train=train, test=test).items() if v}.items():
-        rows, controls = [], []
+        rows = []
         for cell, n in cells.items():
             for e in range(first[cell], first[cell]+n):
-                shift = 2 if split == 'test' else rng.choice([0, 1, 3])  # one rotation of the groups is never seen in training
+                # one rotation of the groups is never seen in training
+                shift = 2 if split == 'test' else rng.choice([0, 1, 3])
                 for plate in range(1, 5):
-                    at = [inner[0], *sorted(rng.permutation(inner[1:])[:n_positive+len(groups[0])])]
-                    cast = [negative, *rng.permutation([*positive, *groups[(plate-1+shift) % 4]])]
-                    for w, s in zip(at, cast):
-                        row = [f'{cell}-{e:02}_{plate}_{w}', f'{cell}-{e:02}', plate, w, s]
-                        if s >= n_sirnas: controls.append(row + ['negative_control' if s == negative else 'positive_control'])
-                        else: rows.append(row)
+                    rows += _tiny_plate(rng, f'{cell}-{e:02}', plate, groups[(plate-1+shift) % 4], controls,
+                                        n_positive+len(groups[0]))
             first[cell] += n
-        columns = ['id_code', 'experiment', 'plate', 'well', 'sirna']
-        treated = pd.DataFrame(rows, columns=columns)
-        if split == 'test': treated = treated.drop(columns='sirna')
-        controls = pd.DataFrame(controls, columns=columns+['well_type'])
-        write_whole(root/f'{split}.csv', treated.to_csv(index=False))
-        write_whole(root/f'{split}_controls.csv', controls.to_csv(index=False))
+        _write_tiny(root, split, rows, controls)
     return root

@@ -46,18 +46,19 @@ _label_sets = (
     'lvx,mot,mvx,qrw,qsz,qtz,qy,tvw,txz,ux,B')
 
 @lru_cache
-def label_sets() -> tuple: # label sets (577, sorted tuples of class numbers), how many training images carry each (577, int64)
+def label_sets() -> tuple: # label sets (577, sorted tuples of class numbers), how many images carry each (577, int64)
     "The label sets of the real training images."
     number = {letter: k for k,letter in enumerate(string.ascii_letters)}
     words = [re.match(r'(\d+)(.+)', w).groups() for w in _label_sets.split()]
     sets = [(tuple(number[letter] for letter in s), int(n)) for n,group in words for s in group.split(',')]
     return tuple(s for s,_ in sets), np.array([n for _,n in sets])
 
-# %% ../../nbs/14_screen.simulate_atlas.ipynb #8a478153
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #027a894b
 @lru_cache
 def _set_weights(frequencies):
     "Probability of every label set (577,)"
-    if frequencies not in ('real', 'balanced'): raise ValueError(f"frequencies is {frequencies!r}, expected 'real' or 'balanced'")
+    if frequencies not in ('real', 'balanced'):
+        raise ValueError(f"frequencies is {frequencies!r}, expected 'real' or 'balanced'")
     sets, counts = label_sets()
     y, w = label_matrix(sets), counts/counts.sum()
     if frequencies == 'balanced':
@@ -67,10 +68,11 @@ def _set_weights(frequencies):
             w /= w.sum()
     return w
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #8a478153
 def draw_label_sets(
     rng:np.random.Generator, # source of the draw
     n:int, # number of images
-    frequencies:str='real', # as often as in the real training set (`'real'`), or every class as often as any other (`'balanced'`)
+    frequencies:str='real', # as in the training set (`'real'`), or every class as often as any other (`'balanced'`)
     min_positives:int=0 # images every class has at least
 ) -> list: # n sorted tuples of class numbers
     """Label sets for `n` images.
@@ -80,18 +82,20 @@ def draw_label_sets(
     sets, _ = label_sets()
     y, w = label_matrix(sets).astype(int), _set_weights(frequencies)
     if n < len(hpa_classes)*min_positives:
-        raise ValueError(f'{n} images cannot hold {min_positives} of each of {len(hpa_classes)} classes; draw {len(hpa_classes)*min_positives} or more (in Python a smaller min_positives helps too)')
+        raise ValueError(f'{n} images cannot hold {min_positives} of each of {len(hpa_classes)} classes; '
+                         f'draw {len(hpa_classes)*min_positives} or more (in Python a smaller min_positives helps too)')
     drawn = rng.choice(len(sets), n, p=w)
     count = y[drawn].sum(0)
     for k in np.argsort(count, kind='stable'): # the rarest class first
         while count[k] < min_positives:
-            spare = np.flatnonzero(((y[drawn]==0) | (count > min_positives)).all(1)) # none of its classes would fall short
+            # none of its classes would fall short
+            spare = np.flatnonzero(((y[drawn] == 0) | (count > min_positives)).all(1))
             i, new = rng.choice(spare), rng.choice(len(sets), p=w*y[:, k]/(w@y[:, k]))
             count += y[new]-y[drawn[i]]
             drawn[i] = new
     return [sets[i] for i in drawn]
 
-# %% ../../nbs/14_screen.simulate_atlas.ipynb #0122116c
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #7de71e96
 @dataclass(frozen=True)
 class AtlasSimulation:
     "What the pixels of an atlas depend on."
@@ -110,6 +114,7 @@ class AtlasSimulation:
             if not getattr(self, k) > 0: raise ValueError(f'{k} is {getattr(self, k)}, expected more than 0')
         if not self.noise >= 0: raise ValueError(f'noise is {self.noise}, expected 0 or more')
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #0122116c
 def simulate_picture(
     sim:AtlasSimulation, # settings of the atlas
     row # a row of the table of `design_atlas`: labels, antibody, plate, well, picture, shifted
@@ -121,15 +126,17 @@ def simulate_picture(
     aspect, crowding = 1.1+.4*line.random(), np.exp(.15*line.standard_normal()+.2*rng.standard_normal())
     c = CellField(rng, sim.image_size, radius, aspect, crowding, .35 if 17 in row.labels else .02) # 17: mitotic spindle
     blur = .045*np.exp(.25*rng.standard_normal())
-    dna = c.nucleus*np.clip(1+.25*c.noise(.1), .1, None)*(1-.35*c.nucleoli)*c.vary(.12)[c.own]*np.where(c.dividing[c.own], 1.6, 1)
+    dna = c.nucleus*np.clip(1+.25*c.noise(.1), .1,
+                            None)*(1-.35*c.nucleoli)*c.vary(.12)[c.own]*np.where(c.dividing[c.own], 1.6, 1)
     stains = [gaussian_filter(x, blur*radius) for x in (.8*c.tubules, dna, c.reticulum)]
-    stains.insert(1, 1.3*sim.contrast*protein_image(c, row.labels, antibody_stain(sim.seed, row.antibody, row.labels), blur))
+    stains.insert(1, 1.3*sim.contrast*protein_image(c, row.labels, antibody_stain(sim.seed, row.antibody, row.labels),
+                                                    blur))
     gain = 120*np.exp(.2*well.standard_normal(4)+.12*rng.standard_normal(4))*(sim.gain_shift if row.shifted else 1)
     grey = np.clip(gain, None, 220)[:, None, None]*np.stack(stains) + rng.uniform(1, 8, 4)[:, None, None]
     grey = grey + sim.noise*np.sqrt(np.clip(grey, 0, None))*rng.standard_normal(grey.shape, dtype=np.float32)
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
 
-# %% ../../nbs/14_screen.simulate_atlas.ipynb #39512d5b
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #9d4c1ba1
 @lru_cache(maxsize=None)
 def _nearby_sets(labels):
     "Label sets that differ from `labels` by one class, and their probabilities"
@@ -157,34 +164,42 @@ def _antibodies(rng, labels):
             antibody[rows[:size]], rows, n = n, rows[size:], n+1
     return antibody
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #62047441
 def _external_rows(rng, known, n, frequencies):
-    "Pictures only the atlas has: half of them further fields of known antibodies, the others new antibodies of six fields"
+    "Pictures only the atlas has: half are further fields of known antibodies, half new antibodies of six fields"
     extra = known.iloc[rng.integers(len(known), size=n//2)][['labels', 'antibody']]
     new = draw_label_sets(rng, -(-(n-len(extra))//6), frequencies)
-    fields = pd.DataFrame({'labels': [s for s in new for _ in range(6)], 'antibody': np.repeat(np.arange(len(new)), 6)+known.antibody.max()+1})
+    fields = pd.DataFrame({'labels': [s for s in new for _ in range(6)],
+                           'antibody': np.repeat(np.arange(len(new)), 6)+known.antibody.max()+1})
     return pd.concat([extra, fields.iloc[:n-len(extra)]]).assign(split='external')
 
 def _place(rng, rows):
     "Give every antibody a number and a well on three plates, every image a plate and a field"
     n, rows = rows.antibody.max()+1, rows.iloc[rng.permutation(len(rows))]
-    place, number = rng.permutation(n), 1000+rng.permutation(9*n)[:n] # so that neighbours on a plate have nothing in common
+    # so that neighbours on a plate have nothing in common
+    place, number = rng.permutation(n), 1000+rng.permutation(9*n)[:n]
     a, field = rows.antibody.to_numpy(), rows.groupby('antibody').cumcount().to_numpy()
     rows = rows.assign(antibody=number[a], plate=100+3*(place[a]//96)+field%3, field=field//3+1,
-                       well=[f'{"ABCDEFGH"[w//12]}{w%12+1}' for w in place[a]%96], shifted=rows.split=='test')
-    return rows.assign(picture=rows.antibody.astype(str)+'_'+rows.plate.astype(str)+'_'+rows.well+'_'+rows.field.astype(str))
+                       well=[f'{"ABCDEFGH"[w//12]}{w%12+1}' for w in place[a]%96], shifted=rows.split == 'test')
+    field = rows.well+'_'+rows.field.astype(str)
+    return rows.assign(picture=rows.antibody.astype(str)+'_'+rows.plate.astype(str)+'_'+field)
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #7d983fb4
 def _copies(rng, rows, split, n):
-    "Let up to `n` images of a split be the very picture of a training image of the same antibody, one pair per antibody"
+    "Let up to `n` images of a split be the picture of a training image of the same antibody, one pair per antibody"
     free = rows[~rows.antibody.isin(rows.antibody[rows.doubled])]
     number = free.index.to_series()
-    first, last = number[free.split=='train'].groupby(free.antibody).first(), number[free.split==split].groupby(free.antibody).last()
+    first = number[free.split == 'train'].groupby(free.antibody).first()
+    last = number[free.split == split].groupby(free.antibody).last()
     pairs = pd.concat([first, last], axis=1).dropna().astype(int).to_numpy()
-    pairs = pairs[pairs[:, 0]!=pairs[:, 1]]
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     first, second = pairs[rng.permutation(len(pairs))[:n]].T
-    for column in ('plate', 'well', 'field', 'shifted', 'picture'): rows.loc[second, column] = rows.loc[first, column].to_numpy()
+    for column in ('plate', 'well', 'field', 'shifted', 'picture'):
+        rows.loc[second, column] = rows.loc[first, column].to_numpy()
     rows.loc[second, 'copy'] = True
     rows.loc[np.append(first, second), 'doubled'] = True
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #0e133c70
 def _external_labels(rng, rows, twins, agreement):
     "The label set of every antibody in the external table: antibody -> classes; `agreement` is that of the twins"
     labels, n_twins = dict(zip(rows.antibody, rows.labels)), twins.antibody.value_counts()
@@ -202,21 +217,44 @@ def _uuid(seed, split, i):
 
 def _check_atlas(n_images, n_test, n_external, min_positives, **shares):
     "Readable errors for an atlas nobody could draw"
-    if n_images < 1 or n_test < 0 or n_external < 0: raise ValueError(f'n_images is {n_images}, n_test {n_test} and n_external {n_external}, expected at least 1, 0 and 0')
+    if n_images < 1 or n_test < 0 or n_external < 0:
+        raise ValueError(f'n_images is {n_images}, n_test {n_test} and n_external {n_external}, '
+                         'expected at least 1, 0 and 0')
     if min_positives < 0: raise ValueError(f'min_positives is {min_positives}, expected 0 or more')
     for k,v in shares.items():
         if not 0 <= v <= 1: raise ValueError(f'{k} is {v}, expected a share, 0 to 1')
     if 0 < n_external < round(shares['twins']*n_images):
-        raise ValueError(f'{n_external} external images cannot hold the twins of {shares["twins"]:.3g} of {n_images} training images; '
-                         f'expected {round(shares["twins"]*n_images)} or more, or 0')
+        raise ValueError(f'{n_external} external images cannot hold the twins of {shares["twins"]:.3g} of {n_images} '
+                         f'training images; expected {round(shares["twins"]*n_images)} or more, or 0')
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #2ef0fb93
+def _pictures(rng, n_images, n_test, n_external, duplicates, frequencies, min_positives):
+    "All pictures with their wells and fields; some are there twice"
+    labels = draw_label_sets(rng, n_images, frequencies, min_positives)
+    labels += draw_label_sets(rng, n_test, frequencies, min_positives//2)
+    known = pd.DataFrame({'labels': labels, 'antibody': _antibodies(rng, labels),
+                          'split': np.repeat(['train', 'test'], [n_images, n_test])})
+    outside = _external_rows(rng, known, n_external, frequencies)
+    rows = _place(rng, pd.concat([known, outside], ignore_index=True)).assign(copy=False, doubled=False)
+    for split, n in (('train', n_images), ('test', n_test)): _copies(rng, rows, split, round(duplicates*n))
+    return rows
+
+def _published(rng, rows, n_twins, n_images, duplicates):
+    "Training images that the atlas published as well"
+    single = rows.index[(rows.split == 'train') & ~rows.antibody.isin(rows.antibody[rows.doubled])]
+    if n_twins > len(single):
+        raise ValueError(f'{n_twins} external twins and {duplicates} duplicates are more than {n_images} training '
+                         'images allow; lower twins or duplicates')
+    return rows.loc[rng.choice(single, n_twins, replace=False)].assign(split='external')
+
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #d039e272
 def design_atlas(
     n_images:int=1500, # training images
     n_test:int=600, # test images; 0 for an atlas without a test set
     n_external:int=900, # images the atlas published itself; 0 for none
     twins:float=.13, # share of the training images that are among them
     twin_agreement:float=.604, # share of these pairs with the same labels
-    duplicates:float=.01, # share of the training images that repeat another one, and of the test images that repeat a training image
+    duplicates:float=.01, # share of the training and of the test images that repeat a training image
     missing_yellow:float=.05, # share of the external images without a yellow file
     frequencies:str='real', # or `'balanced'`, see `draw_label_sets`
     min_positives:int=12, # training images of every class at least; half as many test images
@@ -224,47 +262,45 @@ def design_atlas(
 ) -> pd.DataFrame: # one row per image
     """Lay out an atlas: which image shows what, which are the same picture, and what the tables say.
 
-    Columns: `Id`, `split`, `labels` (what it shows), `target` (what its table says), `antibody`, `plate`, `well`, `field`, `picture`,
-    `shifted` (by `size_shift` and `gain_shift`), `copy` (of a training image, in train or test), `yellow` (is there such a file?).
+    Columns: `Id`, `split`, `labels` (what it shows), `target` (what its table says), `antibody`, `plate`, `well`,
+    `field`, `picture`, `shifted` (by `size_shift` and `gain_shift`), `copy` (of a training image, in train or test),
+    `yellow` (is there such a file?).
 
     Raises: ValueError for numbers that do not fit together.
     """
-    _check_atlas(n_images, n_test, n_external, min_positives, twins=twins, twin_agreement=twin_agreement, duplicates=duplicates, missing_yellow=missing_yellow)
+    _check_atlas(n_images, n_test, n_external, min_positives, twins=twins, twin_agreement=twin_agreement,
+                 duplicates=duplicates, missing_yellow=missing_yellow)
     rng = named_rng(seed, 'atlas')
-    labels = draw_label_sets(rng, n_images, frequencies, min_positives) + draw_label_sets(rng, n_test, frequencies, min_positives//2)
-    known = pd.DataFrame({'labels': labels, 'antibody': _antibodies(rng, labels), 'split': np.repeat(['train', 'test'], [n_images, n_test])})
     n_twins = round(twins*n_images) if n_external else 0
-    rows = _place(rng, pd.concat([known, _external_rows(rng, known, n_external-n_twins, frequencies)], ignore_index=True))
-    rows = rows.assign(copy=False, doubled=False)
-    for split, n in (('train', n_images), ('test', n_test)): _copies(rng, rows, split, round(duplicates*n))
-    single = rows.index[(rows.split=='train') & ~rows.antibody.isin(rows.antibody[rows.doubled])]
-    if n_twins > len(single): raise ValueError(f'{n_twins} external twins and {duplicates} duplicates are more than {n_images} training images allow; lower twins or duplicates')
-    published = rows.loc[rng.choice(single, n_twins, replace=False)].assign(split='external')
+    rows = _pictures(rng, n_images, n_test, n_external-n_twins, duplicates, frequencies, min_positives)
+    published = _published(rng, rows, n_twins, n_images, duplicates)
     rows = pd.concat([rows, published], ignore_index=True)
     external = _external_labels(rng, rows, published, twin_agreement)
-    outside = rows.split=='external'
+    outside = rows.split == 'external'
     rows['target'] = [external[a] if o else s for a,s,o in zip(rows.antibody, rows.labels, outside)]
     rows['yellow'] = ~(outside & (rng.random(len(rows)) < missing_yellow))
     rows['Id'] = [p if o else _uuid(seed, s, i) for i,(p,s,o) in enumerate(zip(rows.picture, rows.split, outside))]
     order = rows.split.map({'train': 0, 'test': 1, 'external': 2})
     rows = rows.assign(order=order).sort_values(['order', 'Id'], ignore_index=True)
-    return rows[['Id', 'split', 'labels', 'target', 'antibody', 'plate', 'well', 'field', 'picture', 'shifted', 'copy', 'yellow']]
+    return rows[['Id', 'split', 'labels', 'target', 'antibody', 'plate', 'well', 'field', 'picture', 'shifted', 'copy',
+                 'yellow']]
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #39512d5b
 def twin_pairs(
     design:pd.DataFrame # from `design_atlas`
 ) -> pd.DataFrame: # one row per pair: Id of a training image, twin, same_labels
     "The images that show the same picture."
-    first = design[(design.split=='train') & ~design['copy']]
-    pairs = first.merge(design[design['copy'] | (design.split=='external')], on='picture', suffixes=('', '_twin'))
-    return pd.DataFrame({'Id': pairs.Id, 'twin': pairs.Id_twin, 'same_labels': pairs.target==pairs.target_twin})
+    first = design[(design.split == 'train') & ~design['copy']]
+    pairs = first.merge(design[design['copy'] | (design.split == 'external')], on='picture', suffixes=('', '_twin'))
+    return pd.DataFrame({'Id': pairs.Id, 'twin': pairs.Id_twin, 'same_labels': pairs.target == pairs.target_twin})
 
-# %% ../../nbs/14_screen.simulate_atlas.ipynb #87c9bee5
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #267f04e8
 _tints = {'red': (1, 0, 0), 'green': (0, 1, 0), 'blue': (0, 0, 1), 'yellow': (1, 1, 0)}
 
 def _image_files(root, row):
     "Channel -> path of the files an image has"
-    suffix = 'jpg' if row.split=='external' else 'png'
-    return {c: root/row.split/f'{row.Id}_{c}.{suffix}' for c in hpa_channels if c!='yellow' or row.yellow}
+    suffix = 'jpg' if row.split == 'external' else 'png'
+    return {c: root/row.split/f'{row.Id}_{c}.{suffix}' for c in hpa_channels if c != 'yellow' or row.yellow}
 
 def _write_images(sim, root, external_sizes, rows):
     "Write the files of some images; return their number"
@@ -276,24 +312,27 @@ def _write_images(sim, root, external_sizes, rows):
         side = external_sizes[row.antibody % len(external_sizes)]
         for c,p in paths.items():
             image = Image.fromarray(np.clip(np.rint(x[c]*brightness), 0, 255).astype(np.uint8))
-            if row.split=='external':
+            if row.split == 'external':
                 grey = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
                 image = Image.fromarray(grey[..., None]*np.array(_tints[c], np.uint8))
                 write_whole(p, partial(image.save, format='JPEG', quality=90, subsampling=0), sync=False)
             else: write_whole(p, partial(image.save, format='PNG'), sync=False)
     return len(rows)
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #481d09cb
 def _write_atlas_tables(design, root, seed):
     "Write the CSV tables of the competition, the external list, the truth and the list of twins"
     write = lambda t, name: write_whole(root/name, partial(t.to_csv, index=False))
-    mixed = [' '.join(map(str, named_rng(seed, 'order', i).permutation(t))) for i,t in zip(design.Id, design.target)] # the real ones are in no order
+    # the real ones are in no order
+    mixed = [' '.join(map(str, named_rng(seed, 'order', i).permutation(t))) for i,t in zip(design.Id, design.target)]
     table = design[['Id', 'split']].assign(Target=mixed)
     for split, name in (('train', 'train'), ('external', 'external'), ('test', 'truth')):
-        t = table[table.split==split][['Id', 'Target']]
+        t = table[table.split == split][['Id', 'Target']]
         if len(t): write(t, f'{name}.csv')
-        if len(t) and split=='test': write(t[['Id']].assign(Predicted=0), 'sample_submission.csv')
+        if len(t) and split == 'test': write(t[['Id']].assign(Predicted=0), 'sample_submission.csv')
     write(twin_pairs(design), 'twins.csv')
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #87c9bee5
 def simulate_hpa(
     path:str|Path, # folder to write to; made if need be
     n_images:int=1500, # training images
@@ -301,14 +340,14 @@ def simulate_hpa(
     n_external:int=900, # images the atlas published itself; with 0 there are none
     image_size:int=64, # side of the training and test images in pixels
     cell_radius:float|None=None, # in pixels; three sixteenths of the image side by default, at most 90
-    external_sizes:tuple|None=None, # sides of the external images in pixels, one of them for each antibody; by default `image_size` and half as much again
+    external_sizes:tuple|None=None, # sides of external images in pixels, one per antibody; None: `image_size` and 1.5 times as much
     size_shift:float=1.15, # how much larger cells appear in the test set
     gain_shift:float=.85, # how much brighter the test set is
     contrast:float=1., # brightness of the protein patterns
     noise:float=.4, # shot noise: its standard deviation is noise*sqrt(grey value)
     twins:float=.13, # share of the training images that are among the external ones
     twin_agreement:float=.604, # share of these pairs with the same labels
-    duplicates:float=.01, # share of the training images that repeat another one, and of the test images that repeat a training image
+    duplicates:float=.01, # share of the training and of the test images that repeat a training image
     missing_yellow:float=.05, # share of the external images without a yellow file
     frequencies:str='real', # or `'balanced'`, see `draw_label_sets`
     min_positives:int=12, # training images of every class at least; half as many test images
@@ -316,19 +355,26 @@ def simulate_hpa(
     workers:int|None=None, # processes; by default one per core, 0 or 1 write in this process
     progress:bool=True # show a progress bar?
 ) -> Path: # `path`
-    """Write an atlas: `train.csv`, `external.csv`, `sample_submission.csv`, `train/{Id}_green.png`, `external/{Id}_green.jpg`, and `truth.csv` and `twins.csv`.
+    """Write an atlas: `train.csv`, `external.csv`, `sample_submission.csv`, `train/{Id}_green.png`,
+    `external/{Id}_green.jpg`, and `truth.csv` and `twins.csv`.
 
-    Raises: ValueError for settings out of range, or a folder that holds an atlas made with others; FileExistsError for a folder of something else.
+    Raises: ValueError for settings out of range, or a folder that holds an atlas made with others; FileExistsError for
+    a folder of something else.
     """
     root = user_path(path)
-    if cell_radius is None and image_size < 22: raise ValueError(f'image_size is {image_size}, expected at least 22 pixels, or cells are too small')
-    sim = AtlasSimulation(seed, image_size, min(image_size*3/16, 90.) if cell_radius is None else cell_radius, size_shift, gain_shift, contrast, noise)
+    if cell_radius is None and image_size < 22:
+        raise ValueError(f'image_size is {image_size}, expected at least 22 pixels, or cells are too small')
+    sim = AtlasSimulation(seed, image_size, min(image_size*3/16, 90.) if cell_radius is None else cell_radius,
+                          size_shift, gain_shift, contrast, noise)
     sizes = [image_size, image_size*3//2] if external_sizes is None else [int(s) for s in external_sizes]
-    if not sizes or min(sizes) < 16: raise ValueError(f'external_sizes is {external_sizes}, expected one size or more of at least 16 pixels')
-    asked:dict = dict(n_images=n_images, n_test=n_test, n_external=n_external, twins=twins, twin_agreement=twin_agreement, duplicates=duplicates,
-                 missing_yellow=missing_yellow, frequencies=frequencies, min_positives=min_positives)
+    if not sizes or min(sizes) < 16:
+        raise ValueError(f'external_sizes is {external_sizes}, expected one size or more of at least 16 pixels')
+    asked:dict = dict(n_images=n_images, n_test=n_test, n_external=n_external, twins=twins,
+                      twin_agreement=twin_agreement, duplicates=duplicates, missing_yellow=missing_yellow,
+                      frequencies=frequencies, min_positives=min_positives)
     design = design_atlas(**asked, seed=seed)
     with _begun(root, dict(asdict(sim), **asked, external_sizes=sizes)):
         _write_atlas_tables(design, root, seed)
-        _write_all(partial(_write_images, sim, root, sizes), [design.iloc[i:i+16] for i in range(0, len(design), 16)], len(design), 'image', workers, progress)
+        _write_all(partial(_write_images, sim, root, sizes), [design.iloc[i:i+16] for i in range(0, len(design), 16)],
+                   len(design), 'image', workers, progress)
     return root
