@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from rcic_fastai.predict import core as predict
+from rcic_fastai.predict import sites as predict
 from rcic_fastai.data.select import select_sites
 from rcic_fastai.profile.correct import postprocess_embeddings, postprocess_names
 from rcic_fastai.data.context import plain

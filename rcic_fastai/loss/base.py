@@ -10,13 +10,14 @@ import inspect, math
 
 import torch
 from fastai.losses import BaseLoss
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/35_loss.base.ipynb #914700f3
 def logsumexp_others(
-    z:Tensor, # Logits (B, K)
-    y:Tensor|None=None, # Class to leave out of each row, (B, 1) int64; None leaves out every class in turn
-)->Tensor: # (B, 1) with `y`, else (B, K)
+    z:Tensor, # logits (B, K)
+    y:Tensor|None=None, # class to leave out of each row, (B, 1) int64; None leaves out every class in turn
+) -> Tensor: # (B, 1) with `y`, else (B, K)
     "Log of the summed exponentials of all classes but one."
     if y is not None: return z.scatter(1, y, -math.inf).logsumexp(1, keepdim=True)
     top = z.argmax(1, keepdim=True)
@@ -24,22 +25,25 @@ def logsumexp_others(
     return (z.logsumexp(1, keepdim=True) + torch.log1p(-p)).scatter(1, top, logsumexp_others(z, top))
 
 # %% ../../nbs/35_loss.base.ipynb #5d1982c2
+def _checked_classes(y, n_rows, n_classes):
+    "Hard targets as int64 with 0 for masked rows, and which rows count"
+    # on a GPU this look at the values would stall the queue; there the gather itself complains
+    if y.device.type == 'cpu' and n_rows and y.max() >= n_classes:
+        raise ValueError(f'target {y.max().item()} at row {y.argmax().item()} is outside the {n_classes} classes '
+                         f'of the scores (0-{n_classes-1})')
+    return y.long().clamp_min(0), y >= 0
+
 def _rows(inp, targ):
-    "Plain tensors in float32 at least, and which rows count; masked rows become zeros, so that nothing in them reaches the gradient"
+    "Plain tensors in float32 at least, and which rows count; masked rows become zeros, so that no gradient sees them"
     x,y = (o.as_subclass(Tensor) for o in (inp, targ))
-    if x.ndim != 2 or x.shape[1] < 2: raise ValueError(f"scores have shape {tuple(x.shape)}, expected (B, K) with at least 2 classes")
+    if x.ndim != 2 or x.shape[1] < 2:
+        raise ValueError(f'scores have shape {tuple(x.shape)}, expected (B, K) with at least 2 classes')
     if x.dtype in (torch.float16, torch.bfloat16): x = x.float()
     soft = y.shape == x.shape
     if not soft and (y.ndim != 1 or len(y) != len(x) or y.is_floating_point()):
-        raise ValueError(f"a target of shape {tuple(y.shape)} and type {y.dtype} does not fit scores of shape {tuple(x.shape)}: "
-                         f"expected ({len(x)},) integers or {tuple(x.shape)} weights")
-    if soft: y,mask = y.to(x.dtype), (y != 0).any(1)
-    else:
-        # on a GPU this look at the values would stall the queue; there the gather itself complains
-        if y.device.type == 'cpu' and len(y) and y.max() >= x.shape[1]:
-            raise ValueError(f"target {y.max().item()} at row {y.argmax().item()} is outside the {x.shape[1]} classes of the scores "
-                             f"(0-{x.shape[1]-1})")
-        y,mask = y.long().clamp_min(0), y >= 0
+        raise ValueError(f'a target of shape {tuple(y.shape)} and type {y.dtype} does not fit scores of shape '
+                         f'{tuple(x.shape)}: expected ({len(x)},) integers or {tuple(x.shape)} weights')
+    y,mask = (y.to(x.dtype), (y != 0).any(1)) if soft else _checked_classes(y, *x.shape)
     return torch.where(mask[:,None], x, x.new_zeros(())), y, mask
 
 # %% ../../nbs/35_loss.base.ipynb #8e134ccf
@@ -51,53 +55,67 @@ class ScreenLoss(BaseLoss):
     ): self.reduction = reduction
 
     @property
-    def reduction(self)->str: return self._reduction
+    def reduction(self) -> str: return self._reduction
     @reduction.setter
     def reduction(self, v):
         if v not in ('mean','sum','none'): raise ValueError(f"reduction is {v!r}, expected 'mean', 'sum' or 'none'")
         self._reduction = v
 
-    def row_loss(self,
-        x:Tensor, # Scores (B, K), float32 or float64
-        y:Tensor, # (B,) int64 or (B, K) weights
-        *args, # What else the `__call__` of a subclass hands on, such as which rows count
-        **kwargs, # The same
-    )->Tensor: # (B,)
-        "Loss of every row."
-        raise NotImplementedError
+# %% ../../nbs/35_loss.base.ipynb #08dfa0a2
+@patch
+def row_loss(self:ScreenLoss,
+    x:Tensor, # scores (B, K), float32 or float64
+    y:Tensor, # (B,) int64 or (B, K) weights
+    *args, # what else the `__call__` of a subclass hands on, such as which rows count
+    **kwargs, # the same
+) -> Tensor: # (B,)
+    "Loss of every row."
+    raise NotImplementedError
 
-    def __call__(self,
-        inp:Tensor, # Scores (B, K), any float type
-        targ:Tensor, # (B,) integers, negative where masked; or (B, K) weights, all zero where masked
-    )->Tensor: # Scalar, or (B,) if `reduction` is 'none'
-        "Loss of a batch. Raises: `ValueError` if the shapes do not fit or a class does not exist."
-        x,y,mask = _rows(inp, targ)
-        return self._reduce(self.row_loss(x, y), mask)
+@patch
+def __call__(self:ScreenLoss,
+    inp:Tensor, # scores (B, K), any float type
+    targ:Tensor, # (B,) integers, negative where masked; or (B, K) weights, all zero where masked
+) -> Tensor: # scalar, or (B,) if `reduction` is 'none'
+    """Loss of a batch.
 
-    def _reduce(self, loss, mask):
-        loss = torch.where(mask, loss, loss.new_zeros(()))
-        if self.reduction == 'none': return loss
-        return loss.sum() / mask.sum().clamp_min(1) if self.reduction == 'mean' else loss.sum()
+    Raises: `ValueError` if the shapes do not fit or a class does not exist."""
+    x,y,mask = _rows(inp, targ)
+    return self._reduce(self.row_loss(x, y), mask)
 
-    def activation(self,
-        x:Tensor, # Scores (B, K)
-    )->Tensor: # Probabilities (B, K), float32 at least
-        "Scores to probabilities."
-        return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).softmax(-1)
+@patch
+def _reduce(self:ScreenLoss, loss, mask):
+    loss = torch.where(mask, loss, loss.new_zeros(()))
+    if self.reduction == 'none': return loss
+    return loss.sum() / mask.sum().clamp_min(1) if self.reduction == 'mean' else loss.sum()
 
-    def decodes(self,
-        x:Tensor, # Scores or probabilities (B, K)
-    )->Tensor: # (B,) int64
-        "The class of every row."
-        return x.argmax(-1)
+# %% ../../nbs/35_loss.base.ipynb #ad2450fe
+@patch
+def activation(self:ScreenLoss,
+    x:Tensor, # scores (B, K)
+) -> Tensor: # probabilities (B, K), float32 at least
+    "Scores to probabilities."
+    return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).softmax(-1)
 
-    def to(self, device): return self # nothing of a loss lives on a device
-    def __repr__(self):
-        names = [*inspect.signature(type(self)).parameters]
-        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
+@patch
+def decodes(self:ScreenLoss,
+    x:Tensor, # scores or probabilities (B, K)
+) -> Tensor: # (B,) int64
+    "The class of every row."
+    return x.argmax(-1)
+
+@patch
+def to(self:ScreenLoss, device):
+    "The same loss: nothing of it lives on a device."
+    return self
+
+@patch
+def __repr__(self:ScreenLoss):
+    names = [*inspect.signature(type(self)).parameters]
+    return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
 
 # %% ../../nbs/35_loss.base.ipynb #e3d4956e
 def _check_range(**values):
     "Each value is `(x, low, high)` with low <= x < high"
     for name,(x,low,high) in values.items():
-        if not low <= x < high: raise ValueError(f"{name} is {x}, expected {low} <= {name} < {high}")
+        if not low <= x < high: raise ValueError(f'{name} is {x}, expected {low} <= {name} < {high}')

@@ -7,8 +7,8 @@ __all__ = ['losses', 'multilabel_losses', 'create_loss']
 
 # %% ../../nbs/37_loss.by_name.ipynb #abdfba36
 import inspect
-from difflib import get_close_matches
 
+from ..errors import nearest
 from .base import ScreenLoss
 from .multi import AsymmetricLoss, FocalLovaszLoss, HardNegativeLoss, LovaszHingeLoss, LSEPLoss
 from .multi import MultiLabelBCELoss, MultiLabelFocalLoss
@@ -21,20 +21,24 @@ losses = dict(am_softmax=AMSoftmaxLoss, arcface=ArcFaceLoss, cross_entropy=Softm
 
 # %% ../../nbs/37_loss.by_name.ipynb #5fe94a4c
 def create_loss(
-    name:str, # A key of `losses`
-    **kwargs, # Parameters of that loss
-)->ScreenLoss:
-    "Loss by name. Raises: `ValueError` naming the nearest name, or the parameters the loss has."
+    name:str, # a key of `losses`
+    **kwargs, # parameters of that loss
+) -> ScreenLoss:
+    """Loss by name.
+
+    Raises: `ValueError` naming the nearest name, or the parameters the loss has."""
     if name not in losses:
-        near = get_close_matches(str(name).lower().replace('-', '_'), losses, n=1, cutoff=.4)
-        raise ValueError(f"there is no loss {name!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(losses)})")
+        near = nearest(name, losses, cutoff=.4)
+        meant = f', did you mean {near[0]!r}?' if near else ''
+        raise ValueError(f"there is no loss {name!r}{meant} (known: {', '.join(losses)})")
     known = inspect.signature(losses[name]).parameters
     if unknown := [k for k in kwargs if k not in known]:
         raise ValueError(f"loss {name!r} has no parameter {unknown[0]!r}, only {', '.join(known)}")
     return losses[name](**kwargs)
 
 # %% ../../nbs/37_loss.by_name.ipynb #0b9b164f
-_multilabel = dict(multilabel_focal=MultiLabelFocalLoss, lsep=LSEPLoss, lovasz=LovaszHingeLoss, hard_negative=HardNegativeLoss,
+_multilabel = dict(multilabel_focal=MultiLabelFocalLoss, lsep=LSEPLoss, lovasz=LovaszHingeLoss,
+                   hard_negative=HardNegativeLoss,
                    focal_lovasz=FocalLovaszLoss, asymmetric=AsymmetricLoss, multilabel_bce=MultiLabelBCELoss)
 losses.update(_multilabel)
 multilabel_losses = (*_multilabel,) # names that `create_loss` knows

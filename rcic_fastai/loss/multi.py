@@ -13,6 +13,7 @@ import torch
 import numpy as np
 import torch.nn.functional as F
 from timm.loss import AsymmetricLossMultiLabel
+from fastcore.basics import patch
 from torch import Tensor
 
 from .base import _check_range, ScreenLoss
@@ -21,16 +22,17 @@ from .base import _check_range, ScreenLoss
 def _label_rows(inp, targ):
     "Plain scores in float32 at least, targets of the same type, and which rows count; masked rows become zeros in both"
     x,y = (o.as_subclass(Tensor) for o in (inp, targ))
-    if x.ndim != 2: raise ValueError(f"scores have shape {tuple(x.shape)}, expected (B, K)")
+    if x.ndim != 2: raise ValueError(f'scores have shape {tuple(x.shape)}, expected (B, K)')
     if y.shape != x.shape:
-        raise ValueError(f"a target of shape {tuple(y.shape)} and type {y.dtype} does not fit scores of shape {tuple(x.shape)}: "
-                         f"expected {tuple(x.shape)} values from 0 to 1, or rows of -1")
+        raise ValueError(f'a target of shape {tuple(y.shape)} and type {y.dtype} does not fit scores of shape '
+                         f'{tuple(x.shape)}: expected {tuple(x.shape)} values from 0 to 1, or rows of -1')
     if x.dtype in (torch.float16, torch.bfloat16): x = x.float()
     y = y.to(x.dtype)
     # on a GPU this look at the values would stall the queue
     if y.device.type == 'cpu' and len(bad := (~(y <= 1)).nonzero()):
         row,k = bad[0].tolist()
-        raise ValueError(f"target {y[row,k].item():g} at row {row}, class {k}: expected a value from 0 to 1, or -1 to mask the row")
+        raise ValueError(f'target {y[row,k].item():g} at row {row}, class {k}: expected a value from 0 to 1, or -1 to '
+                         'mask the row')
     mask = ~(y < 0).any(1)
     x,y = (torch.where(mask[:,None], o, o.new_zeros(())) for o in (x, y))
     return x, y, mask
@@ -38,33 +40,43 @@ def _label_rows(inp, targ):
 # %% ../../nbs/36_loss.multi.ipynb #b50ddee1
 class MultiLabelLoss(ScreenLoss):
     "Base of the multi-label losses: soft targets, masked rows, float32 at least; a subclass defines `row_loss`."
-    def row_loss(self,
-        x:Tensor, # Logits (B, K), float32 or float64, 0 in masked rows
-        y:Tensor, # Targets (B, K) from 0 to 1, of the same type, 0 in masked rows
-        mask:Tensor, # (B,) bool, which rows count; of use where rows are compared with each other
-    )->Tensor: # (B,)
-        "Loss of every row."
-        raise NotImplementedError
 
-    def __call__(self,
-        inp:Tensor, # Logits (B, K), any float type
-        targ:Tensor, # (B, K) from 0 to 1, any type; a negative value masks its row
-    )->Tensor: # Scalar, or (B,) if `reduction` is 'none'
-        "Loss of a batch. Raises: `ValueError` if the shapes do not fit or, on the CPU, a target is above 1 or not a number."
-        x,y,mask = _label_rows(inp, targ)
-        return self._reduce(self.row_loss(x, y, mask), mask)
+# %% ../../nbs/36_loss.multi.ipynb #7a6dcf29
+@patch
+def row_loss(self:MultiLabelLoss,
+    x:Tensor, # logits (B, K), float32 or float64, 0 in masked rows
+    y:Tensor, # targets (B, K) from 0 to 1, of the same type, 0 in masked rows
+    mask:Tensor, # (B,) bool, which rows count; of use where rows are compared with each other
+) -> Tensor: # (B,)
+    "Loss of every row."
+    raise NotImplementedError
 
-    def activation(self,
-        x:Tensor, # Logits (B, K)
-    )->Tensor: # Probabilities (B, K), float32 at least
-        "Logits to probabilities, each class for itself."
-        return (x if x.dtype == torch.float64 else x.float()).sigmoid()
+# %% ../../nbs/36_loss.multi.ipynb #0b3c85d0
+@patch
+def __call__(self:MultiLabelLoss,
+    inp:Tensor, # logits (B, K), any float type
+    targ:Tensor, # (B, K) from 0 to 1, any type; a negative value masks its row
+) -> Tensor: # scalar, or (B,) if `reduction` is 'none'
+    """Loss of a batch.
 
-    def decodes(self,
-        x:Tensor, # Probabilities (B, K): fastai decodes what `activation` returned
-    )->Tensor: # (B, K) bool
-        "The classes of every row: those with a probability above .5."
-        return x > .5
+    Raises: `ValueError` if the shapes do not fit or, on the CPU, a target is above 1 or not a number."""
+    x,y,mask = _label_rows(inp, targ)
+    return self._reduce(self.row_loss(x, y, mask), mask)
+
+@patch
+def activation(self:MultiLabelLoss,
+    x:Tensor, # logits (B, K)
+) -> Tensor: # probabilities (B, K), float32 at least
+    "Logits to probabilities, each class for itself."
+    return (x if x.dtype == torch.float64 else x.float()).sigmoid()
+
+# %% ../../nbs/36_loss.multi.ipynb #4516c7b1
+@patch
+def decodes(self:MultiLabelLoss,
+    x:Tensor, # probabilities (B, K): fastai decodes what `activation` returned
+) -> Tensor: # (B, K) bool
+    "The classes of every row: those with a probability above .5."
+    return x > .5
 
 # %% ../../nbs/36_loss.multi.ipynb #d893f247
 class ClasswiseLoss(MultiLabelLoss):
@@ -73,14 +85,15 @@ class ClasswiseLoss(MultiLabelLoss):
         class_reduction:str='mean', # 'mean' or 'sum' over the classes of a row
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
-        if class_reduction not in ('mean','sum'): raise ValueError(f"class_reduction is {class_reduction!r}, expected 'mean' or 'sum'")
+        if class_reduction not in ('mean','sum'):
+            raise ValueError(f"class_reduction is {class_reduction!r}, expected 'mean' or 'sum'")
         super().__init__(reduction)
         self.class_reduction = class_reduction
 
     def class_losses(self,
-        x:Tensor, # Logits (B, K), float32 or float64
-        y:Tensor, # Targets (B, K) from 0 to 1
-    )->Tensor: # (B, K)
+        x:Tensor, # logits (B, K), float32 or float64
+        y:Tensor, # targets (B, K) from 0 to 1
+    ) -> Tensor: # (B, K)
         "Loss of every class of every row."
         raise NotImplementedError
 
@@ -98,15 +111,16 @@ def _weights(name, v, low, high):
 
 def _as_weights(name, v, x):
     if isinstance(v, list) and len(v) != x.shape[1]:
-        raise ValueError(f"{name} has {len(v)} values for scores of {x.shape[1]} classes, expected one number or one for each class")
+        raise ValueError(f'{name} has {len(v)} values for scores of {x.shape[1]} classes, expected one number or one '
+                         'for each class')
     return torch.as_tensor(v, dtype=x.dtype, device=x.device)
 
 # %% ../../nbs/36_loss.multi.ipynb #b384e0c1
 class MultiLabelBCELoss(ClasswiseLoss):
     "Binary cross entropy of every class, with optional smoothing and weight of the positives."
     def __init__(self,
-        smoothing:float=0., # Share of the way every target is moved towards .5
-        pos_weight:float|list|None=None, # Factor on the loss of positives: one number or one for each class
+        smoothing:float=0., # share of the way every target is moved towards .5
+        pos_weight:float|list|None=None, # factor on the loss of positives: one number or one for each class
         class_reduction:str='mean', # 'mean' or 'sum' over the classes of a row
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
@@ -125,9 +139,11 @@ class MultiLabelFocalLoss(ClasswiseLoss):
 
     Source: Lin et al. 2017, https://arxiv.org/abs/1708.02002"""
     def __init__(self,
-        gamma:float=2., # Focal exponent; 0 leaves binary cross entropy
-        alpha:float|list|None=None, # Weight of positives, 1-alpha that of negatives: one number or one for each class; None weighs both by 1
-        class_reduction:str='mean', # 'mean' or 'sum' over the classes of a row; the kernels of the Protein Atlas challenge sum
+        gamma:float=2., # focal exponent; 0 leaves binary cross entropy
+        # weight of positives, 1-alpha that of negatives: one number or one for each class; None weighs both by 1
+        alpha:float|list|None=None,
+        # 'mean' or 'sum' over the classes of a row; the kernels of the Protein Atlas challenge sum
+        class_reduction:str='mean',
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
         _check_range(gamma=(gamma, 0, math.inf))
@@ -144,26 +160,28 @@ class MultiLabelFocalLoss(ClasswiseLoss):
 
 # %% ../../nbs/36_loss.multi.ipynb #dcbbec37
 class HardNegativeLoss(MultiLabelLoss):
-    """Binary cross entropy of all positives and the hardest negatives of each class of the batch; a mean over those, then over classes.
+    """Binary cross entropy of all positives and the hardest negatives of each class of the batch.
 
+    A mean over those, then over classes.
     Source: the log loss with hard negatives of the 1st place in the Human Protein Atlas challenge (2019)"""
     def __init__(self,
-        share:float=.5, # Share of the negatives of a class that count, rounded up; 1 keeps all
+        share:float=.5, # share of the negatives of a class that count, rounded up; 1 keeps all
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
-        if not 0 < share <= 1: raise ValueError(f"share is {share}, expected 0 < share <= 1")
+        if not 0 < share <= 1: raise ValueError(f'share is {share}, expected 0 < share <= 1')
         super().__init__(reduction)
         self.share = share
 
     def kept(self,
         loss:Tensor, # (B, K), the loss of every class of every row
-        y:Tensor, # Targets (B, K); below .5 a negative
+        y:Tensor, # targets (B, K); below .5 a negative
         mask:Tensor, # (B,) bool, which rows count
-    )->Tensor: # (B, K) bool
+    ) -> Tensor: # (B, K) bool
         "The positives and the hardest negatives of each class."
         positive,negative = mask[:,None] & (y >= .5), mask[:,None] & (y < .5)
         order = torch.where(negative, loss.detach(), -math.inf).argsort(dim=0, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(y), device=y.device)[:,None].expand_as(order))
+        rank = torch.empty_like(order).scatter_(0, order,
+                                                torch.arange(len(y), device=y.device)[:,None].expand_as(order))
         # the small number keeps .6 of 25 at 15, whatever the last digit of the product
         return positive | negative & (rank < (self.share*negative.sum(0) - 1e-4).ceil())
 
@@ -174,8 +192,9 @@ class HardNegativeLoss(MultiLabelLoss):
 
 # %% ../../nbs/36_loss.multi.ipynb #bce6c1d2
 class LSEPLoss(MultiLabelLoss):
-    """Log-sum-exp pairwise: every positive of a row above every negative; targets above .5 are positive, below negative.
+    """Log-sum-exp pairwise: every positive of a row above every negative.
 
+    Targets above .5 are positive, below negative.
     Source: Li et al. 2017, https://arxiv.org/abs/1704.03135"""
     def row_loss(self, x, y, mask):
         positive,negative = y > .5, y < .5
@@ -186,26 +205,29 @@ class LSEPLoss(MultiLabelLoss):
 
 # %% ../../nbs/36_loss.multi.ipynb #dd8c954e
 def lovasz_hinge(
-    x:Tensor, # Logits (B, K)
+    x:Tensor, # logits (B, K)
     positive:Tensor, # (B, K) bool
     known:Tensor, # (B, K) bool; the other entries are left out
-)->Tensor: # (B, K): part of each entry in the loss of its class; the sum over rows is that loss
+) -> Tensor: # (B, K): part of each entry in the loss of its class; the sum over rows is that loss
     """Lovász hinge of the Jaccard loss of each class, the rows as the set.
 
     Source: Berman et al. 2018, https://arxiv.org/abs/1705.08790"""
     errors = torch.where(known, 1 - torch.where(positive, x, -x), -math.inf)
-    errors,order = errors.sort(dim=0, descending=True, stable=True) # unknown entries come last, where they change nothing
+    # unknown entries come last, where they change nothing
+    errors,order = errors.sort(dim=0, descending=True, stable=True)
     true = (positive & known).gather(0, order)
     n = true.sum(0)
     # what is left of 1 - J when the entries down to this one are wrong; no union is empty
-    steps = (1 - (n - true.cumsum(0)).to(x.dtype)/(n + (~true).cumsum(0))).diff(dim=0, prepend=x.new_zeros(1, x.shape[1]))
+    steps = (1 - (n - true.cumsum(0)).to(x.dtype)/(n + (~true).cumsum(0))).diff(dim=0,
+                                                                                prepend=x.new_zeros(1, x.shape[1]))
     return torch.zeros_like(x).scatter(0, order, errors.relu()*steps)
 
 # %% ../../nbs/36_loss.multi.ipynb #b6003faf
 class LovaszHingeLoss(MultiLabelLoss):
     """Symmetric Lovász hinge of each class with the rows of the batch as the set; a mean over classes.
 
-    Source: Berman et al. 2018, https://arxiv.org/abs/1705.08790; symmetric as by the 1st place in the Human Protein Atlas challenge (2019)"""
+    Source: Berman et al. 2018, https://arxiv.org/abs/1705.08790; symmetric as by the 1st place in the Human Protein
+    Atlas challenge (2019)"""
     def row_loss(self, x, y, mask):
         positive,known = y > .5, mask[:,None] & (y != .5)
         parts = lovasz_hinge(x, positive, known) + lovasz_hinge(-x, ~positive, known)
@@ -213,21 +235,23 @@ class LovaszHingeLoss(MultiLabelLoss):
 
 # %% ../../nbs/36_loss.multi.ipynb #a9b7633a
 class FocalLovaszLoss(MultiLabelLoss):
-    """`(1-weight)` of the focal loss and `weight` of the symmetric Lovász hinge; with `hard_negative`, as much of that loss added.
+    """`(1-weight)` of the focal loss and `weight` of the symmetric Lovász hinge.
 
+    With `hard_negative`, as much of that loss added.
     Source: 1st place in the Human Protein Atlas challenge (2019), `weight=.5, hard_negative=.5`"""
     def __init__(self,
-        weight:float=.5, # Share of the Lovász hinge
-        gamma:float=2., # Focal exponent
-        hard_negative:float=0., # Factor of `HardNegativeLoss`, which is added
+        weight:float=.5, # share of the Lovász hinge
+        gamma:float=2., # focal exponent
+        hard_negative:float=0., # factor of `HardNegativeLoss`, which is added
         class_reduction:str='sum', # 'mean' or 'sum' of the focal loss over the classes of a row
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
-        if not 0 <= weight <= 1: raise ValueError(f"weight is {weight}, expected 0 <= weight <= 1")
+        if not 0 <= weight <= 1: raise ValueError(f'weight is {weight}, expected 0 <= weight <= 1')
         _check_range(hard_negative=(hard_negative, 0, math.inf))
         super().__init__(reduction)
         self.weight,self.gamma,self.hard_negative,self.class_reduction = weight,gamma,hard_negative,class_reduction
-        self._parts = [(1-weight, MultiLabelFocalLoss(gamma, class_reduction=class_reduction)), (weight, LovaszHingeLoss()), (hard_negative, HardNegativeLoss())]
+        self._parts = [(1-weight, MultiLabelFocalLoss(gamma, class_reduction=class_reduction)),
+                       (weight, LovaszHingeLoss()), (hard_negative, HardNegativeLoss())]
 
     def row_loss(self, x, y, mask): return sum(w*loss.row_loss(x, y, mask) for w,loss in self._parts if w)
 
@@ -237,16 +261,16 @@ class AsymmetricLoss(ClasswiseLoss):
 
     Source: Ridnik et al. 2021, https://arxiv.org/abs/2009.14119"""
     def __init__(self,
-        gamma_neg:float=4., # Focal exponent of negatives, 0 or at least 1
-        gamma_pos:float=1., # Focal exponent of positives, 0 or at least 1
-        clip:float=.05, # Probability below which a negative costs nothing
-        eps:float=1e-8, # Smallest probability before the logarithm
+        gamma_neg:float=4., # focal exponent of negatives, 0 or at least 1
+        gamma_pos:float=1., # focal exponent of positives, 0 or at least 1
+        clip:float=.05, # probability below which a negative costs nothing
+        eps:float=1e-8, # smallest probability before the logarithm
         class_reduction:str='mean', # 'mean' or 'sum' over the classes of a row; the paper sums
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
         for name,g in dict(gamma_neg=gamma_neg, gamma_pos=gamma_pos).items():
             # the slope of a root is infinite at 0, where a class is certain
-            if not (g == 0 or g >= 1): raise ValueError(f"{name} is {g}, expected 0 or at least 1")
+            if not (g == 0 or g >= 1): raise ValueError(f'{name} is {g}, expected 0 or at least 1')
         _check_range(clip=(clip, 0, 1), eps=(eps, 1e-38, 1))
         super().__init__(class_reduction, reduction)
         self.gamma_neg,self.gamma_pos,self.clip,self.eps = gamma_neg,gamma_pos,clip,eps

@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 
 from .base import _check_range, logsumexp_others, ScreenLoss
@@ -20,9 +21,9 @@ class SoftmaxCrossEntropyLoss(ScreenLoss):
 
     Source: focal factor, Lin et al. 2017, https://arxiv.org/abs/1708.02002"""
     def __init__(self,
-        s:float=1., # Factor on the scores: 1 for logits, about 30 for cosines
-        gamma:float=0., # Focal exponent; 0 leaves easy rows their full weight
-        smoothing:float=0., # Share of the target spread evenly over all classes
+        s:float=1., # factor on the scores: 1 for logits, about 30 for cosines
+        gamma:float=0., # focal exponent; 0 leaves easy rows their full weight
+        smoothing:float=0., # share of the target spread evenly over all classes
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
         _check_range(s=(s, 1e-6, math.inf), gamma=(gamma, 0, math.inf), smoothing=(smoothing, 0, 1))
@@ -30,32 +31,40 @@ class SoftmaxCrossEntropyLoss(ScreenLoss):
         self.s,self.gamma,self.smoothing = s,gamma,smoothing
 
     def margin(self,
-        x:Tensor, # Scores of true classes, any shape
-    )->Tensor: # Same shape, the scores they compete with
+        x:Tensor, # scores of true classes, any shape
+    ) -> Tensor: # same shape, the scores they compete with
         "What a margin makes of the score of the true class; here nothing."
         return x
 
-    def class_losses(self,
-        x:Tensor, # Scores (B, K)
-        y:Tensor|None=None, # True class (B, 1); None takes every class in turn
-    )->Tensor: # (B, 1) with `y`, else (B, K)
-        "Loss of every row if class `y` is the true one."
-        z,true = self.s*x, x if y is None else x.gather(1, y)
-        zy,true = self.s*true, self.s*self.margin(true)
-        # softplus(v) is v beyond the threshold: at 40 that is exact in float64, at the default 20 it is not
-        ce = loss = F.softplus(logsumexp_others(z, y) - true, threshold=40)
-        if self.smoothing:
-            mean = (z.sum(1, keepdim=True) - zy + true) / x.shape[1]
-            loss = (1-self.smoothing)*ce + self.smoothing*(true + ce - mean)
-        # the clamp keeps the slope of the power finite where p rounds to 1 and gamma < 1
-        if self.gamma: loss = loss * (-torch.expm1(-ce)).clamp_min(torch.finfo(x.dtype).tiny)**self.gamma
-        return loss
+# %% ../../nbs/36_loss.single.ipynb #2a2a43f2
+@patch
+def class_losses(self:SoftmaxCrossEntropyLoss,
+    x:Tensor, # scores (B, K)
+    y:Tensor|None=None, # true class (B, 1); None takes every class in turn
+) -> Tensor: # (B, 1) with `y`, else (B, K)
+    "Loss of every row if class `y` is the true one."
+    z,true = self.s*x, x if y is None else x.gather(1, y)
+    zy,true = self.s*true, self.s*self.margin(true)
+    # softplus(v) is v beyond the threshold: at 40 that is exact in float64, at the default 20 it is not
+    ce = loss = F.softplus(logsumexp_others(z, y) - true, threshold=40)
+    if self.smoothing:
+        mean = (z.sum(1, keepdim=True) - zy + true) / x.shape[1]
+        loss = (1-self.smoothing)*ce + self.smoothing*(true + ce - mean)
+    # the clamp keeps the slope of the power finite where p rounds to 1 and gamma < 1
+    if self.gamma: loss = loss * (-torch.expm1(-ce)).clamp_min(torch.finfo(x.dtype).tiny)**self.gamma
+    return loss
 
-    def row_loss(self, x, y):
-        if y.ndim == 1: return self.class_losses(x, y[:,None])[:,0]
-        return (y*self.class_losses(x)).sum(1)
+# %% ../../nbs/36_loss.single.ipynb #d4194968
+@patch
+def row_loss(self:SoftmaxCrossEntropyLoss, x, y):
+    "Loss of every row, of a soft target the mean by its weights."
+    if y.ndim == 1: return self.class_losses(x, y[:,None])[:,0]
+    return (y*self.class_losses(x)).sum(1)
 
-    def activation(self, x): return super().activation(x*self.s if x.dtype == torch.float64 else x.float()*self.s)
+@patch
+def activation(self:SoftmaxCrossEntropyLoss, x):
+    "Softmax of the scaled scores."
+    return super(SoftmaxCrossEntropyLoss, self).activation(x*self.s if x.dtype == torch.float64 else x.float()*self.s)
 
 # %% ../../nbs/36_loss.single.ipynb #32e692ae
 class AMSoftmaxLoss(SoftmaxCrossEntropyLoss):
@@ -63,10 +72,10 @@ class AMSoftmaxLoss(SoftmaxCrossEntropyLoss):
 
     Source: Wang et al. 2018, https://arxiv.org/abs/1801.05599"""
     def __init__(self,
-        m:float=.5, # Margin, subtracted from the cosine of the true class
-        s:float=30., # Scale of the cosines
-        gamma:float=0., # Focal exponent
-        smoothing:float=0., # Share of the target spread evenly over all classes
+        m:float=.5, # margin, subtracted from the cosine of the true class
+        s:float=30., # scale of the cosines
+        gamma:float=0., # focal exponent
+        smoothing:float=0., # share of the target spread evenly over all classes
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
         _check_range(m=(m, 0, 2))
@@ -81,10 +90,10 @@ class ArcFaceLoss(SoftmaxCrossEntropyLoss):
 
     Source: Deng et al. 2019, https://arxiv.org/abs/1801.07698"""
     def __init__(self,
-        m:float=.5, # Margin on the angle, radians
-        s:float=30., # Scale of the cosines
-        gamma:float=0., # Focal exponent
-        smoothing:float=0., # Share of the target spread evenly over all classes
+        m:float=.5, # margin on the angle, radians
+        s:float=30., # scale of the cosines
+        gamma:float=0., # focal exponent
+        smoothing:float=0., # share of the target spread evenly over all classes
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
         _check_range(m=(m, 0, math.pi))
@@ -94,13 +103,14 @@ class ArcFaceLoss(SoftmaxCrossEntropyLoss):
     def margin(self, x):
         sin2,eps = (1 - x*x).clamp_min(0), 1e-6
         sin = torch.where(sin2 > eps, sin2.clamp_min(eps).sqrt(), sin2/eps**.5)
-        return torch.where(x > -math.cos(self.m), x*math.cos(self.m) - sin*math.sin(self.m), x - self.m*math.sin(self.m))
+        return torch.where(x > -math.cos(self.m), x*math.cos(self.m) - sin*math.sin(self.m),
+                           x - self.m*math.sin(self.m))
 
 # %% ../../nbs/36_loss.single.ipynb #9a0a3730
 class OneHotBCELoss(ScreenLoss):
     "Binary cross entropy of every class against the one-hot target, averaged over the classes of a row."
     def __init__(self,
-        smoothing:float=0., # Share of the target spread evenly over all classes
+        smoothing:float=0., # share of the target spread evenly over all classes
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
         _check_range(smoothing=(smoothing, 0, 1))
@@ -117,14 +127,15 @@ class OneHotBCELoss(ScreenLoss):
 
 # %% ../../nbs/36_loss.single.ipynb #d9b14591
 class CrossEntropyArcFaceLoss(ScreenLoss):
-    """`(1-weight)` of the cross entropy of logits and `weight/2` of the ArcFace of cosines; of logits alone the cross entropy.
+    """`(1-weight)` of the cross entropy of logits and `weight/2` of the ArcFace of cosines.
 
+    Of logits alone the cross entropy.
     Shape: scores are a tuple of (B, K) logits and (B, K) cosines, or logits (B, K)."""
     def __init__(self,
-        weight:float=.2, # Share of the ArcFace, which counts half
-        s:float=30., # Scale of the cosines
-        m:float=.5, # Margin on the angle, radians
-        smoothing:float=0., # Share of the target spread evenly over all classes, in both losses
+        weight:float=.2, # share of the ArcFace, which counts half
+        s:float=30., # scale of the cosines
+        m:float=.5, # margin on the angle, radians
+        smoothing:float=0., # share of the target spread evenly over all classes, in both losses
         reduction:str='mean', # 'mean' over unmasked rows, 'sum' or 'none'
     ):
         _check_range(weight=(weight, 0, 1))
@@ -136,7 +147,7 @@ class CrossEntropyArcFaceLoss(ScreenLoss):
 
     def __call__(self, inp, targ):
         if not isinstance(inp, (tuple, list)): return super().__call__(inp, targ)
-        if len(inp) != 2: raise ValueError(f"{len(inp)} kinds of scores, expected (logits, cosines)")
+        if len(inp) != 2: raise ValueError(f'{len(inp)} kinds of scores, expected (logits, cosines)')
         self._arcface.reduction = self.reduction
         return (1-self.weight)*super().__call__(inp[0], targ) + self.weight/2*self._arcface(inp[1], targ)
 

@@ -26,35 +26,40 @@ from ..files import user_path
 class Backbone(nn.Module):
     "A network without its pool and classifier: images `(B, C, H, W)` to feature maps `(B, F, h, w)`."
     def __init__(self,
-        net:nn.Module, # Gives (B, F, h, w), (B, h, w, F) or tokens (B, N, F)
+        net:nn.Module, # gives (B, F, h, w), (B, h, w, F) or tokens (B, N, F)
         n_features:int, # F
     ):
         super().__init__()
         self.net,self.n_features = net,n_features
 
     def forward(self,
-        x:Tensor, # Images (B, C, H, W), float
-    )->Tensor: # (B, F, h, w); tokens become (B, F, N, 1)
-        "Feature maps of a batch. Raises: `ValueError` if no axis of the output has `n_features`."
+        x:Tensor, # images (B, C, H, W), float
+    ) -> Tensor: # (B, F, h, w); tokens become (B, F, N, 1)
+        """Feature maps of a batch.
+
+        Raises: `ValueError` if no axis of the output has `n_features`."""
         x = self.net(x)
         # class tokens describe the whole image, the others one patch each
         if x.ndim == 3: x = x[:,getattr(self.net, 'num_prefix_tokens', 0):,None]
         if x.ndim == 4 and x.shape[1] == self.n_features: return x
         if x.ndim == 4 and x.shape[3] == self.n_features: return x.permute(0, 3, 1, 2)
-        raise ValueError(f"{type(self.net).__name__} gave shape {tuple(x.shape)}, expected maps of {self.n_features} features")
+        raise ValueError(f'{type(self.net).__name__} gave shape {tuple(x.shape)}, expected maps of {self.n_features} '
+                         'features')
 
 # %% ../../nbs/30_model.backbone.ipynb #697c71f0
-seresnext_layers = {'small_seresnext': (1,1,1,1), 'se_resnext50_32x4d': (3,4,6,3), 'se_resnext101_32x4d': (3,4,23,3)} # blocks per stage
+# blocks per stage
+seresnext_layers = {'small_seresnext': (1,1,1,1), 'se_resnext50_32x4d': (3,4,6,3), 'se_resnext101_32x4d': (3,4,23,3)}
 
 # %% ../../nbs/30_model.backbone.ipynb #489e7cd1
 def _senet():
-    "`pretrainedmodels.models.senet`, which takes a second to import, and builds layers meanwhile: random numbers would be other ones after it"
+    "`pretrainedmodels.models.senet`; importing it takes a second, builds layers, and would use up random numbers"
     with torch.random.fork_rng(devices=[]): from pretrainedmodels.models import senet
     return senet
 
 def _seresnext(name):
     senet = _senet()
-    net = senet.SENet(senet.SEResNeXtBottleneck, seresnext_layers[name], groups=32, reduction=16, dropout_p=None, inplanes=64,
+    net = senet.SENet(senet.SEResNeXtBottleneck, seresnext_layers[name], groups=32, reduction=16, dropout_p=None,
+                      inplanes=64,
                       input_3x3=False, downsample_kernel_size=1, downsample_padding=0)
     layers = OrderedDict((k, m) for k,m in net.named_children() if k.startswith('layer'))
     return Backbone(nn.Sequential(layers), net.last_linear.in_features)
@@ -65,18 +70,18 @@ def _timm(name, pretrained, **kwargs):
     except OSError: raise # weights out of reach
     except Exception as e: # timm and PyTorch raise many kinds for options that are out of range
         if not kwargs and not isinstance(e, (AssertionError, TypeError)): raise
-        raise ValueError(f"timm cannot build {name!r} without pool and classifier, with options {kwargs}: {e}") from e
+        raise ValueError(f'timm cannot build {name!r} without pool and classifier, with options {kwargs}: {e}') from e
     return Backbone(net, getattr(net, 'head_hidden_size', None) or net.num_features)
 
 # %% ../../nbs/30_model.backbone.ipynb #8dfe7967
 def check_arch(
-    name:str, # Architecture
+    name:str, # architecture
 ):
     "Raises `ValueError` naming the nearest architectures unless `name` is one of ours or timm's."
     if name in seresnext_layers or timm.is_model(name): return
     near = nearest(name, [*seresnext_layers, *timm.list_models()], 4, .5)
-    raise ValueError(f"architecture {name!r} is unknown; nearest: {', '.join(near) or 'none'}. Valid are {', '.join(seresnext_layers)} "
-                     "and every name in timm.list_models()")
+    raise ValueError(f"architecture {name!r} is unknown; nearest: {', '.join(near) or 'none'}. "
+                     f"Valid are {', '.join(seresnext_layers)} and every name in timm.list_models()")
 
 # %% ../../nbs/30_model.backbone.ipynb #5c60342d
 first_conv_inits = ('mean', 'repeat', 'zero', 'random')
@@ -84,9 +89,9 @@ first_conv_inits = ('mean', 'repeat', 'zero', 'random')
 # %% ../../nbs/30_model.backbone.ipynb #8c668d93
 def channel_mixing(
     init:str, # 'mean', 'repeat' or 'zero'
-    n_new:int, # Channels to come
-    n_old:int=3, # Channels of the trained kernels
-)->Tensor: # (n_new, n_old) float32; the columns sum to 1 ('zero' drops old channels beyond `n_new`)
+    n_new:int, # channels to come
+    n_old:int=3, # channels of the trained kernels
+) -> Tensor: # (n_new, n_old) float32; the columns sum to 1 ('zero' drops old channels beyond `n_new`)
     "How the kernels of the old input channels are mixed into those of the new ones."
     if init == 'mean': return torch.full((n_new, n_old), 1/n_new)
     if init == 'zero': return torch.eye(n_new, n_old)
@@ -96,30 +101,33 @@ def channel_mixing(
 
 # %% ../../nbs/30_model.backbone.ipynb #25c412ae
 def first_convs(
-    model:nn.Module, # Any network
-)->dict[str,nn.Conv2d]:
+    model:nn.Module, # any network
+) -> dict[str,nn.Conv2d]:
     "The convolutions that read the image, by name: those a timm network lists, else the first `nn.Conv2d`."
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv') or ()
     modules = dict(model.named_modules())
-    convs = {n: modules[n] for n in ([names] if isinstance(names, str) else names) if isinstance(modules.get(n), nn.Conv2d)}
+    convs = {n: modules[n] for n in ([names] if isinstance(names, str) else names)
+             if isinstance(modules.get(n), nn.Conv2d)}
     convs = convs or dict([(n, m) for n,m in modules.items() if isinstance(m, nn.Conv2d)][:1])
-    if not convs: raise ValueError(f"{type(model).__name__} has no nn.Conv2d, so there is no first convolution to patch")
+    if not convs:
+        raise ValueError(f'{type(model).__name__} has no nn.Conv2d, so there is no first convolution to patch')
     return convs
 
 # %% ../../nbs/30_model.backbone.ipynb #c5e171e3
 @torch.no_grad()
 def patch_first_conv(
-    model:nn.Module, # Changed in place
-    n_channels:int, # Input channels it shall have
+    model:nn.Module, # changed in place
+    n_channels:int, # input channels it shall have
     init:str='mean', # 'mean', 'repeat', 'zero' or 'random'
-)->nn.Module: # The same model
+) -> nn.Module: # the same model
     """Give the first convolution `n_channels` inputs; one that has them already keeps its weights.
 
     Raises: `ValueError` for an unknown `init`, no channels, no convolution, or a grouped one."""
-    if init not in first_conv_inits: raise ValueError(f"init is {init!r}, expected one of {', '.join(first_conv_inits)}")
-    if n_channels < 1: raise ValueError(f"n_channels is {n_channels}, expected 1 or more")
+    if init not in first_conv_inits:
+        raise ValueError(f"init is {init!r}, expected one of {', '.join(first_conv_inits)}")
+    if n_channels < 1: raise ValueError(f'n_channels is {n_channels}, expected 1 or more')
     for name,conv in first_convs(model).items():
-        if conv.groups != 1: raise ValueError(f"the first convolution {name!r} has groups={conv.groups}, expected 1")
+        if conv.groups != 1: raise ValueError(f'the first convolution {name!r} has groups={conv.groups}, expected 1')
         if conv.in_channels == n_channels: continue
         w = conv.weight
         if init == 'random':
@@ -130,94 +138,115 @@ def patch_first_conv(
     return model
 
 # %% ../../nbs/30_model.backbone.ipynb #482af07b
-def _few(names): return ', '.join(names[:4]) + (f" and {len(names)-4} more" if len(names) > 4 else '')
+def _few(names): return ', '.join(names[:4]) + (f' and {len(names)-4} more' if len(names) > 4 else '')
 
 # %% ../../nbs/30_model.backbone.ipynb #a9c0f213
 def load_checked(
-    model:nn.Module, # Changed in place
-    state:dict[str,Tensor], # Weights by name
-    source:str, # Where they come from, for the message
-    ignore:tuple=(), # First parts of names in `state` that `model` may lack
+    model:nn.Module, # changed in place
+    state:dict[str,Tensor], # weights by name
+    source:str, # where they come from, for the message
+    ignore:tuple=(), # first parts of names in `state` that `model` may lack
 ):
-    "Load `state` into `model`. Raises: `ValueError` listing missing, unexpected and misshapen weights."
+    """Load `state` into `model`.
+
+    Raises: `ValueError` listing missing, unexpected and misshapen weights."""
     own = model.state_dict()
     # files older than PyTorch 0.4.1 lack the counters of the BatchNorms; nothing here reads them
     missing = [k for k in own if k not in state and not k.endswith('num_batches_tracked')]
     extra = [k for k in state if k not in own and k.split('.')[0] not in ignore]
-    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}"
+    shapes = [f'{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}'
               for k,v in own.items() if k in state and state[k].shape != v.shape]
     found = {'missing': missing, 'unexpected': extra, 'of another shape': shapes}
-    wrong = [f"{len(names)} {what}: {_few(names)}" for what,names in found.items() if names]
+    wrong = [f'{len(names)} {what}: {_few(names)}' for what,names in found.items() if names]
     if wrong: raise ValueError(f"{source} does not fit {type(model).__name__}; weights {'; '.join(wrong)}")
     model.load_state_dict({k: v for k,v in state.items() if k in own}, strict=False)
 
 # %% ../../nbs/30_model.backbone.ipynb #b3e1c18c
 def read_weights(
     path:str|Path, # .safetensors, or a file of `torch.save`
-)->dict[str,Tensor]: # On the CPU
-    "Weights by name; nothing in the file is executed. Raises: `FileNotFoundError`, or `ValueError` if it holds anything else."
+) -> dict[str,Tensor]: # on the CPU
+    """Weights by name; nothing in the file is executed.
+
+    Raises: `FileNotFoundError`, or `ValueError` if it holds anything else."""
     path = user_path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, expected weights (.safetensors or .pth)")
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file, expected weights (.safetensors or .pth)')
+    try:
+        if path.suffix == '.safetensors': state = load_file(path)
+        else: state = torch.load(path, map_location='cpu', weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        raise ValueError(f"{path}: not a file of weights: {str(e).strip().splitlines()[0] if str(e) else type(e).__name__}") from e
-    for k in ('state_dict', 'model'): # training scripts put the weights beside other things
+        raise ValueError(f'{path}: not a file of weights: '
+                         f'{str(e).strip().splitlines()[0] if str(e) else type(e).__name__}') from e
+    for k in ('state_dict', 'model'): # training scripts put the weights next to other things
         if isinstance(state, dict) and isinstance(state.get(k), dict): state = state[k]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: holds {type(state).__name__}, expected a dictionary of tensors")
+        raise ValueError(f'{path}: holds {type(state).__name__}, expected a dictionary of tensors')
     if bad := [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise ValueError(f"{path}: {_few(bad)} hold{'s' if len(bad)==1 else ''} NaN or infinite weights: the training that wrote them had failed")
+        raise ValueError(f"{path}: {_few(bad)} hold{'s' if len(bad)==1 else ''} NaN or infinite weights: the training "
+                         'that wrote them had failed')
     return dict(state)
 
 # %% ../../nbs/30_model.backbone.ipynb #4a8747f6
 def weight_urls(
     name:str, # 'se_resnext50_32x4d' or 'se_resnext101_32x4d'
-)->list[str]: # In the order to try
-    "Where the ImageNet weights of an SE-ResNeXt are published. Raises: `ValueError` if they are nowhere."
+) -> list[str]: # in the order to try
+    """Where the ImageNet weights of an SE-ResNeXt are published.
+
+    Raises: `ValueError` if they are nowhere."""
     senet = _senet()
     if name not in senet.pretrained_settings:
-        raise ValueError(f"{name} has no published weights: use pretrained=False, or the path of a file")
-    return [timm.get_pretrained_cfg(name.replace('se_', 'legacy_se')).url, senet.pretrained_settings[name]['imagenet']['url']]
+        raise ValueError(f'{name} has no published weights: use pretrained=False, or the path of a file')
+    return [timm.get_pretrained_cfg(name.replace('se_', 'legacy_se')).url,
+            senet.pretrained_settings[name]['imagenet']['url']]
 
 # %% ../../nbs/30_model.backbone.ipynb #f018030f
 def download_weights(
-    urls:list[str], # Tried in this order
-    timeout:float=15., # Seconds without an answer before the next one is tried
-)->dict[str,Tensor]:
-    "Weights from the first address that answers, kept in PyTorch's cache. Raises: `ConnectionError` if none does."
+    urls:list[str], # tried in this order
+    timeout:float=15., # seconds without an answer before the next one is tried
+) -> dict[str,Tensor]:
+    """Weights from the first address that answers, kept in PyTorch's cache.
+
+    Raises: `ConnectionError` if none does."""
     failed,before = [],socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout) # torch.hub sets none, and a dead host would hold up the training for minutes
     try:
         for url in urls:
             # without https, the hash in the name is all that vouches for the file
-            try: return load_state_dict_from_url(url, map_location='cpu', weights_only=True, check_hash=url.startswith('http:'))
-            except (OSError, HTTPException, RuntimeError, pickle.UnpicklingError) as e: failed.append(f"{url}: {e or type(e).__name__}")
+            try:
+                return load_state_dict_from_url(url, map_location='cpu', weights_only=True,
+                                                check_hash=url.startswith('http:'))
+            except (OSError, HTTPException, RuntimeError, pickle.UnpicklingError) as e:
+                failed.append(f'{url}: {e or type(e).__name__}')
     finally: socket.setdefaulttimeout(before)
-    raise ConnectionError("no pretrained weights could be loaded; fetch one of these files elsewhere and give its path, "
-                          f"pretrained='FILE.pth': {'; '.join(failed)}")
+    raise ConnectionError('no pretrained weights could be loaded; fetch one of these files elsewhere '
+                          f"and give its path, pretrained='FILE.pth': {'; '.join(failed)}")
 
 # %% ../../nbs/30_model.backbone.ipynb #28eb5cc4
-classifier_keys = ('last_linear', 'fc', 'classifier', 'head') # first parts of the names classifiers go by in published files
+# first parts of the names classifiers go by in published files
+classifier_keys = ('last_linear', 'fc', 'classifier', 'head')
 
 # %% ../../nbs/30_model.backbone.ipynb #5c645603
 def create_backbone(
-    name:str, # One of `seresnext_layers`, or any timm architecture
+    name:str, # one of `seresnext_layers`, or any timm architecture
     n_channels:int=6, # C
     pretrained:bool|str|Path=False, # True: published ImageNet weights; a path: weights from a file; both for RGB
-    init:str|None=None, # First convolution; None is 'mean' for pretrained weights, else 'random'
-    **kwargs, # To `timm.create_model`, such as `img_size=64` for a transformer
-)->Backbone:
+    init:str|None=None, # first convolution; None is 'mean' for pretrained weights, else 'random'
+    **kwargs, # to `timm.create_model`, such as `img_size=64` for a transformer
+) -> Backbone:
     """Network from C channels to feature maps, with `n_features`.
 
     Raises: `ValueError` for an unknown name, a stem that is no plain RGB convolution, or weights that do not fit;
     `FileNotFoundError` or `ConnectionError` for weights out of reach."""
     check_arch(name)
     ours = name in seresnext_layers
-    if ours and kwargs: raise ValueError(f"{name} takes no options, got {', '.join(kwargs)}: they are for timm architectures")
+    if ours and kwargs:
+        raise ValueError(f"{name} takes no options, got {', '.join(kwargs)}: they are for timm architectures")
     body = _seresnext(name) if ours else _timm(name, pretrained is True, **kwargs)
-    if isinstance(pretrained, (str, Path)): load_checked(body.net, read_weights(pretrained), str(pretrained), classifier_keys)
-    elif pretrained and ours: load_checked(body.net, download_weights(weight_urls(name)), f"the published file for {name}", classifier_keys)
+    if isinstance(pretrained, (str, Path)):
+        load_checked(body.net, read_weights(pretrained), str(pretrained), classifier_keys)
+    elif pretrained and ours:
+        load_checked(body.net, download_weights(weight_urls(name)), f'the published file for {name}', classifier_keys)
     for k,conv in first_convs(body.net).items():
-        if conv.in_channels != 3: raise ValueError(f"{name}: the first convolution {k!r} reads {conv.in_channels} channels, expected 3")
+        if conv.in_channels != 3:
+            raise ValueError(f'{name}: the first convolution {k!r} reads {conv.in_channels} channels, expected 3')
     patch_first_conv(body.net, n_channels, init or ('mean' if pretrained else 'random'))
     return body

@@ -10,6 +10,7 @@ import json
 from itertools import accumulate
 from pathlib import Path
 
+from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as safetensors_bytes
 from torch import nn, Tensor
@@ -35,58 +36,71 @@ class ScreenModel(nn.Module):
         self.body,self.head = body,head
 
     @property
-    def n_features(self)->int: return self.body.n_features
+    def n_features(self) -> int:
+        "Features of the body, F."
+        return self.body.n_features
 
     def features(self,
-        x:Tensor, # Images (B, C, H, W), float
-    )->Tensor: # (B, F)
-        "What the body makes of a batch. Raises: `ValueError` for integer images."
-        if not x.is_floating_point(): raise ValueError(f"images are {x.dtype}, expected float: standardise the batch before the model")
-        return self.body(plain(x))
+        x:Tensor, # images (B, C, H, W), float
+    ) -> Tensor: # (B, F)
+        """What the body makes of a batch.
 
-    def embed(self,
-        x:Tensor, # Images (B, C, H, W), float
-        context:Tensor|MixedContext|None=None, # (B, 4) integers: cell type, experiment, plate, role
-    )->Tensor: # (B, E); E is F without a neck
-        "Features as the classifier sees them."
-        return self.head.embed(self.features(x), plain(context))
+        Raises: `ValueError` for integer images."""
+        if x.is_floating_point(): return self.body(plain(x))
+        raise ValueError(f'images are {x.dtype}, expected float: standardise the batch before the model')
 
-    def forward(self,
-        x:Tensor, # Images (B, C, H, W), float
-        context:Tensor|MixedContext|None=None, # (B, 4) integers: cell type, experiment, plate, role
-    )->Tensor|tuple[Tensor,Tensor]: # (B, K); of the classifier 'linear_cosine' in training mode two of them
-        "Logits or cosines of a batch."
-        return self.head(self.features(x), plain(context))
+# %% ../../nbs/32_model.core.ipynb #2c8d4812
+@patch
+def embed(self:ScreenModel,
+    x:Tensor, # images (B, C, H, W), float
+    context:Tensor|MixedContext|None=None, # (B, 4) integers: cell type, experiment, plate, role
+) -> Tensor: # (B, E); E is F without a neck
+    "Features as the classifier sees them."
+    return self.head.embed(self.features(x), plain(context))
 
-    def swap_head(self,
-        n_classes:int, # K of the new head
-    )->'ScreenModel': # The same model
-        "Replace the head by a fresh one of the same kind for other classes, and keep the body."
-        if getattr(self.head, 'config', None) is None:
-            raise ValueError("the head was not made by create_screen_head: assign a new one to `model.head`")
-        p = next(self.body.parameters())
-        self.head = create_screen_head(**{**self.head.config, 'n_classes': n_classes}).to(p.device, p.dtype).train(self.training)
-        return self
+@patch
+def forward(self:ScreenModel,
+    x:Tensor, # images (B, C, H, W), float
+    context:Tensor|MixedContext|None=None, # (B, 4) integers: cell type, experiment, plate, role
+) -> Tensor|tuple[Tensor,Tensor]: # (B, K); of the classifier 'linear_cosine' in training mode two of them
+    "Logits or cosines of a batch."
+    return self.head(self.features(x), plain(context))
 
 # %% ../../nbs/32_model.core.ipynb #4e8ba002
 def create_model(
-    arch:str, # One of `seresnext_layers`, or any timm architecture
+    arch:str, # one of `seresnext_layers`, or any timm architecture
     n_classes:int, # K
     n_channels:int=6, # C
     pool:str='avg', # 'avg', 'concat' or 'gem'
-    head:str='cosine', # One of `head_kinds`
-    pretrained:bool|str|Path=False, # Published ImageNet weights, or a file of weights for RGB
-    init:str|None=None, # First convolution; None is 'mean' for pretrained weights, else 'random'
-    n_hidden:int=1024, # Width of a neck
-    dropout:float=0., # Dropout of the head
-    classifier:str='linear', # After 'batchnorm', 'neck' or 'controls': 'linear', 'cosine' or 'linear_cosine'
-    n_cell_types:int=0, # Condition the head on the cell type
-    cell_type:str='one_hot', # How: 'one_hot' or 'embedding'
-    **kwargs, # To `timm.create_model`
-)->ScreenModel:
-    "Backbone, pool and head in one call. Raises: as `create_backbone` and `create_screen_head`."
+    head:str='cosine', # one of `head_kinds`
+    pretrained:bool|str|Path=False, # published ImageNet weights, or a file of weights for RGB
+    init:str|None=None, # first convolution; None is 'mean' for pretrained weights, else 'random'
+    n_hidden:int=1024, # width of a neck
+    dropout:float=0., # dropout of the head
+    classifier:str='linear', # after 'batchnorm', 'neck' or 'controls': 'linear', 'cosine' or 'linear_cosine'
+    n_cell_types:int=0, # condition the head on the cell type
+    cell_type:str='one_hot', # how: 'one_hot' or 'embedding'
+    **kwargs, # to `timm.create_model`
+) -> ScreenModel:
+    """Backbone, pool and head in one call.
+
+    Raises: as `create_backbone` and `create_screen_head`."""
     body = ScreenBody(create_backbone(arch, n_channels, pretrained, init, **kwargs), pool)
-    return ScreenModel(body, create_screen_head(head, body.n_features, n_classes, n_hidden, dropout, classifier, n_cell_types, cell_type))
+    return ScreenModel(body, create_screen_head(head, body.n_features, n_classes, n_hidden, dropout, classifier,
+                                                n_cell_types, cell_type))
+
+# %% ../../nbs/32_model.core.ipynb #62695ef6
+@patch
+def swap_head(self:ScreenModel,
+    n_classes:int, # K of the new head
+) -> ScreenModel: # the same model
+    "Replace the head by a fresh one of the same kind for other classes, and keep the body."
+    if getattr(self.head, 'config', None) is None:
+        raise ValueError('the head was not made by create_screen_head: assign a new one to `model.head`')
+    p = next(self.body.parameters())
+    head = create_screen_head(**{**self.head.config, 'n_classes': n_classes})
+    self.head = head.to(p.device, p.dtype).train(self.training)
+    return self
 
 # %% ../../nbs/32_model.core.ipynb #69eff383
 def _bare(model):
@@ -103,7 +117,7 @@ def _blocks(net):
 # %% ../../nbs/32_model.core.ipynb #5c504878
 def param_groups(
     model:nn.Module, # A `ScreenModel`
-)->list[list[nn.Parameter]]: # [stem and early half, later half, head]; every parameter once
+) -> list[list[nn.Parameter]]: # [stem and early half, later half, head]; every parameter once
     "Parameters by depth, a `splitter` for fastai's `Learner`."
     bare = _bare(model)
     net = getattr(bare.body.backbone, 'net', bare.body.backbone)
@@ -116,31 +130,38 @@ def param_groups(
 
 # %% ../../nbs/32_model.core.ipynb #74eee599
 def save_weights(
-    model:nn.Module, # Any model
+    model:nn.Module, # any model
     path:str|Path, # .safetensors; replaced if it exists
-    meta:dict|None=None, # What JSON can hold: architecture, classes, recipe
+    meta:dict|None=None, # what JSON can hold: architecture, classes, recipe
 ):
     "Write the weights of `model` and `meta`, atomically."
     state = {k: v.detach().cpu().contiguous() for k,v in _bare(model).state_dict().items()}
     header = {k: json.dumps(v) for k,v in (meta or {}).items()}
-    write_whole(path, safetensors_bytes(state, metadata=header)) # whose own file would leave a temporary behind if the process is killed
+    # `save_file` of safetensors would leave a temporary file behind if the process is killed
+    write_whole(path, safetensors_bytes(state, metadata=header))
 
 # %% ../../nbs/32_model.core.ipynb #49d76b94
 def read_meta(
-    path:str|Path, # File of `save_weights`
-)->dict:
-    "What was saved beside the weights, without reading them. Raises: `FileNotFoundError`, or `ValueError` for another kind of file."
+    path:str|Path, # file of `save_weights`
+) -> dict:
+    """What was saved with the weights, without reading them.
+
+    Raises: `FileNotFoundError`, or `ValueError` for another kind of file."""
     path = user_path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file, expected a saved model")
+    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file, expected a saved model')
     try:
-        with safe_open(path, 'pt') as f: return {k: json.loads(v) for k,v in (f.metadata() or {}).items() if k != 'format'}
-    except (SafetensorError, json.JSONDecodeError) as e: raise ValueError(f"{path}: not a file of save_weights: {e}") from e
+        with safe_open(path, 'pt') as f:
+            return {k: json.loads(v) for k,v in (f.metadata() or {}).items() if k != 'format'}
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise ValueError(f'{path}: not a file of save_weights: {e}') from e
 
 # %% ../../nbs/32_model.core.ipynb #08138a64
 def load_weights(
-    model:nn.Module, # Built like the one that was saved; changed in place
-    path:str|Path, # File of `save_weights`
-)->nn.Module: # The same model
-    "Load every weight of `model` from a file. Raises: `FileNotFoundError`, or `ValueError` listing what does not fit."
+    model:nn.Module, # built like the one that was saved; changed in place
+    path:str|Path, # file of `save_weights`
+) -> nn.Module: # the same model
+    """Load every weight of `model` from a file.
+
+    Raises: `FileNotFoundError`, or `ValueError` listing what does not fit."""
     load_checked(_bare(model), read_weights(path), str(path))
     return model

@@ -10,6 +10,7 @@ __all__ = ['pools', 'cell_type_kinds', 'classifiers', 'head_kinds', 'GeM', 'Scre
 import torch
 import torch.nn.functional as F
 from fastai.layers import AdaptiveConcatPool2d
+from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..renamed import renamed
@@ -22,19 +23,20 @@ __getattr__ = renamed(__name__, Body='ScreenBody', Head='ScreenHead', create_hea
 
 # %% ../../nbs/31_model.head.ipynb #4272fb97
 class GeM(nn.Module):
-    """Generalised mean over positions, `mean(x^p)^(1/p)` with a learned `p`: 1 is the mean, large values approach the maximum.
+    """Generalised mean over positions, `mean(x^p)^(1/p)` with a learned `p`.
 
+    1 is the mean, large values approach the maximum.
     Source: Radenovic et al. 2019, https://arxiv.org/abs/1711.02512"""
     def __init__(self,
-        p:float=3., # Exponent at the start
-        eps:float=1e-6, # Smallest value taken into the power
+        p:float=3., # exponent at the start
+        eps:float=1e-6, # smallest value taken into the power
     ):
         super().__init__()
         self.p,self.eps = nn.Parameter(torch.tensor(float(p))),eps
 
     def forward(self,
-        x:Tensor, # Maps (B, F, h, w), any float type
-    )->Tensor: # (B, F, 1, 1), same type
+        x:Tensor, # maps (B, F, h, w), any float type
+    ) -> Tensor: # (B, F, 1, 1), same type
         "Pooled maps, computed in float32 at least: cubes overflow fp16 early."
         with torch.autocast(x.device.type, enabled=False):
             y = x if x.dtype == torch.float64 else x.float()
@@ -48,7 +50,7 @@ pools = {'avg': (lambda: nn.AdaptiveAvgPool2d(1), 1), 'concat': (AdaptiveConcatP
 class ScreenBody(nn.Module):
     "Backbone and pool: images `(B, C, H, W)` to features `(B, F)`."
     def __init__(self,
-        backbone:Backbone, # Maps (B, F, h, w), with `n_features`
+        backbone:Backbone, # maps (B, F, h, w), with `n_features`
         pool:str='avg', # 'avg', 'concat' (max and mean: 2F features) or 'gem'
     ):
         super().__init__()
@@ -57,8 +59,8 @@ class ScreenBody(nn.Module):
         self.backbone,self.pool,self.n_features = backbone,make(),factor*backbone.n_features
 
     def forward(self,
-        x:Tensor, # Images (B, C, H, W), float
-    )->Tensor: # (B, n_features)
+        x:Tensor, # images (B, C, H, W), float
+    ) -> Tensor: # (B, n_features)
         "Pooled features of a batch."
         return self.pool(self.backbone(x)).flatten(1)
 
@@ -73,19 +75,19 @@ class CosineLinear(nn.Module):
         self.weight = nn.Parameter(torch.randn(n_classes, n_features)/n_features**.5)
 
     def forward(self,
-        x:Tensor, # Features (B, F), any float type
-    )->Tensor: # (B, K) in [-1, 1], float32 at least; 0 for a row of zeros
+        x:Tensor, # features (B, F), any float type
+    ) -> Tensor: # (B, K) in [-1, 1], float32 at least; 0 for a row of zeros
         "Cosine of every row to every class."
         with torch.autocast(x.device.type, enabled=False):
             x,w = (o if o.dtype == torch.float64 else o.float() for o in (x, self.weight))
             # eps bounds the gradient of a row of zeros; the clamp takes off what rounding adds to 1
             return F.linear(F.normalize(x, eps=1e-6), F.normalize(w, eps=1e-6)).clamp(-1, 1)
 
-    def extra_repr(self): return f"n_features={self.weight.shape[1]}, n_classes={self.weight.shape[0]}"
+    def extra_repr(self): return f'n_features={self.weight.shape[1]}, n_classes={self.weight.shape[0]}'
 
 # %% ../../nbs/31_model.head.ipynb #8f4633d8
 class LinearCosine(nn.Module):
-    "Logits, and cosines beside them while training, for `CrossEntropyArcFaceLoss`."
+    "Logits, and while training cosines as well, for `CrossEntropyArcFaceLoss`."
     def __init__(self,
         n_features:int, # F
         n_classes:int, # K
@@ -94,8 +96,8 @@ class LinearCosine(nn.Module):
         self.linear,self.cosine = nn.Linear(n_features, n_classes),CosineLinear(n_features, n_classes)
 
     def forward(self,
-        x:Tensor, # Features (B, F)
-    )->Tensor|tuple[Tensor,Tensor]: # (B, K) logits; in training mode (logits, cosines)
+        x:Tensor, # features (B, F)
+    ) -> Tensor|tuple[Tensor,Tensor]: # (B, K) logits; in training mode (logits, cosines)
         "Scores of every class."
         return (self.linear(x), self.cosine(x)) if self.training else self.linear(x)
 
@@ -105,16 +107,20 @@ def _control_mean(x, domain, control, name):
     among = ((domain[:,None] == domain) & control).to(x.dtype)
     n = among.sum(1, keepdim=True)
     if not is_traced() and not n.all():
-        raise ValueError(f"experiment {domain[n.argmin()].item()} of the context has no {name} control in this batch: "
-                         "put controls into the batch (data.controls)")
+        raise ValueError(f'experiment {domain[n.argmin()].item()} of the context has no {name} control in this batch: '
+                         'put controls into the batch (data.controls)')
     return among @ x / n
 
 def condition_on_controls(
-    x:Tensor, # Features (B, F), any float type
-    context:Tensor|MixedContext|None, # (B, 4) integers: column 1 the experiment, column 3 the role (1 positive, 2 negative control)
-)->Tensor: # (B, 4F), float32 at least
-    "`x, x*p, x*n, x*p*n` with the mean positive and negative control of each experiment. Raises: `ValueError` where one has none."
-    if context is None: raise ValueError("this head compares with controls and needs the context of the batch, got None")
+    x:Tensor, # features (B, F), any float type
+    # (B, 4) integers: column 1 the experiment, column 3 the role (1 positive, 2 negative control)
+    context:Tensor|MixedContext|None,
+) -> Tensor: # (B, 4F), float32 at least
+    """`x, x*p, x*n, x*p*n` with the mean positive and negative control of each experiment.
+
+    Raises: `ValueError` where one has none."""
+    if context is None:
+        raise ValueError('this head compares with controls and needs the context of the batch, got None')
     c = plain(context.context if isinstance(context, MixedContext) else context)
     role = c[:,3] if c.shape[1] > 3 else torch.zeros_like(c[:,0])
     with torch.autocast(x.device.type, enabled=False): # products of three features overflow fp16
@@ -125,41 +131,52 @@ def condition_on_controls(
 # %% ../../nbs/31_model.head.ipynb #92108617
 cell_type_kinds = {'one_hot': lambda n: n, 'embedding': lambda n: 16 if n else 0} # numbers appended for n cell types
 
+def _cell_type(context, n, table, like):
+    "What `n` known cell types append to features `like`: weights of the cell types, or those of rows of a `table`"
+    if context is None:
+        raise ValueError(f'this head knows {n} cell types and needs the context of the batch, got None')
+    weights = cell_type_weights(context, n)
+    if table is not None: weights = weights.to(table) @ table
+    return weights.to(like.dtype)
+
+# %% ../../nbs/31_model.head.ipynb #83d2f1b0
 class ScreenHead(nn.Module):
-    "Features `(B, F)` and context to logits `(B, K)`: compared with controls and cell type appended if asked for, neck, classifier."
+    """Features `(B, F)` and context to logits `(B, K)`.
+
+    On the way: the comparison with controls, the cell type, the neck and the classifier; the first two only if asked
+    for."""
     def __init__(self,
-        neck:nn.Module, # What comes in, with all that is appended, to the embedding (B, E)
+        neck:nn.Module, # what comes in, with all that is appended, to the embedding (B, E)
         classifier:nn.Module, # (B, E) to (B, K)
-        n_cell_types:int=0, # Cell types that are appended to the features; 0: none
-        cell_type:str='one_hot', # How: 'one_hot', or 'embedding' in 16 learned dimensions
-        controls:bool=False, # Compare with the controls in the batch, see `condition_on_controls`
+        n_cell_types:int=0, # cell types that are appended to the features; 0: none
+        cell_type:str='one_hot', # how: 'one_hot', or 'embedding' in 16 learned dimensions
+        controls:bool=False, # compare with the controls in the batch, see `condition_on_controls`
     ):
         super().__init__()
         self.neck,self.classifier,self.n_cell_types,self.controls = neck,classifier,n_cell_types,controls
         self.config:dict = None # arguments of `create_screen_head`, if it made this head
-        embedded = n_cell_types and cell_type == 'embedding'
-        self.cell_type_table = nn.Parameter(torch.randn(n_cell_types, cell_type_kinds[cell_type](n_cell_types))) if embedded else None
-
-    def _cell_type(self, context, like):
-        if context is None: raise ValueError(f"this head knows {self.n_cell_types} cell types and needs the context of the batch, got None")
-        weights = cell_type_weights(context, self.n_cell_types)
-        return (weights if self.cell_type_table is None else weights.to(self.cell_type_table) @ self.cell_type_table).to(like.dtype)
+        self.cell_type_table:nn.Parameter|None = None
+        if n_cell_types and cell_type == 'embedding':
+            self.cell_type_table = nn.Parameter(torch.randn(n_cell_types, cell_type_kinds[cell_type](n_cell_types)))
 
     def embed(self,
         features:Tensor, # (B, F)
         context:Tensor|MixedContext|None=None, # (B, 4) integers: cell type, experiment, plate, role
-    )->Tensor: # (B, E)
+    ) -> Tensor: # (B, E)
         "What the classifier sees."
         if self.controls: features = condition_on_controls(features, context)
-        if self.n_cell_types: features = torch.cat([features, self._cell_type(context, features)], 1)
-        return self.neck(features)
+        if not self.n_cell_types: return self.neck(features)
+        kind = _cell_type(context, self.n_cell_types, self.cell_type_table, features)
+        return self.neck(torch.cat([features, kind], 1))
 
-    def forward(self,
-        features:Tensor, # (B, F)
-        context:Tensor|MixedContext|None=None, # (B, 4) integers: cell type, experiment, plate, role
-    )->Tensor|tuple[Tensor,Tensor]: # (B, K); of `LinearCosine` in training mode two of them
-        "Logits, or cosines if the classifier is `CosineLinear`."
-        return self.classifier(self.embed(features, context))
+# %% ../../nbs/31_model.head.ipynb #7a693f80
+@patch
+def forward(self:ScreenHead,
+    features:Tensor, # (B, F)
+    context:Tensor|MixedContext|None=None, # (B, 4) integers: cell type, experiment, plate, role
+) -> Tensor|tuple[Tensor,Tensor]: # (B, K); of `LinearCosine` in training mode two of them
+    "Logits, or cosines if the classifier is `CosineLinear`."
+    return self.classifier(self.embed(features, context))
 
 # %% ../../nbs/31_model.head.ipynb #7d6dd055
 classifiers = {'linear': nn.Linear, 'cosine': CosineLinear, 'linear_cosine': LinearCosine}
@@ -167,23 +184,29 @@ head_kinds = (*classifiers, 'batchnorm', 'neck', 'controls')
 
 # %% ../../nbs/31_model.head.ipynb #f3fc5be8
 def _check_head(kind, classifier, cell_type, dropout, n_classes, n_cell_types):
-    for name,value,known in ('head', kind, head_kinds), ('classifier', classifier, classifiers), ('cell_type', cell_type, cell_type_kinds):
+    for name,value,known in (('head', kind, head_kinds), ('classifier', classifier, classifiers),
+                             ('cell_type', cell_type, cell_type_kinds)):
         if value not in known: raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-    if not 0 <= dropout < 1: raise ValueError(f"dropout is {dropout}, expected 0 <= dropout < 1")
-    if n_classes < 1: raise ValueError(f"n_classes is {n_classes}, expected 1 or more")
-    if n_cell_types < 0: raise ValueError(f"n_cell_types is {n_cell_types}, expected 0 or more")
+    if not 0 <= dropout < 1: raise ValueError(f'dropout is {dropout}, expected 0 <= dropout < 1')
+    if n_classes < 1: raise ValueError(f'n_classes is {n_classes}, expected 1 or more')
+    if n_cell_types < 0: raise ValueError(f'n_cell_types is {n_cell_types}, expected 0 or more')
 
+# %% ../../nbs/31_model.head.ipynb #fd6fdebb
 def create_screen_head(
-    kind:str, # A key of `classifiers`, or what comes before `classifier`: 'batchnorm' (BN), 'neck' (BN-FC-ReLU-BN-FC-BN), 'controls' (comparison, BN)
+    # a key of `classifiers`, or what comes before `classifier`: 'batchnorm' (BN), 'neck' (BN-FC-ReLU-BN-FC-BN),
+    # 'controls' (comparison, BN)
+    kind:str,
     n_features:int, # F
     n_classes:int, # K
-    n_hidden:int=1024, # Width of both layers of the neck
-    dropout:float=0., # Before every fully connected layer of the neck; without a neck, before the classifier
-    classifier:str='linear', # After one of those: 'linear', 'cosine', or 'linear_cosine' (both while training)
-    n_cell_types:int=0, # Condition on the cell type
-    cell_type:str='one_hot', # How: 'one_hot', or 'embedding' in 16 learned dimensions
-)->ScreenHead: # Its `config` holds these arguments
-    "A head by name. Raises: `ValueError` for an unknown kind, classifier or cell_type, or a number out of range."
+    n_hidden:int=1024, # width of both layers of the neck
+    dropout:float=0., # before every fully connected layer of the neck; without a neck, before the classifier
+    classifier:str='linear', # after one of those: 'linear', 'cosine', or 'linear_cosine' (both while training)
+    n_cell_types:int=0, # condition on the cell type
+    cell_type:str='one_hot', # how: 'one_hot', or 'embedding' in 16 learned dimensions
+) -> ScreenHead: # its `config` holds these arguments
+    """A head by name.
+
+    Raises: `ValueError` for an unknown kind, classifier or cell_type, or a number out of range."""
     config = dict(locals())
     _check_head(kind, classifier, cell_type, dropout, n_classes, n_cell_types)
     n_in = n_features*(4 if kind == 'controls' else 1) + cell_type_kinds[cell_type](n_cell_types)
@@ -191,7 +214,8 @@ def create_screen_head(
     # dropout of 0 stays in place, so that the names of the weights do not depend on it
     if kind == 'neck': neck,n_out = nn.Sequential(
         nn.BatchNorm1d(n_in), nn.Dropout(dropout), nn.Linear(n_in, n_hidden), nn.ReLU(),
-        nn.BatchNorm1d(n_hidden), nn.Dropout(dropout), nn.Linear(n_hidden, n_hidden), nn.BatchNorm1d(n_hidden)), n_hidden
+        nn.BatchNorm1d(n_hidden), nn.Dropout(dropout), nn.Linear(n_hidden, n_hidden),
+        nn.BatchNorm1d(n_hidden)), n_hidden
     elif kind in ('batchnorm', 'controls'): neck,n_out = nn.Sequential(nn.BatchNorm1d(n_in), nn.Dropout(dropout)), n_in
     else: neck,n_out,classifier = nn.Dropout(dropout),n_in,kind
     head = ScreenHead(neck, classifiers[classifier](n_out, n_classes), n_cell_types, cell_type, kind == 'controls')

@@ -43,9 +43,11 @@ def _as_allowed(allowed, shape) -> np.ndarray:
 def _why_infeasible(allowed):
     n_wells = len(allowed)
     left_over = np.flatnonzero(maximum_bipartite_matching(csr_matrix(allowed), perm_type='column') < 0)
-    return (f'no one-to-one assignment exists: at most {n_wells-len(left_over)} of {n_wells} wells can get an allowed class of their own '
+    return (f'no one-to-one assignment exists: at most {n_wells-len(left_over)} of {n_wells} wells can get an allowed '
+            'class of their own '
             f'(row {left_over[0]} of scores is left over; it has {allowed[left_over[0]].sum()} allowed classes)')
 
+# %% ../../nbs/47_predict.assign.ipynb #491097a0
 def assign_classes(
     scores:ArrayLike, # (W, K) float: score of every class for every well, higher is better
     allowed:ArrayLike=None, # (W, K) bool: False makes a pair impossible; None allows all
@@ -57,7 +59,8 @@ def assign_classes(
     """
     scores = _as_scores(scores)
     n_wells, n_classes = scores.shape
-    if n_wells > n_classes: raise ValueError(f'{n_wells} wells but only {n_classes} classes; each class fits one well only')
+    if n_wells > n_classes:
+        raise ValueError(f'{n_wells} wells but only {n_classes} classes; each class fits one well only')
     if allowed is None: return linear_sum_assignment(scores, maximize=True)[1]
     allowed = _as_allowed(allowed, scores.shape)
     try: return linear_sum_assignment(np.where(allowed, scores, -np.inf), maximize=True)[1]
@@ -66,20 +69,23 @@ def assign_classes(
 # %% ../../nbs/47_predict.assign.ipynb #9591bf45
 def _as_vector(values, n, name, of) -> np.ndarray:
     values = np.asarray(values)
-    if values.shape != (n,): raise ValueError(f'{name} has shape {values.shape}, expected ({n},): one entry per {of} of scores')
+    if values.shape != (n,):
+        raise ValueError(f'{name} has shape {values.shape}, expected ({n},): one entry per {of} of scores')
     return values
 
 def _as_groups(groups, n_classes) -> np.ndarray:
     groups = _as_vector(groups, n_classes, 'groups', 'class')
     if groups.dtype.kind not in 'iu' or groups.min(initial=0) < -1:
-        raise ValueError(f'groups must be integers, -1 for a class without group, got {groups.dtype} with minimum {groups.min()}')
+        raise ValueError(f'groups must be integers, -1 for a class without group, got {groups.dtype} with minimum '
+                         f'{groups.min()}')
     return groups
 
 def _usable(known, n_classes) -> np.ndarray:
     "(K,) bool: classes that are not already known elsewhere in the experiment."
     known = np.asarray([] if known is None else list(known))
     if len(known) and (known.dtype.kind not in 'iu' or known.min() < 0 or known.max() >= n_classes):
-        raise ValueError(f'known must hold class numbers from 0 to {n_classes-1}, got {known.min()} to {known.max()} ({known.dtype})')
+        raise ValueError(f'known must hold class numbers from 0 to {n_classes-1}, got {known.min()} to {known.max()} '
+                         f'({known.dtype})')
     usable = np.ones(n_classes, dtype=bool)
     usable[known.astype(int)] = False
     return usable
@@ -88,6 +94,7 @@ def _plate_group_table(plates, groups, fill):
     index, columns = pd.Index(np.unique(plates), name='plate'), pd.Index(np.unique(groups[groups >= 0]), name='group')
     return pd.DataFrame(fill, index=index, columns=columns)
 
+# %% ../../nbs/47_predict.assign.ipynb #73a7af85
 def plate_group_values(
     scores:ArrayLike, # (W, K) float, higher is better
     plates:ArrayLike, # (W,) plate number of each well
@@ -111,8 +118,10 @@ def plate_group_values(
 class PlateGroups(NamedTuple):
     "The group of each plate, and how much the second-best mapping loses."
     mapping: dict # plate -> group
-    margin: float # value (or votes, where they decided) of the best minus the second-best mapping; inf if there is no other
+    # value (or votes, where they decided) of the best minus the second-best mapping; inf if there is no other
+    margin: float
 
+# %% ../../nbs/47_predict.assign.ipynb #90d3ae7e
 def allowed_classes(
     plates:ArrayLike, # (W,) plate number of each well
     groups:ArrayLike, # (K,) int: group of each class, -1 for a class that may be on any plate
@@ -126,6 +135,7 @@ def allowed_classes(
     on_plate = np.array([mapping[p] for p in plates.tolist()], dtype=int)
     return ((groups == on_plate[:, None]) | (groups == -1)) & _usable(known, len(groups))
 
+# %% ../../nbs/47_predict.assign.ipynb #91c3cebd
 def _best_mapping(values):
     "Column of each row, and the value of that mapping; (None, -inf) if every mapping is impossible."
     try: rows, cols = linear_sum_assignment(values, maximize=True)
@@ -143,10 +153,15 @@ def _two_best(values):
         second = max(second, _best_mapping(others)[1])
     return cols, best, second
 
+# %% ../../nbs/47_predict.assign.ipynb #e65c9633
 def _two_best_shared(bounds, value_of, max_plates=8):
-    "The same where classes without group are shared between plates: `bounds` add up to upper bounds of `value_of(columns)`."
+    """The same where classes without group are shared between plates.
+
+    `bounds` add up to upper bounds of `value_of(columns)`."""
     n_plates, n_groups = bounds.shape
-    if n_groups > max_plates: raise ValueError(f'{n_groups} groups together with classes of no group; at most {max_plates} groups are supported')
+    if n_groups > max_plates:
+        raise ValueError(f'{n_groups} groups together with classes of no group; at most {max_plates} groups are '
+                         'supported')
     total = {cols: bounds[range(n_plates), cols].sum() for cols in permutations(range(n_groups), n_plates)}
     chosen, best, second = None, -np.inf, -np.inf
     for cols in sorted(total, key=total.get, reverse=True):
@@ -157,15 +172,18 @@ def _two_best_shared(bounds, value_of, max_plates=8):
     return chosen, best, second
 
 def _enough_groups(table):
-    if len(table) > table.shape[1]: raise ValueError(f'{len(table)} plates but {table.shape[1]} groups; each plate needs a group of its own')
+    if len(table) > table.shape[1]:
+        raise ValueError(f'{len(table)} plates but {table.shape[1]} groups; each plate needs a group of its own')
 
 def _as_mapping(table, cols): return {p: int(table.columns[c]) for p, c in zip(table.index.tolist(), cols)}
 
 def _why_no_mapping(table, plates, groups, known):
     usable = np.asarray(groups)[_usable(known, len(groups))]
-    wells, classes = ([int((v == u).sum()) for u in us] for v, us in ((np.asarray(plates), table.index), (usable, table.columns)))
+    wells, classes = ([int((v == u).sum()) for u in us] for v, us in ((np.asarray(plates), table.index),
+                                                                      (usable, table.columns)))
     return f'no mapping of plates to groups fits: the plates have {wells} wells, the groups {classes} usable classes'
 
+# %% ../../nbs/47_predict.assign.ipynb #dc5a2805
 def infer_plate_groups(
     scores:ArrayLike, # (W, K) float, higher is better
     plates:ArrayLike, # (W,) plate number of each well of one experiment
@@ -180,13 +198,16 @@ def infer_plate_groups(
     bounds = plate_group_values(scores, plates, groups, known)
     _enough_groups(bounds)
     def value_of(cols):
-        try: return _value(scores, assign_classes(scores, allowed_classes(plates, groups, _as_mapping(bounds, cols), known)))
+        try:
+            return _value(scores, assign_classes(scores, allowed_classes(plates, groups, _as_mapping(bounds, cols),
+                                                                         known)))
         except ValueError: return -np.inf
     shared = (np.asarray(groups) == -1).any()
     cols, best, second = _two_best_shared(bounds.to_numpy(), value_of) if shared else _two_best(bounds.to_numpy())
     if cols is None: raise ValueError(_why_no_mapping(bounds, plates, groups, known))
     return PlateGroups(_as_mapping(bounds, cols), float(best-second))
 
+# %% ../../nbs/47_predict.assign.ipynb #4ffb61ab
 def _value(scores, labels): return float(np.asarray(scores, dtype=np.float64)[np.arange(len(labels)), labels].sum())
 
 # %% ../../nbs/47_predict.assign.ipynb #0882eb40
@@ -204,6 +225,7 @@ def plate_group_votes(
     for g in votes.columns: votes[g] = [((plates == p) & (voted == g)).sum() for p in votes.index]
     return votes
 
+# %% ../../nbs/47_predict.assign.ipynb #1a807cfc
 def _best_sums(scores, plates, groups, known):
     "plates x groups: sum of the wells' best scores in that group, `-inf` where the group has no usable class."
     scores, plates, groups = np.asarray(scores, dtype=np.float64), np.asarray(plates), np.asarray(groups)
@@ -213,6 +235,7 @@ def _best_sums(scores, plates, groups, known):
         if block.shape[1]: sums[g] = [block[plates == p].max(1).sum() for p in sums.index]
     return sums.to_numpy()
 
+# %% ../../nbs/47_predict.assign.ipynb #ef835834
 def vote_plate_groups(
     scores:ArrayLike, # (W, K) float, higher is better
     plates:ArrayLike, # (W,) plate number of each well of one experiment
@@ -232,7 +255,8 @@ def vote_plate_groups(
     cols, best, second = _two_best(votes)
     if cols is None: raise ValueError(_why_no_mapping(table, plates, groups, known))
     # over all plates the sums weigh less than one vote, so they decide between equals only
-    tie_break = np.interp(sums, [sums.min(where=possible, initial=np.inf), sums.max(initial=-np.inf)], [0, 1])/(len(table)+1)
+    tie_break = np.interp(sums, [sums.min(where=possible, initial=np.inf), sums.max(initial=-np.inf)],
+                          [0, 1])/(len(table)+1)
     return PlateGroups(_as_mapping(table, _best_mapping(votes+tie_break)[0]), float(best-second))
 
 # %% ../../nbs/47_predict.assign.ipynb #9cca69c7
@@ -240,15 +264,18 @@ def vote_plate_groups(
 class Assignment:
     "Classes of the wells of one experiment, with the evidence for them."
     labels: np.ndarray # (W,) int: class of each well
-    margin: np.ndarray # (W,) float: score of the class minus that of the best other class allowed there; inf if there is no other
+    # (W,) float: score of the class minus that of the best other class allowed there; inf if there is no other
+    margin: np.ndarray
     mapping: dict|None # plate -> group, None without groups
-    mapping_margin: float # value (or votes, where they decided) of the best minus the second-best mapping; nan without groups
+    # value (or votes, where they decided) of the best minus the second-best mapping; nan without groups
+    mapping_margin: float
     value: float # sum of the scores of the labels
 
     def __repr__(self):
         groups = '' if self.mapping is None else f', plate -> group {self.mapping} by {self.mapping_margin:.4g}'
         return f'Assignment({len(self.labels)} wells, value {self.value:.4g}{groups})'
 
+# %% ../../nbs/47_predict.assign.ipynb #900c750f
 def argmax_classes(
     scores:ArrayLike, # (W, K) float, higher is better
     allowed:ArrayLike=None, # (W, K) bool: False makes a pair impossible; None allows all
@@ -263,6 +290,7 @@ def argmax_classes(
     if len(none := np.flatnonzero(~allowed.any(1))): raise ValueError(f'row {none[0]} of scores has no allowed class')
     return np.where(allowed, scores, -np.inf).argmax(1)
 
+# %% ../../nbs/47_predict.assign.ipynb #0667ee17
 def class_margins(
     scores:ArrayLike, # (W, K) float
     labels:np.ndarray, # (W,) int: class of each well
@@ -274,27 +302,33 @@ def class_margins(
     others[rows, labels] = -np.inf
     return np.asarray(scores, dtype=np.float64)[rows, labels] - others.max(1, initial=-np.inf)
 
+# %% ../../nbs/47_predict.assign.ipynb #492c026a
 ASSIGN_METHODS = ('exact', 'vote', 'vote_zero')
 
 def _check_method(method, groups):
-    if method not in ASSIGN_METHODS: raise ValueError(f'method is {method!r}, expected one of {", ".join(ASSIGN_METHODS)}')
+    if method not in ASSIGN_METHODS:
+        raise ValueError(f'method is {method!r}, expected one of {", ".join(ASSIGN_METHODS)}')
     if method != 'exact' and (groups is None or not (np.asarray(groups) >= 0).any()):
         raise ValueError(f"method {method!r} votes on plate groups, but there are none: pass `groups`, or use 'exact'")
 
+# %% ../../nbs/47_predict.assign.ipynb #feb0d1ca
 def assign_experiment(
     scores:ArrayLike, # (W, K) float: one experiment's wells, higher is better; logits rather than probabilities
     plates:ArrayLike, # (W,) plate number of each well
-    groups:ArrayLike=None, # (K,) int: group of each class, -1 for a class that may be on any plate; None: no plate groups
+    # (K,) int: group of each class, -1 for a class that may be on any plate; None: no plate groups
+    groups:ArrayLike=None,
     known:Iterable[int]=None, # class numbers that other wells of this experiment already have; they cannot win
     one_to_one:bool=True, # of 'exact' only. False: the best allowed class of each well on its own (the baseline)
-    method:str='exact', # plate groups by value ('exact') or by vote, then the best class there ('vote') or with zeros elsewhere ('vote_zero')
+    # plate groups by value ('exact') or by vote, then the best class there ('vote') or with zeros elsewhere
+    # ('vote_zero')
+    method:str='exact',
 ) -> Assignment:
     """Label the wells of one experiment: infer which group is on which plate, then assign one-to-one within the groups.
 
-    The two votes never assign one-to-one. 'vote_zero' sets the scores of other groups to 0 and lets them compete: a label may be outside its
-    plate's group.
-    Raises: ValueError on scores that are not finite, lengths that disagree, a layout that permits no assignment, or a vote without groups.
-    """
+    The two votes never assign one-to-one. 'vote_zero' sets the scores of other groups to 0 and lets them compete: a
+    label may be outside its plate's group.
+    Raises: ValueError on scores that are not finite, lengths that disagree, a layout that permits no assignment, or a
+    vote without groups."""
     _check_method(method, groups)
     scores = _as_scores(scores)
     plates, n_classes = _as_vector(plates, len(scores), 'plates', 'row'), scores.shape[1]
@@ -304,7 +338,8 @@ def assign_experiment(
     mapping, margin = find(scores, plates, groups, known) if has_groups else (None, np.nan)
     allowed = allowed_classes(plates, groups, mapping if has_groups else dict.fromkeys(plates.tolist(), -1), known)
     rivals = scores
-    if method == 'vote_zero': rivals, allowed = np.where(allowed, scores, 0), np.broadcast_to(_usable(known, n_classes), scores.shape)
+    if method == 'vote_zero':
+        rivals, allowed = np.where(allowed, scores, 0), np.broadcast_to(_usable(known, n_classes), scores.shape)
     labels = (assign_classes if one_to_one and method == 'exact' else argmax_classes)(rivals, allowed)
     return Assignment(labels, class_margins(rivals, labels, allowed), mapping, margin, _value(scores, labels))
 
@@ -313,24 +348,28 @@ def assign_screen(
     scores:ArrayLike, # (W, K) float: all wells, higher is better
     experiments:ArrayLike, # (W,) str: experiment of each well
     plates:ArrayLike, # (W,) plate number of each well
-    groups:ArrayLike=None, # (K,) int: group of each class, -1 for a class that may be on any plate; None: no plate groups
+    # (K,) int: group of each class, -1 for a class that may be on any plate; None: no plate groups
+    groups:ArrayLike=None,
     known:dict=None, # dict experiment -> class numbers that other wells of that experiment already have
     one_to_one:bool=True, # of 'exact' only. False: the best allowed class of each well on its own (the baseline)
     method:str='exact', # 'exact', 'vote' or 'vote_zero', see `assign_experiment`
-) -> pd.DataFrame: # W rows in the order of `scores`: experiment, plate, label, margin, group (<NA> without groups), mapping_margin
+# W rows in the order of `scores`: experiment, plate, label, margin, group (<NA> without groups), mapping_margin
+) -> pd.DataFrame:
     """`assign_experiment` for every experiment of a screen.
 
     Raises: ValueError that names the experiment.
     """
     _check_method(method, groups)
     scores, known = np.asarray(scores), known or {}
-    experiments, plates = _as_vector(experiments, len(scores), 'experiments', 'row'), _as_vector(plates, len(scores), 'plates', 'row')
+    experiments, plates = _as_vector(experiments, len(scores), 'experiments',
+                                     'row'), _as_vector(plates, len(scores), 'plates', 'row')
     out = pd.DataFrame({'experiment': experiments, 'plate': plates, 'label': 0, 'margin': np.nan,
                         'group': pd.array([pd.NA]*len(scores), dtype='Int64'), 'mapping_margin': np.nan})
     for experiment, rows in out.groupby('experiment', sort=False).indices.items():
         try: a = assign_experiment(scores[rows], plates[rows], groups, known.get(experiment), one_to_one, method)
         except ValueError as e: raise ValueError(f'experiment {experiment}: {e}') from None
-        for column, value in (('label', a.labels), ('margin', a.margin), ('mapping_margin', a.mapping_margin)): out.loc[rows, column] = value
+        for column, value in (('label', a.labels), ('margin', a.margin), ('mapping_margin', a.mapping_margin)):
+            out.loc[rows, column] = value
         if a.mapping: out.loc[rows, 'group'] = [a.mapping[p] for p in plates[rows].tolist()]
     return out
 
@@ -341,6 +380,7 @@ def _experiment_and_plate(id_codes):
     if bad: raise ValueError(f'{str(bad[0])!r} is no id of a well such as HUVEC-01_1_B03')
     return parts.str[0].to_numpy(), parts.str[1].astype(int).to_numpy()
 
+# %% ../../nbs/47_predict.assign.ipynb #fe0da9b5
 def assign_predictions(
     p:Predictions, # of sites or wells
     groups:pd.Series|None=None, # siRNA -> group, from `plate_groups`; None: plates are not used
@@ -355,9 +395,12 @@ def assign_predictions(
     p = p.wells()
     experiments, plates = _experiment_and_plate(p.ids)
     keep = np.ones(len(p.classes), bool) if groups is None else np.isin(p.classes, groups.index)
-    if not keep.any(): raise ValueError('none of the predicted classes has a plate group: were these predictions made for another target or screen?')
+    if not keep.any():
+        raise ValueError('none of the predicted classes has a plate group: were these predictions made for another '
+                         'target or screen?')
     classes, scores = p.classes[keep], p.logits[:, keep]
-    if groups is None and not one_to_one: table = pd.DataFrame(dict(experiment=experiments, plate=plates, label=argmax_classes(scores)))
+    if groups is None and not one_to_one:
+        table = pd.DataFrame(dict(experiment=experiments, plate=plates, label=argmax_classes(scores)))
     else:
         groups = None if groups is None else groups[classes].to_numpy()
         table = assign_screen(scores, experiments, plates, groups, one_to_one=one_to_one, method=method)
@@ -365,6 +408,7 @@ def assign_predictions(
     table.insert(3, 'sirna', classes[table.pop('label')])
     return table
 
+# %% ../../nbs/47_predict.assign.ipynb #0d9598d5
 def accuracy_ladder(
     predictions:dict, # name -> `Predictions`; the steps are taken from the last of them
     truth:str|Path|pd.DataFrame, # id_code, sirna
@@ -375,4 +419,5 @@ def accuracy_ladder(
     last = list(predictions.values())[-1]
     steps['+ one-to-one assignment'] = assign_predictions(last)
     steps['+ plate groups'] = assign_predictions(last, groups)
-    return pd.DataFrame({k: score_table(t[['id_code', 'sirna']], truth).loc['all'] for k,t in steps.items()}).T.astype({'wells': int, 'right': int})
+    return pd.DataFrame({k: score_table(t[['id_code', 'sirna']], truth).loc['all']
+                         for k,t in steps.items()}).T.astype({'wells': int, 'right': int})

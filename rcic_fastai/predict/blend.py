@@ -51,34 +51,40 @@ _SAME = ('level', 'split', 'target', 'activation') # what `made` must not contra
 
 def _check_member(p, name):
     if p.made.get('level') not in ('site', 'well'):
-        raise ValueError(f"{name} does not say whether its ids are sites or wells: expected level='site' or level='well' in `made`")
+        raise ValueError(f"{name} does not say whether its ids are sites or wells: expected level='site' or "
+                         "level='well' in `made`")
     if not p.logits.size: raise ValueError(f'{name} is empty: {len(p.ids)} ids and {len(p.classes)} classes')
     _check_unique(p, name)
     if not np.isfinite(p.logits).all():
         row, col = np.argwhere(~np.isfinite(p.logits))[0]
-        raise ValueError(f'{name} has a score of {p.logits[row, col]} for {p.ids[row]}, class {p.classes[col]}: expected finite numbers')
+        raise ValueError(f'{name} has a score of {p.logits[row, col]} for {p.ids[row]}, class {p.classes[col]}: '
+                         'expected finite numbers')
 
+# %% ../../nbs/47_predict.blend.ipynb #67e626a9
 def check_members(
     members:dict[str, Predictions] # by name
 ):
     """Refuse predictions that cannot be averaged; the order of ids and classes may differ.
 
-    Raises: ValueError if there are fewer than two members, if an id or class occurs twice, if a score is not finite, or if members differ in ids, classes,
-    level, split or target; with the names of both and the first example.
-    """
-    if len(members)<2: raise ValueError(f'a blend needs two members or more, got {_listed(members) or "none"}')
+    Raises: ValueError if there are fewer than two members, if an id or class occurs twice, if a score is not finite, or
+    if members differ in ids, classes, level, split or target; with the names of both and the first example."""
+    if len(members) < 2: raise ValueError(f'a blend needs two members or more, got {_listed(members) or "none"}')
     for name, p in members.items(): _check_member(p, repr(name))
     (first, a), *others = members.items()
     for name, b in others:
         for key in _SAME:
             x, y = (p.made.get(key) for p in (a, b))
-            if None not in (x, y) and x!=y:
-                raise ValueError(f'{first!r} has {key} {x!r} and {name!r} {y!r}' + (': bring all to wells first, with `.wells()`' if key=='level' else ''))
+            if None not in (x, y) and x != y:
+                raise ValueError(f'{first!r} has {key} {x!r} and {name!r} {y!r}'
+                                 + (': bring all to wells first, with `.wells()`' if key == 'level' else ''))
         _check_same('classes', a.classes, b.classes, repr(first), repr(name))
         _check_same('ids', a.ids, b.ids, repr(first), repr(name))
 
+# %% ../../nbs/47_predict.blend.ipynb #671f56ae
 def _aligned_wells(members):
-    "Checked members, with their sites averaged and in the order of the first; sites that occur twice are found before they are averaged"
+    """Checked members, with their sites averaged and in the order of the first
+
+    sites that occur twice are found before they are averaged"""
     for name, p in members.items(): _check_member(p, repr(name))
     members = {name: p.wells() for name, p in members.items()}
     check_members(members)
@@ -89,7 +95,9 @@ def _aligned_wells(members):
 BLEND_SPACES = ('probability', 'logit')
 
 def _centred(p):
-    "Logits relative to the mean of their well, float64 (N, K), and their standard deviation; 1 where all classes score alike"
+    """Logits relative to the mean of their well, float64 (N, K), and their standard deviation
+
+    1 where all classes score alike"""
     x = p.logits.astype(np.float64)
     x -= x.mean(1, keepdims=True)
     return x, float(x.std()) or 1.
@@ -97,8 +105,9 @@ def _centred(p):
 def _part(p, space):
     "What is averaged: float64 (N, K)"
     x = p.logits.astype(np.float64)
-    if p.activation=='sigmoid': return expit(x) if space=='probability' else x # each class for itself, so that its scale says something
-    if space=='probability': return softmax(x, 1)
+    # each class for itself, so that its scale says something
+    if p.activation == 'sigmoid': return expit(x) if space == 'probability' else x
+    if space == 'probability': return softmax(x, 1)
     x, s = _centred(p)
     return x/s
 
@@ -109,17 +118,21 @@ def _mean(parts, weights):
 def _check_space(space):
     if space not in BLEND_SPACES: raise ValueError(f'space is {space!r}, expected one of {_listed(BLEND_SPACES)}')
 
+# %% ../../nbs/47_predict.blend.ipynb #c09b896e
 def _normalised(weights, names):
     "Weights in the order of `names` that sum to 1"
     if weights is None: weights = [1.]*len(names)
     if hasattr(weights, 'keys'): # a dict, or a column of `blend_report`
         weights = dict(weights)
-        if set(weights)!=set(names): raise ValueError(f'weights are for {_listed(weights)}, expected one for each of {_listed(names)}')
+        if set(weights) != set(names):
+            raise ValueError(f'weights are for {_listed(weights)}, expected one for each of {_listed(names)}')
         weights = [weights[n] for n in names]
     w = np.asarray(weights, np.float64)
-    if w.shape!=(len(names),): raise ValueError(f'weights have shape {w.shape}, expected one for each of {_listed(names)}')
+    if w.shape != (len(names),):
+        raise ValueError(f'weights have shape {w.shape}, expected one for each of {_listed(names)}')
     for name, x in zip(names, w):
-        if not (np.isfinite(x) and x>=0): raise ValueError(f'the weight of {name!r} is {x}, expected a finite number from 0 on')
+        if not (np.isfinite(x) and x >= 0):
+            raise ValueError(f'the weight of {name!r} is {x}, expected a finite number from 0 on')
     if not w.any(): raise ValueError('all weights are 0: at least one member has to count')
     # what sums to 1 already stays as it is to the last bit, so that chosen weights do exactly what they were chosen for
     return w if abs(w.sum()-1) < 1e-9 else w/w.sum()
@@ -128,34 +141,40 @@ def _normalised(weights, names):
 def _common(members):
     "What all members say of how they were made"
     first, *others = (p.made for p in members.values())
-    return {k: v for k, v in first.items() if all(k in m and m[k]==v for m in others)}
+    return {k: v for k, v in first.items() if all(k in m and m[k] == v for m in others)}
 
+# %% ../../nbs/47_predict.blend.ipynb #910580e6
 def blend_predictions(
     members:dict[str, Predictions], # of sites or wells, by name
-    weights:Sequence[float]|dict[str, float]=None, # one number >= 0 for each member, in their order or as a dict by name; None: all the same
+    # one number >= 0 for each member, in their order or as a dict by name; None: all the same
+    weights:Sequence[float]|dict[str, float]=None,
     space:str='probability' # what is averaged: 'probability' or 'logit'
-) -> Predictions: # of the wells of the first member, in its order; `made` holds the names with their weights, which sum to 1
+# of the wells of the first member, in its order; `made` holds the names with their weights, which sum to 1
+) -> Predictions:
     """Weighted mean of several networks' predictions of the same wells.
 
-    The logits of a mean of probabilities are its logarithm relative to the best class of the well, at least -708: softmax gives the mean back.
-    Raises: ValueError if the members do not fit together, as `check_members`; for an unknown `space`; for weights that are negative, not finite,
-    all 0, or not one per member.
-    """
+    The logits of a mean of probabilities are its logarithm relative to the best class of the well, at least -708:
+    softmax gives the mean back.
+    Raises: ValueError if the members do not fit together, as `check_members`; for an unknown `space`; for weights that
+    are negative, not finite, all 0, or not one per member."""
     _check_space(space)
     members = _aligned_wells(members)
     w = _normalised(weights, list(members))
     mean = _mean((_part(p, space) for p in members.values()), w)
-    if next(iter(members.values())).activation=='sigmoid': logits = mean if space=='logit' else logit(mean.clip(1e-12, 1-1e-12))
-    elif space=='logit': logits = mean*sum(x*_centred(p)[1] for x, p in zip(w, members.values()))
-    # relative to the best class, because float32 is finest near 0: members that are certain of different classes do not end in a tie
+    if next(iter(members.values())).activation == 'sigmoid':
+        logits = mean if space == 'logit' else logit(mean.clip(1e-12, 1-1e-12))
+    elif space == 'logit': logits = mean*sum(x*_centred(p)[1] for x, p in zip(w, members.values()))
+    # relative to the best class, because float32 is finest near 0: members that are certain of different classes do not
+    # end in a tie
     else: logits = np.log(np.maximum(mean/mean.max(1, keepdims=True), np.finfo(np.float64).tiny))
     first = next(iter(members.values()))
-    return Predictions(first.ids, first.classes, logits, {**_common(members), 'space': space, 'weights': dict(zip(members, w.tolist()))})
+    return Predictions(first.ids, first.classes, logits, {**_common(members), 'space': space,
+                                                          'weights': dict(zip(members, w.tolist()))})
 
 # %% ../../nbs/47_predict.blend.ipynb #d53dfe5e
 def _agreement(labels):
     "Share of equal labels for each pair of names"
-    return pd.DataFrame({a: {b: float((x==y).mean()) for b, y in labels.items()} for a, x in labels.items()})
+    return pd.DataFrame({a: {b: float((x == y).mean()) for b, y in labels.items()} for a, x in labels.items()})
 
 def agreement(
     members:dict[str, Predictions] # of sites or wells, by name
@@ -178,15 +197,20 @@ def _truth(p, wells, target):
     column = {c: i for i, c in enumerate(p.classes.tolist())}
     cols = np.array([column.get(v, -1) for v in values])
     if (cols < 0).all():
-        raise ValueError(f'no known {target}, such as {values[0]!r}, is among the predicted classes, such as {p.classes.tolist()[0]!r}')
+        raise ValueError(f'no known {target}, such as {values[0]!r}, is among the predicted classes, such as '
+                         f'{p.classes.tolist()[0]!r}')
     return rows, cols
 
 def _quality(mean, cols, space):
-    "Wells that are right, and minus the log loss of those whose class is predicted: the larger pair is the better blend"
-    right, known = int((mean.argmax(1)==cols).sum()), np.flatnonzero(cols >= 0)
-    mean = mean if space=='probability' else softmax(mean, 1) # of standardised logits, so that no member looks better for its scale
+    """Wells that are right, and minus the log loss of those whose class is predicted
+
+    the larger pair is the better blend"""
+    right, known = int((mean.argmax(1) == cols).sum()), np.flatnonzero(cols >= 0)
+    # of standardised logits, so that no member looks better for its scale
+    mean = mean if space == 'probability' else softmax(mean, 1)
     return right, float(np.log(np.maximum(mean[known, cols[known]], np.finfo(np.float64).tiny)).mean())
 
+# %% ../../nbs/47_predict.blend.ipynb #15a4783c
 def blend_weights(
     members:dict[str, Predictions], # of sites or wells, by name; of labelled wells that no member trained on
     wells:pd.DataFrame, # table with `id_code` and the true values
@@ -194,13 +218,14 @@ def blend_weights(
     steps:int=20, # how many members to take, one after the other; weights are multiples of 1/n, n <= steps
     space:str='probability' # that the blend will use
 ) -> dict[str, float]: # weight of each member, 0 or more; they sum to 1
-    """Weights of a blend that is right at least as often as its best member on these wells, by greedy selection with replacement.
+    """Weights of a blend that is right at least as often as its best member on these wells.
 
-    Raises: ValueError if the members do not fit together, as `check_members`; for an unknown `space`; if no well has a known class that is predicted.
-    Source: Caruana et al. (2004), Ensemble selection from libraries of models.
-    """
+    They come from greedy selection with replacement.
+    Raises: ValueError if the members do not fit together, as `check_members`; for an unknown `space`; if no well has a
+    known class that is predicted.
+    Source: Caruana et al. (2004), Ensemble selection from libraries of models."""
     _check_space(space)
-    if steps<1: raise ValueError(f'steps is {steps}, expected 1 or more')
+    if steps < 1: raise ValueError(f'steps is {steps}, expected 1 or more')
     members = _aligned_wells(members)
     rows, cols = _truth(next(iter(members.values())), wells, target)
     parts = [_part(p, space)[rows] for p in members.values()] # standardised over all wells, as in the blend
@@ -220,17 +245,20 @@ def blend_report(
     blend:Predictions, # of them, from `blend_predictions`
     wells:pd.DataFrame, # table with `id_code` and the true values
     target:str='sirna' # column to compare with
-) -> pd.DataFrame: # a row per member and one for the blend: weight, right, known, accuracy (NaN if no class is known), agreement
-    """How often the members and their blend are right; agreement is the share of wells with the same label, averaged over the other members.
+# a row per member and one for the blend: weight, right, known, accuracy (NaN if no class is known), agreement
+) -> pd.DataFrame:
+    """How often the members and their blend are right.
 
-    Raises: ValueError if the members do not fit together, as `check_members`; if the blend is none of theirs.
-    """
+    Agreement is the share of wells with the same label, averaged over the other members.
+    Raises: ValueError if the members do not fit together, as `check_members`; if the blend is none of theirs."""
     members, weights = _aligned_wells(members), blend.made.get('weights', {})
-    if set(weights)!=set(members): raise ValueError(f'the blend is one of {_listed(weights) or "unknown members"}, not of {_listed(members)}')
+    if set(weights) != set(members):
+        raise ValueError(f'the blend is one of {_listed(weights) or "unknown members"}, not of {_listed(members)}')
     if 'blend' in members: raise ValueError("'blend' is the name of a row of the report: give that member another")
     blend = aligned(blend, next(iter(members.values())))
     both = {**members, 'blend': blend}
-    rows = pd.DataFrame([(weights.get(name, 1.), *well_accuracy(p, wells, target)) for name, p in both.items()], list(both), ['weight', 'right', 'known'])
+    rows = pd.DataFrame([(weights.get(name, 1.), *well_accuracy(p, wells, target)) for name, p in both.items()],
+                        list(both), ['weight', 'right', 'known'])
     shares = _agreement({name: p.labels for name, p in both.items()})
-    others = [shares.loc[name, [m for m in members if m!=name]].mean() for name in both]
+    others = [shares.loc[name, [m for m in members if m != name]].mean() for name in both]
     return rows.assign(accuracy=rows.right/rows.known, agreement=others).rename_axis('member')

@@ -14,15 +14,24 @@ from pathlib import Path
 import torch
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy.special import expit, softmax
 
 from ..files import parse_json, read_arrays, user_path, write_whole
 from .tta import combine_views, TTA, tta_group
 
 # %% ../../nbs/46_predict.core.ipynb #33e07053
-def _save_arrays(path, arrays):
-    with open(path, 'wb') as f: np.savez(f, **arrays) # which adds no .npz to the name
+def _check_scores(ids, classes, logits):
+    "Each site and each class once, and scores that are numbers"
+    if logits.shape != (len(ids), len(classes)):
+        raise ValueError(f'logits of shape {logits.shape} for {len(ids)} ids and {len(classes)} classes')
+    for what, values in (('site or well', pd.Index(ids)), ('class', pd.Index(classes))):
+        if values.has_duplicates: raise ValueError(f'{what} {values[values.duplicated()][0]} is there twice')
+    if not (good := np.isfinite(logits).all(1)).all():
+        raise ValueError(f'the scores of {ids[~good][0]} are NaN or infinite '
+                         f'({(~good).sum():,} of {len(good):,} rows)')
 
+# %% ../../nbs/46_predict.core.ipynb #1bbf4e5f
 @dataclass
 class Predictions:
     "Scores of sites or wells for every class."
@@ -34,88 +43,115 @@ class Predictions:
     view_names:Sequence[str]=() # V names
 
     def __post_init__(self):
-        self.ids, self.classes, self.logits = np.asarray(self.ids).astype(str), np.asarray(self.classes), np.asarray(self.logits, np.float32)
-        if self.logits.shape!=(len(self.ids), len(self.classes)):
-            raise ValueError(f'logits of shape {self.logits.shape} for {len(self.ids)} ids and {len(self.classes)} classes')
-        self._check()
+        self.ids, self.classes = np.asarray(self.ids).astype(str), np.asarray(self.classes)
+        self.logits = np.asarray(self.logits, np.float32)
+        _check_scores(self.ids, self.classes, self.logits)
         if self.views is None: return
         self.views, self.view_names = np.asarray(self.views, np.float32), list(map(str, self.view_names))
-        if self.views.shape!=(expected := (len(self.view_names), *self.logits.shape)):
+        if self.views.shape != (expected := (len(self.view_names), *self.logits.shape)):
             raise ValueError(f'views of shape {self.views.shape}, expected {expected}: named views, ids, classes')
 
-    def _check(self):
-        "Each site and each class once, and scores that are numbers"
-        for what, values in (('site or well', pd.Index(self.ids)), ('class', pd.Index(self.classes))):
-            if values.has_duplicates: raise ValueError(f'{what} {values[values.duplicated()][0]} is there twice')
-        if not (good := np.isfinite(self.logits).all(1)).all():
-            raise ValueError(f'the scores of {self.ids[~good][0]} are NaN or infinite ({(~good).sum():,} of {len(good):,} rows)')
+# %% ../../nbs/46_predict.core.ipynb #760d0a2f
+@patch
+def __repr__(self:Predictions):
+    made = ', '.join(f'{k}={v}' for k,v in self.made.items())
+    kept = '' if self.views is None else f', {len(self.views)} views kept'
+    return f'{len(self.ids):,} x {len(self.classes):,} logits, {made}{kept}'
 
-    def __repr__(self):
-        kept = '' if self.views is None else f', {len(self.views)} views kept'
-        return f'{len(self.ids):,} x {len(self.classes):,} logits, {", ".join(f"{k}={v}" for k,v in self.made.items())}{kept}'
+@patch(as_prop=True)
+def labels(self:Predictions) -> np.ndarray: # (N,)
+    "The class with the highest score."
+    return self.classes[self.logits.argmax(1)]
 
-    @property
-    def labels(self) -> np.ndarray: # (N,)
-        "The class with the highest score."
-        return self.classes[self.logits.argmax(1)]
+# %% ../../nbs/46_predict.core.ipynb #b26b7768
+@patch(as_prop=True)
+def activation(self:Predictions) -> str:
+    "'softmax' where an image has one class, 'sigmoid' where it has several labels."
+    return self.made.get('activation', 'softmax')
 
-    @property
-    def activation(self) -> str:
-        "'softmax' where an image has one class, 'sigmoid' where it has several labels."
-        return self.made.get('activation', 'softmax')
+@patch(as_prop=True)
+def probabilities(self:Predictions) -> np.ndarray: # float32 (N, K)
+    "Softmax or sigmoid of the logits, as the network was trained."
+    return (expit(self.logits) if self.activation == 'sigmoid' else softmax(self.logits, 1)).astype(np.float32)
 
-    @property
-    def probabilities(self) -> np.ndarray: # float32 (N, K)
-        "Softmax or sigmoid of the logits, as the network was trained."
-        return (expit(self.logits) if self.activation=='sigmoid' else softmax(self.logits, 1)).astype(np.float32)
+# %% ../../nbs/46_predict.core.ipynb #0769b6e9
+def _group_mean(y, codes, n):
+    "Mean (n, K), in float64, of the rows (N, K) of each group"
+    total = np.zeros((n, y.shape[1]))
+    np.add.at(total, codes, y)
+    return total/np.bincount(codes)[:, None]
 
-    def combine(self, tta:int|str|TTA) -> 'Predictions':
-        "The kept views combined in another way, as if predicted with `tta`. Raises: ValueError if one of its views was not kept."
-        if self.views is None: raise ValueError('these predictions keep no views: predict with keep_views=True')
-        group, place = tta_group(tta), {n: i for i, n in enumerate(self.view_names)}
-        names = [v.name for v in group.views()]
-        if lost := [n for n in names if n not in place]:
-            raise ValueError(f'{len(lost)} of {len(names)} views of tta {_tta_setting(tta)!r} were not kept, such as {lost[0]!r}: kept are those of tta {self.made.get("tta")!r}')
-        logits = combine_views(torch.from_numpy(self.views[[place[n] for n in names]]), group, self.activation).numpy()
-        return replace(self, logits=logits, made={**self.made, 'tta': _tta_setting(tta)})
+@patch
+def wells(self:Predictions) -> Predictions:
+    "Mean over the sites of each well, in the order in which the wells first appear."
+    if self.made.get('level') == 'well': return self
+    codes, first = pd.factorize(pd.Series(self.ids).str.rsplit('_', n=1).str[0])
+    views = None if self.views is None else np.stack([_group_mean(v, codes, len(first)) for v in self.views])
+    return replace(self, ids=np.asarray(first), logits=_group_mean(self.logits, codes, len(first)),
+                   made={**self.made, 'level': 'well'}, views=views)
 
-    def only(self, classes:Iterable) -> 'Predictions':
-        "Without the scores of other classes, such as those of control siRNAs."
-        keep = np.isin(self.classes, np.asarray(list(classes)))
-        if not keep.any(): raise ValueError(f'none of the {len(self.classes)} predicted classes is among those to keep')
-        return replace(self, classes=self.classes[keep], logits=self.logits[:, keep], views=None if self.views is None else self.views[..., keep])
+# %% ../../nbs/46_predict.core.ipynb #86fceff5
+@patch
+def only(self:Predictions,
+    classes:Iterable # to keep
+) -> Predictions:
+    """Without the scores of other classes, such as those of control siRNAs.
 
-    def wells(self) -> 'Predictions':
-        "Mean over the sites of each well, in the order in which the wells first appear."
-        if self.made.get('level')=='well': return self
-        codes, first = pd.factorize(pd.Series(self.ids).str.rsplit('_', n=1).str[0])
-        def mean(y):
-            total = np.zeros((len(first), len(self.classes)))
-            np.add.at(total, codes, y)
-            return total/np.bincount(codes)[:, None]
-        views = None if self.views is None else np.stack([mean(v) for v in self.views])
-        return replace(self, ids=np.asarray(first), logits=mean(self.logits), made={**self.made, 'level': 'well'}, views=views)
+    Raises: ValueError if none of the classes was predicted."""
+    keep = np.isin(self.classes, np.asarray(list(classes)))
+    if not keep.any(): raise ValueError(f'none of the {len(self.classes)} predicted classes is among those to keep')
+    return replace(self, classes=self.classes[keep], logits=self.logits[:, keep],
+                   views=None if self.views is None else self.views[..., keep])
 
-    def save(self, path:str|Path) -> Path:
-        "Write an `.npz` file."
-        views:dict = {} if self.views is None else dict(views=self.views, view_names=np.array(self.view_names, str))
-        arrays = dict(ids=self.ids, classes=self.classes, logits=self.logits, made=json.dumps(self.made), **views)
-        return write_whole(path, lambda p: _save_arrays(p, arrays))
-
-    @classmethod
-    def load(cls, path:str|Path) -> 'Predictions':
-        "Read what `save` wrote. Raises: FileNotFoundError; ValueError if it is no such file."
-        path = user_path(path)
-        if not path.exists(): raise FileNotFoundError(f'{path} does not exist; rcic-predict writes it')
-        f = read_arrays(path, 'ids', 'classes', 'logits', 'made')
-        made = parse_json(str(f['made']), path, dict)
-        views = (f['views'], f['view_names'].tolist()) if {'views', 'view_names'} <= set(f) else ()
-        try: return cls(f['ids'], f['classes'], f['logits'], made, *views)
-        except (ValueError, TypeError) as e: raise ValueError(f'{path} is no file of predictions: {e}') from None
-
+# %% ../../nbs/46_predict.core.ipynb #ce516c2d
 def _tta_setting(tta):
     "A number or name as it was given, a group as its settings: what JSON can hold"
     return tta_group(tta).changes() if isinstance(tta, (TTA, dict)) else tta
+
+@patch
+def combine(self:Predictions,
+    tta:int|str|TTA # as for `predict_sites`
+) -> Predictions:
+    """The kept views combined in another way, as if predicted with `tta`.
+
+    Raises: ValueError if one of its views was not kept."""
+    if self.views is None: raise ValueError('these predictions keep no views: predict with keep_views=True')
+    group, at = tta_group(tta), {n: i for i, n in enumerate(self.view_names)}
+    names = [v.name for v in group.views()]
+    if lost := [n for n in names if n not in at]:
+        raise ValueError(f'{len(lost)} of {len(names)} views of tta {_tta_setting(tta)!r} were not kept, such as '
+                         f'{lost[0]!r}: kept are those of tta {self.made.get("tta")!r}')
+    logits = combine_views(torch.from_numpy(self.views[[at[n] for n in names]]), group, self.activation).numpy()
+    return replace(self, logits=logits, made={**self.made, 'tta': _tta_setting(tta)})
+
+# %% ../../nbs/46_predict.core.ipynb #9323c5ca
+def _save_arrays(path, arrays):
+    with open(path, 'wb') as f: np.savez(f, **arrays) # which adds no .npz to the name
+
+@patch
+def save(self:Predictions,
+    path:str|Path # to write, `.npz`
+) -> Path: # the same
+    "Write an `.npz` file."
+    views:dict = {} if self.views is None else dict(views=self.views, view_names=np.array(self.view_names, str))
+    arrays = dict(ids=self.ids, classes=self.classes, logits=self.logits, made=json.dumps(self.made), **views)
+    return write_whole(path, lambda p: _save_arrays(p, arrays))
+
+# %% ../../nbs/46_predict.core.ipynb #344a0282
+@patch(cls_method=True)
+def load(cls:Predictions,
+    path:str|Path # of `save`
+) -> Predictions:
+    """Read what `save` wrote.
+
+    Raises: FileNotFoundError; ValueError if it is no such file."""
+    path = user_path(path)
+    if not path.exists(): raise FileNotFoundError(f'{path} does not exist; rcic-predict writes it')
+    f = read_arrays(path, 'ids', 'classes', 'logits', 'made')
+    made = parse_json(str(f['made']), path, dict)
+    views = (f['views'], f['view_names'].tolist()) if {'views', 'view_names'} <= set(f) else ()
+    try: return Predictions(f['ids'], f['classes'], f['logits'], made, *views)
+    except (ValueError, TypeError) as e: raise ValueError(f'{path} is no file of predictions: {e}') from None
 
 # %% ../../nbs/46_predict.core.ipynb #a83dd596
 def well_accuracy(
@@ -127,4 +163,4 @@ def well_accuracy(
     p = p.wells()
     truth = wells.drop_duplicates('id_code').set_index('id_code')[target].reindex(p.ids)
     known = truth.notna().to_numpy()
-    return int((truth[known].to_numpy()==p.labels[known]).sum()), int(known.sum())
+    return int((truth[known].to_numpy() == p.labels[known]).sum()), int(known.sum())

@@ -7,8 +7,9 @@ __all__ = ['embed_sites', 'predict_sites']
 
 # %% ../../nbs/47_predict.sites.ipynb #b765db58
 import os, warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import numpy as np
@@ -17,6 +18,7 @@ from fastai.learner import Learner
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import one_of
 from ..data.context import DOMAINS, plain
 from ..data.domains import domain_keys
 from ..data.statistics import complete_stats
@@ -35,7 +37,8 @@ def _prepare(learn):
 def _raw_batches(learn, sites, bs):
     "Raw batches of the sites in their order: images, context, keys of the images"
     keys, at = image_keys(sites.site_id), 0
-    for x, context, *_ in learn.dls.test_dl(sites.reset_index(drop=True), after_batch=[], bs=bs, domain=None, shuffle=False, device=torch.device('cpu')):
+    for x, context, *_ in learn.dls.test_dl(sites.reset_index(drop=True), after_batch=[], bs=bs, domain=None,
+                                            shuffle=False, device=torch.device('cpu')):
         yield x, context, keys[at:at+len(x)]
         at += len(x)
 
@@ -44,55 +47,70 @@ def _forward(learn, view, prepare, embed=False):
     "Function from a raw batch to logits, or to what the classifier sees, in the precision of the recipe"
     device = learn.dls.device
     dtype = learn.auto_mixed_precision.dtype if hasattr(learn, 'auto_mixed_precision') else torch.float32
-    net, scale = (learn.model.embed, 1.) if embed else (learn.model, getattr(learn.loss_func, 's', 1.)) # cosines to logits
+    # cosines to logits
+    net, scale = (learn.model.embed, 1.) if embed else (learn.model, getattr(learn.loss_func, 's', 1.))
     def forward(x, context, keys):
         x, context = map(plain, prepare(x.to(device), context.to(device), view, keys))
         # the network alone: what transforms and loaders keep for later is kept as ordinary tensors
-        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype!=torch.float32): return net(x, context).float()*scale
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return net(x, context).float()*scale
     return forward
 
-def _beside(forward, reference):
-    "`forward` on batches that hold the sites of `reference`, a raw batch, too"
-    return lambda *b: forward(*(torch.cat(pair) for pair in zip(b, reference)))[:len(b[0])]
-
-def _compares_with_controls(model): return (getattr(getattr(model, 'head', None), 'config', None) or {}).get('kind')=='controls'
+# %% ../../nbs/47_predict.sites.ipynb #db7a38d9
+def _compares_with_controls(model):
+    return (getattr(getattr(model, 'head', None), 'config', None) or {}).get('kind') == 'controls'
 
 def _domains(sites, domain, batchnorm, model):
     "Rows of each domain; one for all where nothing depends on it"
-    keys = domain_keys(sites, None if domain=='screen' or batchnorm=='running' and not _compares_with_controls(model) else domain)
-    return [np.flatnonzero(keys==k) for k in np.unique(keys)]
+    alike = domain == 'screen' or batchnorm == 'running' and not _compares_with_controls(model)
+    keys = domain_keys(sites, None if alike else domain)
+    return [np.flatnonzero(keys == k) for k in np.unique(keys)]
 
+# %% ../../nbs/47_predict.sites.ipynb #2b4f5acb
 def _controls_of(sites, controls, domain):
     "The control sites of the domain that `sites` belong to; a plate without any has those of its experiment"
-    if controls is None: raise ValueError("batchnorm 'controls', and a head that compares with controls, need the control sites of the same experiments: give `controls`")
-    if domain=='screen': return controls
-    own = sites.iloc[0]
-    found = controls[controls[domain if domain=='cell_type' else 'experiment']==own[domain if domain=='cell_type' else 'experiment']]
-    if not len(found): raise ValueError(f'there are no control sites of {own[domain if domain=="cell_type" else "experiment"]}')
-    if domain!='plate': return found
-    on_plate = found[found.plate==own.plate]
-    if not len(on_plate): warnings.warn(f'{own.experiment} plate {own.plate} has no controls: those of the whole experiment are used')
-    return on_plate if len(on_plate) else found
+    if controls is None:
+        raise ValueError("batchnorm 'controls', and a head that compares with controls, need the control sites of the "
+                         'same experiments: give `controls`')
+    if domain == 'screen': return controls
+    own, by = sites.iloc[0], domain if domain == 'cell_type' else 'experiment'
+    found = controls[controls[by] == own[by]]
+    if not len(found): raise ValueError(f'there are no control sites of {own[by]}')
+    if domain != 'plate': return found
+    on_plate = found[found.plate == own.plate]
+    if len(on_plate): return on_plate
+    warnings.warn(f'{own.experiment} plate {own.plate} has no controls: those of the whole experiment are used')
+    return found
 
-def _check_prediction(sites, batchnorm, domain, tta, bagging, postprocess, head_weight, controls):
-    if batchnorm not in batchnorm_modes: raise ValueError(f'batchnorm is {batchnorm!r}, expected one of {", ".join(map(repr, batchnorm_modes))}')
-    if domain not in (*DOMAINS, 'screen'): raise ValueError(f'domain is {domain!r}, expected one of {", ".join(map(repr, DOMAINS[1:]))}, \'screen\' or None')
+# %% ../../nbs/47_predict.sites.ipynb #93fb20a6
+def _check_prediction(sites, batchnorm, domain, tta, bagging=(), postprocess=None, head_weight=0., controls=None,
+                      keep_views=False):
+    one_of(batchnorm, batchnorm_modes, 'batchnorm')
+    one_of(domain, [*DOMAINS[1:], 'screen', None], 'domain')
     tta_group(tta)
-    if bagging and batchnorm!='batch': raise ValueError(f"bagging repeats passes over batches, which changes nothing with batchnorm {batchnorm!r}: use 'batch'")
+    if bagging and batchnorm != 'batch':
+        raise ValueError(f'bagging repeats passes over batches, which changes nothing with batchnorm {batchnorm!r}: '
+                         "use 'batch'")
     if any(b < 2 for b in bagging): raise ValueError(f'bagging is {list(bagging)}, expected batch sizes of 2 or more')
-    if postprocess is not None and postprocess not in postprocess_names: raise ValueError(f'postprocess is {postprocess!r}, expected one of {", ".join(map(repr, postprocess_names))}')
-    if postprocess in ('sphering', 'tvn') and controls is None: raise ValueError(f'postprocess {postprocess!r} is fitted on controls: give `controls`')
+    if postprocess is not None: one_of(postprocess, postprocess_names, 'postprocess')
+    if postprocess in ('sphering', 'tvn') and controls is None:
+        raise ValueError(f'postprocess {postprocess!r} is fitted on controls: give `controls`')
     if not 0 <= head_weight <= 1: raise ValueError(f'head_weight is {head_weight}, expected a share from 0 to 1')
     if not len(sites): raise ValueError('there are no sites to predict')
+    if keep_views and (bagging or postprocess):
+        raise ValueError('keep_views keeps one pass of the head: not with '
+                         f'{"bagging" if bagging else "postprocess"}')
 
 # %% ../../nbs/47_predict.sites.ipynb #5fab73ab
 def _activation(learn):
     "'sigmoid' for networks trained on several labels per image"
     loss = learn.loss_func
-    return 'sigmoid' if isinstance(loss, MultiLabelLoss) or isinstance(getattr(loss, 'func', loss), nn.BCEWithLogitsLoss) else 'softmax' # fastai's losses have a `func`
+    plain_loss = getattr(loss, 'func', loss) # fastai's losses have a `func`
+    several = isinstance(loss, MultiLabelLoss) or isinstance(plain_loss, nn.BCEWithLogitsLoss)
+    return 'sigmoid' if several else 'softmax'
 
 def _combiner(learn, group, embed, keep_views):
-    "Function from the outputs of all views, each (B, K), to (B, K); embeddings are averaged, and views to be kept come as (B, V, K)"
+    "Function from the outputs of all views, each (B, K), to (B, K); embeddings are averaged, kept views are (B, V, K)"
     if keep_views: return lambda y: torch.stack(list(y), 1)
     if embed: group = replace(group, combine='mean', space='logit')
     return lambda y: combine_views(y, group, _activation(learn))
@@ -100,161 +118,237 @@ def _combiner(learn, group, embed, keep_views):
 def _need_screen(learn, embed):
     "Another learner knows no domains, and perhaps no embedding"
     if not isinstance(learn.dls.train, DomainDL):
-        raise ValueError(f'{"embed" if embed else "predict"}_sites needs the batches of screen_dataloaders, whose domains are known; '
-                         'get_preds(dl=learn.dls.test_dl(sites)) is for any learner of fastai')
+        raise ValueError(f'{"embed" if embed else "predict"}_sites needs the batches of screen_dataloaders, whose '
+                         'domains are known; get_preds(dl=learn.dls.test_dl(sites)) is for any learner of fastai')
     if embed and not hasattr(learn.model, 'embed'):
-        raise ValueError(f'the network, a {type(learn.model).__name__}, has no `embed(image, context)`, which says what its classifier sees')
+        raise ValueError(f'the network, a {type(learn.model).__name__}, has no `embed(image, context)`, which says '
+                         'what its classifier sees')
 
-def _outputs(learn, sites, batchnorm, domain, tta, controls, pool_sites, bs, progress, bagging=(), seed=0, embed=False, keep_views=False, rides=None):
-    """Output of the network over views and passes, float32 (N, K) or (N, E), domain by domain; the single views (N, V, K) if they are to be kept.
+# %% ../../nbs/47_predict.sites.ipynb #503417d6
+def _with_reference(forward, reference):
+    "`forward` on batches that hold the sites of `reference`, a raw batch, too"
+    return lambda *b: forward(*(torch.cat(pair) for pair in zip(b, reference)))[:len(b[0])]
 
-    Sites that ride along, a mask, are looked at under the statistics of the others."""
+def _forwards(learn, own, group, embed, controls, load):
+    "A function from raw batches to outputs for each view of the sites `own` of a domain"
+    prepare = _prepare(learn) # shared, because views have steps in common
+    forwards = [_forward(learn, v, prepare, embed) for v in group.views()]
+    if not _compares_with_controls(learn.model): return forwards
+    reference = next(load(_sample(_controls_of(own, controls, 'experiment'), 32), 32))
+    return [_with_reference(f, reference) for f in forwards]
+
+def _sample(sites, n): return sites.iloc[np.linspace(0, len(sites)-1, min(n, len(sites))).round().astype(int)]
+
+# %% ../../nbs/47_predict.sites.ipynb #babc2507
+class _Pass(NamedTuple):
+    "How the sites of a domain are looked at"
+    model:nn.Module
+    batchnorm:str # one of `batchnorm_modes`
+    domain:str # what a domain is
+    controls:pd.DataFrame|None # control sites
+    pool_sites:int|None # at most so many sites shape the statistics
+    load:Callable # sites (and a batch size) to raw batches
+    combine:Callable # outputs of all views to one
+    sizes:Sequence[int] # batch sizes of the passes of 'batch'
+    shuffle:bool # in these passes?
+    seed:int # of the shuffles
+
+def _batch_outputs(forwards, sites, how):
+    "Mean over passes with batches of `sizes`, each batch with its own statistics"
+    out, n, rng = torch.zeros(()), len(sites), np.random.default_rng(how.seed)
+    for size in how.sizes:
+        rows = rng.permutation(n) if how.shuffle else np.arange(n)
+        even = -(-n//-(-n//size)) # no small batch at the end, whose statistics would be poor
+        batches = list(how.load(sites.iloc[rows], even))
+        with BatchNormMode(how.model, 'batch'):
+            y = how.combine(torch.stack([torch.cat([f(*b) for b in batches]) for f in forwards])).cpu()
+        out = out + y[torch.as_tensor(np.argsort(rows))]
+    return (out/len(how.sizes)).numpy()
+
+# %% ../../nbs/47_predict.sites.ipynb #505b96b8
+def _pooled(forwards, sites, how, pool, extra):
+    "A `BatchNormMode` for each view, with statistics of the sites `pool` and the raw batches `extra`"
+    modes = [BatchNormMode(how.model, how.batchnorm) for _ in forwards]
+    if how.batchnorm not in ('domain', 'controls'): return modes
+    if how.batchnorm == 'controls': pool = _controls_of(sites, how.controls, how.domain)
+    elif pool is None: pool = sites
+    reference = list(how.load(_sample(pool, how.pool_sites or len(pool))))
+    for bn, f in zip(modes, forwards): bn.pool(reference+extra, f)
+    return modes
+
+def _domain_outputs(forwards, sites, how, pool=None):
+    "Combined views under statistics of the domain (of `sites`, or of `pool`), of its controls, or running ones"
+    extra = []
+    if how.controls is not None and how.batchnorm == 'domain':
+        extra = list(how.load(_controls_of(sites, how.controls, how.domain)))
+    whole = how.pool_sites is None or how.pool_sites >= len(sites)
+    if how.batchnorm == 'domain' and pool is None and whole: # the pooling pass has the outputs already
+        batches = list(how.load(sites))
+        out = [torch.cat(BatchNormMode(how.model, 'domain').pool(batches+extra, f)[:len(batches)]).cpu()
+               for f in forwards]
+        return how.combine(torch.stack(out)).numpy()
+    modes = _pooled(forwards, sites, how, pool, extra)
+    return torch.cat([_in_modes(modes, forwards, b, how) for b in how.load(sites)]).numpy() # nothing has to be kept
+
+def _in_modes(modes, forwards, batch, how):
+    views = []
+    for bn, f in zip(modes, forwards):
+        with bn: views.append(f(*batch))
+    return how.combine(views).cpu()
+
+# %% ../../nbs/47_predict.sites.ipynb #b339e9b8
+def _shares(forwards, own, guests, how):
+    "Outputs of the sites whose statistics count, and of those that ride along under what all the others have together"
+    outputs = _batch_outputs if how.batchnorm == 'batch' else _domain_outputs
+    yield ~guests, outputs(forwards, own[~guests], how)
+    if not guests.any(): return
+    pooled = how._replace(batchnorm='domain') if how.batchnorm == 'batch' else how
+    yield guests, _domain_outputs(forwards, own[guests], pooled, pool=own[~guests])
+
+def _warn_of_single_well(own, how):
+    if how.batchnorm == 'running' or own.id_code.nunique() > 1 or how.controls is not None: return
+    warnings.warn(f'{own.id_code.iloc[0]} is the only well of its {how.domain}: statistics of one well are its own '
+                  'content, and take part of its phenotype away')
+
+def _progress(n, embed, batchnorm, progress):
+    "A bar over sites"
+    quiet = not progress or bool(os.environ.get('TQDM_DISABLE'))
+    return tqdm(total=n, desc=f'{"Embedding" if embed else "Predicting"}, {batchnorm} statistics', unit='site',
+                disable=True if quiet else None) # None: only where a terminal or notebook shows it
+
+# %% ../../nbs/47_predict.sites.ipynb #77df2c46
+def _outputs(learn, sites, batchnorm, domain, tta, controls, pool_sites, bs, progress, bagging=(), seed=0, embed=False,
+             keep_views=False, rides=None):
+    "Output of the network, float32 (N, K) or (N, E), domain by domain; (N, V, K) if single views are to be kept"
     _need_screen(learn, embed)
     domain, group = domain or learn.dls.train.domain or 'experiment', tta_group(tta)
     load = lambda s, n=bs: _raw_batches(learn, s, n)
     groups, out = _domains(sites, domain, batchnorm, learn.model), None
     rides = np.zeros(len(sites), bool) if rides is None else np.asarray(rides, bool)
-    bar = tqdm(total=len(sites), desc=f'{"Embedding" if embed else "Predicting"}, {batchnorm} statistics', unit='site',
-               disable=None if progress and not os.environ.get('TQDM_DISABLE') else True) # None: only where a terminal or notebook shows it
     complete_stats(learn.dls, sites, seed)
     if same := check_views(group, ViewTransform(learn.dls.train.after_batch.fs)): warnings.warn(same)
     learn.model.to(learn.dls.device)
-    combine = _combiner(learn, group, embed, keep_views)
-    with torch.no_grad(), bar:
+    how = _Pass(learn.model, batchnorm, domain, controls, pool_sites, load, _combiner(learn, group, embed, keep_views),
+                bagging or [bs], bool(bagging), seed)
+    with torch.no_grad(), _progress(len(sites), embed, batchnorm, progress) as bar:
         for rows in groups:
             own = sites.iloc[rows]
-            prepare = _prepare(learn) # shared, because views have steps in common
-            forwards = [_forward(learn, v, prepare, embed) for v in group.views()]
-            if _compares_with_controls(learn.model):
-                reference = next(load(_sample(_controls_of(own, controls, 'experiment'), 32), 32))
-                forwards = [_beside(f, reference) for f in forwards]
-            if batchnorm!='running' and own.id_code.nunique()==1 and controls is None:
-                warnings.warn(f'{own.id_code.iloc[0]} is the only well of its {domain}: statistics of one well are its own content, and take part of its phenotype away')
-            guests = rides[rows] if not rides[rows].all() else np.zeros(len(rows), bool) # there is nobody else to ride with
-            for mine, y in _shares(forwards, learn.model, own, guests, batchnorm, domain, controls, pool_sites, load, combine, bagging or [bs], bool(bagging), seed):
+            forwards = _forwards(learn, own, group, embed, controls, load)
+            _warn_of_single_well(own, how)
+            guests = rides[rows] if not rides[rows].all() else np.zeros(len(rows), bool) # a ride needs others
+            for mine, y in _shares(forwards, own, guests, how):
                 if out is None: out = np.zeros((len(sites), *y.shape[1:]), np.float32)
                 out[rows[mine]] = y
             bar.update(len(own))
     return out
-
-def _shares(forwards, model, own, guests, batchnorm, domain, controls, pool_sites, load, combine, sizes, shuffle, seed):
-    "Outputs of the sites whose statistics count, and of those that ride along: where there are batches, under what all the others have together"
-    hosts, args = ~guests, (domain, controls, pool_sites, load, combine)
-    if batchnorm=='batch': yield hosts, _batch_outputs(forwards, model, own[hosts], load, sizes, shuffle, seed, combine)
-    else: yield hosts, _domain_outputs(forwards, model, own[hosts], batchnorm, *args)
-    if guests.any(): yield guests, _domain_outputs(forwards, model, own[guests], 'domain' if batchnorm=='batch' else batchnorm, *args, pool=own[hosts])
-
-def _sample(sites, n): return sites.iloc[np.linspace(0, len(sites)-1, min(n, len(sites))).round().astype(int)]
-
-def _batch_outputs(forwards, model, sites, load, sizes, shuffle, seed, combine):
-    "Mean over passes with batches of `sizes`, each batch with its own statistics; shuffled if there are several passes"
-    out, n, rng = torch.zeros(()), len(sites), np.random.default_rng(seed)
-    for size in sizes:
-        rows = rng.permutation(n) if shuffle else np.arange(n)
-        even = -(-n//-(-n//size)) # no small batch at the end, whose statistics would be poor
-        batches = list(load(sites.iloc[rows], even))
-        with BatchNormMode(model, 'batch'): y = combine(torch.stack([torch.cat([f(*b) for b in batches]) for f in forwards])).cpu()
-        out = out + y[torch.as_tensor(np.argsort(rows))]
-    return (out/len(sizes)).numpy()
-
-def _domain_outputs(forwards, model, sites, batchnorm, domain, controls, pool_sites, load, combine, pool=None):
-    "Combined views under statistics of the domain (of the sites, or of other ones of it), of its controls, or running ones"
-    beside = [] if controls is None or batchnorm!='domain' else list(load(_controls_of(sites, controls, domain)))
-    if batchnorm=='domain' and pool is None and (pool_sites is None or pool_sites >= len(sites)): # the pooling pass has the outputs already
-        batches = list(load(sites))
-        out = [torch.cat(BatchNormMode(model, batchnorm).pool(batches+beside, f)[:len(batches)]).cpu() for f in forwards]
-        return combine(torch.stack(out)).numpy()
-    modes = [BatchNormMode(model, batchnorm) for _ in forwards]
-    if batchnorm in ('domain', 'controls'):
-        if batchnorm=='controls': pool = _controls_of(sites, controls, domain)
-        elif pool is None: pool = sites
-        reference = list(load(_sample(pool, pool_sites or len(pool))))
-        for bn, f in zip(modes, forwards): bn.pool(reference+beside, f)
-    def outputs(b):
-        views = []
-        for bn, f in zip(modes, forwards):
-            with bn: views.append(f(*b))
-        return combine(views).cpu()
-    return torch.cat([outputs(b) for b in load(sites)]).numpy() # batch by batch: nothing has to be kept
 
 # %% ../../nbs/47_predict.sites.ipynb #c14d92fe
 def embed_sites(
     learn:Learner, # from `screen_learner`, `train_run` or `load_run`
     sites:pd.DataFrame, # sites, labelled or not
     batchnorm:str='domain', # 'running', 'batch', 'domain' or 'controls'
-    domain:str|None=None, # 'cell_type', 'experiment', 'plate' or 'screen' (all sites together); by default that of the training batches, else 'experiment'
-    tta:int|str|TTA=1, # views per site, whose embeddings are averaged: a number, a name among `tta_presets`, or a group
+    domain:str|None=None, # 'cell_type', 'experiment', 'plate' or 'screen' (all); None: as in training, or 'experiment'
+    tta:int|str|TTA=1, # views per site, whose embeddings are averaged: a number, a name among `tta_presets`, a group
     controls:pd.DataFrame=None, # control sites, for batchnorm 'controls' or to be pooled with the domain
     pool_sites:int=None, # pool statistics over at most so many sites of a domain; None: all
     bs:int=64, # batch size
     progress:bool=True, # show a progress bar?
-    rides:np.ndarray=None # (N,) bool: sites that are looked at under the statistics of the others; None: the statistics are those of all
+    rides:np.ndarray=None # (N,) bool: sites that are looked at under the statistics of the others; None: no site
 ) -> np.ndarray: # float32 (N, E)
     """What the classifier sees of each site.
 
-    Raises: as `predict_sites`.
-    """
-    _check_prediction(sites, batchnorm, domain, tta, (), None, 0., controls)
+    Raises: as `predict_sites`."""
+    _check_prediction(sites, batchnorm, domain, tta, controls=controls)
     return _outputs(learn, sites, batchnorm, domain, tta, controls, pool_sites, bs, progress, embed=True, rides=rides)
 
+# %% ../../nbs/47_predict.sites.ipynb #90c318fd
 def _labelled(learn):
     "The labelled treatment sites that a learner trains on"
     s = learn.dls.train_ds.items
-    s = s[s.sirna.notna() & (s.well_type=='treatment')]
-    if not len(s): raise ValueError('postprocess compares with labelled sites, and this learner has none: give `reference`')
-    return s
+    s = s[s.sirna.notna() & (s.well_type == 'treatment')]
+    if len(s): return s
+    raise ValueError('postprocess compares with labelled sites, and this learner has none: give `reference`')
 
-def _postprocessed(learn, name, sites, reference, controls, **kwargs):
-    "Scores (N, K) of cosines to class centres after `name`; embeddings of all tables come from one pass, so that domains are pooled whole"
-    target = getattr(learn.dls.train, 'target_name', 'sirna')
-    if target!='sirna': raise ValueError(f'postprocess compares with the centres of siRNAs, and this learner predicts {target}')
-    tables = [sites, reference] + ([controls] if controls is not None else [])
-    rides = np.repeat([False, False, True][:len(tables)], [len(s) for s in tables]) # controls are in the statistics beside the others
-    x = np.split(_outputs(learn, pd.concat(tables, ignore_index=True), controls=controls, embed=True, rides=rides, **kwargs), np.cumsum([len(s) for s in tables])[:-1])
-    found, classes = postprocess_embeddings(name, x[0], sites, x[1], reference, *((x[2], controls) if controls is not None else ()))
-    scores = np.full((len(sites), len(learn.dls.vocab)), -1., np.float32) # a class without a centre: as far away as can be
-    column = {c: i for i,c in enumerate(learn.dls.vocab)}
+def _at_vocab(found, classes, vocab):
+    "Scores (N, K) for the classes of the network; one without a centre is as far away as can be"
+    scores = np.full((len(found), len(vocab)), -1., np.float32)
+    column = {c: i for i,c in enumerate(vocab)}
     known = np.array([c in column for c in classes.tolist()])
     scores[:, [column[c] for c in classes[known].tolist()]] = found[:, known]
     return scores
 
+def _postprocessed(learn, name, sites, reference, controls, **kwargs):
+    "Scores (N, K) of cosines to class centres after `name`"
+    if reference is None: reference = _labelled(learn)
+    target = getattr(learn.dls.train, 'target_name', 'sirna')
+    if target != 'sirna':
+        raise ValueError(f'postprocess compares with the centres of siRNAs, and this learner predicts {target}')
+    tables = [sites, reference] + ([controls] if controls is not None else [])
+    # controls are in the statistics besides the others
+    rides = np.repeat([False, False, True][:len(tables)], [len(s) for s in tables])
+    y = _outputs(learn, pd.concat(tables, ignore_index=True), controls=controls, embed=True, rides=rides, **kwargs)
+    x = np.split(y, np.cumsum([len(s) for s in tables])[:-1])
+    fitted = (x[2], controls) if controls is not None else ()
+    return _at_vocab(*postprocess_embeddings(name, x[0], sites, x[1], reference, *fitted), learn.dls.vocab)
+
 # %% ../../nbs/47_predict.sites.ipynb #6a20e865
+def _head_logits(learn, sites, keep_views, **kwargs):
+    "Logits of the head (N, K), and those of the single views (V, N, K) if they are to be kept"
+    y = _outputs(learn, sites, keep_views=keep_views, **kwargs)
+    if not keep_views: return y, None
+    views = np.ascontiguousarray(y.swapaxes(0, 1))
+    return combine_views(torch.from_numpy(views), tta_group(kwargs['tta']), _activation(learn)).numpy(), views
+
+def _with_scores(learn, logits, scores, head_weight):
+    "Cosines at the scale of logits, mixed with those of the head if there are any"
+    if logits is None: return scores*getattr(learn.loss_func, 's', 16.)
+    return head_weight*logits + (1-head_weight)*scores*(logits.std()/max(scores.std(), 1e-6))
+
+def _scored(learn, sites, reference, bagging, postprocess, head_weight, seed, keep_views, **how):
+    "Logits (N, K) of the head, of the class centres, or of both; and those of the single views"
+    logits = views = None
+    if postprocess is None or head_weight:
+        logits, views = _head_logits(learn, sites, keep_views, bagging=bagging, seed=seed, **how)
+    if postprocess is None: return logits, views
+    return _with_scores(learn, logits, _postprocessed(learn, postprocess, sites, reference, **how), head_weight), views
+
+# %% ../../nbs/47_predict.sites.ipynb #7ae41b90
+def _how_made(learn, batchnorm, domain, tta, **others):
+    "The note of how predictions came about"
+    made = dict(level='site', batchnorm=batchnorm, domain=domain or learn.dls.train.domain or 'experiment',
+                tta=_tta_setting(tta))
+    made.update({k: v for k,v in others.items() if v})
+    if _activation(learn) != 'softmax': made['activation'] = _activation(learn)
+    return made
+
+# %% ../../nbs/47_predict.sites.ipynb #aa0808e2
 def predict_sites(
     learn:Learner, # from `screen_learner`, `train_run` or `load_run`
     sites:pd.DataFrame, # sites, labelled or not
     batchnorm:str='domain', # 'running', 'batch', 'domain' or 'controls'
-    domain:str|None=None, # 'cell_type', 'experiment', 'plate' or 'screen' (all sites together); by default that of the training batches, else 'experiment'
+    domain:str|None=None, # 'cell_type', 'experiment', 'plate' or 'screen' (all); None: as in training, or 'experiment'
     tta:int|str|TTA=1, # views per site: a number, a name among `tta_presets`, or a group
-    controls:pd.DataFrame=None, # control sites: for batchnorm 'controls', pooled with the domain for 'domain', or for 'tvn' and 'sphering'
+    # control sites for 'controls', 'sphering' and 'tvn'; pooled with the domain for 'domain'
+    controls:pd.DataFrame=None,
     pool_sites:int=None, # pool statistics over at most so many sites of a domain; None: all
     bs:int=64, # batch size; changes nothing but memory, except for batchnorm 'batch'
     progress:bool=True, # show a progress bar?
     bagging:Sequence[int]=(), # for 'batch': batch sizes of repeated shuffled passes, whose logits are averaged
-    postprocess:str=None, # 'centers', 'center_plate', 'center_experiment', 'sphering' or 'tvn': cosines to class centres; None: scores of the head
+    postprocess:str=None, # one of `postprocess_names`, for cosines to class centres; None: scores of the head
     reference:pd.DataFrame=None, # labelled sites for the class centres; by default those of the learner
-    head_weight:float=0., # share of the head's scores beside those of `postprocess`
+    head_weight:float=0., # share of the head's scores, besides those of `postprocess`
     seed:int=0, # of the shuffles of `bagging`
     keep_views:bool=False # keep the logits of each view, for `Predictions.combine`?
 ) -> Predictions: # of the sites, in their order
     """Scores of sites under named BatchNorm statistics.
 
-    Raises: ValueError for an unknown mode, a domain without controls, or nothing to predict; FileNotFoundError for a missing file.
-    Source: bagging over batch sizes, 44th place of the RCIC challenge; plate-centred embeddings, its 2nd place; TVN, Ando et al. (2017).
-    """
-    _check_prediction(sites, batchnorm, domain, tta, bagging, postprocess, head_weight, controls)
-    common = dict(batchnorm=batchnorm, domain=domain, tta=tta, pool_sites=pool_sites, bs=bs, progress=progress)
-    if keep_views and (bagging or postprocess): raise ValueError(f'keep_views keeps one pass of the head: not with {"bagging" if bagging else "postprocess"}')
-    logits = views = None
-    if postprocess is None or head_weight: logits = _outputs(learn, sites, controls=controls, bagging=bagging, seed=seed, keep_views=keep_views, **common)
-    if keep_views:
-        views = np.ascontiguousarray(logits.swapaxes(0, 1))
-        logits = combine_views(torch.from_numpy(views), tta_group(tta), _activation(learn)).numpy()
-    if postprocess is not None:
-        scores = _postprocessed(learn, postprocess, sites, _labelled(learn) if reference is None else reference, controls, **common)
-        # cosines come to the scale of the logits they are mixed with
-        if logits is not None: logits = head_weight*logits + (1-head_weight)*scores*(logits.std()/max(scores.std(), 1e-6))
-        else: logits = scores*getattr(learn.loss_func, 's', 16.)
-    made = dict(level='site', batchnorm=batchnorm, domain=domain or learn.dls.train.domain or 'experiment', tta=_tta_setting(tta))
-    made.update({k: v for k,v in dict(bagging=list(bagging), postprocess=postprocess, head_weight=head_weight).items() if v})
-    if _activation(learn)!='softmax': made['activation'] = _activation(learn)
-    return Predictions(sites.site_id, np.asarray(list(learn.dls.vocab)), logits, made, views, [v.name for v in tta_group(tta).views()] if keep_views else ())
+    Raises: ValueError for a mode, domain or site that does not fit; FileNotFoundError for a missing file.
+    Source: bagging, 44th place of RCIC; plate centres, its 2nd place; TVN, Ando et al. 2017, doi:10.1101/161422."""
+    _check_prediction(sites, batchnorm, domain, tta, bagging, postprocess, head_weight, controls, keep_views)
+    how = dict(batchnorm=batchnorm, domain=domain, tta=tta, controls=controls, pool_sites=pool_sites, bs=bs,
+               progress=progress)
+    logits, views = _scored(learn, sites, reference, bagging, postprocess, head_weight, seed, keep_views, **how)
+    made = _how_made(learn, batchnorm, domain, tta, bagging=list(bagging), postprocess=postprocess,
+                     head_weight=head_weight)
+    names = [v.name for v in tta_group(tta).views()] if keep_views else ()
+    return Predictions(sites.site_id, np.asarray(list(learn.dls.vocab)), logits, made, views, names)

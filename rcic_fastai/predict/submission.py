@@ -23,23 +23,30 @@ def _some(ids, n=3):
     return ', '.join(ids[:n]) + (f' and {len(ids)-n} more' if len(ids) > n else '')
 
 def _read_table(table, name, columns, screen=None, ids=()):
-    "A table (or the CSV file it is in) with the numbers of its rows as index, and its name for messages; in a file the header is row 1."
+    """A table (or the CSV file it is in) with the numbers of its rows as index, and its name for messages.
+
+    In a file the header is row 1."""
     if isinstance(table, pd.DataFrame): rows = table.reset_index(drop=True)
     else: rows, name = read_well_table(table, screen, ids).set_index('row').drop(columns='file'), str(table)
-    if missing := [c for c in columns if c not in rows]: raise ValueError(f'{name}: column {missing[0]} is missing, it has {list(rows.columns)}')
+    if missing := [c for c in columns if c not in rows]:
+        raise ValueError(f'{name}: column {missing[0]} is missing, it has {list(rows.columns)}')
     return rows, name
 
 def _check_ids(ids, name):
     ids = ids.astype(object) if isinstance(ids, pd.Series) else pd.Series(np.asarray(ids, dtype=object))
     if (lost := ids.isna() | ids.eq('')).any(): ids = ids.mask(lost)
     if ids.isna().any(): raise ValueError(f'{name}: row {ids.isna().idxmax()} has no id_code')
-    if ids.duplicated().any(): raise ValueError(f'{name}: {_some(ids[ids.duplicated()].unique())} occurs more than once')
+    if ids.duplicated().any():
+        raise ValueError(f'{name}: {_some(ids[ids.duplicated()].unique())} occurs more than once')
     return ids
 
 def _compare_ids(ids, name, expected, expected_name):
-    if missing := set(expected) - set(ids): raise ValueError(f'{name}: {len(missing)} wells of {expected_name} are missing: {_some(missing)}')
-    if extra := set(ids) - set(expected): raise ValueError(f'{name}: {len(extra)} wells are not in {expected_name}: {_some(extra)}')
+    if missing := set(expected) - set(ids):
+        raise ValueError(f'{name}: {len(missing)} wells of {expected_name} are missing: {_some(missing)}')
+    if extra := set(ids) - set(expected):
+        raise ValueError(f'{name}: {len(extra)} wells are not in {expected_name}: {_some(extra)}')
 
+# %% ../../nbs/45_predict.submission.ipynb #f706e577
 def _check_labels(labels, ids, name):
     labels = pd.Series(labels)
     if len(labels) != len(ids): raise ValueError(f'{name}: {len(labels)} sirna for {len(ids)} id_code')
@@ -47,22 +54,30 @@ def _check_labels(labels, ids, name):
     numbers = whole_numbers(labels)
     if (bad := numbers.isna()).any():
         row = bad.idxmax()
-        raise ValueError(f'{name}: row {row} ({ids[row]}): sirna is {str(labels[row]) or "empty"}, expected an integer from 0 on')
+        raise ValueError(f'{name}: row {row} ({ids[row]}): sirna is {str(labels[row]) or "empty"}, expected an integer '
+                         'from 0 on')
     return numbers.astype(int)
 
 def check_submission_path(
     path:str|Path, # file that is to be written
     sample:str|Path|pd.DataFrame=None # sample submission, whose ids an earlier submission has too
 ) -> Path: # the same
-    "Refuse to replace a file that is no submission, or one of other wells. Raises: FileExistsError."
+    """Refuse to replace a file that is no submission, or one of other wells.
+
+    Raises: FileExistsError."""
     path = Path(path)
     if not path.is_file() or not path.stat().st_size: return path
     with path.open('rb') as f: head = f.readline(1000).decode('utf-8-sig', 'replace')
-    if [c.strip(' "\r\n') for c in head.split(',')] not in (['id_code', 'sirna'], ['id_code', 'sirna', 'treatment'], ['Id', 'Predicted']):
-        raise FileExistsError(f'{path} is no submission (a table of id_code,sirna or Id,Predicted), and only such a file is replaced: delete it, or give another name')
-    if sample is not None and _first_column(path)!=_first_column(sample): raise FileExistsError(f'{path} has other ids than the sample submission, and only a submission of the same ids is replaced: delete it, or give another name')
+    if [c.strip(' "\r\n') for c in head.split(',')] not in (['id_code', 'sirna'], ['id_code', 'sirna', 'treatment'],
+                                                            ['Id', 'Predicted']):
+        raise FileExistsError(f'{path} is no submission (a table of id_code,sirna or Id,Predicted), and only such a '
+                              'file is replaced: delete it, or give another name')
+    if sample is not None and _first_column(path) != _first_column(sample):
+        raise FileExistsError(f'{path} has other ids than the sample submission, and only a submission of the same ids '
+                              'is replaced: delete it, or give another name')
     return path
 
+# %% ../../nbs/45_predict.submission.ipynb #cf8de32f
 def _first_column(table):
     "The ids of a table, in any order"
     if isinstance(table, pd.DataFrame): return set(table.iloc[:, 0].astype(str))
@@ -72,7 +87,8 @@ def _first_column(table):
 def write_submission(
     id_codes:ArrayLike, # (W,) str: wells, in any order
     sirnas:ArrayLike, # (W,) int: siRNA number of each well (a class number, if classes are numbered like the siRNAs)
-    sample_submission:str|Path|pd.DataFrame, # CSV file or DataFrame whose id_code column gives the wells and their order
+    # CSV file or DataFrame whose id_code column gives the wells and their order
+    sample_submission:str|Path|pd.DataFrame,
     path:str|Path, # file to write
 ) -> Path: # the file written
     """Write `id_code,sirna` in the order of the sample submission, all of it or nothing.
@@ -83,7 +99,8 @@ def write_submission(
     order, ids = _check_ids(sample['id_code'], sample_name), _check_ids(np.asarray(id_codes), 'submission')
     labels = _check_labels(sirnas, ids, 'submission')
     _compare_ids(ids, 'submission', order, sample_name)
-    out = pd.DataFrame({'id_code': order, 'sirna': pd.Series(labels.to_numpy(), index=ids.to_numpy())[order.to_numpy()].to_numpy()})
+    out = pd.DataFrame({'id_code': order, 'sirna': pd.Series(labels.to_numpy(),
+                                                             index=ids.to_numpy())[order.to_numpy()].to_numpy()})
     return write_whole(path, lambda p: out.to_csv(p, index=False))
 
 # %% ../../nbs/45_predict.submission.ipynb #2a24a9a0
@@ -92,9 +109,13 @@ def _numbered(table): return 'sirna' in table and bool(whole_numbers(table['sirn
 def _check_names(table, ids, name):
     "Names of treatments, none of them unknown"
     column = 'treatment' if 'treatment' in table else 'sirna'
-    if column not in table: raise ValueError(f'{name}: column sirna or treatment is missing, it has {[c for c in table if c not in ("file", "row")]}')
-    names = pd.Series(table[column].to_numpy(object), index=ids.index).map(lambda v: '' if pd.isna(v) else str(v).strip())
-    if (names=='').any(): raise ValueError(f'{name}: row {(row := (names=="").idxmax())} ({ids[row]}) has no {column}')
+    if column not in table:
+        raise ValueError(f'{name}: column sirna or treatment is missing, it has '
+                         f'{[c for c in table if c not in ("file", "row")]}')
+    names = pd.Series(table[column].to_numpy(object),
+                      index=ids.index).map(lambda v: '' if pd.isna(v) else str(v).strip())
+    if (names == '').any():
+        raise ValueError(f'{name}: row {(row := (names=="").idxmax())} ({ids[row]}) has no {column}')
     return names
 
 def _labels_alike(tables, screen):
@@ -104,19 +125,22 @@ def _labels_alike(tables, screen):
     if all(_numbered(t) for t, _, _ in tables): return [_check_labels(t['sirna'], ids, name) for t, ids, name in tables]
     if screen is None or 'treatment' not in screen.wells:
         a, b = sorted(tables, key=lambda t: _numbered(t[0]) and 'treatment' not in t[0])
-        raise ValueError(f'{b[2]} has the numbers of treatments and {a[2]} their names: the screen (--data) says which is which')
+        raise ValueError(f'{b[2]} has the numbers of treatments and {a[2]} their names: the screen (--data) says which '
+                         'is which')
     names = screen.wells.dropna(subset=['sirna', 'treatment']).drop_duplicates('sirna').set_index('sirna').treatment
     def by_name(table, ids, name):
         numbers = _check_labels(table['sirna'], ids, name)
         return numbers.map(names).fillna(numbers.astype(str)) # a number that the screen does not have is no name of it
     return [by_name(*t) if n is None else n for t, n in zip(tables, named)]
 
+# %% ../../nbs/45_predict.submission.ipynb #9a53f8e2
 def _hits(submission, truth, screen=None):
     "Wells with `experiment`, `cell_type` and whether the submission is right, in the order of the truth."
     submission, name = _read_table(submission, 'submission', ['id_code'])
     ids = _check_ids(submission['id_code'], name)
     truth, truth_name = _read_table(truth, 'truth', ['id_code'], screen, ids)
-    if truth.attrs.get('plate_map'): truth = truth[truth.id_code.isin(ids)] # it has controls and wells of other splits too
+    # it has controls and wells of other splits too
+    if truth.attrs.get('plate_map'): truth = truth[truth.id_code.isin(ids)]
     true_ids = _check_ids(truth['id_code'], truth_name)
     _compare_ids(ids, name, true_ids, truth_name)
     if not len(true_ids): raise ValueError(f'{truth_name}: there are no wells to score')
@@ -124,7 +148,8 @@ def _hits(submission, truth, screen=None):
     labels = pd.Series(labels.to_numpy(), index=ids.to_numpy())[true_ids.to_numpy()].to_numpy()
     experiment = true_ids.astype(str).str.rsplit('_', n=2).str[0]
     cell_type = experiment.str.rsplit('-', n=1).str[0]
-    return pd.DataFrame({'id_code': true_ids, 'experiment': experiment, 'cell_type': cell_type, 'right': labels == true.to_numpy()})
+    return pd.DataFrame({'id_code': true_ids, 'experiment': experiment, 'cell_type': cell_type,
+                         'right': labels == true.to_numpy()})
 
 def treatment_numbers(
     wells:pd.DataFrame, # wells, perhaps with names in the column `treatment`
@@ -134,6 +159,7 @@ def treatment_numbers(
     named = wells.dropna(subset=['treatment', 'sirna']).drop_duplicates('treatment')
     return dict(zip(named.treatment, named.sirna.astype(int)))
 
+# %% ../../nbs/45_predict.submission.ipynb #e83728ec
 def merge_truth(
     wells:pd.DataFrame, # wells with `id_code` and `sirna`
     truth:str|Path|pd.DataFrame, # CSV file or DataFrame with id_code and sirna, of some of the wells or of more
@@ -141,22 +167,28 @@ def merge_truth(
 ) -> pd.DataFrame: # the wells, with the siRNAs that were unknown
     """Fill in what a truth says of the wells whose siRNA is unknown; those that are known stay.
 
-    Raises: FileNotFoundError; ValueError naming the row of a label that is none, a repeated well or a truth that contradicts a known one, or if none of the wells is in it.
-    """
+    Raises: FileNotFoundError; ValueError naming the row of a label that is none, a repeated well or a truth that
+    contradicts a known one, or if none of the wells is in it."""
     rows, name = _read_table(truth, 'truth', ['id_code'])
     ids = _check_ids(rows['id_code'], name)
-    if 'sirna' not in rows and numbers and 'treatment' in rows: rows = rows.assign(sirna=rows.treatment.map(lambda t: numbers.get(t, t)))
+    if 'sirna' not in rows and numbers and 'treatment' in rows:
+        rows = rows.assign(sirna=rows.treatment.map(lambda t: numbers.get(t, t)))
     if 'sirna' not in rows: raise ValueError(f'{name}: column sirna is missing, it has {list(rows.columns)}')
     said = rows.sirna[~is_unknown(rows.sirna.astype(object))]
-    true = pd.Series(_check_labels(said, ids[said.index], name).to_numpy(), index=ids[said.index].to_numpy()).reindex(wells.id_code)
-    if true.isna().all(): raise ValueError(f'{name}: none of its {len(ids):,} wells is among the {len(wells):,} wells here, such as {wells.id_code.iloc[0]}')
+    true = pd.Series(_check_labels(said, ids[said.index], name).to_numpy(),
+                     index=ids[said.index].to_numpy()).reindex(wells.id_code)
+    if true.isna().all():
+        raise ValueError(f'{name}: none of its {len(ids):,} wells is among the {len(wells):,} wells here, such as '
+                         f'{wells.id_code.iloc[0]}')
     known = pd.Series(wells.sirna.to_numpy(), index=wells.id_code).astype('Float64')
     other = (known.notna() & true.notna() & (known.fillna(-1) != true.fillna(-1))).to_numpy(bool)
     if other.any():
         i = wells.id_code[other].iloc[0]
-        raise ValueError(f'{name}: row {ids.index[ids == i][0]} ({i}): sirna is {true[i]:.0f}, and the screen says {known[i]:.0f}')
+        raise ValueError(f'{name}: row {ids.index[ids == i][0]} ({i}): sirna is {true[i]:.0f}, and the screen says '
+                         f'{known[i]:.0f}')
     return wells.assign(sirna=known.fillna(true.astype('Float64')).astype('Int64').to_numpy())
 
+# %% ../../nbs/45_predict.submission.ipynb #82e0ae59
 def score_submission(
     submission:str|Path|pd.DataFrame, # CSV file or DataFrame with id_code and sirna (numbers) or treatment (names)
     truth:str|Path|pd.DataFrame, # the same, or with well, plate and treatment as in a plate map
@@ -164,10 +196,11 @@ def score_submission(
 ) -> float: # accuracy, 0 to 1
     """Share of the wells whose siRNA, or treatment, is right.
 
-    Raises: ValueError that names wells which only one of the two has, repeated wells and labels that are no siRNA numbers.
-    """
+    Raises: ValueError that names wells which only one of the two has, repeated wells and labels that are no siRNA
+    numbers."""
     return float(_hits(submission, truth, screen)['right'].mean())
 
+# %% ../../nbs/45_predict.submission.ipynb #b82cca11
 def score_table(
     submission:str|Path|pd.DataFrame, # as for `score_submission`
     truth:str|Path|pd.DataFrame, # as for `score_submission`

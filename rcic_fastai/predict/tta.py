@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fastai.vision.augment import RandTransform
+from fastcore.basics import patch
 from fasttransform import Pipeline
 from torch import Tensor
 
@@ -32,12 +33,28 @@ class TTAView(NamedTuple):
     symmetry:int=0 # 0-7, as in `dihedral`
     crop:int=0 # number of the window; 0: in the middle, others at random places, the same for every image
     seed:int=0 # number of the draw of the random augmentations; 0: none
-    share:float|None=None # side of the window as a share of the image's, for networks that see whole images; None: the whole image
+    # side of the window as a share of the image's, for networks that see whole images; None: the whole image
+    share:float|None=None
 
     @property
-    def name(self): return f'd4={self.symmetry} crop={self.crop} seed={self.seed}' + (f' share={self.share:.3g}' if self.share else '')
+    def name(self):
+        return f'd4={self.symmetry} crop={self.crop} seed={self.seed}' + (f' share={self.share:.3g}' if self.share
+                                                                          else '')
 
 # %% ../../nbs/45_predict.tta.ipynb #6bc38ea4
+def _check_group(tta):
+    def check(ok, what, expected):
+        if not ok: raise ValueError(f'{what} is {getattr(tta, what)!r}, expected {expected}')
+    check(tta.d4 in (1, 2, 4, 8), 'd4', '1, 2, 4 or 8, the symmetries that form a group')
+    check(1 <= tta.crops <= 64, 'crops', '1 to 64 windows')
+    check(1 <= tta.seeds <= 64, 'seeds', '1 to 64 draws')
+    check(tta.crop_size is None or 0 < tta.crop_size <= 1, 'crop_size',
+          "a share of the image's side, above 0 and at most 1")
+    check(tta.combine in ('mean', 'max'), 'combine', "'mean' or 'max'")
+    check(0 <= tta.plain_weight <= 1, 'plain_weight', 'a share from 0 to 1')
+    check(tta.space in (None, 'logit', 'probability'), 'space', "'logit', 'probability' or None")
+    check(tta.n is None or 1 <= tta.n <= 64, 'n', '1 to 64 views')
+
 @dataclass(frozen=True)
 class TTA:
     """Views of an image, symmetries x windows x draws, and how their scores are combined.
@@ -47,33 +64,32 @@ class TTA:
     d4:int=8 # symmetries: 1 (none), 2 (left-right), 4 (of a rectangle) or 8 (of the square)
     crops:int=1 # windows: the one in the middle first, then random places
     seeds:int=1 # draws of the random augmentations of training: first none, then a fixed draw for each image
-    crop_size:float|None=None # side of a window as a share of the image's; networks that were trained on windows keep theirs
+    # side of a window as a share of the image's; networks that were trained on windows keep theirs
+    crop_size:float|None=None
     combine:str='mean' # 'mean' or 'max'
     plain_weight:float=0. # share of the plain view in the result, beside the combination of all views
-    space:str|None=None # what is combined: 'logit' or 'probability'; None: logits for the mean of softmax networks, otherwise probabilities
+    # what is combined: 'logit' or 'probability'; None: logits for the mean of softmax networks, otherwise probabilities
+    space:str|None=None
     n:int|None=None # instead of the product: so many views, the v-th in symmetry v % 8 and through window v
 
     def __post_init__(self):
-        def check(ok, what, expected):
-            if not ok: raise ValueError(f'{what} is {getattr(self, what)!r}, expected {expected}')
-        check(self.d4 in (1, 2, 4, 8), 'd4', '1, 2, 4 or 8, the symmetries that form a group')
-        check(1 <= self.crops <= 64, 'crops', '1 to 64 windows')
-        check(1 <= self.seeds <= 64, 'seeds', '1 to 64 draws')
-        check(self.crop_size is None or 0 < self.crop_size <= 1, 'crop_size', "a share of the image's side, above 0 and at most 1")
-        check(self.combine in ('mean', 'max'), 'combine', "'mean' or 'max'")
-        check(0 <= self.plain_weight <= 1, 'plain_weight', 'a share from 0 to 1')
-        check(self.space in (None, 'logit', 'probability'), 'space', "'logit', 'probability' or None")
-        check(self.n is None or 1 <= self.n <= 64, 'n', '1 to 64 views')
-
-    def views(self) -> list[TTAView]: # the plain one first
-        "The views of the group."
-        if self.n: return [TTAView(v % 8, v, 0, self.crop_size) for v in range(self.n)]
-        return [TTAView(d, c, s, self.crop_size) for s in range(self.seeds) for c in range(self.crops) for d in range(self.d4)]
+        _check_group(self)
 
     def __len__(self): return len(self.views())
-    def changes(self) -> dict: # JSON; `TTA(**changes)` gives it back
-        "The settings that are not the default."
-        return {k: v for k,v in asdict(self).items() if v!=getattr(TTA, k)}
+
+# %% ../../nbs/45_predict.tta.ipynb #b689bae6
+@patch
+def views(self:TTA) -> list[TTAView]: # the plain one first
+    "The views of the group."
+    if self.n: return [TTAView(v % 8, v, 0, self.crop_size) for v in range(self.n)]
+    return [TTAView(d, c, s, self.crop_size) for s in range(self.seeds) for c in range(self.crops)
+            for d in range(self.d4)]
+
+# %% ../../nbs/45_predict.tta.ipynb #a78d551d
+@patch
+def changes(self:TTA) -> dict: # JSON; `TTA(**changes)` gives it back
+    "The settings that are not the default."
+    return {k: v for k,v in asdict(self).items() if v != getattr(TTA, k)}
 
 # %% ../../nbs/45_predict.tta.ipynb #3965ed0c
 tta_presets = {
@@ -97,7 +113,8 @@ def tta_group(
         return TTA(n=tta)
     if isinstance(tta, dict):
         known = [f.name for f in fields(TTA)]
-        if unknown := [k for k in tta if k not in known]: raise ValueError(f'tta has no setting {unknown[0]!r}, expected some of {", ".join(known)}')
+        if unknown := [k for k in tta if k not in known]:
+            raise ValueError(f'tta has no setting {unknown[0]!r}, expected some of {", ".join(known)}')
         return TTA(**tta)
     if tta in tta_presets: return tta_presets[tta]
     near = get_close_matches(str(tta), tta_presets, 1)
@@ -115,7 +132,8 @@ def window(
     Raises: ValueError if it does not fit.
     """
     room = torch.tensor(x.shape[-2:]) - size
-    if (room < 0).any(): raise ValueError(f'windows of {size} pixels do not fit into images of {x.shape[-2]}x{x.shape[-1]}')
+    if (room < 0).any():
+        raise ValueError(f'windows of {size} pixels do not fit into images of {x.shape[-2]}x{x.shape[-1]}')
     share = torch.rand(2, generator=torch.Generator().manual_seed(place)) if place else torch.full((2,), .5)
     top, left = (share*(room+1)).long().minimum(room).tolist()
     return x[..., top:top+size, left:left+size]
@@ -127,6 +145,7 @@ def image_keys(
     "Numbers that the random augmentations of images are drawn from."
     return torch.tensor([zlib.crc32(str(n).encode()) for n in names], dtype=torch.int64)
 
+# %% ../../nbs/45_predict.tta.ipynb #54ec4bcc
 class ViewTransform:
     "The views of raw batches, by the batch transforms of training."
     def __init__(self,
@@ -136,50 +155,58 @@ class ViewTransform:
         self.windows = [t for t in tfms if isinstance(t, RandomSquareCrop)]
         rest = [t for t in tfms if not isinstance(t, RandomSquareCrop)]
         drawn = [self._reseedable(t) if isinstance(t, RandTransform) else t for t in rest if not isinstance(t, D4)]
-        self.draws = any(isinstance(t, RandTransform) for t in drawn) # is there anything random besides symmetries and windows?
+        # is there anything random besides symmetries and windows?
+        self.draws = any(isinstance(t, RandTransform) for t in drawn)
         self.as_validated, self.as_trained = Pipeline(rest, split_idx=1), Pipeline(drawn, split_idx=0)
         self._kept:tuple = None # of the last batch: the symmetries of a window and a draw share all but the last step
 
     @staticmethod
     def _reseedable(t):
-        "A copy that draws from torch's generator, so that neither the parameters nor the generator of the one in training change"
+        "A copy that draws from torch's generator: the one in training keeps its parameters and its generator"
         own = copy(t)
         if getattr(own, 'generator', None) is not None: own.generator = None
-        if getattr(vars(t).get('before_call'), '__self__', None) is t: own.before_call = MethodType(t.before_call.__func__, own) # fastai 2.8.9 binds it
+        # fastai 2.8.9 binds it
+        if getattr(vars(t).get('before_call'), '__self__', None) is t:
+            own.before_call = MethodType(t.before_call.__func__, own)
         return own
 
-    def __call__(self,
-        x:Tensor, # raw images, uint8 (B, C, H, W), of the type that the transforms dispatch on
-        context:Tensor, # int (B, 3) or wider
-        view:TTAView=TTAView(),
-        keys:Tensor=None # int (B,) from `image_keys`; by default the number of the row
-    ) -> tuple[Tensor, Tensor]: # float (B, C, h, w) in memory order; the context
-        """The batch as one view shows it.
+# %% ../../nbs/45_predict.tta.ipynb #b5620b32
+@patch
+def __call__(self:ViewTransform,
+    x:Tensor, # raw images, uint8 (B, C, H, W), of the type that the transforms dispatch on
+    context:Tensor, # int (B, 3) or wider
+    view:TTAView=TTAView(),
+    keys:Tensor=None # int (B,) from `image_keys`; by default the number of the row
+) -> tuple[Tensor, Tensor]: # float (B, C, h, w) in memory order; the context
+    """The batch as one view shows it.
 
-        Raises: ValueError if a window does not fit into the images.
-        """
-        upright = view._replace(symmetry=0)
-        if keys is None or self._kept is None or self._kept[0] is not keys or self._kept[1]!=upright:
-            self._kept = keys, upright, *self._upright(x, context, view, torch.arange(len(x)) if keys is None else keys)
-        *_, x, context = self._kept
-        return dihedral(x, view.symmetry).contiguous(), context
+    Raises: ValueError if a window does not fit into the images.
+    """
+    upright = view._replace(symmetry=0)
+    if keys is None or self._kept is None or self._kept[0] is not keys or self._kept[1] != upright:
+        self._kept = keys, upright, *self._upright(x, context, view, torch.arange(len(x)) if keys is None else keys)
+    *_, x, context = self._kept
+    return dihedral(x, view.symmetry).contiguous(), context
 
-    def _upright(self, x, context, view, keys):
-        "The batch before it is flipped or turned"
-        place = view.crop + 64*view.seed
-        for t in self.windows: x = window(x, t.size, place)
-        x, context = self._drawn(x, context, view.seed, keys) if view.seed else self.as_validated((x, context))
-        # cut after resizing, so that a window has the scale of whole images
-        if view.share and not self.windows: x = window(x, max(1, round(view.share*min(x.shape[-2:]))), place)
-        return x, context
+@patch
+def _upright(self:ViewTransform, x, context, view, keys):
+    "The batch before it is flipped or turned"
+    place = view.crop + 64*view.seed
+    for t in self.windows: x = window(x, t.size, place)
+    x, context = self._drawn(x, context, view.seed, keys) if view.seed else self.as_validated((x, context))
+    # cut after resizing, so that a window has the scale of whole images
+    if view.share and not self.windows: x = window(x, max(1, round(view.share*min(x.shape[-2:]))), place)
+    return x, context
 
-    def _drawn(self, x, context, seed, keys):
-        rows = []
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            for i, key in enumerate(keys.tolist()):
-                torch.manual_seed(zlib.crc32(f'{seed}/{key}'.encode())) # only 32 bits count
-                rows.append(self.as_trained((x[i:i+1], context[i:i+1])))
-        return tuple(torch.cat(column) for column in zip(*rows))
+# %% ../../nbs/45_predict.tta.ipynb #46b4d384
+@patch
+def _drawn(self:ViewTransform, x, context, seed, keys):
+    rows = []
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        for i, key in enumerate(keys.tolist()):
+            torch.manual_seed(zlib.crc32(f'{seed}/{key}'.encode())) # only 32 bits count
+            rows.append(self.as_trained((x[i:i+1], context[i:i+1])))
+    return tuple(torch.cat(column) for column in zip(*rows))
 
 def check_views(
     group:TTA, # that is asked for
@@ -190,21 +217,27 @@ def check_views(
     Raises: ValueError for several windows of a network that sees whole images, without `crop_size`.
     """
     if group.crops > 1 and group.crop_size is None and not transform.windows:
-        raise ValueError(f'tta takes {group.crops} windows, but this network sees whole images: give crop_size, their side as a share of the image, such as 2/3')
+        raise ValueError(f'tta takes {group.crops} windows, but this network sees whole images: give crop_size, their '
+                         'side as a share of the image, such as 2/3')
     if group.seeds > 1 and not transform.draws and not transform.windows:
-        return f'tta repeats {group.seeds} draws, but this network was trained without random augmentations besides symmetries: the draws are all the same'
+        return (f'tta repeats {group.seeds} draws, but this network was trained without random augmentations '
+                'besides symmetries: the draws are all the same')
     return None
 
 # %% ../../nbs/45_predict.tta.ipynb #025bc24a
 def _over_views(logs, group, flip=False):
-    "Combination of logarithms (V, N, K); `flip` where they are those of the complement, whose smallest is the maximum's"
-    if group.combine=='mean': out = logs.logsumexp(0) - torch.tensor(float(len(logs))).log()
+    """Combination of logarithms (V, N, K)
+
+    `flip` where they are those of the complement, whose smallest is the maximum's"""
+    if group.combine == 'mean': out = logs.logsumexp(0) - torch.tensor(float(len(logs))).log()
     else: out = logs.amin(0) if flip else logs.amax(0)
     w = torch.tensor(group.plain_weight, dtype=logs.dtype, device=logs.device)
     return torch.logaddexp(w.log() + logs[0], (1-w).log() + out) if group.plain_weight else out
 
+# %% ../../nbs/45_predict.tta.ipynb #54dabd5b
 def combine_views(
-    y:Tensor|list[Tensor], # logits (V, N, K), in the order of `group.views()`; a list of V tensors (N, K) is averaged without a copy of all
+    # logits (V, N, K), in the order of `group.views()`; a list of V tensors (N, K) is averaged without a copy of all
+    y:Tensor|list[Tensor],
     group:TTA, # how
     activation:str='softmax' # 'softmax' (one class per image) or 'sigmoid' (several labels)
 ) -> Tensor: # logits (N, K)
@@ -212,14 +245,16 @@ def combine_views(
 
     Raises: ValueError if there are not as many as views in the group, or for an unknown activation.
     """
-    if len(y)!=len(group): raise ValueError(f'logits of {len(y)} views for a group of {len(group)}')
-    if activation not in ('softmax', 'sigmoid'): raise ValueError(f"activation is {activation!r}, expected 'softmax' or 'sigmoid'")
-    if len(y)==1: return y[0]
-    space = group.space or ('probability' if activation=='sigmoid' or group.combine=='max' else 'logit') # logits of two views may differ by a constant
-    if space=='logit':
-        if group.combine=='max': out = (torch.stack(y) if isinstance(y, list) else y).amax(0)
+    if len(y) != len(group): raise ValueError(f'logits of {len(y)} views for a group of {len(group)}')
+    if activation not in ('softmax', 'sigmoid'):
+        raise ValueError(f"activation is {activation!r}, expected 'softmax' or 'sigmoid'")
+    if len(y) == 1: return y[0]
+    # logits of two views may differ by a constant
+    space = group.space or ('probability' if activation == 'sigmoid' or group.combine == 'max' else 'logit')
+    if space == 'logit':
+        if group.combine == 'max': out = (torch.stack(y) if isinstance(y, list) else y).amax(0)
         else: out = sum(y[1:], y[0])/len(y) if isinstance(y, list) else y.mean(0)
         return group.plain_weight*y[0] + (1-group.plain_weight)*out if group.plain_weight else out
     y = torch.stack(y) if isinstance(y, list) else y
-    if activation=='softmax': return _over_views(y.log_softmax(-1), group)
+    if activation == 'softmax': return _over_views(y.log_softmax(-1), group)
     return _over_views(F.logsigmoid(y), group) - _over_views(F.logsigmoid(-y), group, flip=True)

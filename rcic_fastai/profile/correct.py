@@ -14,37 +14,46 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 # %% ../../nbs/40_profile.correct.ipynb #9370070b
-def _as_rows(x, name='x', features=None)->np.ndarray:
+def _as_rows(x, name='x', features=None) -> np.ndarray:
     "`x` as a float array of two dimensions without nan; float32 stays float32"
     x = np.asarray(x)
-    if x.ndim!=2: raise ValueError(f'{name} has shape {x.shape}, expected (rows, features)')
+    if x.ndim != 2: raise ValueError(f'{name} has shape {x.shape}, expected (rows, features)')
     if x.dtype not in (np.float32, np.float64): x = x.astype(np.float64)
-    if features is not None and x.shape[1]!=features: raise ValueError(f'{name} has {x.shape[1]} features, expected {features} as in fit')
-    if len(bad := np.flatnonzero(~np.isfinite(x).all(1))): raise ValueError(f'{name}: row {bad[0]} holds nan or inf ({len(bad):,} such rows of {len(x):,})')
+    if features is not None and x.shape[1] != features:
+        raise ValueError(f'{name} has {x.shape[1]} features, expected {features} as in fit')
+    if len(bad := np.flatnonzero(~np.isfinite(x).all(1))):
+        raise ValueError(f'{name}: row {bad[0]} holds nan or inf ({len(bad):,} such rows of {len(x):,})')
     return x
 
-def _as_labels(labels, n, name)->np.ndarray:
+def _as_labels(labels, n, name) -> np.ndarray:
     "One label per row, none missing: int64, or str"
     labels = pd.Series(labels).infer_objects().reset_index(drop=True)
-    if len(labels)!=n: raise ValueError(f'{name} has {len(labels):,} entries for {n:,} rows of the embeddings')
-    if labels.isna().any(): raise ValueError(f'{name}: row {labels.isna().idxmax()} is missing; keep only the rows where it is known')
-    whole = pd.api.types.is_float_dtype(labels) and (labels%1==0).all() # integers that a missing value elsewhere made floats
-    return labels.to_numpy(np.int64) if whole or pd.api.types.is_integer_dtype(labels) else labels.astype(str).to_numpy().astype(str)
+    if len(labels) != n: raise ValueError(f'{name} has {len(labels):,} entries for {n:,} rows of the embeddings')
+    if labels.isna().any():
+        raise ValueError(f'{name}: row {labels.isna().idxmax()} is missing; keep only the rows where it is known')
+    # integers that a missing value elsewhere made floats
+    whole = pd.api.types.is_float_dtype(labels) and (labels%1 == 0).all()
+    if whole or pd.api.types.is_integer_dtype(labels): return labels.to_numpy(np.int64)
+    return labels.astype(str).to_numpy().astype(str)
 
-def _column(sites, name, n)->np.ndarray:
-    if name not in sites: raise ValueError(f'the table of sites has no column {name!r}, only {", ".join(map(str, sites.columns))}')
+def _column(sites, name, n) -> np.ndarray:
+    if name not in sites:
+        raise ValueError(f'the table of sites has no column {name!r}, only {", ".join(map(str, sites.columns))}')
     return _as_labels(sites[name], n, name)
 
-def _plates(sites, n)->np.ndarray:
+def _plates(sites, n) -> np.ndarray:
     "Plate 1 of one experiment is not plate 1 of another"
-    return np.char.add(np.char.add(_column(sites, 'experiment', n).astype(str), '/'), _column(sites, 'plate', n).astype(str))
+    return np.char.add(np.char.add(_column(sites, 'experiment', n).astype(str), '/'),
+                       _column(sites, 'plate', n).astype(str))
 
+# %% ../../nbs/40_profile.correct.ipynb #bb9ba6cb
 def _group_means(x, codes, n_groups):
     "(n_groups, F) float64 mean of the rows of each group, as one product with a sparse matrix"
     members = csr_array((np.ones(len(x)), (codes, np.arange(len(x)))), shape=(n_groups, len(x)))
@@ -54,7 +63,7 @@ def _group_means(x, codes, n_groups):
 def center_by(
     x:ArrayLike, # (N, F) float embeddings
     groups:ArrayLike, # (N,) label of each row, e.g. its plate
-)->np.ndarray: # (N, F), dtype of `x`
+) -> np.ndarray: # (N, F), dtype of `x`
     """Subtract from every row the mean of its group.
 
     Raises: ValueError if the lengths differ, a group is missing or a row is not finite.
@@ -63,10 +72,11 @@ def center_by(
     codes, found = pd.factorize(_as_labels(groups, len(x), 'groups'))
     return (x - _group_means(x, codes, len(found))[codes]).astype(x.dtype)
 
+# %% ../../nbs/40_profile.correct.ipynb #6a2104b1
 def well_means(
     x:ArrayLike, # (S, F) float embeddings of sites
     ids:ArrayLike, # (S,) well of each site (`sites.id_code`)
-)->tuple[np.ndarray, np.ndarray]: # (W, F) means, dtype of `x`; (W,) ids of the wells in order of first appearance
+) -> tuple[np.ndarray, np.ndarray]: # (W, F) means, dtype of `x`; (W,) ids of the wells in order of first appearance
     "Mean over the sites of each well; `sites.drop_duplicates('id_code')` is the table of the result."
     x = _as_rows(x)
     codes, wells = pd.factorize(_as_labels(ids, len(x), 'ids'))
@@ -93,21 +103,25 @@ class _InverseRoot(NamedTuple):
         return self.rest*d + ((d@self.axes.T)*(self.gain-self.rest))@self.axes
 
 def _positive(value, name):
-    if not value>0: raise ValueError(f'{name} is {value}, expected a number above 0')
+    if not value > 0: raise ValueError(f'{name} is {value}, expected a number above 0')
 
-def _as_controls(x)->np.ndarray:
+def _as_controls(x) -> np.ndarray:
     x = _as_rows(x, 'controls').astype(np.float64)
-    if len(x)<2: raise ValueError(f'{len(x)} rows of controls have no covariance; at least 2 are needed, and many more are better')
+    if len(x) < 2:
+        raise ValueError(f'{len(x)} rows of controls have no covariance; at least 2 are needed, and many more are '
+                         'better')
     return x
 
+# %% ../../nbs/40_profile.correct.ipynb #8b994a65
 class Sphering(TransformerMixin, BaseEstimator):
-    """ZCA whitening fitted on controls: `(x - mean) @ (cov + regularization*v*I)**-.5`, `v` the mean variance of a feature.
+    """ZCA whitening fitted on controls.
 
+    `(x - mean) @ (cov + regularization*v*I)**-.5`, `v` the mean variance of a feature.
     Being relative, the regularization means the same for embeddings of any scale.
     Shape: (N, F) to (N, F), dtype kept.
     Raises: ValueError for fewer than 2 controls, another number of features, nan.
-    Source: Kessy, Lewin and Strimmer 2018 (ZCA), doi:10.1080/00031305.2016.1277159; on controls of image-based profiles:
-    Moshkov et al. 2024, doi:10.1038/s41467-024-45999-1, and pycytominer's `Spherize`."""
+    Source: Kessy, Lewin and Strimmer 2018 (ZCA), doi:10.1080/00031305.2016.1277159; on controls of image-based
+    profiles: Moshkov et al. 2024, doi:10.1038/s41467-024-45999-1, and pycytominer's `Spherize`."""
     def __init__(self,
         regularization:float=1e-2, # ridge, as a share of the mean variance of a feature among the controls; above 0
     ): self.regularization = regularization
@@ -115,7 +129,7 @@ class Sphering(TransformerMixin, BaseEstimator):
     def fit(self,
         controls:ArrayLike, # (C, F) float embeddings of control wells
         y:ArrayLike=None, # ignored; the signature of scikit-learn
-    )->'Sphering':
+    ) -> 'Sphering':
         "Measure mean and covariance of the controls."
         _positive(self.regularization, 'regularization')
         self.root_ = _InverseRoot.fit(_as_controls(controls), self.regularization, relative=True)
@@ -123,7 +137,7 @@ class Sphering(TransformerMixin, BaseEstimator):
 
     def transform(self,
         x:ArrayLike, # (N, F) float embeddings
-    )->np.ndarray: # (N, F)
+    ) -> np.ndarray: # (N, F)
         "Whiten any embeddings by the statistics of the controls."
         check_is_fitted(self)
         x = _as_rows(x, features=len(self.root_.mean))
@@ -131,111 +145,133 @@ class Sphering(TransformerMixin, BaseEstimator):
 
 # %% ../../nbs/40_profile.correct.ipynb #868296f6
 class TVN(BaseEstimator):
-    """Typical variation normalisation: z-score, principal components and z-score on the controls, then every batch aligned on its own.
+    """Typical variation normalisation.
 
+    Z-score, principal components and z-score on the controls, then every batch aligned on its own.
     A batch of which `fit` and `fit_batches` saw fewer than 2 controls is aligned by all controls, with a warning.
     Shape: (N, F) to (N, R); R is at most `n_components` and the rank of the controls. Dtype kept.
     Raises: ValueError for lengths that differ, nan, too few controls.
-    Source: Ando, McLean and Berndl 2017, doi:10.1101/161422; the alignment is CORAL, Sun, Feng and Saenko 2016, arXiv:1511.05547."""
+    Source: Ando, McLean and Berndl 2017, doi:10.1101/161422; the alignment is CORAL, Sun, Feng and Saenko 2016,
+    arXiv:1511.05547."""
     def __init__(self,
         regularization:float=.5, # added to the diagonal of every batch's covariance, whose own size is about 1
         n_components:int=None, # principal components to keep; None: all that the controls span
     ): self.regularization, self.n_components = regularization, n_components
 
-    def fit(self,
-        controls:ArrayLike, # (C, F) float embeddings of controls
-        batch:ArrayLike, # (C,) batch of each, e.g. its experiment
-    )->'TVN':
-        "Fit the common steps on all controls, and the alignment of each batch."
-        _positive(self.regularization, 'regularization')
-        x = _as_controls(controls)
-        self.mean_, std = x.mean(0), x.std(0, ddof=1)
-        self.scale_ = np.where(std>1e-9*(np.abs(self.mean_)+std.max()), std, 1.) # a dead feature is left alone
-        _,s,axes = np.linalg.svd((x-self.mean_)/self.scale_, full_matrices=False)
-        rank = max(int((s > max(x.shape)*np.finfo(np.float32).eps*s[0]).sum()), 1) # beyond it: rounding, which step 3 would blow up
-        std = np.maximum(s/np.sqrt(len(x)-1), np.finfo(float).tiny)
-        self.components_ = (axes/std[:,None])[:min(self.n_components or rank, rank)]
-        self.all_ = _InverseRoot.fit(self._components(x), self.regularization)
-        self.batches_:dict[str, _InverseRoot] = {}
-        return self.fit_batches(controls, batch)
+# %% ../../nbs/40_profile.correct.ipynb #c900ad41
+@patch
+def fit(self:TVN,
+    controls:ArrayLike, # (C, F) float embeddings of controls
+    batch:ArrayLike, # (C,) batch of each, e.g. its experiment
+) -> TVN:
+    "Fit the common steps on all controls, and the alignment of each batch."
+    _positive(self.regularization, 'regularization')
+    x = _as_controls(controls)
+    self.mean_, std = x.mean(0), x.std(0, ddof=1)
+    self.scale_ = np.where(std > 1e-9*(np.abs(self.mean_)+std.max()), std, 1.) # a dead feature is left alone
+    _,s,axes = np.linalg.svd((x-self.mean_)/self.scale_, full_matrices=False)
+    # beyond it: rounding, which step 3 would blow up
+    rank = max(int((s > max(x.shape)*np.finfo(np.float32).eps*s[0]).sum()), 1)
+    std = np.maximum(s/np.sqrt(len(x)-1), np.finfo(float).tiny)
+    self.components_ = (axes/std[:,None])[:min(self.n_components or rank, rank)]
+    self.all_ = _InverseRoot.fit(self._components(x), self.regularization)
+    self.batches_ = {} # alignment of each batch
+    return self.fit_batches(controls, batch)
 
-    def fit_batches(self,
-        controls:ArrayLike, # (C, F) float embeddings of controls
-        batch:ArrayLike, # (C,) batch of each; one that is known already is fitted anew
-    )->'TVN':
-        "Learn the alignment of more batches; the common steps stay as they are."
-        check_is_fitted(self, 'components_')
-        controls = _as_rows(controls, 'controls', len(self.mean_))
-        batch, y = _as_labels(batch, len(controls), 'batch').astype(str), self._components(controls)
-        for b in np.unique(batch):
-            if (batch==b).sum()>1: self.batches_[str(b)] = _InverseRoot.fit(y[batch==b], self.regularization)
-        return self
+# %% ../../nbs/40_profile.correct.ipynb #aaee1473
+@patch
+def fit_batches(self:TVN,
+    controls:ArrayLike, # (C, F) float embeddings of controls
+    batch:ArrayLike, # (C,) batch of each; one that is known already is fitted anew
+) -> TVN:
+    "Learn the alignment of more batches; the common steps stay as they are."
+    check_is_fitted(self, 'components_')
+    controls = _as_rows(controls, 'controls', len(self.mean_))
+    batch, y = _as_labels(batch, len(controls), 'batch').astype(str), self._components(controls)
+    for b in np.unique(batch):
+        if (batch == b).sum() > 1: self.batches_[str(b)] = _InverseRoot.fit(y[batch == b], self.regularization)
+    return self
 
-    def _components(self, x): return ((x-self.mean_)/self.scale_)@self.components_.T
+# %% ../../nbs/40_profile.correct.ipynb #2deed0dd
+@patch
+def _components(self:TVN, x): return ((x-self.mean_)/self.scale_)@self.components_.T
 
-    def transform(self,
-        x:ArrayLike, # (N, F) float embeddings
-        batch:ArrayLike, # (N,) batch of each row
-    )->np.ndarray: # (N, R)
-        "Normalise any embeddings; rows do not influence each other."
-        check_is_fitted(self, 'components_')
-        x = _as_rows(x, features=len(self.mean_))
-        batch, y = _as_labels(batch, len(x), 'batch').astype(str), self._components(x)
-        names = np.unique(batch)
-        if few := [str(b) for b in names if b not in self.batches_]:
-            warnings.warn(f'{len(few)} of {len(names)} batches have fewer than 2 controls and are aligned by all controls: {", ".join(few[:5])}', stacklevel=2)
-        for b in names: y[batch==b] = self.batches_.get(b, self.all_)(y[batch==b])
-        return y.astype(x.dtype)
+@patch
+def transform(self:TVN,
+    x:ArrayLike, # (N, F) float embeddings
+    batch:ArrayLike, # (N,) batch of each row
+) -> np.ndarray: # (N, R)
+    "Normalise any embeddings; rows do not influence each other."
+    check_is_fitted(self, 'components_')
+    x = _as_rows(x, features=len(self.mean_))
+    batch, y = _as_labels(batch, len(x), 'batch').astype(str), self._components(x)
+    names = np.unique(batch)
+    if few := [str(b) for b in names if b not in self.batches_]:
+        warnings.warn(f'{len(few)} of {len(names)} batches have fewer than 2 controls and are aligned by all '
+                      f'controls: {", ".join(few[:5])}', stacklevel=2)
+    for b in names: y[batch == b] = self.batches_.get(b, self.all_)(y[batch == b])
+    return y.astype(x.dtype)
 
 # %% ../../nbs/40_profile.correct.ipynb #56bc1e2e
 def _unit(x):
     norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return x/np.where(norm>0, norm, 1)
+    return x/np.where(norm > 0, norm, 1)
 
 class ClassCentres(BaseEstimator):
     """Cosine of each row to the mean embedding of every class in the row's stratum.
 
-    A class that is absent from a stratum, and every class of an unseen stratum, is represented by its mean over all rows.
+    A class that is absent from a stratum, and every class of an unseen stratum, is represented by its mean over all
+    rows.
     Shape: rows (N, F), scores (N, K) in [-1, 1], in the order of `classes_` (sorted).
     Raises: ValueError for lengths that differ, missing labels, nan.
-    Source: 2nd place of kaggle.com/c/recursion-cellular-image-classification, cosine to the class centres of each cell type."""
-    def fit(self,
-        x:ArrayLike, # (N, F) float embeddings
-        y:ArrayLike, # (N,) class of each row, int or str
-        strata:ArrayLike=None, # (N,) stratum of each row, e.g. its cell type; None: one for all
-    )->'ClassCentres':
-        "Average the embeddings of each class in each stratum."
-        x = _as_rows(x)
-        if not len(x): raise ValueError('x has no rows: there are no classes to average')
-        self.classes_, codes = np.unique(_as_labels(y, len(x), 'y'), return_inverse=True)
-        strata = self._strata(strata, len(x))
-        self.overall_ = _unit(_group_means(x, codes, len(self.classes_)))
-        self.centres_ = {}
-        for s in np.unique(strata):
-            found, local = np.unique(codes[strata==s], return_inverse=True)
-            self.centres_[str(s)] = centres = self.overall_.copy()
-            centres[found] = _unit(_group_means(x[strata==s], local, len(found)))
-        return self
+    Source: 2nd place of kaggle.com/c/recursion-cellular-image-classification, cosine to the class centres of each cell
+    type."""
 
-    def _strata(self, strata, n)->np.ndarray: return np.full(n, '') if strata is None else _as_labels(strata, n, 'strata').astype(str)
+# %% ../../nbs/40_profile.correct.ipynb #4d555cd6
+@patch
+def fit(self:ClassCentres,
+    x:ArrayLike, # (N, F) float embeddings
+    y:ArrayLike, # (N,) class of each row, int or str
+    strata:ArrayLike=None, # (N,) stratum of each row, e.g. its cell type; None: one for all
+) -> ClassCentres:
+    "Average the embeddings of each class in each stratum."
+    x = _as_rows(x)
+    if not len(x): raise ValueError('x has no rows: there are no classes to average')
+    self.classes_, codes = np.unique(_as_labels(y, len(x), 'y'), return_inverse=True)
+    strata = self._strata(strata, len(x))
+    self.overall_ = _unit(_group_means(x, codes, len(self.classes_)))
+    self.centres_ = {}
+    for s in np.unique(strata):
+        found, local = np.unique(codes[strata == s], return_inverse=True)
+        self.centres_[str(s)] = centres = self.overall_.copy()
+        centres[found] = _unit(_group_means(x[strata == s], local, len(found)))
+    return self
 
-    def decision_function(self,
-        x:ArrayLike, # (N, F) float embeddings
-        strata:ArrayLike=None, # (N,) stratum of each row
-    )->np.ndarray: # (N, K) float64 cosines
-        "Score of every class for every row."
-        check_is_fitted(self, 'centres_')
-        x = _as_rows(x, features=self.overall_.shape[1])
-        strata, scores = self._strata(strata, len(x)), np.empty((len(x), len(self.classes_)))
-        for s in np.unique(strata): scores[strata==s] = _unit(x[strata==s])@self.centres_.get(s, self.overall_).T
-        return scores
+# %% ../../nbs/40_profile.correct.ipynb #50364b13
+@patch
+def _strata(self:ClassCentres, strata, n) -> np.ndarray:
+    return np.full(n, '') if strata is None else _as_labels(strata, n, 'strata').astype(str)
 
-    def predict(self,
-        x:ArrayLike, # (N, F) float embeddings
-        strata:ArrayLike=None, # (N,) stratum of each row
-    )->np.ndarray: # (N,) class
-        "The class with the nearest centre."
-        return self.classes_[self.decision_function(x, strata).argmax(1)]
+@patch
+def decision_function(self:ClassCentres,
+    x:ArrayLike, # (N, F) float embeddings
+    strata:ArrayLike=None, # (N,) stratum of each row
+) -> np.ndarray: # (N, K) float64 cosines
+    "Score of every class for every row."
+    check_is_fitted(self, 'centres_')
+    x = _as_rows(x, features=self.overall_.shape[1])
+    strata, scores = self._strata(strata, len(x)), np.empty((len(x), len(self.classes_)))
+    for s in np.unique(strata): scores[strata == s] = _unit(x[strata == s])@self.centres_.get(s, self.overall_).T
+    return scores
+
+# %% ../../nbs/40_profile.correct.ipynb #f3854cf2
+@patch
+def predict(self:ClassCentres,
+    x:ArrayLike, # (N, F) float embeddings
+    strata:ArrayLike=None, # (N,) stratum of each row
+) -> np.ndarray: # (N,) class
+    "The class with the nearest centre."
+    return self.classes_[self.decision_function(x, strata).argmax(1)]
 
 # %% ../../nbs/40_profile.correct.ipynb #1e01e7bd
 postprocess_names = ('centers', 'center_plate', 'center_experiment', 'sphering', 'tvn')
@@ -243,28 +279,31 @@ postprocess_names = ('centers', 'center_plate', 'center_experiment', 'sphering',
 def _check_postprocess(name):
     if name in postprocess_names: return
     near = get_close_matches(str(name).lower(), postprocess_names, n=1, cutoff=.4)
-    raise ValueError(f'unknown postprocess {name!r}; ' + (f'did you mean {near[0]!r}?' if near else 'expected one of ' + ', '.join(postprocess_names)))
+    raise ValueError(f'unknown postprocess {name!r}; ' + (f'did you mean {near[0]!r}?' if near else 'expected one of '
+                                                          + ', '.join(postprocess_names)))
 
 def embedding_correction(
     name:str, # one of `postprocess_names`; 'centers' leaves embeddings as they are
     control_x:np.ndarray=None, # (C, F) float embeddings of controls, for 'sphering' and 'tvn'
     control_sites:pd.DataFrame|None=None, # (C,) table with `experiment`, for 'tvn'
-)->Callable: # function of (x, sites) that returns corrected (N, F') embeddings
+) -> Callable: # function of (x, sites) that returns corrected (N, F') embeddings
     """A correction of embeddings by its name, ready to be applied to any table of sites or wells.
 
     Raises: ValueError naming the nearest name, or for missing controls."""
     _check_postprocess(name)
-    if name=='centers': return lambda x, sites: _as_rows(x)
-    if name=='center_plate': return lambda x, sites: center_by(x, _plates(sites, len(x)))
-    if name=='center_experiment': return lambda x, sites: center_by(x, _column(sites, 'experiment', len(x)))
-    if control_x is None: raise ValueError(f'postprocess {name!r} is fitted on controls: give control_x and control_sites')
-    if name=='sphering':
+    if name == 'centers': return lambda x, sites: _as_rows(x)
+    if name == 'center_plate': return lambda x, sites: center_by(x, _plates(sites, len(x)))
+    if name == 'center_experiment': return lambda x, sites: center_by(x, _column(sites, 'experiment', len(x)))
+    if control_x is None:
+        raise ValueError(f'postprocess {name!r} is fitted on controls: give control_x and control_sites')
+    if name == 'sphering':
         sphering = Sphering().fit(control_x)
         return lambda x, sites: sphering.transform(x)
     if control_sites is None: raise ValueError("postprocess 'tvn' needs control_sites: the experiment of every control")
     tvn = TVN().fit(control_x, _column(control_sites, 'experiment', len(control_x)))
     return lambda x, sites: tvn.transform(x, _column(sites, 'experiment', len(x)))
 
+# %% ../../nbs/40_profile.correct.ipynb #112f80a3
 def postprocess_embeddings(
     name:str, # one of `postprocess_names`
     x:np.ndarray, # (N, F) float embeddings to score
@@ -273,9 +312,10 @@ def postprocess_embeddings(
     train_sites:pd.DataFrame, # their M rows, with `sirna`
     control_x:np.ndarray=None, # (C, F) float embeddings of controls, best of all experiments of both tables
     control_sites:pd.DataFrame|None=None, # their C rows
-)->tuple[np.ndarray, np.ndarray]: # (N, K) cosines; (K,) classes, the sorted siRNAs of `train_sites`
-    """Correct both tables the same way and score every siRNA by the cosine to its centre in the cell type; rows in, rows out.
+) -> tuple[np.ndarray, np.ndarray]: # (N, K) cosines; (K,) classes, the sorted siRNAs of `train_sites`
+    """Correct both tables the same way and score every siRNA by the cosine to its centre in the cell type.
 
+    Rows in, rows out.
     Raises: ValueError for an unknown name, missing controls, or a table that does not fit its embeddings."""
     correct = embedding_correction(name, control_x, control_sites)
     y, strata = _column(train_sites, 'sirna', len(train_x)), _column(train_sites, 'cell_type', len(train_x))

@@ -29,10 +29,11 @@ class BatchProbe(NamedTuple):
     accuracy:float # cross-validated, 0 to 1
     chance:float # share of the most frequent label
 
+# %% ../../nbs/41_profile.metrics.ipynb #1aa09afb
 def _linear_probe(x, y, test):
     "Linear discriminant analysis: means of the classes, one covariance within them (Ledoit-Wolf)"
     mean, std = x.mean(0), x.std(0)
-    std = np.where(std>0, std, 1)
+    std = np.where(std > 0, std, 1)
     x, test = (x-mean)/std, (test-mean)/std
     classes, y = np.unique(y, return_inverse=True)
     centres = _group_means(x, y, len(classes))
@@ -40,30 +41,36 @@ def _linear_probe(x, y, test):
     w = np.linalg.solve(cov + 1e-6*np.eye(len(cov)), centres.T)
     return classes[(test@w - .5*(centres.T*w).sum(0) + np.log(np.bincount(y)/len(y))).argmax(1)]
 
+# %% ../../nbs/41_profile.metrics.ipynb #a67a6174
 def batch_probe(
     x:ArrayLike, # (N, F) float embeddings
     labels:ArrayLike, # (N,) what to tell: plate, experiment, cell type
     folds:int=5, # of cross-validation; fewer if a label has fewer groups
     seed:int=0, # of the folds
-    groups:ArrayLike=None, # (N,) rows that stay together and share a label, e.g. `sites.id_code`; None: every row on its own
-)->BatchProbe:
+    # (N,) rows that stay together and share a label, e.g. `sites.id_code`; None: every row on its own
+    groups:ArrayLike=None,
+) -> BatchProbe:
     """Cross-validated accuracy with which standardised embeddings tell a label, by linear discriminant analysis.
 
-    Embeddings centred by the label itself (or a part of it) score *below* chance: the mean of each label is 0, so the rows that train the
-    probe lie opposite to those that test it.
+    Embeddings centred by the label itself (or a part of it) score *below* chance: the mean of each label is 0, so the
+    rows that train the probe lie opposite to those that test it.
     Raises: ValueError if there is one label only, one that has a single group, or a group with two labels."""
     x = _as_rows(x).astype(np.float64)
     y = _as_labels(labels, len(x), 'labels')
-    table = pd.DataFrame({'group': np.arange(len(x)) if groups is None else _as_labels(groups, len(x), 'groups'), 'label': y})
+    table = pd.DataFrame({'group': np.arange(len(x)) if groups is None else _as_labels(groups, len(x), 'groups'),
+                          'label': y})
     units = table.drop_duplicates().reset_index(drop=True)
-    if (twice := units.group.duplicated()).any(): raise ValueError(f'group {units.group[twice.idxmax()]} has rows of two labels')
+    if (twice := units.group.duplicated()).any():
+        raise ValueError(f'group {units.group[twice.idxmax()]} has rows of two labels')
     sizes = units.label.value_counts()
-    if len(sizes)<2: raise ValueError(f'there is nothing to tell: labels has {len(sizes)} value')
-    if sizes.min()<2: raise ValueError(f'label {sizes.idxmin()} has 1 row or group, which cannot be in the training and the test part; leave it out')
+    if len(sizes) < 2: raise ValueError(f'there is nothing to tell: labels has {len(sizes)} value')
+    if sizes.min() < 2:
+        raise ValueError(f'label {sizes.idxmin()} has 1 row or group, which cannot be in the training and the test '
+                         'part; leave it out')
     split, right = StratifiedKFold(min(folds, int(sizes.min())), shuffle=True, random_state=seed), 0
     for _,held in split.split(units, units.label):
         test = table.group.isin(units.group[held]).to_numpy()
-        right += (_linear_probe(x[~test], y[~test], x[test])==y[test]).sum()
+        right += (_linear_probe(x[~test], y[~test], x[test]) == y[test]).sum()
     return BatchProbe(float(right/len(x)), float(pd.Series(y).value_counts(normalize=True).iloc[0]))
 
 # %% ../../nbs/41_profile.metrics.ipynb #765af437
@@ -89,53 +96,59 @@ def _retrieve(x, sites, chunk=256):
     for start in range(0, len(x), chunk): # a chunk of queries at a time bounds the memory
         part = slice(start, start+chunk)
         sim = (x[part]@x.T).round(12) # equal rows differ in the last bits otherwise
-        other = experiment[part,None]!=experiment
-        hit = other & (sirna[part,None]==sirna)
+        other = experiment[part,None] != experiment
+        hit = other & (sirna[part,None] == sirna)
         rows += [(start+i, *_ranks(sim[i], hit[i], other[i])) for i in np.flatnonzero(hit.any(1))]
     if not rows: raise ValueError('no siRNA occurs in two experiments: there are no replicates to find')
     return _Retrieval(*map(np.asarray, zip(*rows)))
 
+# %% ../../nbs/41_profile.metrics.ipynb #ee45b18b
 class ReplicateMAP(NamedTuple):
     "Mean over the siRNAs, and the table behind it."
     mean:float # 0 to 1
     table:pd.DataFrame # index `sirna`: `wells` (queries), `mAP`, `chance`
 
+# %% ../../nbs/41_profile.metrics.ipynb #e36667ac
 def _random_ap(n, hits):
     "Expected average precision of `hits` among `n` in random order"
     harmonic = np.concatenate([[0], np.cumsum(1/np.arange(1, n.max()+1))])[n]
     return (harmonic + (hits-1)/np.maximum(n-1, 1)*(n-harmonic))/n
 
 def _map(found, sites):
-    table = pd.DataFrame({'sirna': _column(sites, 'sirna', len(sites))[found.query], 'mAP': found.ap, 'chance': _random_ap(found.n, found.hits)})
+    table = pd.DataFrame({'sirna': _column(sites, 'sirna', len(sites))[found.query], 'mAP': found.ap,
+                          'chance': _random_ap(found.n, found.hits)})
     table = table.groupby('sirna').agg(wells=('mAP', 'size'), mAP=('mAP', 'mean'), chance=('chance', 'mean'))
     return ReplicateMAP(float(table.mAP.mean()), table)
 
 def replicate_map(
     x:ArrayLike, # (N, F) float embeddings, one row per well (`well_means`)
     sites:pd.DataFrame, # their N rows: `sirna` (all known), `experiment`
-)->ReplicateMAP: # mean over the siRNAs, and one row per siRNA
+) -> ReplicateMAP: # mean over the siRNAs, and one row per siRNA
     """Mean average precision of retrieving a well's siRNA by cosine among all wells of other experiments.
 
     `chance` is the exact expectation for a random order. To ask within one cell type, give its rows only.
     Raises: ValueError if a siRNA is missing, or none occurs in two experiments.
-    Source: Kalinin et al. 2025, doi:10.1038/s41467-025-60306-2 (package `copairs`: positives share the siRNA and differ in the experiment)."""
+    Source: Kalinin et al. 2025, doi:10.1038/s41467-025-60306-2 (package `copairs`: positives share the siRNA and differ
+    in the experiment)."""
     return _map(_retrieve(x, sites), sites)
 
+# %% ../../nbs/41_profile.metrics.ipynb #203a1d4e
 def _recall(found, k):
     # chance: one minus the probability that k draws without replacement miss all hits
     draws = lambda k: np.arange(k)[:,None]
     miss = lambda k: np.prod(np.clip((found.n-found.hits-draws(k))/np.maximum(found.n-draws(k), 1), 0, None), axis=0)
-    return pd.DataFrame({'recall': [(found.first<=i).mean() for i in k], 'chance': [1-miss(i).mean() for i in k]}, index=pd.Index(k, name='k'))
+    return pd.DataFrame({'recall': [(found.first <= i).mean() for i in k], 'chance': [1-miss(i).mean() for i in k]},
+                        index=pd.Index(k, name='k'))
 
 def knn_recall(
     x:ArrayLike, # (N, F) float embeddings, one row per well
     sites:pd.DataFrame, # their N rows: `sirna` (all known), `experiment`
     k:Sequence[int]=(1, 5, 10), # numbers of neighbours
-)->pd.DataFrame: # index k: `recall`, `chance`
+) -> pd.DataFrame: # index k: `recall`, `chance`
     """Share of wells whose k nearest neighbours outside their own experiment include the same siRNA.
 
     Raises: ValueError if a siRNA is missing, none occurs in two experiments, or k is below 1."""
-    if min(k)<1: raise ValueError(f'k holds {min(k)}, expected numbers of neighbours from 1 on')
+    if min(k) < 1: raise ValueError(f'k holds {min(k)}, expected numbers of neighbours from 1 on')
     return _recall(_retrieve(x, sites), list(k))
 
 # %% ../../nbs/41_profile.metrics.ipynb #7f548581
@@ -144,7 +157,7 @@ def embedding_report(
     sites:pd.DataFrame, # their N rows: `id_code`, `cell_type`, `experiment`, `plate`, `sirna`
     folds:int=5, # of the probes' cross-validation
     seed:int=0, # of their folds
-)->pd.DataFrame: # index `metric`: `value`, `chance`; nan where the table has no answer (one cell type, say)
+) -> pd.DataFrame: # index `metric`: `value`, `chance`; nan where the table has no answer (one cell type, say)
     """Replicate mAP, kNN recall and the probes for plate, experiment and cell type; sites of a well stay in one fold.
 
     Raises: ValueError for nan, a missing column or siRNA."""
@@ -152,14 +165,16 @@ def embedding_report(
     n, nan = len(x), (np.nan, np.nan)
     labels = {'plate': _plates(sites, n), **{c: _column(sites, c, n) for c in ('experiment', 'cell_type')}}
     ids, _ = _column(sites, 'id_code', n), _column(sites, 'sirna', n)
-    rows = dict.fromkeys(['replicate mAP', *(f'recall at {k}' for k in (1, 5, 10)), *(f'probe {c}' for c in labels)], nan)
+    rows = dict.fromkeys(['replicate mAP', *(f'recall at {k}' for k in (1, 5, 10)), *(f'probe {c}' for c in labels)],
+                         nan)
     with suppress(ValueError): # no replicates
         found = _retrieve(x, sites)
         mean, table = _map(found, sites)
         rows['replicate mAP'] = mean, table.chance.mean()
         for k,row in _recall(found, [1, 5, 10]).iterrows(): rows[f'recall at {k}'] = tuple(row)
     for c,y in labels.items():
-        with suppress(ValueError): rows[f'probe {c}'] = batch_probe(x, y, folds, seed, ids) # one label, or one with a single well
+        # one label, or one with a single well
+        with suppress(ValueError): rows[f'probe {c}'] = batch_probe(x, y, folds, seed, ids)
     return pd.DataFrame.from_dict(rows, orient='index', columns=['value', 'chance']).rename_axis('metric')
 
 # %% ../../nbs/41_profile.metrics.ipynb #e975beef
@@ -167,57 +182,69 @@ def to_anndata(
     x:ArrayLike, # (N, F) float embeddings
     sites:pd.DataFrame, # their N rows, any columns
     **uns, # what else to keep, e.g. run='runs/NAME'
-)->Any: # AnnData: X float32, obs all text, obs_names unique
-    """Embeddings and their table as `AnnData`; rows are named `site_id` if there is one, else `id_code`, numbered where it repeats.
+) -> Any: # AnnData: X float32, obs all text, obs_names unique
+    """Embeddings and their table as `AnnData`.
 
+    Rows are named `site_id` if there is one, else `id_code`, numbered where it repeats.
     Raises: ImportError if anndata is not installed; ValueError if the lengths differ."""
     try: import anndata
-    except ImportError as e: raise ImportError("to_anndata needs the package anndata: pip install 'rcic_fastai[phenomics]'") from e
+    except ImportError as e:
+        raise ImportError("to_anndata needs the package anndata: pip install 'rcic_fastai[phenomics]'") from e
     x = _as_rows(x)
     name = 'site_id' if 'site_id' in sites else 'id_code'
     ids = pd.Series(_column(sites, name, len(x)).astype(str))
     if ids.duplicated().any(): ids = ids + '_' + (ids.groupby(ids).cumcount()+1).astype(str)
     # object, not pandas' own string type, which files of AnnData do not hold
     obs = {str(c): [('unknown' if pd.isna(v) else str(v)) for v in sites[c]] for c in sites}
-    return anndata.AnnData(x.astype(np.float32), obs=pd.DataFrame(obs, index=pd.Index(ids.to_list(), dtype=object), dtype=object), uns=uns)
+    return anndata.AnnData(x.astype(np.float32), obs=pd.DataFrame(obs, index=pd.Index(ids.to_list(), dtype=object),
+                                                                  dtype=object), uns=uns)
 
 # %% ../../nbs/41_profile.metrics.ipynb #1b026212
 def project_2d(
     x:ArrayLike, # (N, F) float embeddings
     method:str='pca', # 'pca', 'tsne' or 'umap' (if umap-learn is installed)
     seed:int=0, # the same seed gives the same picture
-)->np.ndarray: # (N, 2) float64
+) -> np.ndarray: # (N, 2) float64
     """Coordinates in two dimensions; t-SNE and UMAP start from the first 50 principal components.
 
     Raises: ValueError for an unknown method or fewer than 5 rows; ImportError if umap-learn is missing."""
     x = _as_rows(x).astype(np.float64)
-    if method not in ('pca', 'tsne', 'umap'): raise ValueError(f"unknown method {method!r}, expected 'pca', 'tsne' or 'umap'")
-    if min(x.shape)<2 or len(x)<5: raise ValueError(f'x has shape {x.shape}, expected at least 5 rows of 2 features')
-    pcs = PCA(2 if method=='pca' else min(50, *x.shape), random_state=seed).fit_transform(x)
-    if method=='pca': return pcs
-    if method=='tsne': return TSNE(perplexity=min(30, (len(x)-1)/3), init='pca', random_state=seed).fit_transform(pcs).astype(np.float64)
+    if method not in ('pca', 'tsne', 'umap'):
+        raise ValueError(f"unknown method {method!r}, expected 'pca', 'tsne' or 'umap'")
+    if min(x.shape) < 2 or len(x) < 5:
+        raise ValueError(f'x has shape {x.shape}, expected at least 5 rows of 2 features')
+    pcs = PCA(2 if method == 'pca' else min(50, *x.shape), random_state=seed).fit_transform(x)
+    if method == 'pca': return pcs
+    if method == 'tsne':
+        return TSNE(perplexity=min(30, (len(x)-1)/3), init='pca',
+                    random_state=seed).fit_transform(pcs).astype(np.float64)
     try: from umap import UMAP
-    except ImportError as e: raise ImportError("method 'umap' needs the package umap-learn: pip install umap-learn, or use 'tsne'") from e
+    except ImportError as e:
+        raise ImportError("method 'umap' needs the package umap-learn: pip install umap-learn, or use 'tsne'") from e
     return UMAP(n_neighbors=min(15, len(x)-1), random_state=seed).fit_transform(pcs).astype(np.float64)
 
+# %% ../../nbs/41_profile.metrics.ipynb #18bf8dc7
 def plot_embedding(
     xy:ArrayLike, # (N, 2) float, from `project_2d`
     labels:ArrayLike, # (N,) what colours show
     ax:plt.Axes=None, # matplotlib axes; None: new ones
     title:str|None=None, # above the plot
     max_legend:int=12, # with more labels than this the legend only says how many
-)->plt.Axes: # the axes
+) -> plt.Axes: # the axes
     "Scatter plot coloured by label."
     xy = _as_rows(xy, 'xy', 2)
     labels = _as_labels(labels, len(xy), 'labels')
     if ax is None: _,ax = plt.subplots(figsize=(4, 3.4))
     names = np.unique(labels)
-    cmap = plt.get_cmap('tab10' if len(names)<=10 else 'tab20' if len(names)<=20 else 'nipy_spectral')
+    cmap = plt.get_cmap('tab10' if len(names) <= 10 else 'tab20' if len(names) <= 20 else 'nipy_spectral')
     dots = []
     for i,name in enumerate(names):
-        color = cmap(i) if len(names)<=20 else cmap((i+.5)/len(names))
-        dots.append(ax.scatter(xy[labels==name, 0], xy[labels==name, 1], s=8, color=color, alpha=.8, linewidths=0, label=plain_text(name)))
-    if len(names)<=max_legend: ax.legend(handles=dots, labels=[plain_text(n) for n in names], fontsize=7, markerscale=1.5, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
+        color = cmap(i) if len(names) <= 20 else cmap((i+.5)/len(names))
+        dots.append(ax.scatter(xy[labels == name, 0], xy[labels == name, 1], s=8, color=color, alpha=.8, linewidths=0,
+                               label=plain_text(name)))
+    if len(names) <= max_legend:
+        ax.legend(handles=dots, labels=[plain_text(n) for n in names], fontsize=7, markerscale=1.5, frameon=False,
+                  loc='center left', bbox_to_anchor=(1, .5))
     else: ax.text(.99, .01, f'{len(names)} labels', transform=ax.transAxes, ha='right', va='bottom', fontsize=7)
     ax.set(xticks=[], yticks=[], title=title and plain_text(title))
     return ax
