@@ -1,7 +1,10 @@
-"Backbones, first convolutions, heads, weights in and out. Nothing is downloaded: loaders are replaced, files are made here."
+"""Backbones, first convolutions, heads, weights in and out; what all heads, pools and rules share is in `test_contracts`.
+
+Nothing is downloaded: loaders are replaced, files are made here."""
 import copy
 import errno
 import io
+import itertools
 import os
 import pickle
 import socket
@@ -115,16 +118,8 @@ def test_repeat_sees_the_same_rgb_twice():
     torch.testing.assert_close(new(torch.cat([x, x], 1)), old(x))
     assert not torch.allclose(new(torch.cat([x, 0*x], 1)), old(x), atol=.1)
 
-@pytest.mark.parametrize('init', ['mean', 'repeat', 'zero'])
-@pytest.mark.parametrize('n', [3, 4, 5, 6, 9])
-def test_grey_images_stay(init, n):
-    old = conv(); new = patch_first_conv(copy.deepcopy(old), n, init)
-    x = torch.randn(2, 1, 20, 20)
-    torch.testing.assert_close(new(x.expand(-1, n, -1, -1)), old(x.expand(-1, 3, -1, -1)))
-
-@pytest.mark.parametrize('init', ['mean', 'repeat'])
-def test_fewer_channels_add_up(init):
-    for n in (1, 2): torch.testing.assert_close(channel_mixing(init, n).sum(0), torch.ones(3))
+def test_fewer_channels_add_up():
+    for init,n in itertools.product(('mean', 'repeat'), (1, 2)): torch.testing.assert_close(channel_mixing(init, n).sum(0), torch.ones(3))
 
 @pytest.mark.parametrize('init', ['mean', 'repeat'])
 def test_correlated_channels_keep_their_scale(init):
@@ -148,15 +143,9 @@ def test_random_has_the_fan_in_of_all_channels():
     assert abs(w.std()*(6*49/2)**.5 - 1) < .02 and not net[0].bias.any()
     assert not torch.allclose(w[:,:3], old)
 
-def test_patch_keeps_the_convolution():
-    net = conv(); before = net[0]
-    patch_first_conv(net, 6)
-    c = net[0]
-    assert c is before and (c.stride, c.padding, c.dilation, c.in_channels) == ((2,2), (1,1), (2,2), 6) and c.bias is not None
-    assert isinstance(c.weight, nn.Parameter) and c.weight.requires_grad and c(torch.randn(1, 6, 20, 20)).shape[1] == 8
-    w = c.weight
-    frozen = conv().requires_grad_(False)
-    assert not patch_first_conv(frozen, 6)[0].weight.requires_grad
+def test_a_second_patch_changes_nothing():
+    net = patch_first_conv(conv(), 6)
+    w = net[0].weight
     assert patch_first_conv(net, 6, 'random')[0].weight is w # six already
 
 def test_parallel_stems():
@@ -165,9 +154,6 @@ def test_parallel_stems():
 
 def test_patch_errors():
     with pytest.raises(ValueError, match="init is 'copy', expected one of mean, repeat, zero, random"): patch_first_conv(conv(), 6, 'copy')
-    with pytest.raises(ValueError, match='groups=3, expected 1'): patch_first_conv(nn.Conv2d(3, 6, 3, groups=3), 6)
-    with pytest.raises(ValueError, match='n_channels is 0'): patch_first_conv(conv(), 0)
-    with pytest.raises(ValueError, match='no nn.Conv2d'): patch_first_conv(nn.Linear(3, 4), 6)
 
 def test_default_init_follows_the_weights(tmp_path):
     torch.save(M._timm('resnet18', False).net.state_dict(), tmp_path/'w.pth')
@@ -266,10 +252,8 @@ def test_pools():
     torch.testing.assert_close(avg, x.mean((2,3)))
     torch.testing.assert_close(concat, AdaptiveConcatPool2d()(x).flatten(1))
     torch.testing.assert_close(concat, torch.cat([x.amax((2,3)), x.mean((2,3))], 1))
-    assert ScreenBody(Maps(), 'concat').n_features == 6
     torch.testing.assert_close(GeM(1.)(x).flatten(1), avg)
     torch.testing.assert_close(GeM(3.)(x).flatten(1), (x**3).mean((2,3))**(1/3))
-    assert GeM(3.)((x*200).half()).isfinite().all() # 200^3 does not fit into fp16
     with pytest.raises(ValueError, match="pool is 'max', expected one of avg, concat, gem"): ScreenBody(Maps(), 'max')
 
 def test_cosines():
@@ -298,27 +282,16 @@ def test_class_weights_are_spread():
     assert (w@w.T - torch.eye(277)).abs().max() < .15
     assert (CosineLinear(2048, 277).weight.norm(dim=1) - 1).abs().max() < .1
 
-@pytest.mark.parametrize('kind,classifier,embedding', [('linear','linear',10), ('cosine','linear',10), ('neck','linear',16),
-                                                       ('neck','cosine',16)])
-@pytest.mark.parametrize('n_cell_types', [0, 3])
-def test_heads(kind, classifier, embedding, n_cell_types):
-    head = create_screen_head(kind, 10, 5, n_hidden=16, dropout=.5, classifier=classifier, n_cell_types=n_cell_types).eval()
-    x,c = torch.randn(4, 10),context()
-    out,emb = head(x, c),head.embed(x, c)
-    assert out.shape == (4, 5) and emb.shape == (4, embedding + (n_cell_types if kind != 'neck' else 0))
-    torch.testing.assert_close(head.classifier(emb), out)
-    assert isinstance(head.classifier, CosineLinear if 'cosine' in (kind, classifier) else nn.Linear)
-    other = c.clone(); other[:,0] = (c[:,0]+1)%3
-    assert torch.equal(head(x, other), out) == (n_cell_types == 0)
-    if not n_cell_types: assert torch.equal(head(x), out)
-    head.train()
-    assert not torch.equal(head(x, c), head(x, c)) # dropout
+def test_classifiers_of_heads():
+    for kind,classifier,width in (('linear','linear',10), ('cosine','linear',10), ('neck','linear',16), ('neck','cosine',16)):
+        for n in (0, 3):
+            head = create_screen_head(kind, 10, 5, n_hidden=16, classifier=classifier, n_cell_types=n).eval()
+            assert head.embed(torch.randn(4, 10), context()).shape == (4, width + (n if kind != 'neck' else 0))
+            assert isinstance(head.classifier, CosineLinear if 'cosine' in (kind, classifier) else nn.Linear)
 
 def test_neck_is_bn_fc_relu_bn_fc_bn():
     names = [type(m).__name__ for m in create_screen_head('neck', 10, 5).neck if not isinstance(m, nn.Dropout)]
     assert names == ['BatchNorm1d', 'Linear', 'ReLU', 'BatchNorm1d', 'Linear', 'BatchNorm1d']
-    keys = lambda p: list(create_screen_head('neck', 10, 5, dropout=p).state_dict())
-    assert keys(0.) == keys(.3)
 
 def test_cell_types():
     head = create_screen_head('linear', 2, 3, n_cell_types=2)

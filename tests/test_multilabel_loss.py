@@ -1,12 +1,11 @@
-"Multi-label losses against float64 loops in NumPy and against timm, gradients against finite differences, masks, extremes."
+"Multi-label losses against float64 loops in NumPy and against timm; what all losses share is in `test_contracts`."
 import copy
-import pickle
+import itertools
 
 import numpy as np
 import pytest
 import timm.loss
 import torch
-from fastai.layers import NoneReduce
 
 from rcic_fastai.loss.by_name import create_loss, losses
 from rcic_fastai.loss.multi import AsymmetricLoss, ClasswiseLoss, FocalLovaszLoss, HardNegativeLoss, LovaszHingeLoss
@@ -93,8 +92,7 @@ def expected(loss, x, y):
 def test_hard_targets_match_numpy(loss, x, y):
     tolerance = 1e-5 if isinstance(loss, AsymmetricLoss) else 1e-10 # timm computes in float32
     np.testing.assert_allclose(loss(x, y), expected(loss, x.numpy(), y.numpy()), rtol=tolerance)
-    assert loss(x, y).dtype == torch.float64
-    for dtype in (torch.bool, torch.uint8, torch.int64, torch.float16): torch.testing.assert_close(loss(x, y.to(dtype)), loss(x, y))
+    torch.testing.assert_close(loss.activation(x), torch.from_numpy(sigmoid(x.numpy())))
 
 @pytest.mark.parametrize('loss', classwise, ids=str)
 def test_soft_targets_match_numpy(loss, x, soft):
@@ -114,14 +112,6 @@ def test_an_undecided_target_takes_no_side(x, y):
     moved = x.clone(); moved[3,2] += 7
     assert LovaszHingeLoss()(moved, one) == LovaszHingeLoss()(x, one)
 
-@each_loss
-def test_gradient(loss, x, y, soft):
-    masked = y.clone(); masked[[0, 4]] = -1
-    # timm computes in float32: a wider step, and what float32 leaves of the difference
-    tolerance = dict(eps=1e-2, atol=2e-3, rtol=1e-2) if isinstance(loss, AsymmetricLoss) else {}
-    for targ,reduction in ((y, 'mean'), (soft, 'mean'), (masked, 'none')):
-        assert torch.autograd.gradcheck(as_(loss, reduction), (x.clone().requires_grad_(), targ), **tolerance)
-
 # ---- each by its own property
 
 def test_lsep_at_any_scale():
@@ -129,14 +119,14 @@ def test_lsep_at_any_scale():
     y = torch.tensor([[0., 1, 0], [0, 1, 0], [0, 1, 0]])
     np.testing.assert_allclose(as_(LSEPLoss(), 'none')(x, y), [200+np.log(2), np.log1p(np.exp(-200.)+np.exp(-100.)), 2e4], rtol=1e-12)
 
-@pytest.mark.parametrize('size', [1., 3., 100.])
-def test_lovasz_of_decided_logits_is_the_jaccard_loss(size):
+def test_lovasz_of_decided_logits_is_the_jaccard_loss():
     g = np.random.default_rng(0)
     true,called = (g.random((40, 6)) < .3 for _ in range(2))
     j = lambda a,b: (a & b).sum(0)/(a | b).sum(0)
     want = 1 - (j(true, called) + j(~true, ~called))/2
-    got = LovaszHingeLoss()(torch.from_numpy(size*(2.*called-1)), torch.from_numpy(true))
-    np.testing.assert_allclose(got, (1+size)*want.mean(), rtol=1e-12)
+    for size in (1., 3., 100.):
+        got = LovaszHingeLoss()(torch.from_numpy(size*(2.*called-1)), torch.from_numpy(true))
+        np.testing.assert_allclose(got, (1+size)*want.mean(), rtol=1e-12)
 
 def test_lovasz_of_an_absent_class_is_its_worst_false_alarm():
     x,known = torch.tensor([[.5], [2.], [-3.]]),torch.ones(3, 1).bool()
@@ -152,10 +142,10 @@ def test_the_hardest_negatives_count():
     assert HardNegativeLoss(.2).kept(x, y, every)[:,0].nonzero()[:,0].tolist() == [0, 1, 2, 3, 24, 25, 26, 27, 28] # positives, and 5 of 25
     assert HardNegativeLoss(.2).kept(torch.ones(10, 1), torch.zeros(10, 1), torch.ones(10).bool()).sum() == 2 # ties
 
-@pytest.mark.parametrize('kwargs', [{}, dict(gamma_neg=2., gamma_pos=2., clip=.1, eps=1e-6), dict(gamma_neg=0., gamma_pos=0., clip=0.)])
-def test_asymmetric_is_timms(kwargs, x, y, soft):
-    single = timm.loss.AsymmetricLossMultiLabel(**kwargs)
-    for targ in (y, soft):
+def test_asymmetric_is_timms(x, y, soft):
+    settings = {}, dict(gamma_neg=2., gamma_pos=2., clip=.1, eps=1e-6), dict(gamma_neg=0., gamma_pos=0., clip=0.)
+    for kwargs,targ in itertools.product(settings, (y, soft)):
+        single = timm.loss.AsymmetricLossMultiLabel(**kwargs)
         v = x.float().requires_grad_(); w = x.float().requires_grad_()
         rows = AsymmetricLoss(**kwargs, class_reduction='sum', reduction='none')(v, targ.float())
         want = torch.stack([single(w[[i]], targ[[i]].float()) for i in range(B)])
@@ -163,55 +153,7 @@ def test_asymmetric_is_timms(kwargs, x, y, soft):
         rows.sum().backward(); want.sum().backward()
         torch.testing.assert_close(v.grad, w.grad)
 
-# ---- the frame
-
-@each_loss
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_finite_at_the_extremes(loss, dtype):
-    "Right, wrong and undecided; rows and classes without a positive or a negative; one row alone; all masked; all .5"
-    y = torch.tensor([[0., 0, 0, 0, 1], [1, 1, 1, 0, 1], [0, 1, 0, 0, 1], [1, 1, 1, 1, 1], [.5, .5, .5, .5, .5], [.3, .7, 0, 0, 1]])
-    for targ in (y, y[:1], y[3:4], torch.zeros(6, 5), torch.ones(6, 5), torch.full((6, 5), .5), torch.full((6, 5), -1.)):
-        for logits in (100*(2*targ-1), -100*(2*targ-1), torch.zeros(targ.shape), torch.full(targ.shape, 100.)):
-            x = logits.to(dtype).requires_grad_()
-            out = loss(x, targ); out.backward()
-            assert out.dtype == torch.float32 and out.isfinite() and x.grad.isfinite().all()
-
-@each_loss
-def test_low_precision_is_computed_in_float32(loss, x, y):
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast('cpu', torch.bfloat16): out = loss(x.to(dtype), y.float())
-        assert out.dtype == torch.float32
-        torch.testing.assert_close(out.double(), loss(x.to(dtype).double(), y), rtol=2e-5, atol=2e-5)
-
-@each_loss
-def test_masked_rows_take_no_part(loss, x, y):
-    keep = torch.ones(B).bool(); keep[[0, 4, 7]] = False
-    targ = y.clone(); targ[0],targ[4],targ[7,2] = -1,-.5,-1 # one negative value masks the whole row
-    broken = x.clone(); broken[~keep] = np.nan; broken.requires_grad_()
-    torch.testing.assert_close(loss(broken, targ), loss(x[keep], y[keep]))
-    rows = as_(loss, 'none')(broken, targ)
-    torch.testing.assert_close(rows[keep], as_(loss, 'none')(x[keep], y[keep])); assert (rows[~keep] == 0).all()
-    loss(broken, targ).backward()
-    assert (broken.grad[~keep] == 0).all() and (broken.grad[keep] != 0).any()
-    v = x.clone().requires_grad_()
-    out = loss(v, torch.full((B, K), -1)); out.backward()
-    assert out == 0 and (v.grad == 0).all()
-
-@each_loss
-def test_reductions_are_over_rows(loss, x, y):
-    targ = y.clone(); targ[3] = -1
-    rows = as_(loss, 'none')(x, targ)
-    assert rows.shape == (B,)
-    torch.testing.assert_close(as_(loss, 'sum')(x, targ), rows.sum()); torch.testing.assert_close(loss(x, targ), rows.sum()/(B-1))
-    with NoneReduce(loss) as again: torch.testing.assert_close(again(x, targ), rows)
-    assert loss.reduction == 'mean'
-
-@each_loss
-def test_copies_and_activation(loss, x, y):
-    for twin in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)): assert str(twin) == str(loss) and twin(x, y) == loss(x, y)
-    p = loss.activation(x.half())
-    assert p.dtype == torch.float32 and loss.decodes(p).equal(x.half() > 0)
-    torch.testing.assert_close(loss.activation(x), torch.from_numpy(sigmoid(x.numpy())))
+# ---- names and messages
 
 def test_all_names_are_known():
     assert set(multilabel_losses) == {'multilabel_focal', 'lsep', 'lovasz', 'hard_negative', 'focal_lovasz', 'asymmetric', 'multilabel_bce'}
