@@ -19,7 +19,8 @@ def _without_user(m):
     "The address without what lies before its @, which a path may hold too"
     at = list(re.finditer(r'@|%(?:25)*40', m[2]))
     if not at: return m[0]
-    host, before = re.split(r'[/\\?#]|%(?:25)*2[Ff]' if '%' in m[1] else r'[/\\?#]', m[2], maxsplit=1)[0], m[2][:at[-1].start()]
+    host, before = re.split(r'[/\\?#]|%(?:25)*2[Ff]' if '%' in m[1] else r'[/\\?#]', m[2],
+                            maxsplit=1)[0], m[2][:at[-1].start()]
     if re.search('@|%(?:25)*40', host) or re.search(_colon, before): return f'{m[1]}***@{m[2][at[-1].end():]}'
     return m[0]
 
@@ -29,13 +30,16 @@ _bare = re.compile(rf"""(?<![\w.%+-])[\w.%+-]{{2,}}?{_colon}(?![/\\:*]|%(?:25)*(
 # `u:password@host:/path`, as scp has it: here a user of one letter is none of Windows' drives
 _scp = re.compile(r'''(?<![\w.%+/\\-])[\w.%+-]:[^\s"'<>/\\:@]+@(?=[\w-]+:[/~]|[\w-]+(?:\.[\w-]+)+[:/])''')
 
-def _without_passwords(text): return _scp.sub('***@', _bare.sub(lambda m: '***@' if m[2] or len(m[1]) > 5 else m[0], _address.sub(_without_user, text)))
+def _without_passwords(text):
+    return _scp.sub('***@',
+                    _bare.sub(lambda m: '***@' if m[2] or len(m[1]) > 5 else m[0], _address.sub(_without_user, text)))
 
 def _scrub_addresses(text): return _query.sub(r'\1***', _without_passwords(text))
 
-# %% ../nbs/02_credentials.ipynb #50b046e0
+# %% ../nbs/02_credentials.ipynb #0e6edd13
 _named = r'(?<![\w.-])(?:[\w.-]*(?:passw(?:or)?d|passphrase|secret|credential|signature|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|security[_-]?token|access[_-]?token|refresh[_-]?token|auth[_-]?token)\w*|pwd|sig)'
 _quote = r'''\\{0,4}["']'''
+
 _pairs = [re.compile(p, re.I) for p in (
     rf'''((?:{_quote})(?:{_named}|\w{{0,30}}token)(?:{_quote})\s*[:=,]\s*b?(?P<q>{_quote}))(?:(?!(?P=q)).)+''', # JSON, dictionaries
     rf'''((?:{_quote})key(?:{_quote})\s*[:=,]\s*b?(?P<q>{_quote}))(?:(?!(?P=q)).){{8,}}''',
@@ -44,7 +48,9 @@ _pairs = [re.compile(p, re.I) for p in (
     rf'''(\b\w{{0,30}}token=(?:{_quote})?)[^\s"'&;,)\]}}\\]{{8,}}''',
     rf'''(\b(?:proxy-)?authorization(?:{_quote})?\s*[:=,]\s*b?(?:{_quote})?)[^"'\n,)\]}}\\]+''',
     rf'''(\b(?:set-)?cookie(?:{_quote})?\s*:\s*(?:{_quote})?)[^"'\n\\]+''')]
+
 _schemes = re.compile(r'(\b(?i:basic|bearer)\s+)(?=\S*[\dA-Z=])[\w.~+/=*-]{8,}')
+
 _shapes = re.compile(r'\bKGAT_\w+|\bhf_\w{16,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w+|\bxox[abprs]-[\w-]+|\b(?:AKIA|ASIA)[A-Z0-9]{12,}|\bsk-[\w-]{20,}|\bAIza[\w-]{30,}'
                      r'|\bya29\.[\w-]+|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|(?s:-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))')
 
@@ -55,16 +61,19 @@ def _scrub_names(text):
 
 _signature = re.compile(r'(?i)[?&#][\w.~-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|credential|(?:api|access|account)[_-]?key)[\w.~-]*=[^&\s]')
 
+# %% ../nbs/02_credentials.ipynb #50b046e0
 def refuse_password(
     text:str, # that will be written to files or uploaded
     what:str # it is, such as the name of a setting
 ):
     "Refuse an address with a password, a signature or a token. Raises: ValueError that shows it without."
-    shown, signed = _without_passwords(text), '://' in text and _scrub_names(text)!=text or _signature.search(text)
+    shown, signed = _without_passwords(text), '://' in text and _scrub_names(text) != text or _signature.search(text)
     if signed: shown = _query.sub(r'\1***', re.sub(r'#([\w.~-]+=)\S+', r'#\1***', shown))
-    if shown!=text: raise ValueError(f'{what} holds an address with a password, {shown}: leave the password out, it would be kept in files')
+    if shown != text:
+        raise ValueError(f'{what} holds an address with a password, {shown}: leave the password out, '
+                         'it would be kept in files')
 
-# %% ../nbs/02_credentials.ipynb #873be2ec
+# %% ../nbs/02_credentials.ipynb #7459b9d6
 _secret_variable = re.compile(r'(?i)(?:passw(?:or)?d|_pwd|secret|token|credentials?|(?:^|_)key|apikey|(?:^|_)sas|connection_string)(?:_id)?$')
 
 def _known_secrets() -> Iterator[str]:
@@ -88,8 +97,10 @@ def _spellings(secret:str) -> set:
     "All that a secret may look like"
     encoded = {quote(secret, safe=''), quote(secret), quote_plus(secret)}
     lower = {re.sub(r'%[0-9A-F]{2}', lambda m: m[0].lower(), e) for e in encoded}
-    return {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], secret.replace('/', r'\/'), *encoded, *lower, *map(quote, encoded), *_in_base64(secret)}
+    return {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], secret.replace('/', r'\/'), *encoded, *lower,
+            *map(quote, encoded), *_in_base64(secret)}
 
+# %% ../nbs/02_credentials.ipynb #873be2ec
 def scrub(
     text:object, # for a person, a file or a log: text, an exception, a path
     secrets:Iterable[str]=() # further ones that are known

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 # %% ../nbs/01_files.ipynb #505d0890
 def user_path(
-    path:str|Path # as somebody wrote it
+    path:str|Path # as a person wrote it
 ) -> Path: # with the home folder in place of ~
     "A path that a person gave. Raises: ValueError for a path that no system has, such as one with a NUL."
     if '\0' in str(path): raise ValueError(f'{str(path)!r} is no path: it holds a NUL character')
@@ -28,17 +28,19 @@ def user_path(
     except RuntimeError: return Path(path) # a folder whose name begins with ~, and no user of that name
 
 def output_path(
-    path:str|Path, # of a file or folder that is to be written, as somebody wrote it
+    path:str|Path, # of a file or folder that is to be written, as a person wrote it
     option:str='' # what it was called, for the message
 ) -> Path: # with the home folder in place of ~
-    "A path to write to. Raises: ValueError for an address such as s3://bucket/store, which would become a folder `s3:` here."
+    "A path to write to. Raises: ValueError for an address such as s3://bucket, which would become a folder `s3:` here."
     path = user_path(path)
     address = re.search(r'(?:^|::)([A-Za-z][\w+.-]+:)/', path.as_posix()) # `Path` makes one slash of two
     if address is None: return path
-    raise ValueError(f'{option} {address[1]}//... is an address, and outputs are files and folders of this machine: give a path, and copy what is written'.strip())
+    raise ValueError(f'{option} {address[1]}//... is an address, and outputs are files and folders of this machine: '
+                     'give a path, and copy what is written'.strip())
 
-# %% ../nbs/01_files.ipynb #d2273674
-_KINDS = (('is_symlink', 'a link'), ('is_dir', 'a folder'), ('is_block_device', 'a device'), ('is_char_device', 'a device'),
+# %% ../nbs/01_files.ipynb #c7de5d4c
+_KINDS = (('is_symlink', 'a link'), ('is_dir', 'a folder'), ('is_block_device', 'a device'),
+          ('is_char_device', 'a device'),
           ('is_fifo', 'a pipe'), ('is_socket', 'a socket'))
 
 _roots:dict[str, int] = {} # real paths of the folders that are held, by this process or by the one it was forked from
@@ -46,26 +48,31 @@ _roots:dict[str, int] = {} # real paths of the folders that are held, by this pr
 def refuse_links(
     path:str|Path # file or folder that is to be written or deleted
 ) -> Path: # the same
-    "Refuse a path that a link leads out of a folder which is held, see `claim_folder`. Raises: ValueError naming the link."
+    "Refuse a path that a link leads out of a folder that is held. Raises: ValueError naming the link."
     if not _roots: return Path(path)
     parents = [*reversed(Path(path).absolute().parents)]
     within = next((i for i, p in enumerate(parents) if os.path.realpath(p) in _roots), len(parents))
     for folder in parents[within+1:]:
-        if os.path.normcase(os.path.realpath(folder))==os.path.normcase(os.path.join(os.path.realpath(folder.parent), folder.name)): continue
-        raise ValueError(f'{folder} is a link to {os.path.realpath(folder)}, and nothing is written or deleted through a link: remove it, or give another folder')
+        if os.path.normcase(os.path.realpath(folder)) == os.path.normcase(os.path.join(os.path.realpath(folder.parent),
+                                                                                     folder.name)):
+            continue
+        raise ValueError(f'{folder} is a link to {os.path.realpath(folder)}, and nothing is written or deleted through '
+                         'a link: remove it, or give another folder')
     return Path(path)
 
 def check_target(
     path:str|Path # file that is to be written
 ) -> Path: # the same, with the home folder in place of ~
-    "Refuse to write over what is no regular file, or through a link (`refuse_links`). Raises: ValueError naming what it is."
+    "Refuse to write over anything but a file, or through a link. Raises: ValueError naming what it is."
     path = refuse_links(output_path(path))
     what = next((name for test, name in _KINDS if getattr(path, test)()), None)
     if what is None: return path
-    leads = f' to {os.readlink(path)}' if what=='a link' else ''
+    leads = f' to {os.readlink(path)}' if what == 'a link' else ''
     raise ValueError(f'{path} is {what}{leads}, and only a regular file is replaced: give another name')
 
-_mark = re.compile(rb'(?:Software\0|/Creator \(|<dc:title>|%%Creator: |name="generator" content=")rcic_fastai') # of PNG, PDF, SVG, PostScript and HTML
+# %% ../nbs/01_files.ipynb #7124a592
+# of PNG, PDF, SVG, PostScript and HTML
+_mark = re.compile(rb'(?:Software\0|/Creator \(|<dc:title>|%%Creator: |name="generator" content=")rcic_fastai')
 
 def is_marked(
     path:str|Path # a picture or a page
@@ -81,48 +88,54 @@ def check_ours(
     what:str, # it is, for the message, such as 'a picture'
     ours:Callable[[Path], bool]=is_marked # does a file come from this library?
 ) -> Path: # the same, with the home folder in place of ~
-    """Refuse to replace a file that does not show that this library has made it. Pages and pictures (PNG, PDF, SVG, PostScript) carry a mark, see `is_marked`;
-    embeddings are known by their arrays, submissions by their header and ids. An empty file may be replaced.
+    """Refuse to replace a file that does not show that this library has made it. Pages and pictures (PNG, PDF, SVG,
+    PostScript) carry a mark, see `is_marked`; embeddings are known by their arrays, submissions by their header and
+    ids. An empty file may be replaced.
 
     Raises: FileExistsError that says to delete the file, or to give another name.
     """
     path = check_target(path)
     if not path.is_file() or not path.stat().st_size or ours(path): return path
-    raise FileExistsError(f'{path} exists, and is not {what} that rcic_fastai has written: delete it, or give another name')
+    raise FileExistsError(f'{path} exists, and is not {what} that rcic_fastai has written: delete it, '
+                          'or give another name')
 
+# %% ../nbs/01_files.ipynb #d2273674
 def partial_path(
     path:Path # file that is to be written
 ) -> Path: # in the same folder, hidden; the suffix stays, because writers look at it
     "The temporary name that a file of this process is written under."
     return path.with_name(f'.{path.stem}.{os.getpid()}.rcic-part{path.suffix}')
 
-# %% ../nbs/01_files.ipynb #81df995e
+# %% ../nbs/01_files.ipynb #e4a2c4e1
 _PART = re.compile(r'\..*\.(\d+)\.rcic-part(\.[^.]*)?')
 
 def _runs(pid):
-    if os.name!='posix': return True # there a signal would end it
+    if os.name != 'posix': return True # there a signal would end it
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
-    except OSError: return True # somebody else's
+    except OSError: return True # of another user
     return True
 
 def _is_stale(path, held=False):
     m = _PART.fullmatch(path.name)
-    return bool(m) and int(m[1])!=os.getpid() and not path.is_symlink() and path.is_file() and (held or not _runs(int(m[1])))
+    return bool(m) and int(m[1]) != os.getpid() and not path.is_symlink() and path.is_file() and (held
+                                                                                                or not _runs(int(m[1])))
 
 def _sync(path, flags=os.O_RDONLY):
     handle = os.open(path, flags)
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/01_files.ipynb #81df995e
 def write_whole(
     path:str|Path, # file to write or replace; its folder is made
-    content:bytes|bytearray|memoryview|str|Callable[[Path], Any], # bytes, text (written as UTF-8), or a function that writes the file it is given
+    content:bytes|bytearray|memoryview|str|Callable[[Path], Any], # bytes, text, or a function that writes it
     sync:bool=True # wait for the disk? Not for thousands of small files that a rerun makes again
 ) -> Path: # the file
-    """Write a file so that nobody ever sees half of it, even after a power cut.
+    """Write a file whole or not at all, even through a power cut.
 
-    Raises: ValueError for a link, a device or a folder; OSError, for instance for a full disk. Both leave what was there.
+    Raises: ValueError for a link, a device or a folder; OSError, for instance for a full disk. Both leave what was
+    there.
     """
     path = check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +151,7 @@ def write_whole(
         if e.errno is not None and e.filename in (None, str(temporary)): e.filename, e.filename2 = str(path), None
         raise
     finally: temporary.unlink(missing_ok=True)
-    if sync and os.name=='posix': _sync(path.parent)
+    if sync and os.name == 'posix': _sync(path.parent)
     return path
 
 # %% ../nbs/01_files.ipynb #f5899e6b
@@ -169,15 +182,19 @@ def clean_partials(
 def refuse_linked_folders(
     root:str|Path # folder that is held
 ):
-    "Look for links before processes are started that write below a folder, as they hold nothing. Raises: ValueError naming the first."
+    """Look for links before processes are started that write below a folder, as they hold nothing.
+
+    Raises: `ValueError` naming the first.
+    """
     for folder, names, _ in os.walk(root):
         for name in names: refuse_links(Path(folder)/name/'any')
 
-# %% ../nbs/01_files.ipynb #bdef7da4
+# %% ../nbs/01_files.ipynb #3f64faeb
 def _once(path):
     def pairs(items):
         keys = [k for k,_ in items]
-        if twice := next((k for k in keys if keys.count(k) > 1), None): raise ValueError(f'{path}: {twice!r} is given twice')
+        if twice := next((k for k in keys if keys.count(k) > 1), None):
+            raise ValueError(f'{path}: {twice!r} is given twice')
         return dict(items)
     return pairs
 
@@ -191,17 +208,22 @@ def parse_json(
     kind:type=None, # that the outermost value must have, such as dict; None: any
     nan:bool=False # accept NaN and Infinity, which are no JSON?
 ) -> Any:
-    "Python's objects for JSON. Raises: ValueError that names `where`, line and fault: no JSON, a key given twice, NaN, or another kind of value."
+    """Python's objects for JSON.
+
+    Raises: `ValueError` that names `where`, line and fault: no JSON, a key given twice, NaN, or another kind of value.
+    """
     try: found = json.loads(text, object_pairs_hook=_once(where), parse_constant=float if nan else _no_constant(where))
     except json.JSONDecodeError as e: raise ValueError(f'{where}: line {e.lineno}: {e.msg}') from None
     except RecursionError: raise ValueError(f'{where}: nested too deeply') from None
     if kind is None or isinstance(found, kind): return found
-    raise ValueError(f'{where}: {json.dumps(found)[:60]} where {dict(dict="an object in braces", list="a list in brackets").get(kind.__name__, kind.__name__)} is expected')
+    raise ValueError(f'{where}: {json.dumps(found)[:60]} where '
+                     f'{dict(dict="an object in braces", list="a list in brackets").get(kind.__name__, kind.__name__)} is expected')
 
+# %% ../nbs/01_files.ipynb #31dface5
 def regular_file(
     path:str|Path # file that is to be read
 ) -> Path: # the same
-    "Refuse what may never end, a pipe, a socket or a device, before it is opened. Raises: ValueError naming what it is."
+    "Refuse a pipe, a socket or a device, which may never end, unopened. Raises: ValueError naming what it is."
     path = Path(path)
     what = next((name for test, name in _KINDS[2:] if getattr(path, test)()), None)
     if what: raise ValueError(f'{path} is {what}, expected a regular file')
@@ -210,9 +232,10 @@ def regular_file(
 def read_text(
     path:str|Path # file in UTF-8
 ) -> str:
-    "A text file. Raises: FileNotFoundError; ValueError if it is not UTF-8, or not a regular file; OSError naming the file."
+    "A text file. Raises: FileNotFoundError; ValueError if it is not UTF-8 or no regular file; OSError naming the file."
     try: return regular_file(path).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e: raise ValueError(f'{path} is no text in UTF-8: byte {e.start} is {e.object[e.start]:#04x}') from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is no text in UTF-8: byte {e.start} is {e.object[e.start]:#04x}') from None
 
 def read_json(
     path:str|Path, # JSON file
@@ -222,6 +245,7 @@ def read_json(
     "A JSON file. Raises: FileNotFoundError; ValueError that names file, line and fault."
     return parse_json(read_text(path), path, kind, nan)
 
+# %% ../nbs/01_files.ipynb #bdef7da4
 def write_json(
     path:str|Path, # file to write or replace
     value:Any, # what JSON can hold
@@ -236,13 +260,17 @@ def naming(
     path:str|Path, # file that is being read
     what:str # what it should be, such as 'Parquet file'
 ) -> Iterator[None]:
-    "Readers of other libraries raise a dozen kinds of exceptions. Raises: FileNotFoundError; ValueError that names the file and what is wrong with it."
+    """Readers of other libraries raise a dozen kinds of exceptions.
+
+    Raises: `FileNotFoundError`; `ValueError` that names the file and what is wrong with it.
+    """
     regular_file(path)
     try: yield
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
     except IsADirectoryError: raise ValueError(f'{path} is a folder, expected a {what}') from None
     except PermissionError: raise
-    except Exception as e: raise ValueError(f'{path} is damaged, or no {what}: {" ".join(str(e).split()) or type(e).__name__}') from None
+    except Exception as e:
+        raise ValueError(f'{path} is damaged, or no {what}: {" ".join(str(e).split()) or type(e).__name__}') from None
 
 def read_arrays(
     path:str|Path, # .npz file
@@ -250,40 +278,46 @@ def read_arrays(
 ) -> dict: # all its arrays, by name
     "The arrays of a file; nothing in it is executed. Raises: as `naming`."
     import numpy as np # takes longer than all of this module
-    with naming(path, 'file of arrays (.npz)'), np.load(path, allow_pickle=False) as f: found = {k: f[k] for k in f.files}
+    with naming(path, 'file of arrays (.npz)'), np.load(path, allow_pickle=False) as f:
+        found = {k: f[k] for k in f.files}
     lost = next((n for n in names if n not in found), None)
     if lost is None: return found
     raise ValueError(f'{path}: the array {lost!r} is missing, it has {", ".join(found) or "none"}')
 
-# %% ../nbs/01_files.ipynb #ce29bf04
-_RESERVED = {'con', 'prn', 'aux', 'nul', *(f'{d}{i}' for d in ('com', 'lpt') for i in range(1, 10))} # devices of Windows
+# %% ../nbs/01_files.ipynb #324b4818
+# devices of Windows
+_RESERVED = {'con', 'prn', 'aux', 'nul', *(f'{d}{i}' for d in ('com', 'lpt') for i in range(1, 10))}
 
 def check_name(
     name:str, # from a table or a JSON file
     what:str='name' # what it is, for the message
 ) -> str: # the same
-    "A name that may become one part of a path. Raises: ValueError for one that leads elsewhere, or that some system refuses."
+    "A name that may become one part of a path. Raises: ValueError for one that leads elsewhere, or is refused."
     name = str(name)
-    bad = name in ('', '.', '..') or name!=name.strip() or name.endswith('.') or re.search(r'[\\/:*?"<>|\x00-\x1f]', name)
+    bad = name in ('', '.', '..') or name != name.strip() or name.endswith('.')
+    bad = bad or re.search(r'[\\/:*?"<>|\x00-\x1f]', name)
     if not bad and name.partition('.')[0].lower() not in _RESERVED and len(name.encode()) <= 200: return name
-    raise ValueError(f'{what} {name[:80]!r} cannot be the name of a file: expected letters, digits and signs such as - _ . + and blanks in between')
+    raise ValueError(f'{what} {name[:80]!r} cannot be the name of a file: expected letters, '
+                     'digits and signs such as - _ . + and blanks in between')
 
+# %% ../nbs/01_files.ipynb #ce29bf04
 def path_within(
     root:str|Path, # folder that nothing may lead out of
     *parts:str, # relative paths from data, with / or \ between folders
-    links:bool=False # may a link lead elsewhere? For what is only read: inputs on Kaggle and caches of downloads are links
+    links:bool=False # may a link lead elsewhere? For what is only read, such as caches of downloads
 ) -> Path: # below `root`
     "Join a folder and a path from data. Raises: ValueError if that leads out of the folder, also by a link."
     root = Path(root)
     text = '/'.join(map(str, parts))
     pieces = [*PurePosixPath(text).parts, *PureWindowsPath(text).parts]
-    if '\0' in text or '..' in pieces or PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive or text.startswith('\\'):
+    elsewhere = PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive or text.startswith('\\')
+    if '\0' in text or '..' in pieces or elsewhere:
         raise ValueError(f'{text!r} leads out of {root}')
     path = root/text
     if links: return path
-    if os.path.realpath(path)!=os.path.realpath(root) and os.path.realpath(root) not in map(str, Path(os.path.realpath(path)).parents):
-        raise ValueError(f'{text!r} leads out of {root}, to {os.path.realpath(path)}')
-    return path
+    there, home = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    if there == home or home in there.parents: return path
+    raise ValueError(f'{text!r} leads out of {root}, to {there}')
 
 # %% ../nbs/01_files.ipynb #41c33200
 def check_output(
@@ -296,11 +330,11 @@ def check_output(
     real = Path(os.path.realpath(out))
     for i in (user_path(i) for i in inputs if i is not None):
         there = Path(os.path.realpath(i))
-        if real==there: raise ValueError(f'{option} {out} is what is read: give another name')
+        if real == there: raise ValueError(f'{option} {out} is what is read: give another name')
         if real in there.parents: raise ValueError(f'{option} {out} holds {i}, which is read: give another folder')
     return out
 
-# %% ../nbs/01_files.ipynb #58858ac4
+# %% ../nbs/01_files.ipynb #de2fb612
 _CLAIM, _HOLDER = '.rcic-claim', '.rcic-claim.json'
 _held:dict[str, FileLock] = {} # process and real path of each folder that is held
 
@@ -311,14 +345,17 @@ def _holder(folder):
         except (OSError, ValueError): time.sleep(.05)
         else: break
     else: return 'another process'
-    host = '' if who.get('host')==socket.gethostname() else f' on {who.get("host")}'
+    host = '' if who.get('host') == socket.gethostname() else f' on {who.get("host")}'
     return f'{who.get("command")} (process {who.get("pid")}{host}, since {who.get("since")})'
 
 class FolderClaimed(OSError):
     "Another process holds a folder."
 
-def _who(): return dict(pid=os.getpid(), host=socket.gethostname(), command=Path(sys.argv[0] or 'python').name, since=time.strftime('%Y-%m-%d %H:%M:%S'))
+def _who():
+    return dict(pid=os.getpid(), host=socket.gethostname(), command=Path(sys.argv[0] or 'python').name,
+                since=time.strftime('%Y-%m-%d %H:%M:%S'))
 
+# %% ../nbs/01_files.ipynb #58858ac4
 @contextmanager
 def claim_folder(
     folder:str|Path # made if it does not exist
@@ -328,7 +365,8 @@ def claim_folder(
     Raises: FolderClaimed naming the process that holds it; ValueError if it is no folder.
     """
     folder = output_path(folder)
-    if folder.is_symlink() and not folder.exists(): raise ValueError(f'{folder} is a link to {os.readlink(folder)}, which does not exist: give another folder')
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f'{folder} is a link to {os.readlink(folder)}, which does not exist: give another folder')
     if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is no folder')
     new = not folder.exists()
     refuse_links(folder/'any').parent.mkdir(parents=True, exist_ok=True)
@@ -350,12 +388,15 @@ def claim_folder(
 # %% ../nbs/01_files.ipynb #d9d1eefb
 def _acquire(lock, folder):
     try: lock.acquire()
-    except Timeout: raise FolderClaimed(f'{folder} is in use by {_holder(folder)}: wait for it, or give another folder') from None
-    except NotImplementedError: warnings.warn(f'{folder}: this file system has no locks; nothing keeps a second process out') # some network disks
+    except Timeout:
+        raise FolderClaimed(f'{folder} is in use by {_holder(folder)}: wait for it, or give another folder') from None
+    except NotImplementedError:
+        # some network disks
+        warnings.warn(f'{folder}: this file system has no locks; nothing keeps a second process out')
 
 def _release(lock, folder):
-    if os.name!='posix': lock.release() # Windows removes no file that is open
-    for name in (_HOLDER, _CLAIM): # on POSIX while the lock is held, so nobody else's is removed
+    if os.name != 'posix': lock.release() # Windows removes no file that is open
+    for name in (_HOLDER, _CLAIM): # on POSIX while the lock is held, so that of no other process is removed
         with suppress(OSError): (folder/name).unlink()
     lock.release()
 
@@ -370,7 +411,7 @@ def _let_go():
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_let_go)
 
-# %% ../nbs/01_files.ipynb #e2e1cda6
+# %% ../nbs/01_files.ipynb #5ce676fe
 def folder_contents(
     folder:str|Path # it need not exist
 ) -> list[Path]: # sorted
@@ -383,24 +424,32 @@ def check_free(
     ours:str, # a file that shows that an earlier start of the same command has made the folder
     what:str # that it is made for, for the message
 ) -> Path: # the folder
-    "Refuse to write among what is somebody else's. Raises: FileExistsError naming what is there."
+    "Refuse to write among files of another origin. Raises: FileExistsError naming what is there."
     folder = user_path(folder)
     others = [] if (folder/ours).is_file() else folder_contents(folder)
     more = ' and more' if len(others) > 1 else ''
-    if others: raise FileExistsError(f'{folder} holds {others[0].name}{more}, and no {what}: give an empty folder, or one that does not exist')
+    if others:
+        raise FileExistsError(f'{folder} holds {others[0].name}{more}, and no {what}: give an empty folder, '
+                              'or one that does not exist')
     return folder
 
+# %% ../nbs/01_files.ipynb #e2e1cda6
 def note_request(
     folder:str|Path, # that is to be written
     note:str, # name of a JSON file in it that says what the folder is made for
     request:dict, # what decides its contents; JSON can hold it
     what:str # that it is made for, for the message
 ) -> Path: # the folder
-    "Begin a folder, or go on with it. Raises: FileExistsError for a folder of something else; ValueError naming what was asked for otherwise."
+    """Begin a folder, or resume it.
+
+    Raises: `FileExistsError` for a folder of something else; `ValueError` naming what was asked for otherwise.
+    """
     path = check_free(folder, note, what)/note
     request = json.loads(json.dumps(request, default=lambda o: o.item())) # NumPy numbers are welcome
     if not path.exists(): return write_json(path, request).parent
     there = read_json(path)
-    other = [f'{k} is {there.get(k)} there, {v} now' for k,v in request.items() if there.get(k)!=v]
-    if other: raise ValueError(f'{folder} holds a {what} with other settings ({"; ".join(other)}); give another folder or delete it')
+    other = [f'{k} is {there.get(k)} there, {v} now' for k,v in request.items() if there.get(k) != v]
+    if other:
+        raise ValueError(f'{folder} holds a {what} with other settings ({"; ".join(other)}); '
+                         'give another folder or delete it')
     return path.parent

@@ -19,7 +19,8 @@ def renamed(
     "Find things by the names they had in the release before, with a warning. Raises: `AttributeError` for any other name."
     def __getattr__(name):
         if name not in names: raise AttributeError(f'module {module!r} has no attribute {name!r}')
-        warnings.warn(f'{module}.{name} is called {names[name]} now; the old name leaves with the next release', FutureWarning, stacklevel=2)
+        warnings.warn(f'{module}.{name} is called {names[name]} now; the old name leaves with the next release',
+                      FutureWarning, stacklevel=2)
         return getattr(sys.modules[module], names[name])
     return __getattr__
 
@@ -32,9 +33,10 @@ def moved(
 ) -> Callable[[str], Any]: # the `__getattr__` of the module
     "Find what a module had where it is now, with a warning. Raises: `AttributeError` for anything else."
     def __getattr__(name):
-        if name.startswith('__') and name!='__all__': raise AttributeError(f'module {module!r} has no attribute {name!r}')
+        if name.startswith('__') and name != '__all__':
+            raise AttributeError(f'module {module!r} has no attribute {name!r}')
         homes = [import_module(f'rcic_fastai.{m}') for m in now]
-        if name=='__all__': return [n for m in homes for n in _public(m)]
+        if name == '__all__': return [n for m in homes for n in _public(m)]
         home = next((m for m in homes if name in vars(m)), None)
         if home is None: # perhaps one that was renamed before it moved, which warns itself
             with warnings.catch_warnings():
@@ -44,6 +46,7 @@ def moved(
             raise AttributeError(f'module {module!r} has no attribute {name!r}')
         found = getattr(home, name)
         place = getattr(found, '__module__', home.__name__)
-        warnings.warn(f'{module}.{name} is in {place if str(place).startswith("rcic_fastai.") else home.__name__} now; the old place leaves with the next release', FutureWarning, stacklevel=2)
+        warnings.warn(f'{module}.{name} is in {place if str(place).startswith("rcic_fastai.") else home.__name__} now; '
+                      'the old place leaves with the next release', FutureWarning, stacklevel=2)
         return found
     return __getattr__

@@ -50,7 +50,7 @@ def read_labels(
     """Labels of a table of images.
 
     Raises: FileNotFoundError; ValueError naming file and row for a missing column, an id that is missing or occurs
-    twice, or labels that are none.
+    twice, or invalid labels.
     """
     table, known = read_table(path, ('Id', column)), {}
     seen:dict[str, int] = {} # row of each id

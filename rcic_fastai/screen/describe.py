@@ -108,6 +108,7 @@ def _fitting_images(root, files, rows):
         found.append(((row, int(m['site']) if 'site' in regex.groupindex else 1, pattern), m['channel']))
     return found, other
 
+# %% ../../nbs/13_screen.describe.ipynb #b7d18b5f
 def find_sites(
     root:str|Path, # folder of the images
     files:str, # pattern

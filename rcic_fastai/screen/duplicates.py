@@ -98,7 +98,7 @@ def hash_distance(
     a:np.ndarray, # uint64, any shape
     b:np.ndarray # uint64, of a shape that fits
 ) -> np.ndarray: # uint8, 0-64
-    "Number of bits in which two hashes differ; what the distance to a hash of 0 means, nobody knows."
+    "Number of bits in which two hashes differ; the distance to a hash of 0 means nothing."
     return _bitwise_count(np.atleast_1d(np.bitwise_xor(np.asarray(a, np.uint64),
                                                        np.asarray(b, np.uint64)))).reshape(np.broadcast(a, b).shape)
 

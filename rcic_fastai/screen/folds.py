@@ -15,7 +15,7 @@ from .duplicates import join_groups
 
 # %% ../../nbs/11_screen.folds.ipynb #d8e83185
 def _group_codes(groups, n):
-    "Group numbers int64 (N,) from 0 on; a missing group is one of its own"
+    "Group numbers int64 (N,) from 0 on; a missing group is one image alone"
     if groups is None: return np.arange(n)
     if len(groups) != n: raise ValueError(f'{len(groups):,} groups for {n:,} rows: expected one for each row')
     return join_groups(groups)

@@ -177,7 +177,7 @@ def plate_camera(
     strength:float=1., # size of the batch effect; 0 gives every plate the same camera
     plate_effect:float=.1 # size of the difference between plates, as a share of that between experiments
 ) -> Camera: # the camera of that plate
-    "Draw the batch effect of one plate: that of its experiment and a little of its own."
+    "Draw the batch effect of one plate: that of its experiment, and a little that only this plate has."
     z = named_rng(seed, 'experiment', experiment).standard_normal((5, 6))
     z = z + plate_effect*named_rng(seed, 'plate', experiment, plate).standard_normal((5, 6))
     gain, offset, power, blur, other = strength*np.clip(z, -2.2, 2.2)
@@ -268,7 +268,7 @@ def _plate_wells(seed, experiment, plate, treatments, positives, negative, missi
 
 # %% ../../nbs/10_screen.simulate.ipynb #6b7c5160
 def _check_design(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates):
-    "Readable errors for a screen that nobody could run, or that `read_screen` would refuse"
+    "Readable errors for a screen that is impossible, or that `read_screen` would refuse"
     for name in cell_types:
         if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9.+-]*', str(name)):
             raise ValueError(f'cell type {name!r} is no name such as HUVEC: letters, digits, ".", "+" and "-"')

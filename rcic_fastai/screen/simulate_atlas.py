@@ -150,7 +150,7 @@ def changed_labels(
     rng:np.random.Generator, # source of the change
     labels:tuple # sorted class numbers
 ) -> tuple: # sorted class numbers, one more or one less
-    "The label set as somebody else saw it."
+    "The label set as another person saw it."
     sets, p = _nearby_sets(labels)
     return sets[rng.choice(len(sets), p=p)]
 
@@ -216,7 +216,7 @@ def _uuid(seed, split, i):
     return '-'.join((h[:8], h[8:12], h[12:16], h[16:20], h[20:]))
 
 def _check_atlas(n_images, n_test, n_external, min_positives, **shares):
-    "Readable errors for an atlas nobody could draw"
+    "Readable errors for an atlas that is impossible"
     if n_images < 1 or n_test < 0 or n_external < 0:
         raise ValueError(f'n_images is {n_images}, n_test {n_test} and n_external {n_external}, '
                          'expected at least 1, 0 and 0')
