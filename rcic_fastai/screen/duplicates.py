@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from fastcore.parallel import num_cpus
 from scipy.fft import dctn
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
-from fastcore.basics import patch
 
 # %% ../../nbs/10_screen.duplicates.ipynb #9881fb25
 def _overlaps(n, cells=32):
