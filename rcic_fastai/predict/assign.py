@@ -52,7 +52,7 @@ def assign_classes(
     scores:ArrayLike, # (W, K) float: score of every class for every well, higher is better
     allowed:ArrayLike=None, # (W, K) bool: False makes a pair impossible; None allows all
 ) -> np.ndarray: # (W,) int: class of each well, no class twice
-    """Give each well a class of its own so that the sum of the scores is the largest possible.
+    """Give each well a different class so that the sum of the scores is the largest possible.
 
     Shape: W <= K; classes left over belong to no well.
     Raises: ValueError if a score is not finite, if W > K, or if `allowed` leaves no one-to-one assignment.
@@ -215,7 +215,7 @@ def plate_group_votes(
     scores:ArrayLike, # (W, K) float, higher is better
     plates:ArrayLike, # (W,) plate number of each well
     groups:ArrayLike, # (K,) int: group of each class, -1 for a class that may be on any plate
-    known:Iterable[int]=None, # class numbers that other wells of this experiment already have; nobody votes for them
+    known:Iterable[int]=None, # class numbers that other wells of this experiment already have; they get no votes
 ) -> pd.DataFrame: # plates x groups, int: wells of that plate whose best class is in that group
     "Votes of every plate for every group; a well whose best class has no group does not vote."
     scores = _as_scores(scores)
@@ -240,7 +240,7 @@ def vote_plate_groups(
     scores:ArrayLike, # (W, K) float, higher is better
     plates:ArrayLike, # (W,) plate number of each well of one experiment
     groups:ArrayLike, # (K,) int: group of each class, -1 for a class that may be on any plate
-    known:Iterable[int]=None, # class numbers that other wells of this experiment already have; nobody votes for them
+    known:Iterable[int]=None, # class numbers that other wells of this experiment already have; they get no votes
 ) -> PlateGroups: # (mapping, margin in votes; 0 for a tie)
     """Find the mapping of plates to groups that gets most votes; among equals, the one whose best scores sum to most.
 
@@ -389,7 +389,7 @@ def assign_predictions(
 ) -> pd.DataFrame: # one row per well: id_code, experiment, plate, sirna, margin, group, mapping_margin
     """One label per well: the mean over its sites, then plate groups and one-to-one assignment as asked.
 
-    Raises: ValueError for a method that is none, a vote without `groups`, or classes of which none has a group.
+    Raises: ValueError for an unknown method, a vote without `groups`, or classes of which none has a group.
     """
     _check_method(method, groups)
     p = p.wells()

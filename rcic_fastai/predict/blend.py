@@ -250,7 +250,7 @@ def blend_report(
     """How often the members and their blend are right.
 
     Agreement is the share of wells with the same label, averaged over the other members.
-    Raises: ValueError if the members do not fit together, as `check_members`; if the blend is none of theirs."""
+    Raises: ValueError if the members do not fit together, as `check_members`; if the blend is of other members."""
     members, weights = _aligned_wells(members), blend.made.get('weights', {})
     if set(weights) != set(members):
         raise ValueError(f'the blend is one of {_listed(weights) or "unknown members"}, not of {_listed(members)}')

@@ -154,7 +154,7 @@ def _hits(submission, truth, screen=None):
 def treatment_numbers(
     wells:pd.DataFrame, # wells, perhaps with names in the column `treatment`
 ) -> dict: # number of each name; empty where treatments have none
-    "Numbers of the treatments of a screen of somebody's own."
+    "Numbers of the treatments of a screen with names."
     if 'treatment' not in wells: return {}
     named = wells.dropna(subset=['treatment', 'sirna']).drop_duplicates('treatment')
     return dict(zip(named.treatment, named.sirna.astype(int)))
@@ -167,7 +167,7 @@ def merge_truth(
 ) -> pd.DataFrame: # the wells, with the siRNAs that were unknown
     """Fill in what a truth says of the wells whose siRNA is unknown; those that are known stay.
 
-    Raises: FileNotFoundError; ValueError naming the row of a label that is none, a repeated well or a truth that
+    Raises: FileNotFoundError; ValueError naming the row of an invalid label, a repeated well or a truth that
     contradicts a known one, or if none of the wells is in it."""
     rows, name = _read_table(truth, 'truth', ['id_code'])
     ids = _check_ids(rows['id_code'], name)

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from types import MethodType
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from fastcore.basics import patch
 from fasttransform import Pipeline
 from torch import Tensor
 
+from ..errors import nearest
 from ..renamed import renamed
 from ..data.augment import D4, dihedral, RandomSquareCrop
 
@@ -31,7 +31,7 @@ __getattr__ = renamed(__name__, View='TTAView') # names of version 0.1.0
 class TTAView(NamedTuple):
     "One way to look at an image; all zeros is the plain one, as in validation."
     symmetry:int=0 # 0-7, as in `dihedral`
-    crop:int=0 # number of the window; 0: in the middle, others at random places, the same for every image
+    crop:int=0 # number of the window; 0: in the middle, others at random positions, the same for every image
     seed:int=0 # number of the draw of the random augmentations; 0: none
     # side of the window as a share of the image's, for networks that see whole images; None: the whole image
     share:float|None=None
@@ -62,12 +62,12 @@ class TTA:
     Raises: ValueError for a setting out of its range.
     """
     d4:int=8 # symmetries: 1 (none), 2 (left-right), 4 (of a rectangle) or 8 (of the square)
-    crops:int=1 # windows: the one in the middle first, then random places
+    crops:int=1 # windows: the one in the middle first, then random positions
     seeds:int=1 # draws of the random augmentations of training: first none, then a fixed draw for each image
     # side of a window as a share of the image's; networks that were trained on windows keep theirs
     crop_size:float|None=None
     combine:str='mean' # 'mean' or 'max'
-    plain_weight:float=0. # share of the plain view in the result, beside the combination of all views
+    plain_weight:float=0. # share of the plain view in the result, besides the combination of all views
     # what is combined: 'logit' or 'probability'; None: logits for the mean of softmax networks, otherwise probabilities
     space:str|None=None
     n:int|None=None # instead of the product: so many views, the v-th in symmetry v % 8 and through window v
@@ -117,7 +117,7 @@ def tta_group(
             raise ValueError(f'tta has no setting {unknown[0]!r}, expected some of {", ".join(known)}')
         return TTA(**tta)
     if tta in tta_presets: return tta_presets[tta]
-    near = get_close_matches(str(tta), tta_presets, 1)
+    near = nearest(tta, tta_presets)
     meant = f'; did you mean {near[0]!r}?' if near else ''
     raise ValueError(f'tta is {tta!r}, expected a number of views or one of {", ".join(map(repr, tta_presets))}{meant}')
 

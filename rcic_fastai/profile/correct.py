@@ -9,7 +9,6 @@ __all__ = ['postprocess_names', 'center_by', 'well_means', 'Sphering', 'TVN', 'C
 # %% ../../nbs/40_profile.correct.ipynb #65a3218c
 import warnings
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,8 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
+
+from ..errors import nearest
 
 # %% ../../nbs/40_profile.correct.ipynb #9370070b
 def _as_rows(x, name='x', features=None) -> np.ndarray:
@@ -278,9 +279,9 @@ postprocess_names = ('centers', 'center_plate', 'center_experiment', 'sphering',
 
 def _check_postprocess(name):
     if name in postprocess_names: return
-    near = get_close_matches(str(name).lower(), postprocess_names, n=1, cutoff=.4)
-    raise ValueError(f'unknown postprocess {name!r}; ' + (f'did you mean {near[0]!r}?' if near else 'expected one of '
-                                                          + ', '.join(postprocess_names)))
+    near = nearest(name, postprocess_names, cutoff=.4)
+    meant = f'did you mean {near[0]!r}?' if near else f"expected one of {', '.join(postprocess_names)}"
+    raise ValueError(f'unknown postprocess {name!r}; {meant}')
 
 def embedding_correction(
     name:str, # one of `postprocess_names`; 'centers' leaves embeddings as they are
