@@ -24,6 +24,8 @@ def user_path(
 ) -> Path: # with the home folder in place of ~
     "A path that a person gave. Raises: ValueError for a path that no system has, such as one with a NUL."
     if '\0' in str(path): raise ValueError(f'{str(path)!r} is no path: it holds a NUL character')
+    if '://' not in str(path) and (long := [p for p in Path(path).parts if len(os.fsencode(p)) > 255] or len(os.fsencode(path)) > 4000):
+        raise ValueError(f'{str(path)[:60]}... is no path: ' + ('a name in it is longer than 255 bytes' if isinstance(long, list) else 'it is longer than 4,000 bytes'))
     try: return Path(path).expanduser()
     except RuntimeError: return Path(path) # a folder whose name begins with ~, and no user of that name
 
@@ -148,8 +150,9 @@ def write_whole(
         if sync: _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
     except OSError as e:
-        if e.errno is not None and e.filename in (None, str(temporary)): e.filename, e.filename2 = str(path), None
-        raise
+        if e.errno is None: raise OSError(f'{path} cannot be written: {e}') from None
+        if e.filename is not None and str(temporary) not in map(str, (e.filename, e.filename2)): raise # of a file that is read
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally: temporary.unlink(missing_ok=True)
     if sync and os.name == 'posix': _sync(path.parent)
     return path

@@ -2,8 +2,10 @@
 
 import configparser
 import importlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rcic_fastai.cli.script import run_cli
+from rcic_fastai.cli import core as cli
+from rcic_fastai.cli.script import CliError, run_cli
 
 ROOT = Path(__file__).parents[1]
 config = configparser.ConfigParser(delimiters=["="])
@@ -236,3 +239,42 @@ def test_messages_name_options_that_the_command_has(command, tmp_path):
     assert not (tmp_path / "a").exists()
     status, out, _ = command("rcic-embed", "--help")
     assert status == 0 and "--present-only" in out  # the message of a missing file names it
+
+
+# What was told as unexpected, without a name, or too late
+
+
+@pytest.mark.parametrize("command, message", [
+    (lambda run, data, tmp: cli.rcic_predict(run=run, data=data, tta="²"), "tta is '²', expected a number of views"),
+    (lambda run, data, tmp: cli.rcic_predict(run=run, data=data, split="x"), "split is 'x', expected one of 'test', 'train', 'valid'"),
+    (lambda run, data, tmp: cli.rcic_embed(run=run, data=data, split="x", out=tmp / "x.npz"), "split is 'x', expected one of 'test', 'train', 'valid'"),
+    (lambda run, data, tmp: cli.rcic_train(data=data, run=tmp / "run", set=["="]), "'=' has no name of a setting before \"=\""),
+    (lambda run, data, tmp: cli.rcic_train(data=data, run=tmp / ("x" * 300)), "a name in it is longer than 255 bytes"),
+    (lambda run, data, tmp: cli.rcic_train(data=Path("x/" * 3000), run=tmp / "run"), "it is longer than 4,000 bytes"),
+    (lambda run, data, tmp: cli.rcic_simulate(out=tmp / "s", sirnas=1), "--sirnas is 1; 4 plates hold 4 to"),
+    (lambda run, data, tmp: cli.rcic_simulate(out=tmp / "s", cell_types="HUVEC,huvec"), "--cell-types is .*each once"),
+    (lambda run, data, tmp: cli.rcic_simulate(out=tmp / "s", cell_types="con"), "cell type 'con' cannot be the name of a file"),
+])  # fmt: skip
+def test_a_message_names_what_is_wrong(small_run, small_screen, tmp_path, command, message):
+    with pytest.raises(CliError, match=message) as e: command(small_run, small_screen, tmp_path)
+    assert "unexpected" not in str(e.value) and not any(tmp_path.iterdir())
+
+
+def test_weights_whose_sum_is_infinite(small_run, small_screen, tmp_path):
+    runs = [shutil.copytree(small_run, tmp_path / n) for n in "ab"]
+    cli.rcic_blend(run=runs, data=small_screen, out=tmp_path / "blend", weights="1e308,1e308")
+    assert json.loads((tmp_path / "blend" / "run.json").read_text())["weights"] == dict(a=0.5, b=0.5)
+
+
+def test_h5ad_without_anndata_is_told_before_the_work(small_run, small_screen, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
+    monkeypatch.setattr("rcic_fastai.run.predict.embed_run", lambda *a, **k: pytest.fail("it was embedded"))
+    with pytest.raises(CliError, match="x.h5ad: .h5ad needs the package anndata: pip install"): cli.rcic_embed(run=small_run, data=small_screen, out=tmp_path / "x.h5ad")
+
+
+def test_pretrained_weights_out_of_reach(small_screen, tmp_path, monkeypatch):
+    def offline(*args, **kwargs): raise OSError("first\nsecond")
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(CliError, match="model.pretrained is true, and the weights of resnet18 cannot be downloaded: .*--set model.pretrained=FILE.*first second") as e:
+        cli.rcic_train(data=small_screen, run=tmp_path / "run", set=["model.arch=resnet18", "model.pretrained=true"])
+    assert "\n" not in str(e.value)

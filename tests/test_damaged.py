@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import xxhash
 from PIL import Image
 
 from rcic_fastai.predict.submission import score_submission
@@ -331,3 +332,40 @@ def test_predictions_are_of_the_sites_of_the_screen(run, small_screen, tmp_path)
     assert not (run / "submission.csv").exists()
     wells.save(path)
     assert submit_run(run, screen, say=quiet).exists()
+
+
+@pytest.mark.parametrize("change, message", [(dict(classes=[0.5, float("nan")], target="x"), "classes has NaN"), (dict(classes=[1, 1]), "classes has 1 twice"), *((dict(parts=p), "parts is ") for p in ([""], ["."], ["a", "a"], ["../x"], ["a/b"]))], ids=str)
+def test_names_and_classes_of_a_run(run, change, message):
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**info, **change}))
+    with pytest.raises(ValueError, match=f"run.json: {message}"): read_run(run)
+
+
+@pytest.mark.parametrize("change", [dict(level="x"), dict(level=[]), dict(activation={}), dict(split=3), dict(weights=3), dict(weights=dict(a="x")), dict(run=[])], ids=str)
+def test_what_predictions_say_of_themselves(tmp_path, change):
+    p = Predictions(["a_1"], [0, 1], [[0.0, 1.0]], change)
+    p.save(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match=f"x.npz: {next(iter(change))} (is|are)"): Predictions.load(tmp_path / "x.npz")
+
+
+def with_index(store, change):
+    "The index changed, with checksums that fit"
+    table = change(pd.read_parquet(store / "sites.parquet"))
+    table.to_parquet(store / "sites.parquet", index=False)
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["files"]["sites.parquet"] = xxhash.xxh3_64_hexdigest((store / "sites.parquet").read_bytes())
+    (store / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "digest"}))
+
+
+def test_an_index_that_is_not_ours(small_screen, tmp_path):
+    for name, change in dict(once=lambda t: t.assign(site_id=t.site_id.iloc[0]), files=lambda t: t.assign(files="x")).items():
+        pack_screen(read_screen(small_screen), store := tmp_path / name, progress=False)
+        with_index(store, change)
+        with pytest.raises(ValueError, match="sites.parquet: (site .* twice|column 'files')"): (read_screen(store), Store(store).check())
+
+
+def test_an_array_with_an_entry_that_must_be_understood(small_screen, tmp_path):
+    pack_screen(read_screen(small_screen), tmp_path / "store", progress=False, format="zarr")
+    path = tmp_path / "store" / "shards" / "zarr.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "other": dict(must_understand=True)}))
+    with pytest.raises(ValueError, match="zarr.json: other is no entry of a store"): Store(tmp_path / "store").read(0)

@@ -398,3 +398,11 @@ def test_errors_of_the_client_are_errors(kaggle_server, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not know who asks"): run_client("kernels", "status", "ada/refused")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install kaggle"): run_client("kernels", "status", "ada/refused")
+
+
+@pytest.mark.parametrize("code", ["", ".", "./", 3])
+def test_a_code_file_without_a_name(tmp_path, code):
+    from rcic_fastai.kaggle.core import read_kernel
+
+    (tmp_path / "kernel-metadata.json").write_text(json.dumps(dict(id="ada/x", code_file=code)))
+    with pytest.raises(ValueError, match="code_file is .*, expected the name of a notebook in the same folder"): read_kernel(tmp_path)

@@ -96,6 +96,17 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "before")]
 
 
+def too_large(path): raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+def too_large_copy(path): raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "source", None, str(path))
+def no_encoder(path): raise OSError("encoder error -2 when writing image file")
+
+
+@pytest.mark.parametrize("fault, message", [(too_large, r"\[Errno 27\] .*a.txt'$"), (too_large_copy, r"\[Errno 27\] .*a.txt'$"), (cannot, r".*No space left on device: '.*a.txt'$"), (no_encoder, "a.txt cannot be written: encoder")])
+def test_a_failed_write_names_the_file(tmp_path, fault, message):
+    with pytest.raises(OSError, match=message) as e: write_whole(tmp_path / "a.txt", fault)
+    assert "None" not in str(e.value) and "rcic-part" not in str(e.value)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
 def test_what_is_no_file_is_left_alone(tmp_path):
     (tmp_path / "there.txt").write_text("before")

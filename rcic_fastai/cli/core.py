@@ -154,6 +154,8 @@ def command(
     return call_parse(called)
 
 # %% ../../nbs/91_cli.core.ipynb #361d90a9
+_simulated = dict(n_sirnas='--sirnas', n_train='--train-experiments', n_test='--test-experiments', cell_types='--cell-types', n_sites='--sites') # what messages of `simulate_screen` are about
+
 @command
 def rcic_simulate(
     out:Annotated[Path, dict(required=True)]=None, # folder to write the screen to
@@ -173,8 +175,9 @@ def rcic_simulate(
     with one_line_errors(debug):
         from rcic_fastai.screen.read import read_screen
         from rcic_fastai.screen.simulate import simulate_screen
-        simulate_screen(out, sirnas, train_experiments, test_experiments, tuple(filter(None, cell_types.split(','))), image_size,
-                        n_sites=sites, effect=effect, batch_effect=batch_effect, seed=seed, workers=workers)
+        try: simulate_screen(out, sirnas, train_experiments, test_experiments, tuple(filter(None, cell_types.split(','))), image_size,
+                             n_sites=sites, effect=effect, batch_effect=batch_effect, seed=seed, workers=workers)
+        except ValueError as e: raise ValueError(re.sub('|'.join(_simulated), lambda m: _simulated[m[0]], str(e))) from None
         _say(read_screen(out))
 
 # %% ../../nbs/91_cli.core.ipynb #b4037f79
@@ -364,7 +367,7 @@ def rcic_predict(
         from rcic_fastai.screen.read import read_screen
         from rcic_fastai.run.folder import run_data
         sizes = _numbers(bagging, 'bagging', low=2) if bagging else None
-        views = int(tta) if tta and tta.isdigit() else tta
+        views = int(tta) if tta and tta.isdecimal() else tta
         p = predict_run(run, read_screen(run_data(run, data)), split, batchnorm, views, present_only=present_only or None, say=_say,
                         domain=domain, bagging=sizes, postprocess=postprocess)
         _say(p)

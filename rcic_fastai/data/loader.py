@@ -50,7 +50,7 @@ class _BatchSource:
             self.target, self.kind = torch.tensor(own + [encode.number(None)]*(len(self.files)-len(own))), encode.kind
         self.store = None if self.reader.cache else self.reader.store(self.files)
         if self.store is not None and self.reader.size not in (None, min(self.store.shape[1:])): self.store = None # resized one by one
-        if self.store is not None: self.rows = np.array([int(row) if (row := packed_row(f)[1]).isdigit() else -1 for f in self.files])
+        if self.store is not None: self.rows = np.array([int(row) if (row := packed_row(f)[1]).isdecimal() else -1 for f in self.files])
 
     def _read_file(self, i, out):
         x = self.reader.pixels(self.files[i])

@@ -250,6 +250,7 @@ def _read_index(data, manifest, where):
     wanted = dict(site_id=(pa.string(), pa.large_string()), offset=(pa.int64(),), length=(pa.int64(),), checksum=(pa.uint64(),))
     for name, types in wanted.items():
         if kinds.get(name) not in types: raise ValueError(f'{where}: column {name!r} is {kinds.get(name, "missing")}, expected {types[0]}')
+    if 'files' in kinds: raise ValueError(f'{where}: column \'files\' is of no index of a store, whose sites lie in its shards')
     table = pd.read_parquet(io.BytesIO(data))
     if not isinstance(table.index, pd.RangeIndex) or table.columns.duplicated().any(): raise ValueError(f'{where}: it has an index or a column twice')
     if table.site_id.isna().any() or table.site_id.duplicated().any(): raise ValueError(f'{where}: a site is missing or is there twice')
@@ -284,6 +285,7 @@ def _bare(v):
 def _check_zarr(found, manifest, where):
     "Raises: ValueError if zarr.json describes another array than the one that was packed"
     wanted = _zarr_sketch([manifest['n_sites'], *manifest['shape']], min(manifest['shard_sites'], -(-manifest['n_sites']//manifest['shard_sites'])*manifest['shard_sites']))
+    if other := sorted(set(found)-{*wanted, 'attributes', 'dimension_names'}): raise ValueError(f'{where}: {other[0]} is no entry of a store, expected {", ".join(wanted)}')
     for name, value in wanted.items():
         if (got := _bare({name: found.get(name)}).get(name))!=_bare({name: value}).get(name): raise ValueError(f'{where}: {name} is {json.dumps(got)[:200]}, expected {json.dumps(value)}')
 

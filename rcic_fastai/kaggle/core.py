@@ -200,7 +200,7 @@ def read_kernel(
     meta = read_json(path)
     _check_source(f'{path}: id', meta.get('id'), 2)
     code = meta.get('code_file', 'kernel.ipynb')
-    if not isinstance(code, str): raise ValueError(f'{path}: code_file is {code!r}, expected the name of a notebook in the same folder')
+    if not isinstance(code, str) or not Path(code).name: raise ValueError(f'{path}: code_file is {code!r}, expected the name of a notebook in the same folder')
     try: path_within(folder, code)
     except ValueError as e: raise ValueError(f'{path}: code_file {e}; it would be uploaded') from None
     return meta

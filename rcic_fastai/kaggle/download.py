@@ -135,7 +135,8 @@ def fetch_file(
             except (_Broken, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
                 after = part.stat().st_size if part.exists() else 0
                 failed = 1 if after > before else failed+1 # a connection that brought something is a beginning
-                if failed >= tries: raise ConnectionError(f'{scrub(url)}: {scrub(e)}; {_gigabytes(after)} are kept, the same command goes on') from None
+                if failed >= (tries if after or isinstance(e, _Broken) else min(tries, 4)): raise ConnectionError( # a host that never answers is given up within seconds
+                    f'{scrub(url)}: {scrub(e)}; {_gigabytes(after)} are kept, the same command goes on') from None
                 say(f'{path.name}: {scrub(e)}; again in {wait*2**(failed-1):.0f} s, from {_gigabytes(after)} on')
                 time.sleep(min(60, wait*2**(failed-1)))
             except requests.RequestException as e: raise ValueError(f'{scrub(url)}: {scrub(e)}') from None # no address of the web, too many redirects

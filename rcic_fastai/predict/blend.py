@@ -135,6 +135,7 @@ def _normalised(weights, names):
             raise ValueError(f'the weight of {name!r} is {x}, expected a finite number from 0 on')
     if not w.any(): raise ValueError('all weights are 0: at least one member has to count')
     # what sums to 1 already stays as it is to the last bit, so that chosen weights do exactly what they were chosen for
+    if w.max() > 1e300: w = w/w.max() # their sum would be infinite
     return w if abs(w.sum()-1) < 1e-9 else w/w.sum()
 
 # %% ../../nbs/47_predict.blend.ipynb #1bcd7b71

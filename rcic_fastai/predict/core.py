@@ -104,6 +104,18 @@ def only(self:Predictions,
                    views=None if self.views is None else self.views[..., keep])
 
 # %% ../../nbs/46_predict.core.ipynb #ce516c2d
+_made = dict(level=('site', 'well'), activation=('softmax', 'sigmoid')) # what may be said
+
+def _check_made(made, path):
+    "Refuse what no prediction of ours says of itself. Raises: ValueError naming the entry."
+    for k, known in _made.items():
+        if made.get(k, known[0]) not in known: raise ValueError(f'{path}: {k} is {json.dumps(made[k])[:60]}, expected {" or ".join(known)}')
+    for k in ('run', 'recipe', 'split', 'target', 'batchnorm'):
+        if not isinstance(made.get(k), (str, type(None))): raise ValueError(f'{path}: {k} is {json.dumps(made[k])[:60]}, expected a text')
+    weights = made.get('weights', {})
+    if not isinstance(weights, dict) or not all(isinstance(w, (int, float)) for w in weights.values()): raise ValueError(f'{path}: weights are {json.dumps(weights)[:60]}, expected numbers in braces')
+    return made
+
 def _tta_setting(tta):
     "A number or name as it was given, a group as its settings: what JSON can hold"
     return tta_group(tta).changes() if isinstance(tta, (TTA, dict)) else tta
@@ -148,7 +160,7 @@ def load(cls:Predictions,
     path = user_path(path)
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist; rcic-predict writes it')
     f = read_arrays(path, 'ids', 'classes', 'logits', 'made')
-    made = parse_json(str(f['made']), path, dict)
+    made = _check_made(parse_json(str(f['made']), path, dict), path)
     views = (f['views'], f['view_names'].tolist()) if {'views', 'view_names'} <= set(f) else ()
     try: return Predictions(f['ids'], f['classes'], f['logits'], made, *views)
     except (ValueError, TypeError) as e: raise ValueError(f'{path} is no file of predictions: {e}') from None

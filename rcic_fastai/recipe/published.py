@@ -188,7 +188,7 @@ _free = ('loss.options', 'model.arch_options') # tables whose keys are not setti
 def _put(d, setting):
     "Put 'train.epochs=5' into nested dictionaries"
     key, equals, text = setting.partition('=')
-    if not equals: raise ValueError(f'{setting!r} has no "=", expected something like train.epochs=5')
+    if not equals or not key.strip(' .'): raise ValueError(f'{setting!r} has no {"name of a setting before" if equals else ""} "=", expected something like train.epochs=5'.replace('  ', ' '))
     try: json.loads(text)
     except ValueError: value = text # no JSON, so it is a word
     else: value = parse_json(text, key)

@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
 from .. import __version__
-from ..files import path_within, read_arrays, read_json, user_path, write_json
+from ..files import check_name, path_within, read_arrays, read_json, user_path, write_json
 from ..screen.core import Screen
 from ..screen.planes import resize_site
 from ..screen.read import read_screen
@@ -77,7 +77,7 @@ _info = dict(target=(_is(str), 'a name'), wells=(lambda v: v in ('treatments', '
 _of_network = dict(classes=(_list_of((int, float, str), 1), 'a list of classes'), channels=(_list_of((int, str), 1), 'a list of channels'),
                    cell_types=(_list_of(str), 'a list of names'), experiments=(_list_of(str), 'a list of names'))
 _if_there = dict(format=(lambda v: _is(int)(v) and v > 0, 'a number'), version=(_is(str), 'a version'), valid=(_is((str, type(None))), 'a text'), start=(_is((str, type(None))), 'a folder'),
-                 parts=(_list_of(str, 1), 'a list of names'), treatments=(lambda v: isinstance(v, dict) and all(map(_is(str), v.values())), 'names of numbers in braces'), blend=(_list_of(str, 1), 'a list of folders'), weights=(_is(dict), 'an object in braces'), versions=(_is(dict), 'an object in braces'),
+                 parts=(lambda v: _list_of(str, 1)(v) and len(set(v))==len(v) and all(map(_is_name, v)), 'different names of folders within the run'), treatments=(lambda v: isinstance(v, dict) and all(map(_is(str), v.values())), 'names of numbers in braces'), blend=(_list_of(str, 1), 'a list of folders'), weights=(_is(dict), 'an object in braces'), versions=(_is(dict), 'an object in braces'),
                  image_size=(lambda v: _list_of(int)(v) and len(v)==2, 'height and width'), stats=(_is((list, type(None))), 'means and standard deviations'), stack=(_is(dict), 'an object in braces'))
 
 def _check_info(info, path):
@@ -92,8 +92,13 @@ def _check_info(info, path):
     for key in filter(info.__contains__, _of_network):
         twice = [v for v, n in Counter(info[key]).items() if n > 1]
         if twice: raise ValueError(f'{path}: {key} has {twice[0]!r} twice')
+        if any(isinstance(v, float) and not np.isfinite(v) for v in info[key]): raise ValueError(f'{path}: {key} has NaN or an infinite number')
     _check_class_kinds(info, path)
     return info
+
+def _is_name(name):
+    try: return bool(check_name(name))
+    except ValueError: return False
 
 def _check_class_kinds(info, path):
     "Classes of siRNAs and of labels have whole numbers, others are all numbers or all names"

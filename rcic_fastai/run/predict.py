@@ -106,6 +106,7 @@ def check_treatments(
 
 def _run_sites(info, screen, split, wells, present_only, say):
     "The sites to predict"
+    if split not in (known := [*sorted(screen.wells.split.unique()), 'valid']): raise ValueError(f'split is {split!r}, expected one of {", ".join(map(repr, known))}')
     sites = select_sites(screen, 'train' if split=='valid' else split, wells, present_only, say)
     return sites[sites.id_code.isin(info['valid_wells'])].reset_index(drop=True) if split=='valid' else sites
 

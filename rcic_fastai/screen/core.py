@@ -195,6 +195,8 @@ def _packed_files(root):
     _check_tables(root)
     with naming(root/'sites.parquet', 'index of a store (Parquet)'):
         ids = pd.read_parquet(root/'sites.parquet', columns=['site_id']).site_id
+    twice = ids[ids.isna() | ids.duplicated()]
+    if len(twice): raise ValueError(f'{root/"sites.parquet"}: site {twice.iloc[0]} is missing or is there twice')
     return pd.Series([f'{root.as_posix()}#{i}' for i in range(len(ids))], index=ids)
 
 # %% ../../nbs/12_screen.core.ipynb #ac166477

@@ -92,7 +92,7 @@ def _require_wells(rows):
              lambda r: f'well {r.well!r} is not on a plate of 384 wells or fewer; expected A01 to P24')
 
 # %% ../../nbs/11_screen.platemap.ipynb #51f85ec8
-def _natural(text): return [int(t) if t.isdigit() else t.lower() for t in re.split(r'(\d+)', str(text))]
+def _natural(text): return [int(t) if t.isdecimal() else t.lower() for t in re.split(r'(\d+)', str(text))]
 
 def _plate_numbers(rows):
     "Plates as they are if all are numbers, else numbered within their experiment"

@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
-from ..files import claim_folder, clean_partials, note_request, refuse_linked_folders, user_path, write_whole
+from ..files import check_name, claim_folder, clean_partials, note_request, refuse_linked_folders, user_path, write_whole
 
 # %% ../../nbs/10_screen.simulate.ipynb #e31f7ed2
 def named_rng(
@@ -272,7 +272,8 @@ def _check_design(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates):
     for name in cell_types:
         if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9.+-]*', str(name)):
             raise ValueError(f'cell type {name!r} is no name such as HUVEC: letters, digits, ".", "+" and "-"')
-    if not cell_types or len(set(cell_types)) < len(cell_types):
+        check_name(name, 'cell type')
+    if not cell_types or len({c.lower() for c in cell_types}) < len(cell_types):
         raise ValueError(f'cell_types is {cell_types}, expected one name or more, each once')
     if n_train < 1 or n_test < 0:
         raise ValueError(f'n_train is {n_train} and n_test is {n_test}, '

@@ -112,7 +112,7 @@ def site_files(
 # %% ../../nbs/11_screen.sites.ipynb #8edb5a07
 def _lost_files(pattern, channels, listed):
     "The paths of one site that do not exist; `listed` remembers the names in each folder"
-    if (packed := packed_row(pattern)) is not None: return [] if packed[1].isdigit() else [pattern]
+    if (packed := packed_row(pattern)) is not None: return [] if packed[1].isdecimal() else [pattern]
     lost = []
     for path in _expand(pattern, channels):
         folder, _, name = path.rpartition('/')

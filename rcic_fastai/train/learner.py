@@ -150,6 +150,9 @@ def recipe_model(
     try: model = create_model(m.arch, n_classes, n_channels=n_channels, pretrained=m.pretrained, init=m.first_conv, pool=m.pool, head=m.head,
                               **_head_options(recipe, n_cell_types), **m.arch_options)
     except ValueError as e: raise ValueError(f'{said}: {e}') if str(e).startswith('timm cannot build') else e from None
+    except OSError as e:
+        if m.pretrained is not True: raise
+        raise ConnectionError(f'model.pretrained is true, and the weights of {m.arch} cannot be downloaded: give a file of them (--set model.pretrained=FILE), or begin without (--set model.pretrained=false); {" ".join(str(e).split())[:300]}') from None
     except (TypeError, RuntimeError, AssertionError, ArithmeticError, LookupError, AttributeError) as e:
         if not m.arch_options: raise
         raise ValueError(f'{said}, which makes no network of {m.arch}: {e}') from None
