@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 import numpy as np
 from fastai.callback.all import Callback
+from fastcore.basics import patch
 from torch import nn, Tensor
 
+from ..private import BatchNormBase, copy_all, lerp_all, on_device, validate_within
 from ..model.batchnorm import reestimate_batchnorm
 from ..model.core import save_weights
 
@@ -30,24 +32,28 @@ def geometric_rates(
 def last_layer(
     model:nn.Module # a `ScreenModel`, or any network
 ) -> nn.Module:
-    "The classifier of a network: what a `ScreenModel` calls so, else the last module that has weights of its own."
+    "The classifier of a network: what a `ScreenModel` calls so, else the last module that holds weights."
     head = getattr(model, 'head', None)
     if hasattr(head, 'classifier'): return head.classifier
     return [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))][-1]
 
+# %% ../../nbs/65_train.averaging.ipynb #61b6e6d0
+_normalising = (BatchNormBase, nn.GroupNorm, nn.LayerNorm)
+
 class FreezeBody(Callback):
     """In the first epochs train only the normalising layers and the last layer.
 
-    Source: the 83rd place of the RCIC challenge (2019)."""
+    Source: the 83rd place of RCIC 2019."""
     order = 75 # after logging, before a checkpoint
     def __init__(self,
         epochs:int=1 # so many
     ): self.epochs = epochs
 
     def _frozen(self):
-        moving = {id(p) for m in self.learn.model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)) for p in m.parameters()}
-        moving |= {id(p) for p in last_layer(self.learn.model).parameters()}
-        return [p for p in self.learn.model.parameters() if id(p) not in moving]
+        model = self.learn.model
+        layers = [*(m for m in model.modules() if isinstance(m, _normalising)), last_layer(model)]
+        moving = {id(p) for m in layers for p in m.parameters()}
+        return [p for p in model.parameters() if id(p) not in moving]
 
     def _let_move(self, on):
         for p in self._frozen(): p.requires_grad_(on)
@@ -56,7 +62,7 @@ class FreezeBody(Callback):
         if not hasattr(self.learn, 'lr_finder'): self._let_move(self.epoch >= self.epochs)
 
     def after_epoch(self):
-        if self.epoch==self.epochs-1: self.opt.clear_state()
+        if self.epoch == self.epochs-1: self.opt.clear_state()
 
     def after_fit(self): self._let_move(True)
 
@@ -66,13 +72,14 @@ def _training_batches(learn, images):
     dl, seen, out = learn.dls.train, 0, []
     epoch = getattr(dl, 'epoch', None)
     for b in dl:
-        b = learn._set_device(b)
-        out.append(b[:getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)])
+        b = on_device(learn, b)
+        out.append(b[:getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)])
         seen += len(b[0])
         if seen >= images: break
     if epoch is not None: dl.epoch = epoch
     return out
 
+# %% ../../nbs/65_train.averaging.ipynb #a9cd3953
 class WeightMean(Callback):
     "Base of the means of weights: ends a fit with the mean, and BatchNorm statistics that suit it."
     order, run_valid = 70, False # after the recorder, before a checkpoint
@@ -94,27 +101,32 @@ class WeightMean(Callback):
         self.n, device = state['n'], next(self.learn.model.parameters()).device
         self.mean = None if state['mean'] is None else [t.to(device) for t in state['mean']]
 
-    @torch.no_grad()
-    def take(self,
-        share:float # of the weights as they are in the new mean, 0 to 1
-    ):
-        "Move the mean towards the weights."
-        own = [p.detach() for p in self.learn.model.parameters()]
-        if self.mean is None: self.mean = [p.clone() for p in own]
-        else: torch._foreach_lerp_(self.mean, own, share)
-        self.n += 1
+# %% ../../nbs/65_train.averaging.ipynb #b15f6b3f
+@patch
+@torch.no_grad()
+def take(self:WeightMean,
+    share:float # of the weights as they are in the new mean, 0 to 1
+):
+    "Move the mean towards the weights."
+    own = [p.detach() for p in self.learn.model.parameters()]
+    if self.mean is None: self.mean = [p.clone() for p in own]
+    else: lerp_all(self.mean, own, share)
+    self.n += 1
 
-    def after_fit(self):
-        if not self._trains or self.mean is None: return
-        with torch.no_grad(): torch._foreach_copy_(list(self.learn.model.parameters()), self.mean)
-        model = self.learn.model
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            reestimate_batchnorm(model, _training_batches(self.learn, self.images))
-        self.mean, self._trains = None, False
+@patch
+def after_fit(self:WeightMean):
+    if not self._trains or self.mean is None: return
+    with torch.no_grad(): copy_all(list(self.learn.model.parameters()), self.mean)
+    model = self.learn.model
+    if any(isinstance(m, BatchNormBase) for m in model.modules()):
+        reestimate_batchnorm(model, _training_batches(self.learn, self.images))
+    self.mean, self._trains = None, False
 
+# %% ../../nbs/65_train.averaging.ipynb #39a325a7
 class EMA(WeightMean):
-    """End a fit with the exponential moving average of the weights. In the first steps the decay is smaller, so that the start is forgotten.
+    """End a fit with the exponential moving average of the weights; in the first steps its decay is smaller.
 
+    Raises: ValueError for a decay outside 0 to 1.
     Source: Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging (1992)."""
     def __init__(self,
         decay:float=.999, # share of the old average per step, 0 to 1
@@ -129,6 +141,7 @@ class EMA(WeightMean):
 class LastEpochs(WeightMean):
     """End a fit with the mean of the weights at the end of its last epochs.
 
+    Raises: ValueError for less than one epoch.
     Source: Izmailov et al., Averaging Weights Leads to Wider Optima and Better Generalization (2018)."""
     def __init__(self,
         epochs:int=3, # so many
@@ -167,27 +180,33 @@ class KeepBest(Callback):
         "Back to what `state` returned."
         self.best, self.weights = state['best'], state['weights']
 
-    def consider(self,
-        values:dict # column of the log -> number
-    ):
-        "Keep the weights as they are now if they are the best so far."
-        value = values.get(self.monitor)
-        if value is None or not np.isfinite(value) or self.best is not None and self.sign*value <= self.sign*self.best: return
-        self.best = float(value)
-        if self.restore: self.weights = {k: v.detach().cpu().clone() for k,v in self.learn.model.state_dict().items()}
-        if self.path:
-            try: save_weights(self.learn.model, self.path, meta={self.monitor: self.best})
-            except OSError as e: print(f'could not write {self.path}: {e.strerror or e}')
+# %% ../../nbs/65_train.averaging.ipynb #5545fd98
+@patch
+def consider(self:KeepBest,
+    values:dict # column of the log -> number
+):
+    "Keep the weights as they are now if they are the best so far."
+    value = values.get(self.monitor)
+    if value is None or not np.isfinite(value): return
+    if self.best is not None and self.sign*value <= self.sign*self.best: return
+    self.best = float(value)
+    if self.restore: self.weights = {k: v.detach().cpu().clone() for k,v in self.learn.model.state_dict().items()}
+    if self.path:
+        try: save_weights(self.learn.model, self.path, meta={self.monitor: self.best})
+        except OSError as e: print(f'could not write {self.path}: {e.strerror or e}')
 
-    def after_epoch(self):
-        if self._trains: self.consider(dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1])))
+@patch
+def after_epoch(self:KeepBest):
+    if self._trains: self.consider(dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1])))
 
-    def after_fit(self):
-        if self._trains and self.restore and self.weights is not None: self.learn.model.load_state_dict(self.weights)
-        self._trains = False
+@patch
+def after_fit(self:KeepBest):
+    if self._trains and self.restore and self.weights is not None: self.learn.model.load_state_dict(self.weights)
+    self._trains = False
 
+# %% ../../nbs/65_train.averaging.ipynb #af0254d4
 class ValidateWithin(Callback):
-    "Validate every so many steps, not only at the end of an epoch."
+    "Validate every so many steps, not only at the end of an epoch. Raises: ValueError for less than one step."
     order, run_valid = 90, False
     def __init__(self,
         steps:int # batches between two validations
@@ -202,25 +221,28 @@ class ValidateWithin(Callback):
 
     def after_batch(self):
         learn, done = self.learn, self.train_iter % self.n_iter
-        if self.train_iter % self.steps or not done or hasattr(learn, 'lr_finder'): return # at the end of an epoch comes a validation anyway
+        # at the end of an epoch comes a validation anyway
+        if self.train_iter % self.steps or not done or hasattr(learn, 'lr_finder'): return
         values = self._validate()
         self.rows.append(dict(epoch=self.epoch + done/self.n_iter, **values))
         for cb in learn.cbs:
             if isinstance(cb, KeepBest): cb.consider(values)
 
-    def _validate(self):
-        "Loss and metrics of the validation set; the loop goes on as if nothing had happened"
-        learn, recorder = self.learn, self.learn.recorder
-        kept = {k: getattr(learn, k, None) for k in ('dl', 'iter', 'n_iter', 'xb', 'yb', 'pred', 'loss', 'loss_grad')}
-        log, bar = recorder.log, getattr(getattr(learn, 'progress', None), 'pbar', None)
-        recorder.log = type(log)(*log)
-        try:
-            learn._do_epoch_validate()
-            values = recorder.log[len(log):]
-        finally:
-            recorder.log = log
-            for k,v in kept.items(): setattr(learn, k, v)
-            if bar is not None: learn.progress.pbar = bar
-            learn.model.train()
-            learn.training = True
-        return dict(zip(recorder.metric_names[2:], map(float, values)))
+# %% ../../nbs/65_train.averaging.ipynb #3225ec14
+@patch
+def _validate(self:ValidateWithin):
+    "Loss and metrics of the validation set; the loop continues as if nothing had happened"
+    learn, recorder = self.learn, self.learn.recorder
+    kept = {k: getattr(learn, k, None) for k in ('dl', 'iter', 'n_iter', 'xb', 'yb', 'pred', 'loss', 'loss_grad')}
+    log, bar = recorder.log, getattr(getattr(learn, 'progress', None), 'pbar', None)
+    recorder.log = type(log)(*log)
+    try:
+        validate_within(learn)
+        values = recorder.log[len(log):]
+    finally:
+        recorder.log = log
+        for k,v in kept.items(): setattr(learn, k, v)
+        if bar is not None: learn.progress.pbar = bar
+        learn.model.train()
+        learn.training = True
+    return dict(zip(recorder.metric_names[2:], map(float, values)))

@@ -23,15 +23,22 @@ from .learner import fit_stage, screen_learner
 
 # %% ../../nbs/67_train.controls.ipynb #c1cd1d30
 def _plain_log(learn, say):
-    "Where nobody sees a progress bar move (a log file, a pipe): one line per epoch"
+    "Where no progress bar is seen to move (a log file, a pipe): one line per epoch"
     if IN_NOTEBOOK or sys.stdout.isatty(): return
     def columns(values): say(' '.join(f'{v:>14.4f}' if isinstance(v, float) else f'{v!s:>14}' for v in values))
     def log(values):
-        if values[0]==0: columns(learn.recorder.metric_names)
+        if values[0] == 0: columns(learn.recorder.metric_names)
         columns(values)
     learn.remove_cb(ProgressCallback)
     learn.logger = log
 
+def _among_controls(recipe):
+    "A recipe in which controls are the classes, not a frame of reference"
+    plain_head = recipe.model.head if recipe.model.head != 'controls' else 'linear'
+    return replace(recipe, data=replace(recipe.data, controls=0, domains_per_batch=1, statistics='all'),
+                   model=replace(recipe.model, head=plain_head))
+
+# %% ../../nbs/67_train.controls.ipynb #efe92be9
 def pretrain_on_controls(
     screen:Screen, # whose control wells to use
     recipe:Recipe, # `recipe.controls` says how long
@@ -43,12 +50,11 @@ def pretrain_on_controls(
     **kwargs # of `recipe_dataloaders`
 ) -> Learner: # its model tells controls apart; `model.swap_head(n)` makes it ready for others
     "Train on the control wells of the training experiments."
-    # here the controls are the classes, not a frame of reference
-    plain_head = recipe.model.head if recipe.model.head!='controls' else 'linear'
-    recipe = replace(recipe, data=replace(recipe.data, controls=0, domains_per_batch=1, statistics='all'), model=replace(recipe.model, head=plain_head))
+    recipe = _among_controls(recipe)
     sites = select_sites(screen, 'train', 'controls', present_only, say)
     sites = sites[~sites.id_code.isin(list(without))].reset_index(drop=True)
-    dls = recipe_dataloaders(sites, recipe, path=path, cell_types=screen.cell_types, experiments=screen.experiments, channels=screen.channels, **kwargs)
+    dls = recipe_dataloaders(sites, recipe, path=path, cell_types=screen.cell_types, experiments=screen.experiments,
+                             channels=screen.channels, **kwargs)
     learn = screen_learner(dls, recipe, path=path)
     _plain_log(learn, say)
     return fit(learn, recipe.controls)

@@ -28,6 +28,19 @@ def _of_screen(screen, kwargs):
     sites, own = _screen_settings(screen, {k: kwargs.get(k) for k in names})
     return sites, {**kwargs, **own}
 
+def _repeats(sites, valid, at_least):
+    "How often an epoch shows the training sites, so that it shows `at_least` so many"
+    n_train = len(sites) if valid is None or isinstance(valid, str) else int((~np.asarray(valid, bool)).sum())
+    return max(1, math.ceil(at_least/max(n_train, 1)))
+
+def _recipe_transforms(d, side, stats, counts):
+    "Batch transforms of `DataSettings`; only larger images are cut, and none gets more pixels"
+    crop = d.crop if d.crop and d.crop < side else None
+    return screen_transforms(size=d.size and min(d.size, side), crop=crop, d4=d.d4, intensity=d.intensity,
+                             cutout=d.cutout, brightness=d.brightness, warp=d.warp, scale=(d.min_scale, 1.),
+                             standardize=d.standardize, stats=stats, match=d.match_histograms, counts=counts)
+
+# %% ../../nbs/65_train.loaders.ipynb #38372ac2
 def recipe_dataloaders(
     sites:pd.DataFrame|Screen, # labelled sites, or a screen, as `screen_dataloaders` takes it
     recipe:Recipe, # settings
@@ -36,21 +49,18 @@ def recipe_dataloaders(
     counts:torch.Tensor=None, # histograms of the pixels; measured on `sites` if the recipe needs them
     controls:pd.DataFrame=None, # control sites, for recipes that put some into every batch
     **kwargs # of `screen_dataloaders`: target, cell_types, experiments, channels, device, path
-) -> DataLoaders:
-    "DataLoaders as the recipe describes them; `dls.stats` and `dls.counts` hold the statistics and histograms they standardise by."
+) -> DataLoaders: # with the statistics and histograms they standardise by, `dls.stats` and `dls.counts`
+    "DataLoaders as the recipe describes them."
     if isinstance(sites, Screen): sites, kwargs = _of_screen(sites, kwargs)
     d = recipe.data
-    n_train = len(sites) if valid is None or isinstance(valid, str) else int((~np.asarray(valid, bool)).sum())
-    make = partial(screen_dataloaders, sites, valid=valid, domain=d.domain, bs=d.batch_size, num_workers=d.workers, seed=recipe.seed,
-                   cache=d.cache, read_size=d.read_size, multilabel=recipe.loss.name in multilabel_losses, domains_per_batch=d.domains_per_batch, pairs=recipe.train.mix=='lisa', controls=controls, n_controls=d.controls if controls is not None else 0,
-                   repeats=max(1, math.ceil(d.epoch_sites/max(n_train, 1))), **kwargs)
+    make = partial(
+        screen_dataloaders, sites, valid=valid, domain=d.domain, bs=d.batch_size, num_workers=d.workers,
+        seed=recipe.seed, cache=d.cache, read_size=d.read_size, multilabel=recipe.loss.name in multilabel_losses,
+        domains_per_batch=d.domains_per_batch, pairs=recipe.train.mix == 'lisa', controls=controls,
+        n_controls=d.controls if controls is not None else 0, repeats=_repeats(sites, valid, d.epoch_sites), **kwargs)
     raw = make(transforms=[])
     if d.standardize not in (None, 'image'): stats = stats_with(raw, sites, d.standardize, stats, recipe.seed)
     if d.match_histograms: counts = histograms_with(raw, sites, d.match_histograms, counts, recipe.seed)
-    side = min(raw.train_ds[0][0].shape[-2:])
-    # a window is cut out of larger images only, and nothing is resized to more pixels than it has
-    dls = make(transforms=screen_transforms(size=d.size and min(d.size, side), crop=d.crop if d.crop and d.crop < side else None, d4=d.d4, intensity=d.intensity,
-                                            cutout=d.cutout, brightness=d.brightness, warp=d.warp, scale=(d.min_scale, 1.),
-                                            standardize=d.standardize, stats=stats, match=d.match_histograms, counts=counts))
+    dls = make(transforms=_recipe_transforms(d, min(raw.train_ds[0][0].shape[-2:]), stats, counts))
     dls.stats, dls.counts = stats, counts
     return dls

@@ -9,17 +9,18 @@ __all__ = ['mixes', 'context_domains', 'mix_partners', 'mixup_images', 'cutmix_i
 # %% ../../nbs/65_train.mix.ipynb #677d2c43
 import warnings
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixHandler
 from fastai.layers import NoneReduce
+from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor
 from torch.distributions import Beta
 
+from ..errors import did_you_mean, one_of
 from ..data.context import DOMAINS, MixedContext, plain
 
 # %% ../../nbs/65_train.mix.ipynb #005ffd0e
@@ -28,7 +29,7 @@ _columns = dict(zip(DOMAINS, ([], [0], [1], [1,2])))
 def context_domains(
     context:Tensor|MixedContext, # (B, >=3) integers
     domain:str|None, # None, 'cell_type', 'experiment' or 'plate'
-)->Tensor: # (B,) int64: the same number for rows of the same domain, comparable within a batch
+) -> Tensor: # (B,) int64: the same number for rows of the same domain, comparable within a batch
     "Domain of every row; of the first image where two are mixed."
     context = (context.context if isinstance(context, MixedContext) else context).as_subclass(Tensor).long()
     return sum((context[:,c] << 20*i for i,c in enumerate(_columns[domain])), torch.zeros_like(context[:,0]))
@@ -36,8 +37,8 @@ def context_domains(
 def mix_partners(
     y:Tensor, # (B,) integers; negative rows are masked
     groups:Tensor|None=None, # (B,) integers: a row gets its partner from its own group
-    generator:torch.Generator|None=None, # On the CPU; None is torch's global one
-)->Tensor: # (B,) int64: a row of the batch for each
+    generator:torch.Generator|None=None, # on the CPU; None is torch's global one
+) -> Tensor: # (B,) int64: a row of the batch for each
     "Random partners: a permutation of the unmasked rows of every group; masked rows stay themselves."
     rows = torch.arange(len(y), device=y.device)
     order = torch.randperm(len(y), generator=generator).to(y.device)
@@ -48,27 +49,29 @@ def mix_partners(
 
 # %% ../../nbs/65_train.mix.ipynb #f3b6a955
 def mixup_images(
-    x:Tensor, # Images (B, C, H, W), float
+    x:Tensor, # images (B, C, H, W), float
     partner:Tensor, # (B,) int64, from `mix_partners`
     weight:Tensor, # (B,) float in [0, 1]: share of the own image
-)->Tensor: # (B, C, H, W), type of `x`
-    "`weight` of an image and the rest of its partner. Raises: `ValueError` for integer images."
-    if not x.is_floating_point(): raise ValueError(f"images are {x.dtype}, expected float: mix them after they are standardised")
+) -> Tensor: # (B, C, H, W), type of `x`
+    "`weight` of an image and the rest of its partner. Raises: ValueError for integer images."
+    if not x.is_floating_point():
+        raise ValueError(f'images are {x.dtype}, expected float: mix them after they are standardised')
     o,kind = x.as_subclass(Tensor),type(x)
     return torch.lerp(o, o[partner], (1-weight).to(o)[:,None,None,None]).as_subclass(kind)
 
 def cutmix_images(
-    x:Tensor, # Images (B, C, H, W), any type
+    x:Tensor, # images (B, C, H, W), any type
     partner:Tensor, # (B,) int64, from `mix_partners`
     weight:Tensor, # (B,) float in [0, 1]: share of the own image, before the box is clipped
-    generator:torch.Generator|None=None, # On the CPU; None is torch's global one
-)->tuple[Tensor,Tensor]: # Images (B, C, H, W) and the share of the own image that was left (B,) float32
-    "A box of the partner in every image, of the image's own proportions and around a random centre."
+    generator:torch.Generator|None=None, # on the CPU; None is torch's global one
+) -> tuple[Tensor,Tensor]: # images (B, C, H, W) and the share of the own image that was left (B,) float32
+    "A box of the partner in every image, with the image's proportions and around a random centre."
     o,kind,size = x.as_subclass(Tensor),type(x),x.new_tensor(x.shape[-2:], dtype=torch.float32)
     half = (1-weight.float().to(o.device)).clamp(0, 1).sqrt()[:,None]*size/2
     centre = torch.rand(len(x), 2, generator=generator).to(o.device)*size
     low,high = ((centre+d).round().clamp_min(0).minimum(size) for d in (-half, half))
-    inside = [(i >= low[:,d,None]) & (i < high[:,d,None]) for d,n in enumerate(x.shape[-2:]) for i in [torch.arange(n, device=o.device)]]
+    pixels = [torch.arange(n, device=o.device) for n in x.shape[-2:]]
+    inside = [(i >= low[:,d,None]) & (i < high[:,d,None]) for d,i in enumerate(pixels)]
     box = inside[0][:,None,:,None] & inside[1][:,None,None]
     return torch.where(box, o[partner], o).as_subclass(kind), 1 - (high-low).prod(1)/size.prod()
 
@@ -78,11 +81,12 @@ def mix_targets(
     partner:Tensor, # (B,) int64
     weight:Tensor, # (B,) float in [0, 1]: share of the own target
     n_classes:int, # K
-)->Tensor: # (B, K) float32; rows sum to 1, or to 0 where masked
-    "Soft targets. Raises: `ValueError` for a target beyond the classes."
+) -> Tensor: # (B, K) float32; rows sum to 1, or to 0 where masked
+    "Soft targets. Raises: ValueError for a target beyond the classes."
     y = y.as_subclass(Tensor).long()
     if y.device.type == 'cpu' and len(y) and y.max() >= n_classes:
-        raise ValueError(f"target {y.max().item()} at row {y.argmax().item()} is outside the {n_classes} classes (0-{n_classes-1})")
+        raise ValueError(f'target {y.max().item()} at row {y.argmax().item()} is outside the {n_classes} classes '
+                         f'(0-{n_classes-1})')
     hot,w = F.one_hot(y.clamp_min(0), n_classes).float()*(y >= 0)[:,None], weight[:,None].float()
     return (w*hot + (1-w)*hot[partner])*(y >= 0)[:,None]
 
@@ -91,8 +95,8 @@ def lisa_partners(
     y:Tensor, # (B,) integers; negative rows are masked
     experiment:Tensor, # (B,) integers
     groups:Tensor|None=None, # (B,) integers, such as cell types: a row gets its partner from its own group
-    generator:torch.Generator|None=None, # On the CPU; None is torch's global one
-)->Tensor: # (B,) int64
+    generator:torch.Generator|None=None, # on the CPU; None is torch's global one
+) -> Tensor: # (B,) int64
     """A random row with the same target and another experiment, else the row itself.
 
     Source: intra-label LISA, Yao et al. 2022, https://arxiv.org/abs/2201.00299"""
@@ -103,8 +107,8 @@ def lisa_partners(
 
 # %% ../../nbs/65_train.mix.ipynb #f144c5a1
 def heavier_class(
-    y:Tensor, # Soft targets (B, K); rows of zeros are masked
-)->Tensor: # (B,) int64, -1 where masked
+    y:Tensor, # soft targets (B, K); rows of zeros are masked
+) -> Tensor: # (B,) int64, -1 where masked
     "The class that a mixture has most of."
     return torch.where(y.sum(1) > 0, y.argmax(1), -1)
 
@@ -113,138 +117,155 @@ def _takes_soft(loss):
     return not getattr(loss, 'y_int', False) or hasattr(loss, 'row_loss') or isinstance(loss, MixedLoss)
 
 class MixedLoss:
-    "One of fastai's losses of a class, on mixtures of two: the mean of both, each with its share. What it does else, the loss does."
+    "One of fastai's losses of a class, on mixtures of two: the mean of both, each with its share."
     def __init__(self,
-        loss:Callable, # Such as `CrossEntropyLossFlat()`
+        loss:Callable, # such as `CrossEntropyLossFlat()`
     ): self.loss = loss
 
-    def __call__(self,
-        pred:Tensor, # (B, K)
-        y:Tensor, # (B,) int64, or soft targets (B, K) of two classes at most
-        **kwargs # Of the loss
-    )->Tensor: # Reduced as the loss is
-        "Loss of classes, or of mixtures."
-        if y.ndim == 1: return self.loss(pred, y, **kwargs)
-        share,classes = plain(y).topk(min(2, y.shape[1]))
-        with NoneReduce(self.loss) as each:
-            loss = sum(share[:,i]*plain(each(pred, classes[:,i], **kwargs)).view(-1) for i in range(share.shape[1]))
-        known = y.sum(1) > 0
-        how = getattr(self.loss, 'reduction', 'mean')
-        return loss.sum()/known.sum().clamp_min(1) if how == 'mean' else loss.sum() if how == 'sum' else loss
-
-    def __getattr__(self, k):
+    def __getattr__(self, k): # what it does else, the loss does
         if k == 'loss' or k.startswith('__'): raise AttributeError(k)
         return getattr(self.loss, k)
+
+# %% ../../nbs/65_train.mix.ipynb #e3ce0dc7
+@patch
+def __call__(self:MixedLoss,
+    pred:Tensor, # (B, K)
+    y:Tensor, # (B,) int64, or soft targets (B, K) of two classes at most
+    **kwargs # of the loss
+) -> Tensor: # reduced as the loss is
+    "Loss of classes, or of mixtures."
+    if y.ndim == 1: return self.loss(pred, y, **kwargs)
+    share,classes = plain(y).topk(min(2, y.shape[1]))
+    with NoneReduce(self.loss) as each:
+        loss = sum(share[:,i]*plain(each(pred, classes[:,i], **kwargs)).view(-1) for i in range(share.shape[1]))
+    known = y.sum(1) > 0
+    how = getattr(self.loss, 'reduction', 'mean')
+    return loss.sum()/known.sum().clamp_min(1) if how == 'mean' else loss.sum() if how == 'sum' else loss
 
 # %% ../../nbs/65_train.mix.ipynb #f144c5b7
 class ScreenMixUp(Callback):
     """MixUp of training batches `(image, context)`, `(target,)`.
 
-    Raises: `ValueError` for settings out of range, and in training for batches of another form.
+    Raises: ValueError for settings out of range, and in training for batches of another form.
     Source: Zhang et al. 2018, https://arxiv.org/abs/1710.09412"""
     order,run_valid = 60,False
     domains:tuple[str|None, ...] = DOMAINS # what `within` may be
     def __init__(self,
-        alpha:float=.4, # Weights are drawn from Beta(alpha, alpha): small ones leave most images nearly alone, 1 is uniform
-        within:str|None=None, # Partners share the 'cell_type', 'experiment' or 'plate'; None: any row of the batch
-        p:float=1., # Probability that an image is mixed
+        alpha:float=.4, # weights are drawn from Beta(alpha, alpha): small ones leave most images nearly alone
+        within:str|None=None, # partners share the 'cell_type', 'experiment' or 'plate'; None: any row of the batch
+        p:float=1., # probability that an image is mixed
     ):
-        if not alpha > 0: raise ValueError(f"alpha is {alpha}, expected more than 0")
-        if not 0 <= p <= 1: raise ValueError(f"p is {p}, expected a probability from 0 to 1")
-        if within not in self.domains: raise ValueError(f"within is {within!r}, expected one of {', '.join(map(repr, self.domains))}")
-        self.alpha,self.within,self.p = alpha,within,p
+        if not alpha > 0: raise ValueError(f'alpha is {alpha}, expected more than 0')
+        if not 0 <= p <= 1: raise ValueError(f'p is {p}, expected a probability from 0 to 1')
+        self.alpha,self.within,self.p = alpha,one_of(within, self.domains, 'within'),p
 
-    def __repr__(self): return f"{type(self).__name__}(alpha={self.alpha}, within={self.within!r}, p={self.p})"
+    def __repr__(self): return f'{type(self).__name__}(alpha={self.alpha}, within={self.within!r}, p={self.p})'
+    def partners(self, y, context): return mix_partners(y, context_domains(context, self.within))
+    def mix(self, image, partner, weight): return mixup_images(image, partner, weight), weight
 
-    def draw(self, n:int)->Tensor:
+    def draw(self, n:int) -> Tensor:
         "Weights (n,) on the CPU; 1 where an image is to stay"
         weight = Beta(self.alpha, self.alpha).sample((n,))
         return torch.where(torch.rand(n) < self.p, weight, 1.)
-
-    def partners(self, y, context): return mix_partners(y, context_domains(context, self.within))
-    def mix(self, image, partner, weight): return mixup_images(image, partner, weight), weight
 
     def targets(self, y, partner, weight):
         vocab = getattr(self.dls, 'vocab', None)
         return mix_targets(y, partner, weight, self.dls.c if vocab is None else len(vocab))
 
-    def before_train(self):
-        if not _takes_soft(self.loss_func): self.learn.loss_func = MixedLoss(self.loss_func)
-    def after_train(self):
-        if isinstance(self.loss_func, MixedLoss): self.learn.loss_func = self.loss_func.loss
-    after_cancel_fit = after_train
+# %% ../../nbs/65_train.mix.ipynb #b87e07a2
+@patch
+def _check_batch(self:ScreenMixUp):
+    name,several = type(self).__name__,len(self.xb) == 2 and len(self.yb) == 1 and self.yb[0].ndim == 2
+    if several and not isinstance(self.xb[1], MixedContext):
+        raise ValueError(f'{name} mixes two classes, and these sites have several labels each, which are not mixed: '
+                         'train without it')
+    if len(self.xb) != 2 or not isinstance(self.xb[1], Tensor) or len(self.yb) != 1 or self.yb[0].ndim != 1:
+        raise ValueError(f'{name} mixes batches (image, context, target) with integers (B,) as target; '
+                         'is there another callback that mixes them already?')
 
-    def before_batch(self):
-        if len(self.xb) == 2 and len(self.yb) == 1 and self.yb[0].ndim == 2 and not isinstance(self.xb[1], MixedContext):
-            raise ValueError(f"{type(self).__name__} mixes two classes, and these sites have several labels each, which are not mixed: "
-                             "train without it")
-        if len(self.xb) != 2 or not isinstance(self.xb[1], Tensor) or len(self.yb) != 1 or self.yb[0].ndim != 1:
-            raise ValueError(f"{type(self).__name__} mixes batches (image, context, target) with integers (B,) as target; "
-                             "is there another callback that mixes them already?")
-        image,context,y = self.xb[0],*(o.as_subclass(Tensor) for o in (self.xb[1], self.yb[0]))
-        weight = self.draw(len(y))
-        if (weight == 1).all(): return
-        partner = self.partners(y, context)
-        weight = torch.where(partner == torch.arange(len(y), device=y.device), 1., weight.to(y.device))
-        image,weight = self.mix(image, partner, weight)
-        self.learn.xb = image,MixedContext(context, context[partner], weight)
-        self.learn.yb = (self.targets(y, partner, weight),)
+@patch
+def before_batch(self:ScreenMixUp):
+    self._check_batch()
+    image,context,y = self.xb[0],*(o.as_subclass(Tensor) for o in (self.xb[1], self.yb[0]))
+    weight = self.draw(len(y))
+    if (weight == 1).all(): return
+    partner = self.partners(y, context)
+    weight = torch.where(partner == torch.arange(len(y), device=y.device), 1., weight.to(y.device))
+    image,weight = self.mix(image, partner, weight)
+    self.learn.xb = image,MixedContext(context, context[partner], weight)
+    self.learn.yb = (self.targets(y, partner, weight),)
 
-    def after_loss(self):
-        "Metrics of training batches see the heavier class"
-        if self.yb and self.yb[0].ndim == 2: self.learn.yb = (heavier_class(self.yb[0]),)
+# %% ../../nbs/65_train.mix.ipynb #17b0fba5
+@patch
+def before_train(self:ScreenMixUp):
+    if not _takes_soft(self.loss_func): self.learn.loss_func = MixedLoss(self.loss_func)
 
+@patch
+def after_train(self:ScreenMixUp):
+    if isinstance(self.loss_func, MixedLoss): self.learn.loss_func = self.loss_func.loss
+
+ScreenMixUp.after_cancel_fit = ScreenMixUp.after_train
+
+@patch
+def after_loss(self:ScreenMixUp):
+    "Metrics of training batches see the heavier class"
+    if self.yb and self.yb[0].ndim == 2: self.learn.yb = (heavier_class(self.yb[0]),)
+
+# %% ../../nbs/65_train.mix.ipynb #680ac6a6
 class ScreenCutMix(ScreenMixUp):
     "CutMix of training batches. Source: Yun et al. 2019, https://arxiv.org/abs/1905.04899"
     def __init__(self,
-        alpha:float=1., # Shares of the area are drawn from Beta(alpha, alpha)
-        within:str|None=None, # Partners share the 'cell_type', 'experiment' or 'plate'; None: any row of the batch
-        p:float=1., # Probability that an image is mixed
+        alpha:float=1., # shares of the area are drawn from Beta(alpha, alpha)
+        within:str|None=None, # partners share the 'cell_type', 'experiment' or 'plate'; None: any row of the batch
+        p:float=1., # probability that an image is mixed
     ): super().__init__(alpha, within, p)
 
     def mix(self, image, partner, weight): return cutmix_images(image, partner, weight)
 
 class LISA(ScreenMixUp):
-    "Mix sites of the same target and different experiments; a batch must hold several experiments. Source: as `lisa_partners`"
+    "Mix sites of the same target and different experiments; batches must hold several. Source: as `lisa_partners`"
     domains = None,'cell_type'
     def __init__(self,
-        alpha:float=2., # Weights are drawn from Beta(alpha, alpha)
-        p:float=.5, # Probability that an image is mixed, if it has a partner
+        alpha:float=2., # weights are drawn from Beta(alpha, alpha)
+        p:float=.5, # probability that an image is mixed, if it has a partner
         within:str|None=None, # 'cell_type': partners share it; None: they need not
     ): super().__init__(alpha, within, p)
 
     def before_train(self): self.any_pair = None
-    def partners(self, y, context):
-        partner = lisa_partners(y, context[:,1], context_domains(context, self.within))
-        moved = (partner != torch.arange(len(y), device=y.device)).any()
-        self.any_pair = moved if self.any_pair is None else self.any_pair | moved # on the device, looked at once per epoch
-        return partner
     def targets(self, y, partner, weight): return self.yb[0]
-    def after_train(self):
-        if self.any_pair is None or self.any_pair: return
-        warnings.warn("LISA found no two sites of the same target and different experiments in any batch of this epoch: "
-                      "put several experiments into a batch")
+
+# %% ../../nbs/65_train.mix.ipynb #62df0e01
+@patch
+def partners(self:LISA, y, context):
+    partner = lisa_partners(y, context[:,1], context_domains(context, self.within))
+    moved = (partner != torch.arange(len(y), device=y.device)).any() # on the device, looked at once per epoch
+    self.any_pair = moved if self.any_pair is None else self.any_pair | moved
+    return partner
+
+@patch
+def after_train(self:LISA):
+    if self.any_pair is None or self.any_pair: return
+    warnings.warn('LISA found no two sites of the same target and different experiments in any batch of this epoch: '
+                  'put several experiments into a batch')
 
 # %% ../../nbs/65_train.mix.ipynb #402a9d51
 mixes = {'mixup': ScreenMixUp, 'cutmix': ScreenCutMix, 'lisa': LISA}
 
 def create_mix(
     name:str, # 'mixup', 'cutmix' or 'lisa'
-    alpha:float|None=None, # Of the Beta distribution; None: as usual for this mix
-    within:str|None=None, # What partners share
-    p:float|None=None, # Probability that an image is mixed; None: as usual for this mix
-)->Callback:
-    "Mixing callback by name. Raises: `ValueError` naming the nearest name, or a setting out of range."
-    if name not in mixes:
-        near = get_close_matches(str(name).lower(), mixes, n=1, cutoff=.4)
-        raise ValueError(f"there is no mix {name!r}{f', did you mean {near[0]!r}?' if near else ''} (known: {', '.join(mixes)})")
+    alpha:float|None=None, # of the Beta distribution; None: as usual for this mix
+    within:str|None=None, # what partners share
+    p:float|None=None, # probability that an image is mixed; None: as usual for this mix
+) -> Callback:
+    "Mixing callback by name. Raises: ValueError naming the nearest name, or a setting out of range."
+    if name not in mixes: raise ValueError(f'there is no mix {name!r}{did_you_mean(name, mixes, .4)}')
     return mixes[name](within=within, **{k: v for k,v in dict(alpha=alpha, p=p).items() if v is not None})
 
 # %% ../../nbs/65_train.mix.ipynb #90b6f59a
 def refuse_plain_mix(
-    cbs:Callback|type[Callback]|list|None, # What is about to be added to a learner of a screen
+    cbs:Callback|type[Callback]|list|None, # what is about to be added to a learner of a screen
 ):
-    "Refuse fastai's MixUp and CutMix, which know of no context. Raises: `ValueError` with the name of ours."
+    "Refuse fastai's MixUp and CutMix, which know of no context. Raises: ValueError with the name of ours."
     for cb in L(cbs):
         kind = cb if isinstance(cb, type) else type(cb)
         if not issubclass(kind, MixHandler): continue

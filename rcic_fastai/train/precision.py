@@ -13,8 +13,10 @@ from functools import partial
 import torch
 from fastai.callback.all import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastcore.basics import patch
 from torch import nn
 
+from ..errors import one_of
 from ..renamed import renamed
 from ..model.batchnorm import BatchNormModeCallback
 
@@ -26,7 +28,7 @@ def has_depthwise(
     model:nn.Module # any network
 ) -> bool:
     "Has a network convolutions that look at each channel alone, as EfficientNet, MobileNet and ConvNeXt do?"
-    return any(isinstance(m, nn.Conv2d) and m.groups==m.in_channels > 1 for m in model.modules())
+    return any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in model.modules())
 
 # %% ../../nbs/65_train.precision.ipynb #fc66cf18
 def has_bf16(
@@ -34,11 +36,12 @@ def has_bf16(
 ) -> bool: # computes the device bfloat16 itself? What `RCIC_BF16` says, where it is set
     "Whether `'auto'` may choose bfloat16. Raises: ValueError where `RCIC_BF16` is neither `on` nor `off`."
     said = os.environ.get('RCIC_BF16')
-    if said not in (None, 'on', 'off'): raise ValueError(f"RCIC_BF16 is {said!r}, expected 'on', 'off' or no such variable")
-    if said: return said=='on'
-    if device.type=='cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
+    if said not in (None, 'on', 'off'):
+        raise ValueError(f"RCIC_BF16 is {said!r}, expected 'on', 'off' or no such variable")
+    if said: return said == 'on'
+    if device.type == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
     has = lambda name: getattr(torch.cpu, name, lambda: False)()
-    return device.type=='cpu' and (has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported'))
+    return device.type == 'cpu' and (has('_is_avx512_bf16_supported') or has('_is_amx_tile_supported'))
 
 def fast_precision(
     device:torch.device, # where the network runs
@@ -46,54 +49,28 @@ def fast_precision(
 ) -> str: # 'fp32', 'bf16' or 'fp16'
     """The fastest precision that the hardware computes natively; `RCIC_BF16` answers for it.
 
-    Raises: ValueError where the variable is set to something else than `on` or `off`.
+    Raises: ValueError where the variable is neither `on` nor `off`.
     """
     bf16 = has_bf16(device)
-    if device.type!='cpu': return 'bf16' if bf16 else 'fp16'
+    if device.type != 'cpu': return 'bf16' if bf16 else 'fp16'
     return 'bf16' if bf16 and not (model is not None and has_depthwise(model)) else 'fp32'
 
 # %% ../../nbs/65_train.precision.ipynb #61dfb42e
+_precisions = ('auto', 'fp32', 'bf16', 'fp16')
+
 class AutoMixedPrecision(MixedPrecision):
-    "Mixed precision on the device of the DataLoaders: the forward in the precision asked for, outputs and loss in float32."
+    "Mixed precision on the device of the DataLoaders: the forward in the given precision, outputs and loss in float32."
     def __init__(self,
         precision:str='auto', # 'auto', 'fp32', 'bf16' or 'fp16'
         **kwargs # of `torch.amp.GradScaler`
     ):
-        if precision not in ('auto', 'fp32', 'bf16', 'fp16'): raise ValueError(f"precision is {precision!r}, expected 'auto', 'fp32', 'bf16' or 'fp16'")
-        self.precision, self.kwargs = precision, kwargs
-        self._wrapped:tuple = None # model, its forward, the one of its own if it had one, what switches the precision on
+        self.precision, self.kwargs = one_of(precision, _precisions, 'precision'), kwargs
+        self._wrapped:tuple = None # model, its forward, the attribute that held it, what switches the precision on
 
     @property
     def dtype(self):
-        p = fast_precision(self.dls.device, self.learn.model) if self.precision=='auto' else self.precision
+        p = fast_precision(self.dls.device, self.learn.model) if self.precision == 'auto' else self.precision
         return dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[p]
-
-    def before_fit(self):
-        self._unwrap() # of a fit that an error ended
-        kind, dtype, model = self.dls.device.type, self.dtype, self.learn.model
-        if dtype==torch.float16 and kind=='cpu':
-            if getattr(self.learn, 'fits', True): raise ValueError("precision 'fp16' cannot train on a CPU; use 'bf16', 'fp32' or 'auto'")
-            dtype = torch.float32 # of a network trained elsewhere, that only predicts here
-        self.scaling, self.scales = dtype==torch.float16, []
-        self.learn.scaler = torch.amp.GradScaler(kind, enabled=self.scaling, **self.kwargs)
-        if dtype==torch.float32: return
-        self._wrapped = model, model.forward, model.__dict__.get('forward'), partial(torch.autocast, kind, dtype=dtype)
-        model.forward = self._forward
-
-    def _forward(self, *args, **kwargs):
-        _, forward, _, region = self._wrapped
-        x = args[0]
-        # a kernel of 3x3 over the single pixel that is left of such an image: its bfloat16 gradients are uninitialised memory (oneDNN, PyTorch 2.10-2.14)
-        tiny = x.device.type=='cpu' and x.ndim==4 and min(x.shape[-2:]) < 32
-        with nullcontext() if tiny else region(): out = forward(*args, **kwargs) # nothing stays switched on, whatever ends the forward
-        return tuple(o.float() for o in out) if isinstance(out, tuple) else out.float()
-
-    def _unwrap(self):
-        if self._wrapped is None: return
-        model, _, own, _ = self._wrapped
-        if own is None: del model.forward
-        else: model.forward = own
-        self._wrapped = None
 
     def before_batch(self): pass
     after_pred = after_loss = before_batch
@@ -105,9 +82,44 @@ class AutoMixedPrecision(MixedPrecision):
         if self.scaling: super().after_step()
     def after_fit(self): self._unwrap(); self.learn.scaler = None
 
+# %% ../../nbs/65_train.precision.ipynb #982fe951
+@patch
+def before_fit(self:AutoMixedPrecision):
+    self._unwrap() # of a fit that an error ended
+    kind, dtype, model = self.dls.device.type, self.dtype, self.learn.model
+    if dtype == torch.float16 and kind == 'cpu':
+        if getattr(self.learn, 'fits', True):
+            raise ValueError("precision 'fp16' cannot train on a CPU; use 'bf16', 'fp32' or 'auto'")
+        dtype = torch.float32 # of a network trained elsewhere, that only predicts here
+    self.scaling, self.scales = dtype == torch.float16, []
+    self.learn.scaler = torch.amp.GradScaler(kind, enabled=self.scaling, **self.kwargs)
+    if dtype == torch.float32: return
+    region = partial(torch.autocast, kind, dtype=dtype)
+    self._wrapped = model, model.forward, model.__dict__.get('forward'), region
+    model.forward = self._forward
+
+@patch
+def _unwrap(self:AutoMixedPrecision):
+    if self._wrapped is None: return
+    model, _, own, _ = self._wrapped
+    if own is None: del model.forward
+    else: model.forward = own
+    self._wrapped = None
+
+# %% ../../nbs/65_train.precision.ipynb #137aa6f3
+@patch
+def _forward(self:AutoMixedPrecision, *args, **kwargs):
+    _, forward, _, region = self._wrapped
+    x = args[0]
+    # the bfloat16 gradients of a 3x3 kernel over the single pixel left of such an image are uninitialised memory
+    # (oneDNN, PyTorch 2.10-2.14)
+    tiny = x.device.type == 'cpu' and x.ndim == 4 and min(x.shape[-2:]) < 32
+    with nullcontext() if tiny else region(): out = forward(*args, **kwargs) # switched off whatever ends the forward
+    return tuple(o.float() for o in out) if isinstance(out, tuple) else out.float()
+
 # %% ../../nbs/65_train.precision.ipynb #83e440a1
 class ChannelsLastImages(Callback):
-    "Give the network images in channels-last layout."
+    "Give the network images in channels-last layout. Raises: ValueError for another word than 'auto'."
     order = MixedPrecision.order-1
     def __init__(self,
         when:bool|str=True # 'auto': not where it is a loss
@@ -116,21 +128,24 @@ class ChannelsLastImages(Callback):
         self.when = when
 
     def _loses(self):
-        half = hasattr(self.learn, 'auto_mixed_precision') and self.learn.auto_mixed_precision.dtype==torch.bfloat16
-        return self.dls.device.type=='cpu' and half and has_depthwise(self.learn.model)
+        precision = getattr(self.learn, 'auto_mixed_precision', None)
+        half = precision is not None and precision.dtype == torch.bfloat16
+        return self.dls.device.type == 'cpu' and half and has_depthwise(self.learn.model)
 
     def before_fit(self):
         self.on = self.when is True or not self._loses()
         if self.on: self.learn.model.to(memory_format=torch.channels_last)
+
     def before_batch(self):
-        if self.on: self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim==4 else x for x in self.learn.xb)
+        reorder = lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        if self.on: self.learn.xb = tuple(map(reorder, self.learn.xb))
 
 # %% ../../nbs/65_train.precision.ipynb #000d86f3
 class InferenceMode(BatchNormModeCallback):
-    """Validate and predict (`validate`, `get_preds`, `tta`) under `torch.inference_mode` and named BatchNorm statistics; what comes out are ordinary tensors.
+    """Validate and predict under `torch.inference_mode` and named BatchNorm statistics; outputs are ordinary tensors.
 
     A single image has no statistics but its own content, so it gets the running ones."""
     def _forward(self, *args, **kwargs):
         with torch.inference_mode():
-            out = self._wrapped[1](*args, **kwargs) if args and len(args[0])==1 else super()._forward(*args, **kwargs)
+            out = self._wrapped[1](*args, **kwargs) if args and len(args[0]) == 1 else super()._forward(*args, **kwargs)
         return tuple(o.clone() for o in out) if isinstance(out, tuple) else out.clone()
