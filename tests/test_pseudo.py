@@ -111,7 +111,7 @@ def test_sites_are_averaged_and_controls_are_never_chosen():
 
 
 @pytest.mark.parametrize('change, said', [(dict(share=1.01), 'share is 1.01, expected a share from 0 to 1'), (dict(share=float('nan')), 'share is nan'),
-                                          (dict(share=-.1), 'share is -0.1'), (dict(per='plate'), "per is 'plate', expected 'experiment' or 'screen'"),
+                                          (dict(share=-.1), 'share is -0.1'), (dict(per='plate'), "per is 'plate', expected one of 'experiment', 'screen'"),
                                           (dict(p=Predictions([], np.arange(3), np.zeros((0, 3)))), 'hold no wells')])
 def test_selection_refuses(change, said):
     with pytest.raises(ValueError, match=said): select_pseudo_labels(**{'p': screen_of()[0], **change})
