@@ -115,6 +115,7 @@ def take(self:WeightMean,
 
 @patch
 def after_fit(self:WeightMean):
+    "The mean takes the place of the weights."
     if not self._trains or self.mean is None: return
     with torch.no_grad(): copy_all(list(self.learn.model.parameters()), self.mean)
     model = self.learn.model
@@ -197,10 +198,12 @@ def consider(self:KeepBest,
 
 @patch
 def after_epoch(self:KeepBest):
+    "Look at the validation of the epoch."
     if self._trains: self.consider(dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1])))
 
 @patch
 def after_fit(self:KeepBest):
+    "The best weights take the place of the last."
     if self._trains and self.restore and self.weights is not None: self.learn.model.load_state_dict(self.weights)
     self._trains = False
 

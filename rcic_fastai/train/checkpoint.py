@@ -162,7 +162,11 @@ class StopOnNaN(Callback):
 
 # %% ../../nbs/65_train.checkpoint.ipynb #c2f42590
 @patch
-def stop(self:StopOnNaN, step, loss):
+def stop(self:StopOnNaN,
+    step:int, # of the stage, from 0
+    loss:float # what it was
+):
+    "Raises: FloatingPointError naming the step, the learning rate and the last good checkpoint."
     checkpoint = getattr(self.learn, 'checkpoint', None)
     last = checkpoint_files(checkpoint.folder)[-1:] if checkpoint else []
     stage = f' of stage {checkpoint.stage}' if checkpoint else ''
@@ -335,6 +339,7 @@ def _restore(self:Checkpoint, s):
 # %% ../../nbs/65_train.checkpoint.ipynb #bbc7a308
 @patch
 def before_fit(self:Checkpoint):
+    "Resume, where there is a state."
     self.learn.first_epoch, self._middle, self._batch, self._validates = 0, None, 0, False
     self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
     if self.run and self.resume is not None: self._restore(self.resume)
@@ -342,6 +347,7 @@ def before_fit(self:Checkpoint):
 
 @patch
 def before_train(self:Checkpoint):
+    "Skip the batches that are done."
     self._batch, self._validates, s = 0, False, self._middle
     if s is None: return
     learn, self._middle = self.learn, None
@@ -352,6 +358,7 @@ def before_train(self:Checkpoint):
 # %% ../../nbs/65_train.checkpoint.ipynb #03354a44
 @patch
 def after_batch(self:Checkpoint):
+    "Save every so many steps; stop where a signal has arrived."
     skips = hasattr(self.learn.dls.train, 'start') # loaders that cannot are saved at the ends of epochs
     if self.learn.training:
         self._batch += 1
@@ -360,10 +367,13 @@ def after_batch(self:Checkpoint):
     elif self._validates and self.signum is not None and skips: self._stop(self._batch)
 
 @patch
-def after_train(self:Checkpoint): self._validates = True
+def after_train(self:Checkpoint):
+    "From here on, batches are of the validation set."
+    self._validates = True
 
 @patch
 def after_epoch(self:Checkpoint):
+    "Save."
     self._validates = False
     if self.signum is not None: self._stop(0)
     self.save()

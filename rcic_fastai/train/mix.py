@@ -185,6 +185,7 @@ def _check_batch(self:ScreenMixUp):
 
 @patch
 def before_batch(self:ScreenMixUp):
+    "Mix the batch."
     self._check_batch()
     image,context,y = self.xb[0],*(o.as_subclass(Tensor) for o in (self.xb[1], self.yb[0]))
     weight = self.draw(len(y))
@@ -198,10 +199,12 @@ def before_batch(self:ScreenMixUp):
 # %% ../../nbs/65_train.mix.ipynb #17b0fba5
 @patch
 def before_train(self:ScreenMixUp):
+    "Give a loss of classes the soft targets it does not take."
     if not _takes_soft(self.loss_func): self.learn.loss_func = MixedLoss(self.loss_func)
 
 @patch
 def after_train(self:ScreenMixUp):
+    "Put the loss back."
     if isinstance(self.loss_func, MixedLoss): self.learn.loss_func = self.loss_func.loss
 
 ScreenMixUp.after_cancel_fit = ScreenMixUp.after_train
@@ -236,7 +239,11 @@ class LISA(ScreenMixUp):
 
 # %% ../../nbs/65_train.mix.ipynb #62df0e01
 @patch
-def partners(self:LISA, y, context):
+def partners(self:LISA,
+    y:Tensor, # (B,) int64
+    context:Tensor # (B, >=3) integers
+) -> Tensor: # (B,) int64
+    "A row with the same target and another experiment for each row."
     partner = lisa_partners(y, context[:,1], context_domains(context, self.within))
     moved = (partner != torch.arange(len(y), device=y.device)).any() # on the device, looked at once per epoch
     self.any_pair = moved if self.any_pair is None else self.any_pair | moved
@@ -244,6 +251,7 @@ def partners(self:LISA, y, context):
 
 @patch
 def after_train(self:LISA):
+    "Warn of an epoch without pairs."
     if self.any_pair is None or self.any_pair: return
     warnings.warn('LISA found no two sites of the same target and different experiments in any batch of this epoch: '
                   'put several experiments into a batch')

@@ -56,7 +56,10 @@ def _align(self:TorchOptimizer):
             if isinstance(t, Tensor) and t.shape == p.shape and t.stride() != p.stride(): self.opt.state[p][k] = like(t)
 
 @patch
-def step(self:TorchOptimizer, closure=None):
+def step(self:TorchOptimizer,
+    closure:Callable=None # computes the loss anew
+):
+    "Step of the PyTorch optimiser, with state in the layout of the weights."
     first = self._spatial[0] if self._spatial else None # a network changes its layout as a whole, so one is enough
     if first is not None:
         moved = first.grad is not None and first.grad.stride() != first.stride()
@@ -66,7 +69,10 @@ def step(self:TorchOptimizer, closure=None):
     return self.opt.step(closure)
 
 @patch
-def load_state_dict(self:TorchOptimizer, sd):
+def load_state_dict(self:TorchOptimizer,
+    sd:dict # of `state_dict`
+):
+    "Back to a state, whose layout is looked at anew."
     self._aligned = None
     self.opt.load_state_dict(sd)
 

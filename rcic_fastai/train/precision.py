@@ -85,6 +85,7 @@ class AutoMixedPrecision(MixedPrecision):
 # %% ../../nbs/65_train.precision.ipynb #982fe951
 @patch
 def before_fit(self:AutoMixedPrecision):
+    "Switch the precision on for the forward. Raises: ValueError for float16 training on a CPU."
     self._unwrap() # of a fit that an error ended
     kind, dtype, model = self.dls.device.type, self.dtype, self.learn.model
     if dtype == torch.float16 and kind == 'cpu':

@@ -209,6 +209,7 @@ def _join(self:PseudoLabels):
 # %% ../../nbs/66_train.pseudo.ipynb #4fec4b3e
 @patch
 def before_epoch(self:PseudoLabels):
+    "Choose the labels of this epoch."
     p = self.recipe.pseudo
     if self.over or hasattr(self.learn, 'lr_finder') or self.epoch < p.start or (self.epoch-p.start) % p.every: return
     if self.chosen == self.epoch: return # by a training that was resumed from here
