@@ -20,7 +20,7 @@ from torch import nn, Tensor
 BatchNormBase = nn.modules.batchnorm._BatchNorm
 
 def check_batchnorm_input(
-    layer:nn.Module, # a BatchNorm
+    layer:nn.modules.batchnorm._BatchNorm, # a BatchNorm
     x:Tensor # its input, (B, C, ...)
 ):
     "Raises: ValueError for an input of another number of dimensions than the layer takes."
@@ -28,16 +28,16 @@ def check_batchnorm_input(
 
 # %% ../nbs/05_private.ipynb #7563414b
 def lerp_all(
-    tensors:Sequence[Tensor], # they are changed
-    ends:Sequence[Tensor], # of the same shapes
+    tensors:list[Tensor], # they are changed
+    ends:list[Tensor], # of the same shapes
     weight:float # 0 leaves `tensors` as they are, 1 makes them `ends`
 ):
     "Move tensors towards others in place."
     torch._foreach_lerp_(tensors, ends, weight)
 
 def copy_all(
-    tensors:Sequence[Tensor], # they are changed
-    values:Sequence[Tensor] # of the same shapes
+    tensors:list[Tensor], # they are changed
+    values:list[Tensor] # of the same shapes
 ):
     "Copy tensors into others."
     torch._foreach_copy_(tensors, values)
