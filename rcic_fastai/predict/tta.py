@@ -55,6 +55,7 @@ def _check_group(tta):
     check(tta.space in (None, 'logit', 'probability'), 'space', "'logit', 'probability' or None")
     check(tta.n is None or 1 <= tta.n <= 64, 'n', '1 to 64 views')
 
+# %% ../../nbs/45_predict.tta.ipynb #1e7c9d20
 @dataclass(frozen=True)
 class TTA:
     """Views of an image, symmetries x windows x draws, and how their scores are combined.

@@ -33,6 +33,7 @@ def _as_rows(x, name='x', features=None) -> np.ndarray:
         raise ValueError(f'{name}: row {bad[0]} holds nan or inf ({len(bad):,} such rows of {len(x):,})')
     return x
 
+# %% ../../nbs/40_profile.correct.ipynb #2b8d4f61
 def _as_labels(labels, n, name) -> np.ndarray:
     "One label per row, none missing: int64, or str"
     labels = pd.Series(labels).infer_objects().reset_index(drop=True)
