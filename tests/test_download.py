@@ -88,7 +88,7 @@ def test_going_on_in_another_process(server, tmp_path):
     path, part = tmp_path / "a.bin", tmp_path / "a.bin.part"
     def break_off():
         server.hangs_up_after = 100_000
-        with pytest.raises(ConnectionError, match="0.10 MB are kept, the same command goes on"):
+        with pytest.raises(ConnectionError, match="0.10 MB are kept, the same command resumes"):
             fetch_file(f"{server.url}/data.bin", path, tries=1, progress=False)
         server.hangs_up_after = 0
         assert 83_000 < part.stat().st_size < 100_001 and not path.exists()

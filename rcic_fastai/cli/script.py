@@ -24,7 +24,8 @@ def _argument(name, parameter, said):
     said = said.replace('%', '%%')
     if default is parameter.empty: return [name], {**dict(type=kind, help=said), **own}
     flag = f'--{"no-" if default is True else ""}{name.replace("_", "-")}'
-    if default is not None: said += f' (default: {default!s})'.replace('%', '%%') if str(default).strip() else f' (default: {default!r})'
+    if default is not None:
+        said += f' (default: {default!s})'.replace('%', '%%') if str(default).strip() else f' (default: {default!r})'
     if kind is bool: return [flag], dict(dest=name, action=f'store_{str(not default).lower()}', help=said)
     shown = {} if 'choices' in own else dict(metavar=f'({kind.__name__.lower()})')
     return [flag], {**dict(dest=name, type=kind, default=default, help=said), **shown, **own}
@@ -37,8 +38,9 @@ class _Parser(argparse.ArgumentParser):
     "A parser whose messages quote no credentials"
     def error(self, message): super().error(scrub(message))
 
+# %% ../../nbs/90_cli.script.ipynb #93486874
 def option_parser(
-    func:Callable, # its parameters are the options, the comments beside them the help
+    func:Callable, # its parameters are the options, the comments next to them the help
     prog:str=None # name of the command; by default that of the file that was started
 ) -> argparse.ArgumentParser:
     "The parser of a command."
@@ -52,7 +54,8 @@ def option_parser(
     return parser
 
 # %% ../../nbs/90_cli.script.ipynb #c1c04771
-class CliError(Exception): "Raised where a command cannot continue: a shell is told the message and status 1, a caller in Python sees the exception."
+class CliError(Exception):
+    "Raised where a command cannot continue: a shell gets the message and status 1, a caller in Python the exception."
 
 def run_cli(
     func:Callable # what the command line is read for

@@ -19,27 +19,36 @@ _not_packed = 'RECORD', 'INSTALLER', 'REQUESTED', 'WHEEL', 'direct_url.json' # a
 def _distribution(name):
     # a checkout that Python was started in has an .egg-info too, which is no installation
     found = next((d for d in importlib.metadata.distributions(name=name) if d.read_text('RECORD') is not None), None)
-    if found is None: raise ValueError(f'{name} is not installed here, and a wheel is made of what is installed: pip install {name}, or give its wheel with --wheel')
+    if found is None:
+        raise ValueError(f'{name} is not installed here, and a wheel is made of what is installed: pip install {name}, '
+                         'or give its wheel with --wheel')
     return found
 
-def _is_editable(dist): return json.loads(dist.read_text('direct_url.json') or '{}').get('dir_info', {}).get('editable', False)
+def _is_editable(dist):
+    return json.loads(dist.read_text('direct_url.json') or '{}').get('dir_info', {}).get('editable', False)
 
 def _package_files(package):
-    "The files of a package that is imported from a folder of its own, caches left out"
+    "The files of a package that is imported from a folder, caches left out"
     root = Path(importlib.util.find_spec(package).origin).parent
-    found = [p for p in sorted(root.rglob('*')) if p.is_file() and p.suffix!='.pyc' and not any(n.startswith('.') for n in p.relative_to(root).parts)]
+    hidden = lambda p: any(n.startswith('.') for n in p.relative_to(root).parts)
+    found = [p for p in sorted(root.rglob('*')) if p.is_file() and p.suffix != '.pyc' and not hidden(p)]
     return {f'{package}/{p.relative_to(root).as_posix()}': p for p in found}
 
 def _installed_files(name):
     "Path in the wheel -> file"
     dist = _distribution(name)
-    own = {str(f): Path(dist.locate_file(f)) for f in dist.files or () if f.parts[0]!='..' and f.suffix!='.pyc'}
+    kept = [f for f in dist.files or () if f.parts[0] != '..' and f.suffix != '.pyc']
+    own = {str(f): Path(dist.locate_file(f)) for f in kept}
     if _is_editable(dist):
-        own = {k: p for k,p in own.items() if '.dist-info/' in k}
-        for package in (dist.read_text('top_level.txt') or name.replace('-', '_')).split(): own |= _package_files(package)
-    return {k: p for k,p in own.items() if not ('.dist-info/' in k and k.rpartition('/')[2] in _not_packed)}
+        own = {k: p for k, p in own.items() if '.dist-info/' in k}
+        packages = (dist.read_text('top_level.txt') or name.replace('-', '_')).split()
+        for package in packages: own |= _package_files(package)
+    return {k: p for k, p in own.items() if not ('.dist-info/' in k and k.rpartition('/')[2] in _not_packed)}
 
-def _record_line(path, data): return f'{path},sha256={base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()},{len(data)}\n'
+# %% ../../nbs/85_kaggle.packages.ipynb #dedbc927
+def _record_line(path, data):
+    digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b'=').decode()
+    return f'{path},sha256={digest},{len(data)}\n'
 
 def installed_wheel(
     name:str, # of an installed distribution, such as 'rcic_fastai'
@@ -51,15 +60,18 @@ def installed_wheel(
     """
     found = _installed_files(name)
     if compiled := [k for k in found if k.endswith(('.so', '.pyd', '.dylib'))]:
-        raise ValueError(f'{name} holds code compiled for this machine ({compiled[0]}): give a wheel for Kaggle with --wheel, or attach it as a dataset')
-    members = {k: p.read_bytes() for k,p in found.items()}
+        raise ValueError(f'{name} holds code compiled for this machine ({compiled[0]}): give a wheel for Kaggle with '
+                         '--wheel, or attach it as a dataset')
+    members = {k: p.read_bytes() for k, p in found.items()}
     info = next(k for k in members if k.endswith('.dist-info/METADATA')).partition('/')[0]
-    members[f'{info}/WHEEL'] = b'Wheel-Version: 1.0\nGenerator: rcic_fastai\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
-    members[f'{info}/RECORD'] = (''.join(_record_line(k, v) for k,v in members.items()) + f'{info}/RECORD,,\n').encode()
+    members[f'{info}/WHEEL'] = (b'Wheel-Version: 1.0\nGenerator: rcic_fastai\nRoot-Is-Purelib: true\n'
+                                b'Tag: py3-none-any\n')
+    record = ''.join(_record_line(k, v) for k, v in members.items())
+    members[f'{info}/RECORD'] = f'{record}{info}/RECORD,,\n'.encode()
     out = Path(folder)/f'{info.removesuffix(".dist-info")}-py3-none-any.whl'
     out.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED) as z:
-        for k,v in members.items(): z.writestr(zipfile.ZipInfo(k), v, zipfile.ZIP_DEFLATED)
+        for k, v in members.items(): z.writestr(zipfile.ZipInfo(k), v, zipfile.ZIP_DEFLATED)
     return out
 
 # %% ../../nbs/85_kaggle.packages.ipynb #00695e61
@@ -87,7 +99,8 @@ def input_folders(
     "Folders below `root`, the nearer ones first; what lies inside a screen, such as folders of images, is left out."
     level = [Path(root)] if Path(root).is_dir() else []
     for _ in range(depth):
-        level = sorted(Path(e) for f in level if not any((f/t).is_file() for t in ('train.csv', 'metadata.csv')) for e in os.scandir(f) if e.is_dir())
+        level = [f for f in level if not any((f/t).is_file() for t in ('train.csv', 'metadata.csv'))]
+        level = sorted(Path(e) for f in level for e in os.scandir(f) if e.is_dir())
         yield from level
 
 # %% ../../nbs/85_kaggle.packages.ipynb #49eda417
@@ -99,18 +112,23 @@ def install_wheels(
     "Install the wheels whose version is not there already; return their names."
     folder = Path(tempfile.mkdtemp())
     chosen:dict[str, str] = {}
-    with zipfile.ZipFile(io.BytesIO(lzma.decompress(base64.b85decode(''.join(packed.split()))))) as z: z.extractall(folder)
+    data = lzma.decompress(base64.b85decode(''.join(packed.split())))
+    with zipfile.ZipFile(io.BytesIO(data)) as z: z.extractall(folder)
     there = [w for f in input_folders(root) for w in sorted(f.glob('*.whl')) if w.name in attached] if attached else []
     theirs = {w.name: w for w in reversed(there) if hashlib.sha256(w.read_bytes()).hexdigest()==attached[w.name]}
-    if lost := sorted(set(attached)-set(theirs)): raise FileNotFoundError(f'{", ".join(lost)}: no attached dataset holds this wheel as it was when the notebook was built')
+    if lost := sorted(set(attached)-set(theirs)):
+        raise FileNotFoundError(f'{", ".join(lost)}: no attached dataset holds this wheel as it was when the notebook '
+                                'was built')
     for wheel in [*sorted(folder.glob('*.whl')), *theirs.values()]:
         name, version = wheel.name.split('-')[:2]
         try: has = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: has = None
         if has!=version: chosen.setdefault(name, str(wheel))
     if not chosen: return []
-    pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--disable-pip-version-check', '--root-user-action=ignore']
-    done = subprocess.run([*pip, *chosen.values()], capture_output=True, text=True, env={**os.environ, 'PYTHONSAFEPATH': '1'}) # pip itself is not looked for here
+    pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index',
+           '--disable-pip-version-check', '--root-user-action=ignore']
+    env = {**os.environ, 'PYTHONSAFEPATH': '1'} # pip itself is not looked for here
+    done = subprocess.run([*pip, *chosen.values()], capture_output=True, text=True, env=env)
     if done.returncode: raise RuntimeError(f'pip could not install {", ".join(chosen)}: {done.stderr or done.stdout}')
     importlib.invalidate_caches()
     return [Path(w).name for w in chosen.values()]
@@ -125,5 +143,6 @@ def unmet_requirements(
         if r.marker and not r.marker.evaluate({'extra': ''}): continue
         try: there = importlib.metadata.version(r.name)
         except importlib.metadata.PackageNotFoundError: there = None
-        if there is None or not r.specifier.contains(there, prereleases=True): rows[r.name] = dict(needs=str(r.specifier), has=there or 'nothing')
+        if there is None or not r.specifier.contains(there, prereleases=True):
+            rows[r.name] = dict(needs=str(r.specifier), has=there or 'nothing')
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name='package'), columns=['needs', 'has'])

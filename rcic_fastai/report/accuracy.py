@@ -42,48 +42,64 @@ def wilson_interval(
     Source: Wilson (1927); `scipy.stats.binomtest`.
     """
     right, n = np.broadcast_arrays(np.asarray(right, np.int64), np.asarray(n, np.int64))
-    if (bad := (right<0) | (right>n)).any(): raise ValueError(f'{right[bad].flat[0]} of {n[bad].flat[0]} are right: expected 0 to as many as there are')
-    found = np.array([_wilson(int(k), int(m), level) for k, m in zip(right.flat, n.flat)], np.float64).reshape(*right.shape, 2)
+    if (bad := (right < 0) | (right > n)).any():
+        raise ValueError(f'{right[bad].flat[0]} of {n[bad].flat[0]} are right: expected 0 to as many as there are')
+    each = [_wilson(int(k), int(m), level) for k, m in zip(right.flat, n.flat)]
+    found = np.array(each, np.float64).reshape(*right.shape, 2)
     return (float(found[0]), float(found[1])) if right.ndim==0 else (found[..., 0], found[..., 1])
 
 # %% ../../nbs/80_report.accuracy.ipynb #d85d8484
 def _why_not_assigned(p, wells, groups):
     "A sentence, or None if wells can be assigned one-to-one"
-    if (wells.well_type!='treatment').any(): return 'control wells repeat their siRNA, so there is no one-to-one assignment'
+    if (wells.well_type != 'treatment').any():
+        return 'control wells repeat their siRNA, so there is no one-to-one assignment'
     if groups is None or not np.isin(p.classes, groups.index).any(): return 'the classes have no plate groups'
-    if wells.groupby('experiment').size().max() > len(p.classes): return 'an experiment has more wells than there are classes, so there is no one-to-one assignment'
+    if wells.groupby('experiment').size().max() > len(p.classes):
+        return 'an experiment has more wells than there are classes, so there is no one-to-one assignment'
 
+def _network_alone(p, wells):
+    "Where each predicted well is, and what the network says of it"
+    table = wells.drop_duplicates('id_code').set_index('id_code').reindex(p.ids)
+    if lost := table.index[table.experiment.isna()].tolist():
+        raise ValueError(f'well {lost[0]} was predicted, but the screen does not have it (and {len(lost)-1:,} more)')
+    table = table[['cell_type', 'experiment', 'plate', 'well', 'well_type']].rename_axis('id_code').reset_index()
+    best, top = p.logits.argmax(1), np.sort(p.logits, 1)[:, -2:]
+    return table.assign(network=p.classes[best], confidence=p.probabilities[np.arange(len(p.ids)), best],
+                        margin=top[:, -1]-top[:, 0] if p.logits.shape[1] > 1 else np.inf)
+
+def _assign(table, p, groups, method):
+    "Set `predicted` and `margin`; returns why nothing was assigned, or None"
+    table['predicted'] = table.network
+    if why := _why_not_assigned(p, table, groups): return why
+    try: assigned = assign_predictions(p, groups, True, method)
+    except ValueError as e: why = f'no assignment fits ({e})'
+    else: table[['predicted', 'margin']] = assigned[['sirna', 'margin']].to_numpy()
+    table['predicted'] = table.predicted.astype(p.classes.dtype)
+    return why
+
+# %% ../../nbs/80_report.accuracy.ipynb #c58dd716
 def judge_wells(
     p:Predictions, # of sites or wells, one class each
     wells:pd.DataFrame, # their rows: `id_code, cell_type, experiment, plate, well, well_type`
     truth:pd.Series=None, # class by id_code; wells that are not in it are unknown
-    groups:pd.Series=None, # siRNA -> plate group, from `plate_groups`; None: each well on its own
+    groups:pd.Series=None, # siRNA -> plate group, from `plate_groups`; None: each well alone
     method:str='exact' # of `assign_predictions`
-) -> pd.DataFrame: # a row per well: where it is, network, confidence, predicted, score, margin, true, known, network_right, right
+) -> pd.DataFrame: # a row per well: position, network, confidence, predicted, score, true, right, ...
     """What a run says of each well, and whether it is right.
 
-    `score` is the probability that the network gave to what is predicted; `attrs['why']` says why nothing was assigned.
+    `score` is the probability that the network gave to what is predicted.
+    `attrs['why']` says why nothing was assigned.
     Raises: ValueError for a predicted well that the table does not have.
     """
     p = p.wells()
-    table = wells.drop_duplicates('id_code').set_index('id_code').reindex(p.ids)
-    if lost := table.index[table.experiment.isna()].tolist(): raise ValueError(f'well {lost[0]} was predicted, but the screen does not have it (and {len(lost)-1:,} more)')
-    table = table[['cell_type', 'experiment', 'plate', 'well', 'well_type']].rename_axis('id_code').reset_index()
-    best, prob, rows = p.logits.argmax(1), p.probabilities, np.arange(len(p.ids))
-    top = np.sort(p.logits, 1)[:, -2:]
-    table = table.assign(network=p.classes[best], confidence=prob[rows, best], margin=top[:, -1]-top[:, 0] if p.logits.shape[1] > 1 else np.inf)
-    why, column = _why_not_assigned(p, table, groups), {c: i for i, c in enumerate(p.classes.tolist())}
-    table['predicted'] = table.network
-    if why is None:
-        try: assigned = assign_predictions(p, groups, True, method)
-        except ValueError as e: why = f'no assignment fits ({e})'
-        else: table[['predicted', 'margin']] = assigned[['sirna', 'margin']].to_numpy()
-        table['predicted'] = table.predicted.astype(p.classes.dtype)
-    table['score'] = prob[rows, [column[c] for c in table.predicted.tolist()]]
+    table, column = _network_alone(p, wells), {c: i for i, c in enumerate(p.classes.tolist())}
+    why = _assign(table, p, groups, method)
+    table['score'] = p.probabilities[np.arange(len(p.ids)), [column[c] for c in table.predicted.tolist()]]
     true = pd.Series(index=table.id_code, dtype=object) if truth is None else truth.reindex(table.id_code)
     table['true'] = true.astype(object).to_numpy()
     table['known'] = table.true.notna()
-    for name, labels in (('network_right', table.network), ('right', table.predicted)): table[name] = table.known & (labels.astype(object)==table.true)
+    for name, labels in (('network_right', table.network), ('right', table.predicted)):
+        table[name] = table.known & (labels.astype(object) == table.true)
     table.attrs['why'] = why
     return table
 
@@ -97,7 +113,8 @@ def accuracy_by(
     known = judged[judged.known]
     if not len(known): raise ValueError('the truth of none of the wells is known, so there is no accuracy')
     by = [by] if isinstance(by, str) else list(by)
-    table = known.groupby(by)[right].agg(wells='size', right='sum') if by else pd.DataFrame(dict(wells=[len(known)], right=[known[right].sum()]), index=['all'])
+    if by: table = known.groupby(by)[right].agg(wells='size', right='sum')
+    else: table = pd.DataFrame(dict(wells=[len(known)], right=[known[right].sum()]), index=['all'])
     low, high = wilson_interval(table.right, table.wells)
     return table.astype(int).assign(accuracy=table.right/table.wells, low=low, high=high)
 
@@ -116,7 +133,13 @@ def clean_axes(
     if grid: ax.grid(axis=grid, color='#e6e8eb', lw=.8); ax.set_axisbelow(True)
     return ax
 
+# %% ../../nbs/80_report.accuracy.ipynb #74113b22
 _scores = dict(f1='F1', macro_f1='macro-F1')
+
+def _lowest(table, value, n):
+    "The rows with the lowest scores, in the order of the table, and how many are left out"
+    if len(table) <= n: return table, 0
+    return table.loc[table[value].sort_values(kind='stable').index[:n]], len(table)-n
 
 def plot_intervals(
     table:pd.DataFrame, # from `accuracy_by`, or another one with a score, `low` and `high`
@@ -125,21 +148,25 @@ def plot_intervals(
     mark:str='chance', # what it is called
     n:int=24, # rows to draw, those with the lowest scores
     title:str=None # above
-) -> plt.Figure:
-    "Scores with their intervals, a row each, in the order of the table."
-    left, table = len(table)-n, table if len(table)<=n else table.loc[table[value].sort_values(kind='stable').index[:n]]
+) -> plt.Figure: # a row each
+    "Scores with their intervals, in the order of the table."
+    table, left = _lowest(table, value, n)
     fig, ax = plt.subplots(figsize=(4.6, .75+.21*len(table)), layout='constrained')
     y = np.arange(len(table))[::-1]
     ax.hlines(y, table.low, table.high, color=BLUE, lw=3, alpha=.3)
     ax.plot(table[value], y, 'o', ms=4.5, color=BLUE)
-    if chance is not None: ax.axvline(chance, color=GREY, lw=1, ls='--'); ax.text(chance, len(table)-.35, f' {mark}', fontsize=7, color=GREY, va='bottom')
+    if chance is not None:
+        ax.axvline(chance, color=GREY, lw=1, ls='--')
+        ax.text(chance, len(table)-.35, f' {mark}', fontsize=7, color=GREY, va='bottom')
     ax.set_yticks(y, [plain_text(', plate '.join(map(str, i)) if isinstance(i, tuple) else i) for i in table.index])
-    ax.set(xlim=(-.02, 1.02), ylim=(-.6, len(table)-.4), xlabel=f'{_scores.get(value, value)}, with its 95 % interval', title=title and plain_text(title) or (f'the lowest {n} of {n+left:,}' if left > 0 else None))
+    title = plain_text(title) if title else f'the lowest {n} of {n+left:,}' if left else None
+    ax.set(xlim=(-.02, 1.02), ylim=(-.6, len(table)-.4), title=title,
+           xlabel=f'{_scores.get(value, value)}, with its 95 % interval')
     clean_axes(ax, 'x')
     return fig
 
 # %% ../../nbs/80_report.accuracy.ipynb #316ee20e
-def _place(well):
+def _position(well):
     "Row and column from 0: B03 is (1, 2), AA01 is (26, 0)"
     m = re.fullmatch(r'([A-Z]{1,2})0*([1-9]\d*)', str(well).upper())
     if not m: raise ValueError(f'well {well!r} is not a letter and a number, such as B03')
@@ -152,41 +179,52 @@ _formats = (8, 12), (16, 24), (32, 48) # 96, 384 and 1,536 wells
 def plate_grid(
     wells:Sequence[str], # (N,) such as 'B03'; a position may occur many times
     values:ArrayLike # (N,) float or bool; what is not finite is left out
-) -> np.ndarray: # float64 (rows, columns) of the smallest plate of 96, 384 or 1,536 wells; nan where there is nothing
+) -> np.ndarray: # float64 (rows, columns) of the smallest plate of 96, 384 or 1,536 wells; NaN where there is no well
     "Mean of the values in each position of a plate. Raises: ValueError for a position that no plate has."
-    values, places = np.asarray(values, np.float64), np.array([_place(w) for w in wells]).reshape(-1, 2)
-    size = next((f for f in _formats if (places < f).all()), None)
-    if size is None: raise ValueError(f'well {list(wells)[places.max(1).argmax()]!r} is on no plate of up to 1,536 wells')
+    values, positions = np.asarray(values, np.float64), np.array([_position(w) for w in wells]).reshape(-1, 2)
+    size = next((f for f in _formats if (positions < f).all()), None)
+    if size is None:
+        raise ValueError(f'well {list(wells)[positions.max(1).argmax()]!r} is on no plate of up to 1,536 wells')
     keep = np.isfinite(values)
     total, n = np.zeros(size), np.zeros(size)
-    np.add.at(total, tuple(places[keep].T), values[keep]); np.add.at(n, tuple(places[keep].T), 1)
+    for sums, add in ((total, values[keep]), (n, 1)): np.add.at(sums, tuple(positions[keep].T), add)
     return np.divide(total, n, out=np.full(size, np.nan), where=n>0)
 
+# %% ../../nbs/80_report.accuracy.ipynb #25246c8e
+def _draw_plate(ax, grid, low, high, cmap):
+    "Positions as squares with white lines between them, rows named by letters"
+    rows, cols = grid.shape
+    shades = plt.get_cmap(cmap).with_extremes(bad='#eceef1')
+    image = ax.imshow(np.ma.masked_invalid(grid), cmap=shades, norm=Normalize(low, max(high, low+1e-9)),
+                      extent=(.5, cols+.5, rows-.5, -.5), interpolation='nearest')
+    ax.hlines(np.arange(rows+1)-.5, .5, cols+.5, color='white', lw=.8)
+    ax.vlines(np.arange(cols+1)+.5, -.5, rows-.5, color='white', lw=.8)
+    letters, every = [chr(65+r) if r < 26 else 'A'+chr(39+r) for r in range(rows)], 1 if rows <= 8 else 2
+    ax.set(xlim=(.5, cols+.5), ylim=(rows-.5, -.5), aspect='equal')
+    ax.set_xticks(range(1, cols+1, every)); ax.set_yticks(range(0, rows, every), letters[::every])
+    ax.xaxis.tick_top()
+    for line in ax.spines.values(): line.set_visible(False)
+    return image
+
+# %% ../../nbs/80_report.accuracy.ipynb #f8031da2
 def plot_plate(
     grid:np.ndarray, # (rows, columns) float, from `plate_grid`
     title:str=None, # above
     label:str='accuracy', # above the scale of colours
     limits:tuple|None=(0, 1), # values of the darkest and the lightest colour; None: of the data
     cmap:str='viridis' # colours
-) -> plt.Figure:
-    "A plate as a map; positions without a value stay grey."
-    rows, cols = grid.shape
-    fig = plt.figure(figsize=(4.6, 2.75)) # places are given, since to find them takes longer than to draw the map
+) -> plt.Figure: # positions without a value stay grey
+    "A plate as a map."
+    fig = plt.figure(figsize=(4.6, 2.75)) # axes at fixed positions: a layout takes longer than the map
     ax, side = fig.add_axes((.055, .01, .8, .87)), fig.add_axes((.875, .14, .022, .6))
     finite = grid[np.isfinite(grid)]
     low, high = limits or ((finite.min(), finite.max()) if len(finite) else (0, 1))
-    shades = plt.get_cmap(cmap).with_extremes(bad='#eceef1')
-    image = ax.imshow(np.ma.masked_invalid(grid), cmap=shades, norm=Normalize(low, max(high, low+1e-9)), extent=(.5, cols+.5, rows-.5, -.5), interpolation='nearest')
-    ax.hlines(np.arange(rows+1)-.5, .5, cols+.5, color='white', lw=.8); ax.vlines(np.arange(cols+1)+.5, -.5, rows-.5, color='white', lw=.8)
-    letters = [chr(65+r) if r < 26 else 'A'+chr(39+r) for r in range(rows)]
-    every = 1 if rows <= 8 else 2
-    ax.set(xlim=(.5, cols+.5), ylim=(rows-.5, -.5), aspect='equal', title=title and plain_text(title))
-    ax.set_xticks(range(1, cols+1, every)); ax.set_yticks(range(0, rows, every), letters[::every])
-    ax.xaxis.tick_top()
-    for line in ax.spines.values(): line.set_visible(False)
+    image = _draw_plate(ax, grid, low, high, cmap)
+    ax.set_title(title and plain_text(title))
     clean_axes(ax)
     bar = fig.colorbar(image, cax=side)
-    bar.ax.tick_params(labelsize=7, length=0, pad=2); bar.outline.set_visible(False); bar.ax.set_title(label, fontsize=7.5, loc='left')
+    bar.ax.tick_params(labelsize=7, length=0, pad=2); bar.outline.set_visible(False)
+    bar.ax.set_title(label, fontsize=7.5, loc='left')
     return fig
 
 # %% ../../nbs/80_report.accuracy.ipynb #959532f1
@@ -194,8 +232,9 @@ def at_edge(
     wells:Sequence[str] # (N,) such as 'B03'
 ) -> np.ndarray: # bool (N,)
     "Wells in the outermost of the rows and columns that were used."
-    places = np.array([_place(w) for w in wells]).reshape(-1, 2)
-    return ((places==places.min(0)) | (places==places.max(0))).any(1) if len(places) else np.zeros(0, bool)
+    positions = np.array([_position(w) for w in wells]).reshape(-1, 2)
+    if not len(positions): return np.zeros(0, bool)
+    return ((positions == positions.min(0)) | (positions == positions.max(0))).any(1)
 
 def worst_plates(
     judged:pd.DataFrame, # from `judge_wells`
@@ -213,25 +252,27 @@ def confused_pairs(
     true:ArrayLike, # (N,) classes
     predicted:ArrayLike, # (N,) classes
     n:int=None # pairs to return; None: all
-) -> pd.DataFrame: # first, second, wells (confused either way), as_second (first taken for second), as_first, of (wells of both)
+) -> pd.DataFrame: # first, second, wells (confused), as_second (first taken for second), as_first, of (wells of both)
     "Pairs of classes that are taken for each other, the most frequent first; equals in the order of the classes."
     t = pd.DataFrame(dict(true=np.asarray(true, object), predicted=np.asarray(predicted, object)))
     counts, wrong = t.true.value_counts(), t[t.true!=t.predicted]
     directed = wrong.groupby(['true', 'predicted']).size() if len(wrong) else pd.Series(dtype=int)
     rows = []
     order = lambda k: (isinstance(k, str), k) # names and numbers, where a treatment is new
-    for a, b in sorted({tuple(sorted(pair, key=order)) for pair in directed.index}, key=lambda pair: tuple(map(order, pair))):
+    pairs = {tuple(sorted(pair, key=order)) for pair in directed.index}
+    for a, b in sorted(pairs, key=lambda pair: tuple(map(order, pair))):
         there, back = int(directed.get((a, b), 0)), int(directed.get((b, a), 0))
         rows.append((a, b, there+back, there, back, int(counts.get(a, 0)+counts.get(b, 0))))
     table = pd.DataFrame(rows, columns=['first', 'second', 'wells', 'as_second', 'as_first', 'of'])
-    return table.sort_values('wells', ascending=False, kind='stable', ignore_index=True).head(n if n is not None else len(table))
+    table = table.sort_values('wells', ascending=False, kind='stable', ignore_index=True)
+    return table.head(n if n is not None else len(table))
 
 # %% ../../nbs/80_report.accuracy.ipynb #1b4a0249
 def worst_wells(
     judged:pd.DataFrame, # from `judge_wells`
     n:int=8 # how many
 ) -> pd.DataFrame: # rows of `judged`
-    "Wrong wells, those with the highest score for what is predicted first; if none is wrong, those with the lowest margin."
+    "Wrong wells, the highest score of the prediction first; if none is wrong, those with the lowest margin."
     wrong = judged[judged.known & ~judged.right]
     if len(wrong): return wrong.sort_values('score', ascending=False, kind='stable').head(n)
     return judged.sort_values('margin', kind='stable').head(n)
@@ -242,36 +283,45 @@ def reliability(
     right:ArrayLike, # (N,) bool, or 0 and 1
     n_bins:int=10 # of the same width
 ) -> pd.DataFrame: # a row per bin that is not empty: `from`, `to`, wells, confidence (mean), right, accuracy, low, high
-    "Accuracy beside confidence. Raises: ValueError for lengths that differ, or a confidence outside 0 to 1."
+    "Accuracy next to confidence. Raises: ValueError for lengths that differ, or a confidence outside 0 to 1."
     confidence, right = np.asarray(confidence, np.float64), np.asarray(right).astype(bool)
-    if confidence.shape!=right.shape: raise ValueError(f'there are {confidence.size:,} confidences for {right.size:,} answers')
-    if len(confidence) and not (confidence.min() >= 0 and confidence.max() <= 1+1e-6): raise ValueError(f'confidence runs from {confidence.min():.3g} to {confidence.max():.3g}, expected 0 to 1')
+    if confidence.shape != right.shape:
+        raise ValueError(f'there are {confidence.size:,} confidences for {right.size:,} answers')
+    if len(confidence) and not (confidence.min() >= 0 and confidence.max() <= 1+1e-6):
+        raise ValueError(f'confidence runs from {confidence.min():.3g} to {confidence.max():.3g}, expected 0 to 1')
     bins = np.minimum((confidence*n_bins).astype(int), n_bins-1)
-    t = pd.DataFrame(dict(bin=bins, confidence=confidence, right=right)).groupby('bin').agg(wells=('right', 'size'), confidence=('confidence', 'mean'), right=('right', 'sum'))
+    groups = pd.DataFrame(dict(bin=bins, confidence=confidence, right=right)).groupby('bin')
+    t = groups.agg(wells=('right', 'size'), confidence=('confidence', 'mean'), right=('right', 'sum'))
     low, high = wilson_interval(t.right, t.wells)
     t = t.assign(**{'from': t.index/n_bins, 'to': (t.index+1)/n_bins}, accuracy=t.right/t.wells, low=low, high=high)
     return t.reset_index(drop=True)[['from', 'to', 'wells', 'confidence', 'right', 'accuracy', 'low', 'high']]
 
+# %% ../../nbs/80_report.accuracy.ipynb #17cdfa07
 def calibration_error(
     table:pd.DataFrame # from `reliability`
-) -> float: # 0 to 1; nan without wells
+) -> float: # 0 to 1; NaN without wells
     "Expected calibration error: mean of |accuracy - confidence|, weighted by wells."
-    return float((table.wells*(table.accuracy-table.confidence).abs()).sum()/table.wells.sum()) if table.wells.sum() else float('nan')
+    if not table.wells.sum(): return float('nan')
+    return float((table.wells*(table.accuracy-table.confidence).abs()).sum()/table.wells.sum())
 
+# %% ../../nbs/80_report.accuracy.ipynb #21cf283b
 def plot_reliability(
     table:pd.DataFrame, # from `reliability`
     what:str='wells', # what is counted
     log:bool=False # counts on a logarithmic scale?
-) -> plt.Figure:
-    "Accuracy against confidence, on the diagonal if calibrated, and how many there are in each bin."
+) -> plt.Figure: # on the diagonal if calibrated
+    "Accuracy against confidence, and how many wells there are in each bin."
     fig, (ax, counts) = plt.subplots(2, 1, figsize=(4.2, 4.2), height_ratios=(3, 1), sharex=True, layout='constrained')
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls='--')
     ax.vlines(table.confidence, table.low, table.high, color=BLUE, lw=3, alpha=.3)
     ax.plot(table.confidence, table.accuracy, 'o', ms=5, color=BLUE)
-    ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), ylabel='share that is right', title=f'expected calibration error {calibration_error(table):.3f}')
+    ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), ylabel='share that is right',
+           title=f'expected calibration error {calibration_error(table):.3f}')
     middle = (table['from']+table.to)/2
     counts.bar(middle, table.wells, width=.9*(table.to-table['from']), color='#b9c6d3', log=log)
-    for x, n in zip(middle, table.wells): counts.annotate(f'{n:,}', (x, n), (0, 1), textcoords='offset points', ha='center', va='bottom', fontsize=6.5, color=INK)
+    for x, n in zip(middle, table.wells):
+        counts.annotate(f'{n:,}', (x, n), (0, 1), textcoords='offset points', ha='center', va='bottom', fontsize=6.5,
+                        color=INK)
     counts.set(ylabel=what, xlabel='confidence'); counts.margins(y=.25)
     clean_axes(ax, 'y'); clean_axes(counts)
     return fig
@@ -281,26 +331,32 @@ def taken_for(
     y:ArrayLike, # (N, K) of 0 and 1: labels
     pred:ArrayLike, # (N, K) of 0 and 1: predicted labels
     names:Sequence # K names of classes
-) -> pd.DataFrame: # index class: images, missed, taken_for, times (nan and 0 where nothing else was predicted), sorted by missed
+) -> pd.DataFrame: # index class: images, missed, taken_for, times (NaN and 0 without another prediction), by missed
     "For each class that is missed somewhere, the class that is most often predicted in its place."
     y, pred = np.asarray(y).astype(bool), np.asarray(pred).astype(bool)
     missed, vain = y & ~pred, ~y & pred
     counts = missed.T.astype(np.int64) @ vain
     best = counts.argmax(1)
     times = counts[np.arange(len(best)), best]
-    table = pd.DataFrame(dict(images=y.sum(0), missed=missed.sum(0), taken_for=[names[b] if t else None for b, t in zip(best, times)], times=times), index=pd.Index(list(names), name='class'))
+    others = [names[b] if t else None for b, t in zip(best, times)]
+    table = pd.DataFrame(dict(images=y.sum(0), missed=missed.sum(0), taken_for=others, times=times),
+                         index=pd.Index(list(names), name='class'))
     return table[table.missed > 0].sort_values('missed', ascending=False, kind='stable')
 
+# %% ../../nbs/80_report.accuracy.ipynb #cdacecd6
 def label_company(
     y:ArrayLike, # (N, K) of 0 and 1: labels
     pred:ArrayLike, # (N, K) of 0 and 1: predicted labels
     names:Sequence # K names of classes
-) -> pd.DataFrame: # index class: in_truth, as_predicted (nan for a class that does not occur, or is not predicted), sorted by the excess of the latter
+) -> pd.DataFrame: # index class: in_truth, as_predicted (NaN for a class without images), by their difference
     "How many other labels the images of a class have on average."
-    others = lambda m: np.divide((m.sum(1, keepdims=True)*m).sum(0)-m.sum(0), m.sum(0), out=np.full(m.shape[1], np.nan), where=m.sum(0) > 0)
-    table = pd.DataFrame(dict(in_truth=others(np.asarray(y, np.float64)), as_predicted=others(np.asarray(pred, np.float64))), index=pd.Index(list(names), name='class'))
+    def others(m):
+        m, n = np.asarray(m, np.float64), np.asarray(m, np.float64).sum(0)
+        return np.divide((m.sum(1, keepdims=True)*m).sum(0)-n, n, out=np.full(m.shape[1], np.nan), where=n > 0)
+    table = pd.DataFrame(dict(in_truth=others(y), as_predicted=others(pred)), index=pd.Index(list(names), name='class'))
     return table.loc[(table.as_predicted-table.in_truth).sort_values(ascending=False, kind='stable').index]
 
+# %% ../../nbs/80_report.accuracy.ipynb #767ddc1e
 def label_calibration(
     y:ArrayLike, # (N, K) of 0 and 1: labels
     p:ArrayLike, # (N, K) float 0 to 1: probabilities
@@ -310,7 +366,8 @@ def label_calibration(
     "For each class, how often it occurs, how probable it is held on average, and the expected calibration error."
     y, p = np.asarray(y), np.asarray(p, np.float64)
     error = [calibration_error(reliability(q, t, n_bins)) for t, q in zip(y.T, p.T)]
-    return pd.DataFrame(dict(images=y.sum(0).astype(int), share=y.mean(0), mean_probability=p.mean(0), error=error), index=pd.Index(list(names), name='class'))
+    return pd.DataFrame(dict(images=y.sum(0).astype(int), share=y.mean(0), mean_probability=p.mean(0), error=error),
+                        index=pd.Index(list(names), name='class'))
 
 # %% ../../nbs/80_report.accuracy.ipynb #7bf2d871
 def statistic_shift(
@@ -329,12 +386,14 @@ def plot_shift(
     "Layers from the input (above) to the output, domains side by side."
     rows, cols = table.shape
     fig, ax = plt.subplots(figsize=(max(2.6, 1.9+.24*cols), max(2.6, min(6.4, 1.5+.14*rows))), layout='constrained')
-    image = ax.imshow(table, aspect='auto', cmap='magma_r', vmin=0, vmax=max(1., np.nanquantile(table, .98)), interpolation='nearest')
+    image = ax.imshow(table, aspect='auto', cmap='magma_r', vmin=0, vmax=max(1., np.nanquantile(table, .98)),
+                      interpolation='nearest')
     ax.set_xticks(range(cols), [plain_text(c) for c in table.columns], rotation=90)
     every = -(-rows//32)
     names = [str(n).split('.') for n in table.index]
     common = next((i for i, parts in enumerate(zip(*names)) if len(set(parts)) > 1), 0) # what all names begin with
-    ax.set_yticks(range(0, rows, every), [n if len(n) <= 28 else '…'+n[-27:] for n in ('.'.join(parts[common:]) for parts in names[::every])])
+    shown = ['.'.join(parts[common:]) for parts in names[::every]]
+    ax.set_yticks(range(0, rows, every), [n if len(n) <= 28 else '…'+n[-27:] for n in shown])
     clean_axes(ax)
     ax.tick_params(labelsize=6.5)
     bar = fig.colorbar(image, ax=ax, shrink=.6, label='shift in standard deviations', pad=.02, extend='max')

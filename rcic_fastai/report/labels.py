@@ -29,31 +29,47 @@ class JudgedLabels(NamedTuple):
     p:np.ndarray # float (N, K): probabilities
     y:np.ndarray # uint8 (N, K): labels
     pred:np.ndarray # uint8 (N, K): predicted labels
-    thresholds:np.ndarray # float (K,); of images set aside those that all of them choose
+    thresholds:np.ndarray # float (K,); for the validation set those that all of its images choose
     groups:np.ndarray # int (N,): what belongs together
     how:str # where the thresholds come from
 
+def _known(c, p):
+    "The part of predictions whose labels are known"
+    rows = np.flatnonzero(pd.Index(p.ids).isin(c.truth.index))
+    return Predictions(p.ids[rows], p.classes, p.logits[rows], p.made), rows
+
+def _to_judge(c, q):
+    "Probabilities, labels and groups of predictions whose labels are known"
+    group = c.screen.wells.set_index('id_code').group
+    return q.probabilities, label_matrix(c.truth[q.ids], len(c.class_names)), group[q.ids].to_numpy(np.int64)
+
+def _by_training(c, p):
+    "Thresholds by which each class is as frequent as in training"
+    train = c.screen.wells[(c.screen.wells.split == 'train') & c.screen.wells.labels.notna()]
+    return ShareThreshold(label_matrix(train.labels, len(c.class_names)).mean(0)).fit(p.probabilities)
+
+# %% ../../nbs/82_report.labels.ipynb #51f8ea18
 def judge_labels(
     c:RunContext, # from `run_context`, several labels
     split:str # 'test' or 'valid'; images whose labels are unknown are left out
-) -> JudgedLabels:
-    "Labels by the thresholds of the recipe, judged on images that did not choose them. Raises: ValueError if the labels of no image are known."
-    p, names, wells = c.predictions[split], list(c.class_names.values()), c.screen.wells.set_index('id_code')
-    seen = lambda q: np.flatnonzero(pd.Index(q.ids).isin(c.truth.index))
-    if not len(rows := seen(p)): raise ValueError(f'the labels of none of the {split} images are known')
-    q = Predictions(p.ids[rows], p.classes, p.logits[rows], p.made)
-    of = lambda q: (q.probabilities, label_matrix(c.truth[q.ids], len(names)), wells.group[q.ids].to_numpy(np.int64))
-    (prob, y, groups), estimator = of(q), create_threshold(c.recipe.inference.thresholds)
-    if split=='valid' and len(set(groups)) > 1:
-        pred = _pooled(estimator, prob, y, groups, grouped_folds(y, groups, min(5, len(set(groups))), 0))
-        return JudgedLabels(q.ids, names, prob, y, pred, clone(estimator).fit(prob, y, groups).thresholds_, groups, 'chosen on other images set aside')
-    valid = c.predictions.get('valid')
-    if valid is not None and split!='valid' and len(known := seen(valid)):
-        estimator.fit(*of(Predictions(valid.ids[known], valid.classes, valid.logits[known], valid.made)))
-        how = 'chosen on the images set aside'
-    else:
-        train = c.screen.wells[(c.screen.wells.split=='train') & c.screen.wells.labels.notna()]
-        estimator, how = ShareThreshold(label_matrix(train.labels, len(names)).mean(0)).fit(p.probabilities), 'so that classes are as frequent as in training'
+) -> JudgedLabels: # of the images whose labels are known
+    """Labels by the thresholds of the recipe, judged on images that did not choose them.
+
+    Raises: ValueError if the labels of no image are known.
+    """
+    p, names = c.predictions[split], list(c.class_names.values())
+    estimator = create_threshold(c.recipe.inference.thresholds)
+    q, rows = _known(c, p)
+    if not len(rows): raise ValueError(f'the labels of none of the {split} images are known')
+    prob, y, groups = _to_judge(c, q)
+    if split == 'valid' and (n := len(set(groups))) > 1:
+        pred = _pooled(estimator, prob, y, groups, grouped_folds(y, groups, min(5, n), 0))
+        thresholds = clone(estimator).fit(prob, y, groups).thresholds_
+        return JudgedLabels(q.ids, names, prob, y, pred, thresholds, groups, 'chosen on other images set aside')
+    valid, how = c.predictions.get('valid'), 'chosen on the images set aside'
+    if valid is not None and split != 'valid' and len((known := _known(c, valid)[0]).ids):
+        estimator.fit(*_to_judge(c, known))
+    else: estimator, how = _by_training(c, p), 'so that classes are as frequent as in training'
     pred = estimator.adapt(p.probabilities).predict(p.probabilities)[rows]
     return JudgedLabels(q.ids, names, prob, y, pred, estimator.thresholds_, groups, how)
 
@@ -62,14 +78,16 @@ def f1_steps(c:RunContext, # from `run_context`, several labels
     judged:JudgedLabels, # from `judge_labels`
     split:str # the same
 ) -> pd.DataFrame: # index step: macro_f1, low, high, labels_per_image
-    "Macro-F1 with thresholds of one half and with those of the recipe, of a single view too if views were kept, and of constant answers."
+    "Macro-F1 with thresholds of .5 and of the recipe, of a single view if views were kept, and of constant answers."
     half, p = lambda prob: (prob >= .5).astype(np.uint8), c.predictions[split]
     preds = {}
     if p.views is not None and len(p.views) > 1:
         rows = pd.Index(p.ids).get_indexer(judged.ids)
-        preds['one view, thresholds of .5'] = half(Predictions(judged.ids, p.classes, p.views[0][rows], p.made).probabilities)
+        first = Predictions(judged.ids, p.classes, p.views[0][rows], p.made)
+        preds['one view, thresholds of .5'] = half(first.probabilities)
     preds |= {'thresholds of .5': half(judged.p), 'chosen thresholds': judged.pred}
-    rows = {k: (macro_f1(judged.y, v), *macro_f1_interval(judged.y, v, judged.groups), v.sum(1).mean()) for k, v in preds.items()}
+    rows = {k: (macro_f1(judged.y, v), *macro_f1_interval(judged.y, v, judged.groups), v.sum(1).mean())
+            for k, v in preds.items()}
     t = pd.DataFrame.from_dict(rows, orient='index', columns=['macro_f1', 'low', 'high', 'labels_per_image'])
     floors = f1_floors(judged.y)
     return pd.concat([t, pd.DataFrame(dict(macro_f1=floors))]).rename_axis('step')
@@ -79,30 +97,40 @@ def label_headline(
     c:RunContext, # from `run_context`, several labels
     judged:JudgedLabels|None # from `judge_labels`; None if no truth is known
 ) -> dict: # for `tiles`
-    "Macro-F1 with its interval, average precision, and the best constant answer; without a truth what can be said then."
+    "Macro-F1 with its interval, average precision, and the best constant answer; without a truth what is known then."
     histories = [read_history(folder) for folder in c.networks.values()]
     epochs, seconds = sum(map(len, histories)), sum(h.seconds.sum() for h in histories)
     trained = {'training': (duration(seconds), f'{epochs} epochs')} if epochs else {}
     if c.split is None: return {'images judged': ('none', '; '.join(c.missing.values()))} | trained
-    if judged is None: return {'images predicted': (f'{len(c.predictions[c.split].ids):,}', f'{c.split} split, truth unknown')} | trained
+    if judged is None:
+        n = len(c.predictions[c.split].ids)
+        return {'images predicted': (f'{n:,}', f'{c.split} split, truth unknown')} | trained
     low, high = macro_f1_interval(judged.y, judged.pred, judged.groups)
-    return {'macro-F1': (f'{macro_f1(judged.y, judged.pred):.3f}', f'95 % interval {low:.2f}–{high:.2f}'), 'average precision': (f'{average_precision(judged.y, judged.p):.3f}', 'needs no thresholds'),
-            'images judged': (f'{len(judged.y):,}', f'{c.split} split, {len(judged.names)} classes'), 'best constant answer': (f'{f1_floors(judged.y).max():.3f}', 'macro-F1')} | trained
+    return {'macro-F1': (f'{macro_f1(judged.y, judged.pred):.3f}', f'95 % interval {low:.2f}–{high:.2f}'),
+            'average precision': (f'{average_precision(judged.y, judged.p):.3f}', 'needs no thresholds'),
+            'images judged': (f'{len(judged.y):,}', f'{c.split} split, {len(judged.names)} classes'),
+            'best constant answer': (f'{f1_floors(judged.y).max():.3f}', 'macro-F1')} | trained
 
-def worst_label_pictures(c:RunContext, # from `run_context`, several labels
+# %% ../../nbs/82_report.labels.ipynb #7bf850f7
+def _class_names(row, names, most=3):
+    "The classes of a row of 0 and 1 as text"
+    found = [names[k] for k in np.flatnonzero(row)]
+    return ', '.join(found[:most]) + (f' and {len(found)-most} more' if len(found) > most else '') or 'nothing'
+
+def worst_label_pictures(
+    c:RunContext, # from `run_context`, several labels
     judged:JudgedLabels, # from `judge_labels`
     n:int=8 # how many
 ) -> list: # for `pictures`
     "Images whose labels are wrong with the highest certainty, in colour."
-    error = np.where(judged.pred!=judged.y, np.abs(judged.y-judged.p), 0)
+    error = np.where(judged.pred != judged.y, np.abs(judged.y-judged.p), 0)
     order = [i for i in np.argsort(-error.max(1), kind='stable')[:n] if error[i].any()]
     images, out = well_images(c, judged.ids[order].tolist()), []
-    def text(row, most=3):
-        found = [judged.names[k] for k in np.flatnonzero(row)]
-        return ', '.join(found[:most]) + (f' and {len(found)-most} more' if len(found) > most else '') or 'nothing'
     for i in order:
-        if judged.ids[i] not in images: continue
-        k = error[i].argmax()
-        out.append(([(stains_to_rgb(images[judged.ids[i]]), f'Colour picture of image {judged.ids[i]}')],
-                    f'True: {text(judged.y[i], 5)}. Missed: {text(judged.y[i] > judged.pred[i])}. In vain: {text(judged.y[i] < judged.pred[i])}. Probability of {judged.names[k]}: {percent(judged.p[i, k], 0)}'))
+        if (name := judged.ids[i]) not in images: continue
+        k, y, pred = error[i].argmax(), judged.y[i], judged.pred[i]
+        said = (f'True: {_class_names(y, judged.names, 5)}. Missed: {_class_names(y > pred, judged.names)}. '
+                f'In vain: {_class_names(y < pred, judged.names)}. '
+                f'Probability of {judged.names[k]}: {percent(judged.p[i, k], 0)}')
+        out.append(([(stains_to_rgb(images[name]), f'Colour picture of image {name}')], said))
     return out
