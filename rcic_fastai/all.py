@@ -11,11 +11,11 @@ from .screen.read import read_screen
 from .screen.simulate_atlas import simulate_hpa
 from .screen.split import valid_mask
 
+from .data.context import ContextBlock, ScreenContext
 from .data.augment import (
     ChannelIntensity, Cutout, D4, ImageBrightness, PerspectiveWarp, RandomResizedSquareCrop, RandomSquareCrop,
     screen_transforms, Standardize,
 )
-from .data.context import ContextBlock, ScreenContext
 from .data.select import select_sites
 from .data.store import open_store, pack_screen, read_site, verify_store
 from .data.target import TargetBlock
@@ -23,8 +23,8 @@ from .data.hashes import find_duplicates
 from .data.image import channel_limits, MultiChannelImage, show_channels, stain_names, stains_to_rgb
 from .data.block import MultiChannelImageBlock, screen_block, screen_dataloaders
 
-from .model.batchnorm import batchnorm_layers, BatchNormMode, BatchNormModeCallback, reestimate_batchnorm
 from .model.backbone import create_backbone
+from .model.batchnorm import batchnorm_layers, BatchNormMode, BatchNormModeCallback, reestimate_batchnorm
 from .model.head import create_screen_head, GeM
 from .model.core import param_groups, ScreenModel
 
@@ -38,9 +38,9 @@ from .profile.metrics import batch_probe, embedding_report, plot_embedding, proj
 from .predict.submission import score_submission, score_table, write_submission
 from .predict.tta import TTA
 from .predict.core import Predictions, well_accuracy
-from .predict.sites import embed_sites, predict_sites
 from .predict.assign import accuracy_ladder, assign_classes, assign_predictions, infer_plate_groups
 from .predict.blend import agreement, blend_predictions, blend_report, blend_weights
+from .predict.sites import embed_sites, predict_sites
 
 from .labels.adversarial import adversarial_report, choose_validation
 from .labels.metrics import average_precision, f1_floors, f1_scores, label_report, macro_f1, plot_co_occurrence
