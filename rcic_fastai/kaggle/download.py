@@ -24,14 +24,16 @@ from .core import competitions
 
 # %% ../../nbs/87_kaggle.download.ipynb #196499a8
 import warnings
-warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai is imported; nothing a user can act on
+# raised while fastai is imported; nothing a user can act on
+warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)
 
 # %% ../../nbs/87_kaggle.download.ipynb #e70f23cf
 _tries, _chunk = 6, 2**20
 _step = 2**14 # bytes that may be lost when a connection breaks
 
 def _bar(total, desc, progress, initial=0):
-    return tqdm(total=total, initial=initial, unit='B', unit_scale=True, desc=desc, disable=None if progress and not os.environ.get('TQDM_DISABLE') else True)
+    shown = progress and not os.environ.get('TQDM_DISABLE')
+    return tqdm(total=total, initial=initial, unit='B', unit_scale=True, desc=desc, disable=None if shown else True)
 
 def _gigabytes(n): return f'{n/1e9:.2f} GB' if n >= 1e8 else f'{n/1e6:.2f} MB'
 
@@ -42,8 +44,10 @@ def check_space(
 ):
     "Raises: OSError if there is less room than that."
     free = shutil.disk_usage(folder).free
-    if needed > free: raise OSError(f'{what} needs {_gigabytes(needed)}, and {folder} has {_gigabytes(free)} left')
+    if needed > free:
+        raise OSError(f'{what} needs {_gigabytes(needed)}, and {folder} has {_gigabytes(free)} left')
 
+# %% ../../nbs/87_kaggle.download.ipynb #dfe31e9e
 def _md5_said(headers):
     "The MD5 that a server gives of the whole file, as 16 bytes"
     found = re.search(r'\bmd5=([\w+/]+={0,2})', headers.get('x-goog-hash', '')) # Google's storage
@@ -56,17 +60,19 @@ def _check_md5(path, expected, progress):
         while block := f.read(_chunk):
             digest.update(block)
             bar.update(len(block))
-    if digest.digest()==expected: return
+    if digest.digest() == expected: return
     path.unlink()
-    raise ValueError(f'{path.name}: its MD5 is {digest.hexdigest()}, the server says {expected.hex()}; it was removed, run the same command again')
+    raise ValueError(f'{path.name}: its MD5 is {digest.hexdigest()}, the server says {expected.hex()}; it was removed, '
+                     'run the same command again')
 
+# %% ../../nbs/87_kaggle.download.ipynb #64cfc0b3
 def _note(part): return part.with_name(part.name+'.json')
 
 def _begun(part, url):
     "How much of which version is there"
     try: known = json.loads(_note(part).read_text())
     except (OSError, ValueError): known = {}
-    if known.get('url')!=scrub(url) or not known.get('version') or not part.exists(): return 0, None
+    if known.get('url') != scrub(url) or not known.get('version') or not part.exists(): return 0, None
     return part.stat().st_size, known['version']
 
 class _Broken(Exception): "Worth another try"
@@ -76,42 +82,72 @@ def _ask(session, url, start, version, timeout):
     headers = {'Accept-Encoding': 'identity', **({'Range': f'bytes={start}-', 'If-Range': version} if start else {})}
     r = session.get(url, headers=headers, stream=True, timeout=timeout)
     total = re.fullmatch(r'bytes (?:(\d+)-\d+|\*)/(\d+)', r.headers.get('Content-Range', ''))
-    if r.status_code==416: return r, None, int(total[2]) if total else None
-    if r.status_code in (408, 425, 429) or r.status_code >= 500: raise _Broken(f'the server answers {r.status_code} {r.reason}')
-    if not r.ok: raise FileNotFoundError(f'{scrub(url)}: the server answers {r.status_code} {r.reason}')
-    if r.status_code==206:
-        if not total or int(total[1] or -1)!=start: raise _Broken(f'asked for bytes from {start:,}, got {r.headers.get("Content-Range")}')
+    if r.status_code == 416: return r, None, int(total[2]) if total else None
+    answer = f'the server answers {r.status_code} {r.reason}'
+    if r.status_code in (408, 425, 429) or r.status_code >= 500: raise _Broken(answer)
+    if not r.ok: raise FileNotFoundError(f'{scrub(url)}: {answer}')
+    if r.status_code == 206:
+        if not total or int(total[1] or -1) != start:
+            raise _Broken(f'asked for bytes from {start:,}, got {r.headers.get("Content-Range")}')
         return r, start, int(total[2])
-    return r, 0, int(r.headers['Content-Length']) if r.headers.get('Content-Length', '').isdigit() else None
+    length = r.headers.get('Content-Length', '')
+    return r, 0, int(length) if length.isdigit() else None
+
+# %% ../../nbs/87_kaggle.download.ipynb #cbc8e86a
+def _append(r, part, url, start_at, total, progress):
+    "Write what comes behind what is there, and note of which version it is"
+    if total is not None: check_space(part.parent, total-start_at, f'what is left of {scrub(url).rpartition("/")[2]}')
+    tag = r.headers.get('ETag', '')
+    # a weak tag may stand for other bytes
+    version = tag if tag and not tag.startswith('W/') else r.headers.get('Last-Modified')
+    write_json(_note(part), dict(url=scrub(url), version=version), None)
+    with open(part, 'ab' if start_at else 'wb') as f, _bar(total, part.stem, progress, start_at) as bar:
+        for block in r.iter_content(_step):
+            f.write(block)
+            bar.update(len(block))
 
 def _load(session, url, part, size, timeout, progress, say):
-    "One connection: append what comes, or begin anew; returns the MD5 that the server gave"
+    "One connection: append what comes, or start anew; returns the MD5 that the server gave"
     start, version = _begun(part, url)
     r, start_at, total = _ask(session, url, start, version, timeout)
     with r:
-        if size is not None and total is not None and total!=size: raise ValueError(f'{scrub(url)} has {total:,} bytes, expected {size:,}')
+        if size is not None and total is not None and total != size:
+            raise ValueError(f'{scrub(url)} has {total:,} bytes, expected {size:,}')
         if start_at is None: # nothing after what is there
-            if start==total: return _md5_said(r.headers)
+            if start == total: return _md5_said(r.headers)
             part.unlink()
             raise _Broken(f'{part.name} has {start:,} bytes, the file {total}')
         if start and not start_at: say(f'{part.name}: the server sends it from the beginning')
-        if total is not None: check_space(part.parent, total-start_at, f'what is left of {scrub(url).rpartition("/")[2]}')
-        tag = r.headers.get('ETag', '')
-        version = tag if tag and not tag.startswith('W/') else r.headers.get('Last-Modified') # a weak tag may stand for other bytes
-        write_json(_note(part), dict(url=scrub(url), version=version), None)
-        with open(part, 'ab' if start_at else 'wb') as f, _bar(total, part.stem, progress, start_at) as bar:
-            for block in r.iter_content(_step):
-                f.write(block)
-                bar.update(len(block))
+        _append(r, part, url, start_at, total, progress)
     got = part.stat().st_size
     if total is not None and got < total: raise _Broken(f'the connection ended after {got:,} of {total:,} bytes')
     if total is not None and got > total: raise _Broken(f'{got:,} bytes came of {total:,}')
-    if size is not None and got!=size: raise ValueError(f'{scrub(url)} has {got:,} bytes, expected {size:,}')
+    if size is not None and got != size: raise ValueError(f'{scrub(url)} has {got:,} bytes, expected {size:,}')
     return _md5_said(r.headers)
 
+# %% ../../nbs/87_kaggle.download.ipynb #fb110638
+def _load_again(session, url, part, size, tries, wait, timeout, progress, say):
+    "Connections until the file is complete; returns the MD5 that the server gave"
+    failed, loaded = 0, lambda: part.stat().st_size if part.exists() else 0
+    while True:
+        before = loaded()
+        try: return _load(session, url, part, size, timeout, progress, say)
+        except (_Broken, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
+            after, why = loaded(), scrub(e)
+            failed = 1 if after > before else failed+1 # a connection that brought something is a beginning
+            # a host that never answers is given up within seconds
+            if failed >= (tries if after or isinstance(e, _Broken) else min(tries, 4)):
+                raise ConnectionError(f'{scrub(url)}: {why}; {_gigabytes(after)} are kept, '
+                                      'the same command resumes') from None
+            say(f'{part.stem}: {why}; again in {wait*2**(failed-1):.0f} s, from {_gigabytes(after)} on')
+            time.sleep(min(60, wait*2**(failed-1)))
+        except requests.RequestException as e: # no address of the web, too many redirects
+            raise ValueError(f'{scrub(url)}: {scrub(e)}') from None
+
+# %% ../../nbs/87_kaggle.download.ipynb #679aa339
 def fetch_file(
     url:str, # http or https; a password or a signature in it is sent, and shown or written nowhere
-    path:str|Path, # file to write; beside it `.part` while it is not complete
+    path:str|Path, # file to write; next to it `.part` while it is not complete
     size:int=None, # bytes it must have; None: what the server says
     tries:int=_tries, # connections in a row that may bring nothing
     wait:float=2., # seconds before the second try, doubled from try to try
@@ -121,61 +157,70 @@ def fetch_file(
 ) -> Path: # the file
     """Load a file; what an earlier attempt has loaded is kept.
 
-    Raises: FileNotFoundError for what the server does not have; ValueError for another size or checksum; OSError for a full disk, or a
-    connection that keeps breaking.
+    Raises: FileNotFoundError for what the server does not have; ValueError for another size or checksum;
+        OSError for a full disk, or a connection that keeps breaking.
     """
     path = check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists(): return path
-    part, failed = path.with_name(path.name+'.part'), 0
+    part = path.with_name(path.name+'.part')
     with requests.Session() as session:
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            try: md5 = _load(session, url, part, size, timeout, progress, say)
-            except (_Broken, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
-                after = part.stat().st_size if part.exists() else 0
-                failed = 1 if after > before else failed+1 # a connection that brought something is a beginning
-                if failed >= (tries if after or isinstance(e, _Broken) else min(tries, 4)): raise ConnectionError( # a host that never answers is given up within seconds
-                    f'{scrub(url)}: {scrub(e)}; {_gigabytes(after)} are kept, the same command goes on') from None
-                say(f'{path.name}: {scrub(e)}; again in {wait*2**(failed-1):.0f} s, from {_gigabytes(after)} on')
-                time.sleep(min(60, wait*2**(failed-1)))
-            except requests.RequestException as e: raise ValueError(f'{scrub(url)}: {scrub(e)}') from None # no address of the web, too many redirects
-            else: break
+        md5 = _load_again(session, url, part, size, tries, wait, timeout, progress, say)
     if md5: _check_md5(part, md5, progress)
     os.replace(part, path)
     _note(part).unlink(missing_ok=True)
     return path
 
 # %% ../../nbs/87_kaggle.download.ipynb #cd27c41c
+def _why_refused(m, seen):
+    "What is wrong with a member of an archive, or None"
+    mode = m.external_attr >> 16
+    if m.filename.startswith(('/', '\\')) or re.match('[A-Za-z]:', m.filename): return 'an absolute path'
+    if '..' in re.split(r'[/\\]', m.filename): return 'a path that leaves the folder'
+    if stat.S_ISLNK(mode): return 'a link'
+    if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR): return 'a special file'
+    if m.flag_bits & 1: return 'encrypted'
+    return 'there twice' if m.filename.casefold() in seen else None
+
 def check_members(
     archive:zipfile.ZipFile # open archive
 ) -> list: # of `ZipInfo`, files only
     "Raises: ValueError naming a member that would leave the folder, is encrypted, or is there twice under one name."
-    seen = set()
+    seen:set[str] = set()
     for m in archive.infolist():
-        parts = re.split(r'[/\\]', m.filename)
-        why = ('an absolute path' if m.filename.startswith(('/', '\\')) or re.match('[A-Za-z]:', m.filename) else 'a path that leaves the folder' if '..' in parts else
-               'a link' if stat.S_ISLNK(m.external_attr >> 16) else 'a special file' if m.external_attr >> 16 and stat.S_IFMT(m.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR) else
-               'encrypted' if m.flag_bits & 1 else 'there twice' if m.filename.casefold() in seen else None)
-        if why: raise ValueError(f'{archive.filename}: member {m.filename!r} is {why}; nothing was unpacked')
+        if why := _why_refused(m, seen):
+            raise ValueError(f'{archive.filename}: member {m.filename!r} is {why}; nothing was unpacked')
         seen.add(m.filename.casefold())
     return [m for m in archive.infolist() if not m.is_dir()]
 
+# %% ../../nbs/87_kaggle.download.ipynb #2e8abbf9
 def _copy_member(archive, member, path):
-    with archive.open(member) as source, open(path, 'wb') as f: shutil.copyfileobj(source, f, _chunk) # which compares the CRC
+    with archive.open(member) as source, open(path, 'wb') as f:
+        shutil.copyfileobj(source, f, _chunk) # which compares the CRC
 
 def _is_there(path, member):
-    if not path.is_file() or path.stat().st_size!=member.file_size: return False
+    if not path.is_file() or path.stat().st_size != member.file_size: return False
     crc = 0
     with open(path, 'rb') as f:
         while block := f.read(_chunk): crc = zlib.crc32(block, crc)
-    return crc==member.CRC
+    return crc == member.CRC
 
 def _check_others(folder, members):
     "Unpacking replaces nothing but what it began itself"
-    for to in (folder/m.filename for m in members if (folder/m.filename).exists() and not _is_there(folder/m.filename, m)):
-        raise FileExistsError(f'{to} exists and is not the file of the archive; nothing was unpacked: move it away, or give another folder')
+    for m in members:
+        to = folder/m.filename
+        if not to.exists() or _is_there(to, m): continue
+        raise FileExistsError(f'{to} exists and is not the file of the archive; nothing was unpacked: move it away, '
+                              'or give another folder')
 
+def _unpack_members(z, folder, members, progress):
+    with _bar(sum(m.file_size for m in members), 'unpacking', progress) as bar:
+        for m in members:
+            to = folder/m.filename # the note that all is unpacked comes later
+            if not _is_there(to, m): write_whole(to, partial(_copy_member, z, m), sync=False)
+            bar.update(m.file_size)
+
+# %% ../../nbs/87_kaggle.download.ipynb #c490e93a
 def extract_archive(
     path:str|Path, # ZIP archive
     folder:str|Path, # to unpack into
@@ -183,7 +228,8 @@ def extract_archive(
 ) -> int: # files in the archive
     """Unpack an archive; what an earlier attempt has unpacked is kept.
 
-    Raises: ValueError for a member that would leave the folder, or an archive that is damaged; FileExistsError for another file of that name; OSError for a full disk.
+    Raises: ValueError for a member that would leave the folder, or an archive that is damaged;
+        FileExistsError for another file of that name; OSError for a full disk.
     """
     folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,20 +237,20 @@ def extract_archive(
         with zipfile.ZipFile(path) as z:
             members, begun = check_members(z), folder/f'.{Path(path).name}.unpacking'
             if not begun.exists(): _check_others(folder, members)
-            check_space(folder, sum(m.file_size for m in members if not (folder/m.filename).is_file()), f'{Path(path).name}, unpacked,')
+            needed = sum(m.file_size for m in members if not (folder/m.filename).is_file())
+            check_space(folder, needed, f'{Path(path).name}, unpacked,')
             write_whole(begun, '')
-            with _bar(sum(m.file_size for m in members), 'unpacking', progress) as bar:
-                for m in members:
-                    to = folder/m.filename
-                    if not _is_there(to, m): write_whole(to, partial(_copy_member, z, m), sync=False) # the note that all is unpacked comes later
-                    bar.update(m.file_size)
+            _unpack_members(z, folder, members, progress)
             begun.unlink()
-    except (zipfile.BadZipFile, zlib.error, EOFError) as e: raise ValueError(f'{path} is no ZIP archive, or damaged ({e}): remove it and run the same command again') from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+        why = f'{path} is no ZIP archive, or damaged ({e})'
+        raise ValueError(f'{why}: remove it and run the same command again') from None
     return len(members)
 
 # %% ../../nbs/87_kaggle.download.ipynb #abfc7fda
 rxrx1_url = 'https://storage.googleapis.com/rxrx/rxrx1'
-rxrx1_parts = dict(metadata='rxrx1-metadata.zip', images='rxrx1-images.zip', embeddings='rxrx1-dl-embeddings.zip') # about 1 MB, 46 GB and 51 MB
+rxrx1_parts = dict(metadata='rxrx1-metadata.zip', images='rxrx1-images.zip', # about 1 MB, 46 GB
+                   embeddings='rxrx1-dl-embeddings.zip') # and 51 MB
 
 def _unpack(archive, out, keep, progress):
     n = extract_archive(archive, out, progress)
@@ -218,6 +264,7 @@ def _below(url, name):
 
 def _done(out, name): return out/f'.{name}.unpacked'
 
+# %% ../../nbs/87_kaggle.download.ipynb #802e247a
 def download_rxrx1(
     out:str|Path, # folder; `read_screen` takes it
     parts:Sequence[str]=('metadata', 'images'), # of `rxrx1_parts`
@@ -227,23 +274,28 @@ def download_rxrx1(
     progress:bool=True, # show bars?
     say:Callable=print # where notices go
 ) -> Path: # the folder
-    "Load the public RxRx1 release; goes on where it was cut off. Raises: ValueError for an unknown part, and as `fetch_file` and `extract_archive`."
+    """Load the public RxRx1 release; resumes where it was cut off.
+
+    Raises: ValueError for an unknown part, and as `fetch_file` and `extract_archive`.
+    """
     for p in parts:
         if p not in rxrx1_parts: raise ValueError(f'part {p!r} is none of {", ".join(rxrx1_parts)}')
     with claim_folder(user_path(out)) as out:
         clean_partials(out, deep=True, held=True)
         for name in (rxrx1_parts[p] for p in parts):
             source = _below(url, name)
-            if _done(out, name).exists() and _done(out, name).read_text().strip()==scrub(source):
+            done = _done(out, name)
+            if done.exists() and done.read_text().strip() == scrub(source):
                 say(f'{name}: is there, unpacked')
                 continue
             archive = fetch_file(source, out/name, progress=progress, say=say)
             if not extract: continue
             n = _unpack(archive, out, keep_archive, progress)
-            write_whole(_done(out, name), scrub(source)+'\n')
+            write_whole(done, scrub(source)+'\n')
             say(f'{name}: {n:,} files')
     return out
 
+# %% ../../nbs/87_kaggle.download.ipynb #2c9b445e
 def download_competition(
     out:str|Path, # folder; `read_screen` takes it
     name:str=competitions['sirna'], # of the competition, the last part of its address
@@ -253,14 +305,18 @@ def download_competition(
     progress:bool=True, # show bars?
     say:Callable=print # where notices go
 ) -> Path: # the folder
-    "Load a competition with Kaggle's client, which goes on where it was cut off. Raises: ValueError with what the client said, and as `extract_archive`."
+    """Load a competition with Kaggle's client, which resumes where it was cut off.
+
+    Raises: ValueError with what the client said, and as `extract_archive`.
+    """
     check_name(name, 'competition')
     with claim_folder(user_path(out)) as out:
         clean_partials(out, deep=True, held=True)
         for f in file_names or [None]:
             archive = out/(f'{Path(f).name}.zip' if f else f'{name}.zip')
             if _done(out, archive.name).exists(): continue
-            run_client('competitions', 'download', name, '-p', str(out), *(['-f', f] if f else []), say=(lambda line: print(line, end='', flush=True)) if progress else None)
+            show = (lambda line: print(line, end='', flush=True)) if progress else None
+            run_client('competitions', 'download', name, '-p', str(out), *(['-f', f] if f else []), say=show)
             if not extract or not archive.exists(): continue # small files come as they are
             say(f'{archive.name}: {_unpack(archive, out, keep_archive, progress):,} files')
             write_whole(_done(out, archive.name), f'{name}\n')
