@@ -828,7 +828,7 @@ def test_show_results_says_what_was_right(sites, test_sites):
     learn.show_results(max_n=2)
     assert len(titles()) == 2 and all("predicted" in t for t in titles())
     learn.show_results(dl=dls.test_dl(test_sites), max_n=2)  # without labels
-    assert all(t.startswith("siRNA ?, predicted ") for t in titles())
+    assert all(t.startswith("siRNA unknown, predicted ") and "wrong" not in t for t in titles())
 
 
 # Whole batches, from files, from the cache and from a packed store
@@ -915,8 +915,11 @@ def test_images_of_two_shapes(small_screen, tmp_path):
     odd = sites.files[len(sites) // 2]
     for c in range(1, 7):
         Image.new("L", (40, 48)).save(odd.format(channel=c))
+    with pytest.raises(ValueError, match=r"has 48 x 40, and a batch holds images of one size: read_size=40"):
+        screen_dataloaders(sites, bs=8, transforms=[], num_workers=2)
+    few = screen_dataloaders(sites[sites.files != odd], bs=8, transforms=[], num_workers=2).test_dl(sites)  # not seen when they were made
     with pytest.raises(ValueError, match=r"shape \(6, 48, 40\), but the first site \(6, 48, 48\)"):
-        list(screen_dataloaders(sites, bs=8, transforms=[], num_workers=2).train)
+        list(few)
 
 
 def test_memory_a_gpu_still_copies_is_not_used_again(monkeypatch):

@@ -37,13 +37,15 @@ from rcic_fastai.run.predict import embed_run, predict_run, write_embeddings
 from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
 from rcic_fastai.run.submit import submit_run
 from rcic_fastai.run.train import control_sites, train_run
+from rcic_fastai.screen.atlas import hpa_classes
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.simulate_atlas import simulate_hpa
 from rcic_fastai.train.optimizer import radam
 from rcic_fastai.data.store import open_store, pack_screen
 from rcic_fastai.recipe.settings import LossSettings, TrainSettings
 from rcic_fastai.train.loaders import recipe_dataloaders
-from rcic_fastai.train.learner import fit_stage, screen_learner
+from rcic_fastai.train.learner import ImageOnly, fit_stage, screen_learner
+from rcic_fastai.data.target import TargetBlock
 from rcic_fastai.run.folder import load_run
 
 matplotlib.use("Agg")
@@ -154,7 +156,7 @@ def test_predict_takes_a_row_a_table_and_a_path(learn):
     assert probs.shape == (8,) and probs.sum() == pytest.approx(1, abs=1e-5) and probs.argmax() == number and str(learn.dls.vocab[int(number)]) == decoded
     for same in (learn.dls.valid_ds.items.iloc[3:4], [row]):
         torch.testing.assert_close(learn.predict(same)[2], probs)
-    with pytest.warns(UserWarning, match="no other site of its experiment is known to this learner, so the running statistics"):
+    with pytest.warns(UserWarning, match="no other well of its experiment is known to this learner, so the running statistics"):
         _, _, alone = learn.predict(row.files)
     assert alone.shape == (8,) and alone.sum() == pytest.approx(1, abs=1e-5)
     (image, context), *rest = learn.predict(row, with_input=True)
@@ -381,8 +383,12 @@ def test_no_validation_set(bare, sites, call, labels):
     elif call != "show_results":
         assert out[0].shape == (48, 8)
     if len(bare.dls.train_ds):
-        assert "ds_idx=0) the training set" in str(e.value)
-        getattr(bare, call)(ds_idx=0)
+        assert "ds_idx=0) the training set" in str(e.value) and "valid=... sets some aside" in str(e.value)
+        if call == "validate" and bare.dls.train_ds.items.sirna.isna().all():
+            with pytest.raises(ValueError, match="validate needs labels, and sirna is unknown for all"):
+                bare.validate(ds_idx=0)
+        else:
+            getattr(bare, call)(ds_idx=0)
     else:
         with pytest.raises(ValueError, match="there is no training set"):
             getattr(bare, call)(ds_idx=0)
@@ -550,7 +556,7 @@ def test_several_labels(several):
     probs, y = several.get_preds()
     assert probs.shape == y.shape == (n, 28) and set(y.unique().tolist()) == {0, 1} and 0 <= f1 <= 1 and 0 <= precision <= 1 and loss > 0
     decoded, mask, one = several.predict(row)
-    assert decoded == [several.dls.vocab[i] for i in mask.nonzero()[:, 0]] and one.shape == (28,)
+    assert decoded == [hpa_classes[i] for i in mask.nonzero()[:, 0]] and one.shape == (28,)
     torch.testing.assert_close(one, several.predict(row.files)[2])
     several.show_results(max_n=4)
     assert len(titles()) == 4
@@ -613,7 +619,7 @@ def test_one_well_of_an_unknown_experiment_is_told_whose_statistics_it_has(learn
     for call in (lambda: learn.predict(well), lambda: learn.get_preds(dl=learn.dls.test_dl(well)), lambda: learn.tta(dl=learn.dls.test_dl(well), n=1),
                  lambda: learn.validate(dl=theirs)):  # fmt: skip
         _, warned = said(call)
-        assert warned and f"{well.id_code.iloc[0]}: no other well of its experiment" in warned[0] and "statistics of its own 2 sites" in warned[0]
+        assert warned and f"{well.id_code.iloc[0]}: no other well of its experiment" in warned[0] and "running statistics of the network" in warned[0]
     for call in (lambda: learn.get_preds(dl=learn.dls.test_dl(new_sites)), lambda: learn.get_preds(dl=learn.dls.test_dl(pd.concat([well, other]))),
                  lambda: learn.predict(learn.dls.valid_ds.items.iloc[0]), learn.validate, learn.get_preds):  # fmt: skip
         assert not said(call)[1]
@@ -688,7 +694,11 @@ def test_learners_that_cannot_be(learners, sites):
     dls = learners["valid"]["screen_learner"].dls
     block = DataBlock(blocks=(SixChannelImageBlock, CategoryBlock), get_x=ColReader("files"), get_y=ColReader("sirna"))
     own = block.dataloaders(sites, bs=8)
-    for args, message in (((own, "resnet10t"), "these batches have no context beside the image"), ((dls, resnet18), "by their name, such as 'resnet18'"),
+    for args, message in (((own, "resnet10t"), "these batches have no context beside the image"), ((dls, accuracy), "recipe is the function accuracy"),
+                          ((dls, Small), r"recipe is the class Small: a network of your own is given as model=Small\(\)"),
+                          ((dls, recipe, accuracy), "model is the function accuracy, .* metrics are given as metrics=accuracy"),
+                          ((dls, "resnet18", recipe), "model is a Recipe"), ((dls, recipe, Small), r"the class Small, expected a network: model=Small\("),
+                          ((dls, recipe, "resnet18"), r"an architecture is the second argument: screen_learner\(dls, 'resnet18'\)"),
                           ((dls, Small()), "recipe is a Small: a network of your own is given as model=")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             screen_learner(*args)
@@ -733,7 +743,7 @@ def test_loaders_of_a_recipe_take_a_screen(screen, sites):
 def test_the_learner_of_a_run(learners, sites, new_sites, screen):
     "Its own sites, any others, and its validation wells wherever they are among them"
     run = learners["valid"]["train_run"].path
-    acc = learners["valid"]["train_run"].validate()[1]
+    acc = calm(load_run(run, sites)).validate()[1]
     held = sites[sites.experiment == "HUVEC-03"]
     for given in ((), (screen,), (sites,), (pd.concat([held, new_sites], ignore_index=True),), (held,)):
         learn = calm(load_run(run, *given))
@@ -749,3 +759,91 @@ def test_the_learner_of_a_run(learners, sites, new_sites, screen):
                            ("data", r"load_run\(run, read_screen\('data'\)\)")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             load_run(run, wrong)
+
+
+def test_a_loss_that_the_data_set_knows(sites, several):
+    "A plain Learner needs none; rows that are unknown do not count"
+    some = sites.assign(sirna=sites.sirna.where(np.arange(len(sites)) % 3 > 0))
+    dls = screen_dataloaders(some, valid=HELD, bs=8)
+    learn = calm(Learner(dls, ImageOnly(Small())))
+    learn.fit(1, 1e-3)
+    assert np.isfinite(learn.validate()[0])
+    own = DataBlock(blocks=(SixChannelImageBlock, TargetBlock(sorted(sites.sirna.unique()))), get_x=ColReader("files"), get_y=ColReader("sirna"))
+    calm(Learner(own.dataloaders(sites, bs=8), Small())).fit(1, 1e-3)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 28))
+    learn = calm(Learner(several.dls, ImageOnly(net)))
+    learn.fit(1, 1e-3)
+    probs = learn.get_preds()[0]
+    assert probs.shape[1] == 28 and 0 <= probs.min() and probs.max() <= 1 and not torch.allclose(probs.sum(1), torch.ones(len(probs)))
+
+
+def plain_cross_entropy(scores, y):
+    return nn.functional.cross_entropy(scores, y)
+
+
+def cross_entropy_of_rows(scores, y, reduction="mean"):
+    return nn.functional.cross_entropy(scores, y, reduction=reduction)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), cross_entropy_of_rows, plain_cross_entropy])
+def test_a_loss_without_activation(learners, loss):
+    learn = calm(screen_learner(learners["valid"]["screen_learner"].dls, "resnet10t", loss_func=loss).to_fp32())
+    learn.fit(1, 1e-4)
+    name, number, probs = learn.predict(learn.dls.valid_ds.items.iloc[0])
+    assert probs.sum() == pytest.approx(1, abs=1e-5) and name == str(learn.dls.vocab[int(number)]) and number == probs.argmax()
+    _, y, decoded = learn.get_preds(with_decoded=True)
+    assert decoded.shape == y.shape == (16,) and learn.loss_func is loss
+    learn.show_results(max_n=2)
+    if loss is plain_cross_entropy:
+        with pytest.raises(ValueError, match="the loss of each site is not known: give plain_cross_entropy a parameter reduction='mean'"):
+            ClassificationInterpretation.from_learner(learn)
+        return
+    interp = ClassificationInterpretation.from_learner(learn)
+    assert interp.confusion_matrix().sum() == 16
+    interp.plot_top_losses(2)
+    assert getattr(loss, "reduction", "mean") == "mean"
+
+
+def test_several_labels_are_no_confusion_matrix(several):
+    interp = ClassificationInterpretation.from_learner(several)
+    for call in (interp.confusion_matrix, interp.print_classification_report):
+        with pytest.raises(ValueError, match=r"several labels each, and ClassificationInterpretation counts one: f1_table\(y, probs > .5, names\)"):
+            call()
+    interp.plot_top_losses(2)
+    assert len(titles()) == 2
+
+
+def test_sites_that_nobody_labelled_are_not_wrong(learn, new_sites):
+    dl = learn.dls.test_dl(new_sites, with_labels=True)
+    with pytest.raises(ValueError, match="validate needs labels, and sirna is unknown for all"):
+        learn.validate(dl=dl)
+    with pytest.raises(ValueError, match="the loss of each site needs labels, and sirna is unknown for all"):
+        Interpretation.from_learner(learn, dl=dl)
+    learn.show_results(dl=dl, max_n=2)
+    assert all(t.startswith("siRNA unknown, predicted ") and "wrong" not in t for t in titles())
+
+
+def test_a_well_of_an_unknown_experiment_is_the_mean_of_its_sites(learn, new_sites):
+    well = new_sites[new_sites.id_code == new_sites.id_code[0]]
+    with warnings.catch_warnings(action="ignore"):
+        scores = torch.cat([learn.get_preds(dl=learn.dls.test_dl(row), act=lambda x: x)[0] for _, row in well.iterrows()])
+        together = learn.predict(well)[2]
+        same = learn.get_preds(dl=learn.dls.test_dl(well), act=lambda x: x)[0]
+    torch.testing.assert_close(same, scores, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together, learn.loss_func.activation(scores.mean(0, keepdim=True))[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_plain_learner_says_that_it_predicts_one_site(learners, sites):
+    learn = calm(Learner(learners["valid"]["screen_learner"].dls, ImageOnly(Small())))
+    with pytest.warns(UserWarning, match="one item has 2 sites, and fastai's Learner.predict shows the first of them alone"):
+        learn.predict(sites[sites.id_code == sites.id_code[0]])
+
+
+def test_an_architecture_as_a_function(learners):
+    learn = screen_learner(learners["valid"]["screen_learner"].dls, resnet18)
+    assert type(learn.model.body).__name__ == type(screen_learner(learn.dls, "resnet18").model.body).__name__
+
+
+def test_a_measurement_is_no_class(sites):
+    with pytest.raises(ValueError, match="targets are classes, and dose has .* different numbers for .* wells; group them"):
+        screen_dataloaders(sites.assign(dose=np.random.default_rng(0).random(len(sites))), target="dose")

@@ -14,19 +14,21 @@ import numpy as np
 import pandas as pd
 from fastai.data.all import DataBlock, DataLoaders, is_listy, TransformBlock
 
+from ..errors import did_you_mean
 from ..files import user_path
 from ..versions import check_versions
-from ..errors import did_you_mean
 from ..screen.sites import CHANNELS
 from ..screen.core import Screen
+from ..screen.atlas import hpa_classes
 from ..screen.split import _VALID, valid_mask
-from .context import ContextBlock, ROLES
+from .augment import screen_transforms
+from .context import ContextBlock
 from .select import select_sites
 from .store import open_store, Store
 from .target import is_multilabel, MultiLabelBlock, TargetBlock
 from .pixels import PixelsToFloat
-from .reader import SiteReader
-from .loader import DomainDL, ScreenDataLoaders, sites_table, _Target
+from .reader import check_sizes, SiteReader
+from .loader import DomainDL, ScreenDataLoaders, sites_table, _files, _origin, _Target
 
 # %% ../../nbs/24_data.block.ipynb #f1d074b0
 check_versions() # before anything is made of transforms that would not work
@@ -37,16 +39,12 @@ def MultiChannelImageBlock(
     cache:bool=False, # keep what was read in memory, C*H*W bytes per site?
     size:int=None # shorter side that images are brought to, in pixels; None: as they are
 ) -> TransformBlock:
-    "A `TransformBlock` for images whose channels lie in files of their own: integers, and floats of 0-1 from the batch on."
+    "A `TransformBlock` for images with a file per channel: integers, and floats of 0-1 from the batch on."
     return TransformBlock(type_tfms=SiteReader(channels, cache, size), batch_tfms=PixelsToFloat)
 
 def SixChannelImageBlock() -> TransformBlock:
     "A `TransformBlock` for the six stains of an RCIC site."
     return MultiChannelImageBlock(CHANNELS)
-
-# %% ../../nbs/24_data.block.ipynb #107616f2
-def _origin(row): return [row['cell_type'], row['experiment'], row['plate'], row.get('well_type', ROLES[0])]
-def _files(row): return row['files']
 
 # %% ../../nbs/24_data.block.ipynb #b1995c6a
 class _ScreenBlock(DataBlock):
@@ -65,27 +63,48 @@ def screen_block(
     splitter:Callable=None, # function from the table to (training rows, validation rows)
     cache:bool=False, # keep the images in memory once they are read?
     read_size:int=None, # shorter side that images are brought to when they are read, in pixels; None: as they are
-    multilabel:bool=False # are the values of the target tuples of classes?
+    multilabel:bool=False, # are the values of the target tuples of classes?
+    class_names:Sequence[str]=None # what people call the classes, for titles; None: the classes themselves
 ) -> DataBlock: # image, context, target
     "The `DataBlock` of a screen."
     target_block = MultiLabelBlock if multilabel else TargetBlock
-    return _ScreenBlock(blocks=(TransformBlock(SiteReader(channels, cache, read_size)), ContextBlock(cell_types, experiments), target_block(classes, target)),
-                        n_inp=2, getters=[_files, _origin, _Target(target)], splitter=splitter, batch_tfms=batch_tfms, dl_type=DomainDL)
+    blocks = (TransformBlock(SiteReader(channels, cache, read_size)), ContextBlock(cell_types, experiments),
+              target_block(classes, target, class_names))
+    return _ScreenBlock(blocks=blocks, n_inp=2, getters=[_files, _origin, _Target(target)], splitter=splitter,
+                        batch_tfms=batch_tfms, dl_type=DomainDL)
+
+# %% ../../nbs/24_data.block.ipynb #c6037184
+def _refuse_measurements(values, target):
+    "Raises: ValueError for a column of numbers that hardly ever repeat, which are no classes"
+    if not pd.api.types.is_float_dtype(values.value): return
+    numbers = values.drop_duplicates('id_code').value
+    if (numbers==numbers.round()).all() or numbers.nunique() <= len(numbers)/2: return
+    raise ValueError(f'targets are classes, and {target} has {numbers.nunique():,} different numbers '
+                     f'for {len(numbers):,} wells; group them, for example with pandas.cut(...).astype(str)')
 
 def _target_classes(sites, target, valid, classes=None):
     "Classes of the training sites, or those given, after checks that name what is wrong"
-    if target not in sites: raise ValueError(f'target {target!r} is no column of the wells; there are {", ".join(sites.columns)}')
+    if target not in sites:
+        raise ValueError(f'target {target!r} is no column of the wells; there are {", ".join(sites.columns)}')
     known = sites[target].notna().to_numpy()
     values = pd.DataFrame(dict(id_code=sites.id_code[known], value=sites[target][known], valid=valid[known]))
     if is_multilabel(values.value): values = values.explode('value').dropna(subset='value')
+    elif classes is None: _refuse_measurements(values, target)
     if classes is None:
-        if values.valid.all(): raise ValueError(f'{target} is unknown for all {(~valid).sum():,} training sites; choose other wells')
-        classes, where = sorted(values.value[~values.valid].unique()), 'is in the validation set but in no training well'
+        if values.valid.all():
+            raise ValueError(f'{target} is unknown for all {(~valid).sum():,} training sites; choose other wells')
+        classes = sorted(values.value[~values.valid].unique())
+        where = 'is in the validation set but in no training well'
     else: classes, where = list(classes), f'is not among the {len(classes):,} classes given'
     new = values[~values.value.isin(classes)]
     if len(new): raise ValueError(f'{target} {new.value.iloc[0]} of well {new.id_code.iloc[0]} {where}')
     return [int(c) if isinstance(c, (int, np.integer)) else c for c in classes]
 
+def _names_of_classes(target, classes):
+    "What people call them, where that is known: labels of an atlas are numbers"
+    return hpa_classes if target=='labels' and classes==list(range(len(hpa_classes))) else None
+
+# %% ../../nbs/24_data.block.ipynb #c3d1a006
 def packed_sites(
     sites:pd.DataFrame, # sites
     source:Store|str|Path # packed store that holds them
@@ -97,96 +116,116 @@ def packed_sites(
     store = source if isinstance(source, Store) else open_store(source)
     return sites.assign(files=[f'{store.path}#{i}' for i in store.rows(sites.site_id)])
 
-# %% ../../nbs/24_data.block.ipynb #c3d1a006
-_fastai_names = dict(batch_tfms='transforms=[...]', after_batch='transforms=[...]', splitter='valid=...', valid_idx='valid=mask', valid_col='valid=mask',
-                     item_tfms='transforms=screen_transforms(size=...), and read_size=... for images of several sizes',
-                     valid_pct="valid='well=0/5', which is a fifth of the wells", batch_size='bs=...', vocab='classes=...', label_col='target=...',
-                     get_y='target=...', y_block='target=...', get_x='source=...', after_item='transforms=[...]', split='valid=...')
-
-def _refuse_names(kwargs):
-    for k in kwargs:
-        if k in _fastai_names: raise TypeError(f'screen_dataloaders has no {k!r}; here it is {_fastai_names[k]}')
-        known = screen_dataloaders.__annotations__
-        raise TypeError(f'screen_dataloaders has no {k!r}{did_you_mean(k, [n for n in known if n!="return"])}')
-
 def _default_target(sites):
     "The siRNA, or the labels where there are none"
     return 'labels' if 'labels' in sites and not ('sirna' in sites and sites.sirna.notna().any()) else 'sirna'
 
 def _screen_settings(screen, given):
-    "Training sites of a screen, and its settings where nobody gives others"
-    if isinstance(screen, (str, Path)): raise ValueError(f'sites are {str(screen)!r}, expected a table of sites or a screen, read_screen({str(screen)!r})')
+    "Training sites of a screen, and its settings where no others are given"
+    if isinstance(screen, (str, Path)):
+        name = str(screen)
+        raise ValueError(f'sites are {name!r}, expected a table of sites or a screen, read_screen({name!r})')
     if not isinstance(screen, Screen): return sites_table(screen), given
-    own = dict(target=screen.target, channels=screen.channels, cell_types=screen.cell_types, experiments=screen.experiments,
-               classes=getattr(screen, 'classes', None)) # of an atlas
-    if given['target'] not in (None, screen.target): own['classes'] = None
+    own = {k: getattr(screen, k) for k in ('target', 'channels', 'cell_types', 'experiments')}
+    own |= {k: getattr(screen, k, None) for k in ('classes', 'class_names')} # of an atlas
+    if given['target'] not in (None, screen.target): own['classes'] = own['class_names'] = None
     return select_sites(screen), {k: own[k] if v is None else v for k,v in given.items()}
 
+# %% ../../nbs/24_data.block.ipynb #578214c2
 def _valid_rows(sites, valid, seed):
     "Mask of the validation rows"
     if valid is None: return np.zeros(len(sites), bool)
     if isinstance(valid, str): return valid_mask(sites, valid, seed)
     mask = np.asarray(valid)
     if mask.ndim!=1 or not set(mask.tolist()) <= {False, True}:
-        share = f"; a share of the wells is valid='well=0/{round(1/valid)}'" if isinstance(valid, float) and 0 < valid <= .5 else ''
-        raise ValueError(f'valid is {str(valid)[:60]}, expected a mask with True for each validation row, or one of {_VALID}{share}')
+        is_share = isinstance(valid, float) and 0 < valid <= .5
+        share = f"; a share of the wells is valid='well=0/{round(1/valid)}'" if is_share else ''
+        raise ValueError(f'valid is {str(valid)[:60]}, expected a mask with True for each validation row, '
+                         f'or one of {_VALID}{share}')
     if len(mask)!=len(sites): raise ValueError(f'a validation mask of {len(mask)} rows for {len(sites)} sites')
     return mask.astype(bool)
 
 def _float_transforms(transforms):
     "Batch transforms, with the step from integers to floats where none of them takes it, as fastai's do not"
     tfms = list(transforms) if is_listy(transforms) else [transforms]
-    return tfms if not tfms or any(hasattr(t, 'grey_values') or type(t).__name__ in ('Standardize', 'MatchHistograms') for t in tfms) else [*tfms, PixelsToFloat()]
+    takes_integers = lambda t: hasattr(t, 'grey_values') or type(t).__name__ in ('Standardize', 'MatchHistograms')
+    if any(map(takes_integers, tfms)): return tfms
+    return [*tfms, PixelsToFloat()] if tfms else tfms
+
+# %% ../../nbs/24_data.block.ipynb #4b2f24c4
+_fastai_names = dict(
+    batch_tfms='transforms=[...]', after_batch='transforms=[...]', after_item='transforms=[...]', batch_size='bs=...',
+    splitter='valid=...', split='valid=...', valid_idx='valid=mask', valid_col='valid=mask', vocab='classes=...',
+    valid_pct="valid='well=0/5', which is a fifth of the wells", label_col='target=...', get_y='target=...',
+    y_block='target=...', get_x='source=...',
+    item_tfms='transforms=screen_transforms(size=...), and read_size=... for images of several sizes')
+
+def _refuse_names(kwargs):
+    known = [n for n in screen_dataloaders.__annotations__ if n!='return']
+    for k in kwargs:
+        if k in _fastai_names: raise TypeError(f'screen_dataloaders has no {k!r}; here it is {_fastai_names[k]}')
+        raise TypeError(f'screen_dataloaders has no {k!r}{did_you_mean(k, known)}')
 
 # %% ../../nbs/24_data.block.ipynb #c3d1a007
+def _loaders(sites, mask, target, given, block, **kwargs):
+    "DataLoaders of a table of sites, whose settings are complete"
+    if mask.all(): raise ValueError('every site is in the validation set; nothing is left to train on')
+    if kwargs['bs'] < 1: raise ValueError(f'bs is {kwargs["bs"]}, expected a batch size of 1 or more')
+    channels = CHANNELS if given['channels'] is None else given['channels']
+    check_sizes(sites, channels, block['read_size'])
+    names = lambda column: sorted(sites[column].unique()) if (v := given[f'{column}s']) is None else v
+    classes = _target_classes(sites, target, mask, given['classes'])
+    called = _names_of_classes(target, classes) if given['class_names'] is None else given['class_names']
+    split = lambda items: (np.flatnonzero(~mask).tolist(), np.flatnonzero(mask).tolist())
+    if block['multilabel'] is None: block['multilabel'] = is_multilabel(sites[target])
+    made = screen_block(names('cell_type'), names('experiment'), classes, target, channels, splitter=split,
+                        class_names=called, **block)
+    return made.dataloaders(sites, drop_last=False, **kwargs)
+
+# %% ../../nbs/24_data.block.ipynb #6e08860b
 def screen_dataloaders(
-    sites:pd.DataFrame|Screen, # sites, for instance from `select_sites`; an unknown target is masked. Or a screen: its training sites, with its channels and its target
-    valid:str|np.ndarray|None=None, # mask of the validation rows, or a sentence for `valid_mask`, such as 'experiment=HUVEC-07' or 'well=0/5'; None: no validation set
-    target:str=None, # column to predict; by default that of the screen, or 'sirna', or 'labels' where sites have these only
+    sites:pd.DataFrame|Screen, # sites, whose target may be unknown; or a screen: its training sites
+    valid:str|np.ndarray|None=None, # mask of the validation rows, or a sentence: 'experiment=HUVEC-07', 'well=0/5'
+    target:str=None, # column to predict; by default that of the screen, 'sirna', or 'labels' where there are only these
     domain:str|None='experiment', # what the sites of a batch share: None, 'cell_type', 'experiment' or 'plate'
     bs:int=32, # sites per training batch; controls come on top
     val_bs:int=None, # of validation batches, which are of one domain too; by default 4 times `bs`, at least 64
     classes:Sequence=None, # values of the target in order; by default those of the training sites
-    transforms:list=None, # batch transforms, fastai's or ours; by default `screen_transforms()`, and `[]` for the pixels as they are
+    transforms:list=None, # batch transforms; by default `screen_transforms()`, and `[]` for the pixels as they are
     cell_types:Sequence[str]=None, # names in order; by default those of `sites`
     experiments:Sequence[str]=None, # names in order; by default those of `sites`
     channels:Sequence[int|str]=None, # numbers or names of the channels; by default those of the screen, or 1 to 6
     repeats:int=1, # how often a site is seen per epoch; more than one where there are few large sites and small crops
     controls:pd.DataFrame=None, # control sites of any split, for `n_controls`
-    n_controls:int=0, # how many of them follow the sites of each domain in a batch, of the same domain and with masked targets
+    n_controls:int=0, # how many of them follow the sites of each domain in a batch, with masked targets
     domains_per_batch:int=1, # domains that share a training batch, in parts of `bs//domains_per_batch` sites
-    pairs:bool=False, # training batches whose rows 2i and 2i+1 have the same target in two experiments? For domain None or 'cell_type'
-    cache:bool=False, # keep images in memory once they are read? For screens that fit: 6*H*W bytes per site, 1.5 MiB at 512 pixels
+    pairs:bool=False, # do rows 2i and 2i+1 of a training batch have the same target in two experiments?
+    cache:bool=False, # keep images in memory once they are read? 6*H*W bytes per site, 1.5 MiB at 512 pixels
     num_workers:int=0, # threads that read the next batches while one is in use; 0: read when a batch is asked for
-    read_size:int=None, # shorter side that images are brought to when they are read, in pixels; for images of several sizes. None: as they are
+    read_size:int=None, # shorter side that images are brought to, in pixels; for images of several sizes
     multilabel:bool=None, # are the values of the target tuples of classes? None: look at them
     source:Store|str|Path=None, # packed store to read from, instead of the files of the sites
     seed:int=0, # of the order of the sites
     device:str|torch.device=None, # where batches go; by default fastai's default device
     path:str|Path='.', # folder of the learner
+    class_names:Sequence[str]=None, # what people call the classes, for titles; by default those of an atlas
     **kwargs # nothing: what fastai calls by another name is refused with ours
 ) -> DataLoaders: # batches (image, context, target)
     """DataLoaders of a screen, in batches of one domain.
 
     Shape: image uint8 until it is on the device, then float (B, C, H, W); context int64 (B, 4); target int64 (B,).
-    Raises: TypeError for another name; ValueError for an unknown target or class, a domain without controls, and settings that do not go together; FileNotFoundError,
-    while reading, that names the file.
+    Raises: TypeError for another name; ValueError for an unknown target or class, images of several sizes,
+    a domain without controls, and settings that do not fit; FileNotFoundError, while reading, that names the file.
     """
-    from rcic_fastai.data.augment import screen_transforms # numbered higher; a default, so imported late
     _refuse_names(kwargs)
-    given = dict(target=target, classes=classes, channels=channels, cell_types=cell_types, experiments=experiments)
+    given = dict(target=target, classes=classes, channels=channels, cell_types=cell_types, experiments=experiments,
+                 class_names=class_names)
     sites, given = _screen_settings(sites, given)
     sites, target = sites.reset_index(drop=True), given['target'] or _default_target(sites)
-    channels = CHANNELS if given['channels'] is None else given['channels']
     if source is not None: sites, controls = (None if t is None else packed_sites(t, source) for t in (sites, controls))
-    mask = _valid_rows(sites, valid, seed)
-    if mask.all(): raise ValueError('every site is in the validation set; nothing is left to train on')
-    if bs < 1: raise ValueError(f'bs is {bs}, expected a batch size of 1 or more')
-    names = lambda given, column: sorted(sites[column].unique()) if given is None else given
-    block = screen_block(names(given['cell_types'], 'cell_type'), names(given['experiments'], 'experiment'), _target_classes(sites, target, mask, given['classes']), target, channels,
-                         screen_transforms() if transforms is None else _float_transforms(transforms),
-                         splitter=lambda items: (np.flatnonzero(~mask).tolist(), np.flatnonzero(mask).tolist()), cache=cache,
-                         read_size=read_size, multilabel=is_multilabel(sites[target]) if multilabel is None else multilabel)
-    return block.dataloaders(sites, path=user_path(path), bs=bs, val_bs=val_bs or max(4*bs, 64), domain=domain, repeats=repeats, seed=seed,
-                             controls=controls, n_controls=n_controls, domains_per_batch=domains_per_batch, pairs=pairs,
-                             num_workers=num_workers, device=device, drop_last=False)
+    tfms = screen_transforms() if transforms is None else _float_transforms(transforms)
+    return _loaders(sites, _valid_rows(sites, valid, seed), target, given,
+                    dict(batch_tfms=tfms, cache=cache, read_size=read_size, multilabel=multilabel),
+                    path=user_path(path), bs=bs, val_bs=val_bs or max(4*bs, 64), domain=domain, repeats=repeats,
+                    seed=seed, controls=controls, n_controls=n_controls, domains_per_batch=domains_per_batch,
+                    pairs=pairs, num_workers=num_workers, device=device)

@@ -45,8 +45,10 @@ class PixelsToFloat(DisplayedTransform):
 
 # %% ../../nbs/22_data.pixels.ipynb #ec9d7da1
 _padding:dict[Any, Any] = {PadMode.Zeros: 'constant', PadMode.Border: 'edge', PadMode.Reflection: 'reflect'} # for numpy
-_resampling:dict[Any, dict[str, Any]] = {Image.Resampling.NEAREST: dict(mode='nearest-exact'), Image.Resampling.BOX: dict(mode='area'),
-    Image.Resampling.BILINEAR: dict(mode='bilinear', antialias=True), Image.Resampling.BICUBIC: dict(mode='bicubic', antialias=True)}
+_resampling:dict[Any, dict[str, Any]] = {
+    Image.Resampling.NEAREST: dict(mode='nearest-exact'), Image.Resampling.BOX: dict(mode='area'),
+    Image.Resampling.BILINEAR: dict(mode='bilinear', antialias=True),
+    Image.Resampling.BICUBIC: dict(mode='bicubic', antialias=True)}
 
 def _window(x, size, corner, pad_mode):
     "The part of an array (C, H, W) that lies in a window, and what `pad_mode` puts where the window leaves it"
@@ -58,9 +60,11 @@ def _window(x, size, corner, pad_mode):
 def _resampled(x, size, resample):
     "Pixels (C, H, W) in another size, of the same type"
     if resample not in _resampling:
-        raise ValueError(f'resample is {Image.Resampling(resample)!r}, expected one of {", ".join(k.name for k in _resampling)}')
+        known = ', '.join(k.name for k in _resampling)
+        raise ValueError(f'resample is {Image.Resampling(resample)!r}, expected one of {known}')
     out = F.interpolate(x[None].float(), size=tuple(map(int, size[::-1])), **_resampling[resample])[0]
-    return out.to(x.dtype) if x.is_floating_point() else out.round().clamp(0, torch.iinfo(x.dtype).max).to(x.dtype)
+    if not x.is_floating_point(): out = out.round().clamp(0, torch.iinfo(x.dtype).max)
+    return out.to(x.dtype)
 
 # %% ../../nbs/22_data.pixels.ipynb #8bdff7d7
 @patch
@@ -76,13 +80,17 @@ def crop_pad(self:MultiChannelImage,
 
     Raises: ValueError for a batch, or another way of resampling.
     """
-    if self.ndim!=3: raise ValueError(f'an item transform got images of shape {tuple(self.shape)}, expected (channels, height, width)')
+    if self.ndim!=3:
+        shape = tuple(self.shape)
+        raise ValueError(f'an item transform got images of shape {shape}, expected (channels, height, width)')
     size, have = (sz, sz) if isinstance(sz, int) else tuple(sz), (self.shape[-1], self.shape[-2])
     corner = [(n-m)//2 for n,m in zip(have, size)] if tl is None else [int(o) for o in tl]
-    x = torch.from_numpy(np.ascontiguousarray(_window(self.as_subclass(Tensor).cpu().numpy(), size, corner, pad_mode)))
+    window = _window(self.as_subclass(Tensor).cpu().numpy(), size, corner, pad_mode)
+    x = torch.from_numpy(np.ascontiguousarray(window))
     if resize_to is not None and tuple(resize_to)!=(x.shape[-1], x.shape[-2]): x = _resampled(x, resize_to, resize_mode)
     return MultiChannelImage.create(x)
 
+# %% ../../nbs/22_data.pixels.ipynb #592cc21a
 def _like_a_picture(tfm):
     "Let a transform of fastai that uses `crop_pad` take images of many channels too"
     of_pictures = tfm.encodes.invoke(tfm, Image.Image)
@@ -98,8 +106,9 @@ def _with_own_statistics(tfm):
     def encodes(self, x:MultiChannelImage):
         n = self.mean.shape[1] if isinstance(self.mean, Tensor) and self.mean.ndim==4 else 1
         if n not in (1, x.shape[-3]):
-            raise ValueError(f'Normalize has statistics of {n} channels for images of {x.shape[-3]}: Normalize() measures them on a batch, '
-                             'and vision_learner(..., n_in=...) adds none that do not fit')
+            raise ValueError(f'Normalize has statistics of {n} channels for images of {x.shape[-3]}: '
+                             'Normalize() measures them on a batch, and vision_learner(..., n_in=...) '
+                             'adds none that do not fit')
         return of_pictures(self, x)
     tfm(encodes)
 
@@ -117,8 +126,8 @@ def _for_stains(tfm):
         try: return of_pictures(self, x)
         except (RuntimeError, ValueError) as e:
             if x.shape[1]==3: raise
-            raise ValueError(f'{type(self).__name__}: saturation and hue need red, green and blue, these images have {x.shape[1]} channels; '
-                             'ChannelIntensity changes each of them') from e
+            raise ValueError(f'{type(self).__name__}: saturation and hue need red, green and blue, '
+                             f'these images have {x.shape[1]} channels; ChannelIntensity changes each of them') from e
     tfm(encodes)
 
 for _tfm in (SpaceTfm, LightingTfm, Brightness, Contrast, Saturation, HSVTfm, Hue): _for_stains(_tfm)
