@@ -230,7 +230,7 @@ def make_store(folder, size, n_sirnas):
     from rcic_fastai.data.select import select_sites
     from rcic_fastai.screen.read import read_screen
     from rcic_fastai.screen.simulate import simulate_screen
-    from rcic_fastai.data.store import pack_sites
+    from rcic_fastai.data.pack import pack_sites
 
     screen = read_screen(simulate_screen(folder / "screen", n_sirnas=n_sirnas, n_train=2, n_test=0, cell_types=("HUVEC",), n_positive=1,
                                          image_size=size, missing=0, progress=False, workers=1 if n_sirnas < 16 else None))  # fmt: skip

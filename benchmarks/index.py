@@ -48,7 +48,8 @@ def simulated_index(n, shard_sites=256, seed=0):
 
 def write_store(folder, table, shard_sites=256):
     "A store without its shards"
-    from rcic_fastai.data.store import _KIND, write_index
+    from rcic_fastai.data.pack import write_index
+    from rcic_fastai.data.store import _KIND
 
     folder.mkdir(parents=True, exist_ok=True)
     write_index(table, folder / "sites.parquet")

@@ -27,7 +27,8 @@ from rcic_fastai.data.block import screen_dataloaders  # noqa: E402
 from rcic_fastai.screen.sites import CHANNELS, present_sites, site_files  # noqa: E402
 from rcic_fastai.screen.read import read_screen  # noqa: E402
 from rcic_fastai.screen.simulate import simulate_screen  # noqa: E402
-from rcic_fastai.data.store import Store, pack_sites  # noqa: E402
+from rcic_fastai.data.pack import pack_sites  # noqa: E402
+from rcic_fastai.data.store import Store  # noqa: E402
 
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
 SECTIONS = "single", "windows", "loaders"

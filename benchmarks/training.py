@@ -362,7 +362,7 @@ def naive_epoch(model, loader):
 
 def pipeline_contestants(args, folder):
     "Epochs from files, and the number of sites in one"
-    from rcic_fastai.data.store import pack_sites
+    from rcic_fastai.data.pack import pack_sites
 
     pixels, window, batch = (96, 64, 4) if args.quick else (512, 64, 32)
     sites = select_sites(ready_screen(folder, pixels, 4 if args.quick else 16))

@@ -28,7 +28,7 @@ def made(root):
     from rcic_fastai.run.train import train_run
     from rcic_fastai.screen.read import read_screen
     from rcic_fastai.screen.simulate import simulate_screen
-    from rcic_fastai.data.store import pack_screen
+    from rcic_fastai.data.pack import pack_screen
 
     quiet = lambda *a: None
     screen = read_screen(simulate_screen(root / "screen", n_sirnas=8, n_train=2, n_test=1, cell_types=("HUVEC",), image_size=32, progress=False))

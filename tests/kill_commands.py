@@ -35,7 +35,7 @@ from rcic_fastai.predict.core import Predictions  # noqa: E402
 from rcic_fastai.recipe.check import recipe_to_json  # noqa: E402
 from rcic_fastai.report.core import make_report  # noqa: E402, F401
 from rcic_fastai.screen.simulate_atlas import simulate_hpa  # noqa: E402
-from rcic_fastai.data.store import pack_screen  # noqa: E402, F401
+from rcic_fastai.data.pack import pack_screen  # noqa: E402, F401
 from rcic_fastai.recipe.settings import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe  # noqa: E402
 from rcic_fastai.recipe.settings import TrainSettings  # noqa: E402
 

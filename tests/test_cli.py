@@ -176,7 +176,7 @@ def test_a_disk_without_room(small_screen, tmp_path, monkeypatch, capsys):
 
 
 def test_packing_that_is_interrupted_says_how_to_go_on(small_screen, tmp_path, monkeypatch, capsys):
-    import rcic_fastai.data.store as store
+    import rcic_fastai.data.pack as store
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

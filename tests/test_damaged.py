@@ -22,7 +22,8 @@ from rcic_fastai.train.checkpoint import read_checkpoint
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.simulate import simulate_screen
 from rcic_fastai.labels.stack import Stacker
-from rcic_fastai.data.store import Store, pack_screen, verify_store
+from rcic_fastai.data.pack import pack_screen
+from rcic_fastai.data.store import Store, verify_store
 from rcic_fastai.labels.threshold import ConstantThreshold, read_thresholds, write_thresholds
 from rcic_fastai.run.folder import _run_histograms, load_run, read_run
 

@@ -836,7 +836,7 @@ def test_show_results_says_what_was_right(sites, test_sites):
 
 @pytest.fixture(scope="module")
 def packed(small_screen, tmp_path_factory):
-    from rcic_fastai.data.store import pack_screen
+    from rcic_fastai.data.pack import pack_screen
 
     return pack_screen(read_screen(small_screen), tmp_path_factory.mktemp("store") / "packed", progress=False)
 

@@ -28,7 +28,8 @@ from rcic_fastai.screen.core import plain_text
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.split import valid_mask
 from rcic_fastai.screen.simulate import simulate_screen
-from rcic_fastai.data.store import pack_screen, verify_store
+from rcic_fastai.data.pack import pack_screen
+from rcic_fastai.data.store import verify_store
 from rcic_fastai.run.folder import read_run, run_data, write_run
 
 FOLDER = "a #1 {channel} {{x}} $5 %20 & <b> \"q\" 's ü"

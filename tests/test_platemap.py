@@ -18,7 +18,8 @@ from rcic_fastai.report.core import run_context
 from rcic_fastai.screen.sites import channel_name, grey_limits, site_files
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.split import valid_mask
-from rcic_fastai.data.store import pack_screen, verify_store
+from rcic_fastai.data.pack import pack_screen
+from rcic_fastai.data.store import verify_store
 
 
 def write_table(folder, text, name="wells.csv"):

@@ -41,7 +41,8 @@ from rcic_fastai.screen.atlas import hpa_classes
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.simulate_atlas import simulate_hpa
 from rcic_fastai.train.optimizer import radam
-from rcic_fastai.data.store import open_store, pack_screen
+from rcic_fastai.data.pack import pack_screen
+from rcic_fastai.data.store import open_store
 from rcic_fastai.recipe.settings import LossSettings, TrainSettings
 from rcic_fastai.train.loaders import recipe_dataloaders
 from rcic_fastai.train.learner import ImageOnly, fit_stage, screen_learner

@@ -251,7 +251,7 @@ def test_a_fresh_head_keeps_the_body(screen):
 @pytest.mark.slow
 def test_a_packed_screen_gives_the_same_run(small_screen, tmp_path):
     "From image files, from a store, with threads and without: the same weights and the same predictions"
-    from rcic_fastai.data.store import pack_screen
+    from rcic_fastai.data.pack import pack_screen
 
     pack_screen(read_screen(small_screen), tmp_path / "packed", progress=False)
     weights, logits = [], []

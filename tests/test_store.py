@@ -17,14 +17,17 @@ import pytest
 import torch
 from forked import locks_of_its_own
 
-import rcic_fastai.data.store as store_module
+import rcic_fastai.data.codec as codec_module
+import rcic_fastai.data.pack as pack_module
 from rcic_fastai.data.select import select_sites
 from rcic_fastai.data.block import screen_dataloaders
 from rcic_fastai.data.store import read_site
 from rcic_fastai.data.image import MultiChannelImage
 from rcic_fastai.screen.sites import present_sites
 from rcic_fastai.screen.read import read_screen
-from rcic_fastai.data.store import BatchBuffers, DamagedSite, Store, open_store, pack_screen, pack_sites, read_ahead
+from rcic_fastai.data.buffers import BatchBuffers, read_ahead
+from rcic_fastai.data.pack import pack_screen, pack_sites
+from rcic_fastai.data.store import DamagedSite, Store, open_store
 from rcic_fastai.data.store import verify_store
 
 FORMATS = [("blosc2", "default"), ("blosc2", "small"), ("blosc2", "fast"), ("blosc2", "windows"), ("zarr", "default"), ("raw", "default")]
@@ -83,7 +86,7 @@ def test_every_bit_comes_back(screen, tmp_path, format, preset):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 33, 57), (6, 128, 64), (3, 640, 832)])
 @pytest.mark.parametrize("preset", ["default", "small", "fast", "windows"])
 def test_images_of_any_shape(shape, preset):
-    codec, rng = store_module._Blosc2(shape, preset), np.random.default_rng(1)
+    codec, rng = codec_module._Blosc2(shape, preset), np.random.default_rng(1)
     x = (rng.normal(9, 3, shape).clip(0, 255) + np.arange(shape[2])).astype(np.uint8)
     data, out = codec.encode(x), np.empty_like(x)
     codec.decode(data, out)
@@ -348,7 +351,7 @@ def test_killed_at_random_moments(screen, tmp_path, format, kills):
 def test_killed_between_its_last_two_steps(screen, tmp_path, monkeypatch):
     sites = screen.sites()[:12]
     pack_sites(sites, tmp_path / "whole", progress=False)
-    monkeypatch.setattr(store_module, "_tidy", lambda out: 1 / 0)
+    monkeypatch.setattr(pack_module, "_tidy", lambda out: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pack_sites(sites, tmp_path / "s", progress=False)
     monkeypatch.undo()
@@ -373,7 +376,7 @@ def test_packing_goes_on_only_with_the_same_settings(screen, tmp_path, monkeypat
 
 def stop_after(monkeypatch, shards, error=KeyboardInterrupt):
     "Let packing fail in the middle of a shard"
-    encode, count = store_module._Packer._encoded, []
+    encode, count = pack_module._Packer._encoded, []
 
     def encoded(self, row):
         count.append(row)
@@ -381,11 +384,11 @@ def stop_after(monkeypatch, shards, error=KeyboardInterrupt):
             raise error
         return encode(self, row)
 
-    monkeypatch.setattr(store_module._Packer, "_encoded", encoded)
+    monkeypatch.setattr(pack_module._Packer, "_encoded", encoded)
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(screen, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 2000, 2000))
+    monkeypatch.setattr(pack_module.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 2000, 2000))
     with pytest.raises(OSError, match=r"needs about \d\.\d MB more, but .* has 0\.0 MB of free space") as e:
         pack_screen(screen, tmp_path / "s", progress=False)
     assert e.value.errno == errno.ENOSPC and not (tmp_path / "s").exists()

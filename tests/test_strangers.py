@@ -34,7 +34,9 @@ from rcic_fastai.recipe.published import get_recipe
 from rcic_fastai.cli.script import CliError
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.cli.script import option_parser
-from rcic_fastai.data.store import DamagedSite, Store, _Blosc2, _digest, _zstd_size, pack_screen, pack_sites
+from rcic_fastai.data.codec import _Blosc2
+from rcic_fastai.data.pack import pack_screen, pack_sites
+from rcic_fastai.data.store import DamagedSite, Store, _digest, _zstd_size
 from rcic_fastai.run.folder import load_run, read_run
 from rcic_fastai.kaggle.packages import install_wheels, pack_wheels
 

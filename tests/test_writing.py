@@ -36,8 +36,8 @@ WRITES = {"write_bytes", "write_text", "copyfile", "copytree", "save_file", "sav
 ALLOWED = {  # beside what `write_whole` itself calls
     ("files", "write_whole"),  # it is the one
     ("report.html", "figure"), ("run.stack", "_statistics"),  # into memory
-    ("predict.core", "_save_arrays"), ("data.store", "_write_parts"), ("kaggle.download", "_copy_member"),  # given to `write_whole`
-    ("data.store", "_pack_zarr"),  # zarr writes its shards itself; here they are forced to the disk
+    ("predict.core", "_save_arrays"), ("data.pack", "_write_parts"), ("kaggle.download", "_copy_member"),  # given to `write_whole`
+    ("data.pack", "_pack_zarr"),  # zarr writes its shards itself; here they are forced to the disk
     ("kaggle.download", "_load"), ("kaggle.download", "fetch_file"),  # a download is appended to until it is complete
     ("kaggle.packages", "installed_wheel"), ("kaggle.packages", "pack_wheels"),  # a module that runs alone; into a temporary folder, into memory
     ("kaggle.core", "copy_run"),  # a folder that is renamed as a whole

@@ -14,12 +14,12 @@ import pandas as pd
 from fastai.data.all import Datasets, test_set
 from numpy.typing import ArrayLike
 
+from ..errors import one_of
 from .context import DOMAINS, _role
-from .select import _nearest_choice
 
 # %% ../../nbs/21_data.domains.ipynb #597fe0ff
 def _domain_columns(domain):
-    _nearest_choice(domain, DOMAINS, 'domain')
+    one_of(domain, DOMAINS, 'domain')
     return {None: [], 'plate': ['experiment', 'plate']}.get(domain, [domain])
 
 def domain_keys(
@@ -28,7 +28,17 @@ def domain_keys(
 ) -> np.ndarray: # int64 (len(sites),): number of the domain of each row, by order of name
     "Which domain each site belongs to; a plate is a plate of its experiment."
     columns = _domain_columns(domain)
-    return np.zeros(len(sites), np.int64) if not columns else sites.groupby(columns, sort=True).ngroup().to_numpy(np.int64)
+    if not columns: return np.zeros(len(sites), np.int64)
+    return sites.groupby(columns, sort=True).ngroup().to_numpy(np.int64)
+
+# %% ../../nbs/21_data.domains.ipynb #04a11c2c
+def _filled(order, rows, bs, rng):
+    "The last batch filled with sites it does not hold yet, as far as there are any"
+    short = -len(order) % bs
+    if not short or len(order) <= bs: return order
+    rest = order[len(order)-len(order)%bs:]
+    others = np.setdiff1d(rows, rest)
+    return np.concatenate([order, np.resize(rng.permutation(others if len(others) >= short else rows), short)])
 
 def shuffled_domains(
     domains:np.ndarray, # int (N,): domain of each site
@@ -40,13 +50,8 @@ def shuffled_domains(
     "Cut each domain into shuffled full batches, and shuffle the batches."
     rng, batches = np.random.default_rng([seed, epoch]), []
     for d in np.unique(domains):
-        rows = np.flatnonzero(domains==d)
-        order = np.concatenate([rng.permutation(rows) for _ in range(repeats)])
-        short = -len(order) % bs
-        if short and len(order) > bs: # fill the last batch, with sites it does not hold yet as far as there are any
-            rest = order[len(order)-len(order)%bs:]
-            others = np.setdiff1d(rows, rest)
-            order = np.concatenate([order, np.resize(rng.permutation(others if len(others) >= short else rows), short)])
+        rows = np.flatnonzero(domains == d)
+        order = _filled(np.concatenate([rng.permutation(rows) for _ in range(repeats)]), rows, bs, rng)
         batches += [order[i:i+bs] for i in range(0, len(order), bs)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
@@ -76,12 +81,23 @@ def several_domains(
 def _pair(rows, experiments, rng):
     "Pairs (M, 2) of rows from different experiments: each row once, as far as the largest experiment allows"
     _, e, size = np.unique(experiments[rows], return_inverse=True, return_counts=True)
-    random = np.lexsort((rng.random(len(rows)), rng.permutation(len(size))[e])) # experiments in random order, and rows within each
-    rows, e, half = rows[random], e[random], max(len(rows)//2, size.max()) # rows this far apart are of different experiments
+    # experiments in random order, and rows within each
+    random = np.lexsort((rng.random(len(rows)), rng.permutation(len(size))[e]))
+    # rows this far apart are of different experiments
+    rows, e, half = rows[random], e[random], max(len(rows)//2, size.max())
     pairs, left = np.stack([rows[:-half], rows[half:]], 1), slice(len(rows)-half, half)
-    others = rows[e!=e[half-1]]
+    others = rows[e != e[half-1]]
     return np.concatenate([pairs, np.stack([rows[left], rng.choice(others, len(rows[left]))], 1)])
 
+def _pair_any(rows, domain, rng):
+    "Pairs (M, 2) of rows without a partner; an odd one is next to any other site of the domain"
+    rows = rng.permutation(rows)
+    if len(rows)%2:
+        others = np.setdiff1d(domain, rows[-1:])
+        rows = np.append(rows, rng.choice(others if len(others) else rows))
+    return rows.reshape(-1, 2)
+
+# %% ../../nbs/21_data.domains.ipynb #c37edf8d
 def paired_sites(
     domains:np.ndarray, # int (N,): domain of each site; both of a pair are of the same
     targets:ArrayLike, # (N,) class of each site, or missing
@@ -92,16 +108,12 @@ def paired_sites(
     "Match each site with one of the same class from another experiment, as far as there is one."
     rng, pairs = np.random.default_rng([seed, epoch, 1]), []
     alone:dict[int, list[np.ndarray]] = {} # rows of each domain that have no partner
-    origins, classes = pd.factorize(np.asarray(experiments))[0], pd.factorize(pd.Series(targets).reset_index(drop=True))[0]
+    origins = pd.factorize(np.asarray(experiments))[0]
+    classes = pd.factorize(pd.Series(targets).reset_index(drop=True))[0]
     for (d, c), rows in pd.DataFrame(dict(d=domains, c=classes)).groupby(['d', 'c']).indices.items():
-        if c < 0 or len(set(origins[rows]))==1: alone.setdefault(d, []).append(rows)
+        if c < 0 or len(set(origins[rows])) == 1: alone.setdefault(d, []).append(rows)
         else: pairs.append(_pair(rows, origins, rng))
-    for d, rows in alone.items():
-        rows = rng.permutation(np.concatenate(rows))
-        if len(rows)%2: # beside any other site of the domain
-            others = np.setdiff1d(np.flatnonzero(domains==d), rows[-1:])
-            rows = np.append(rows, rng.choice(others if len(others) else rows))
-        pairs.append(rows.reshape(-1, 2))
+    for d, rows in alone.items(): pairs.append(_pair_any(np.concatenate(rows), np.flatnonzero(domains == d), rng))
     return rng.permuted(np.concatenate(pairs), axis=1) if pairs else np.zeros((0, 2), np.int64)
 
 # %% ../../nbs/21_data.domains.ipynb #88b5621c
@@ -110,28 +122,49 @@ def _domain_names(sites, domain):
     columns = _domain_columns(domain)
     return list(sites[columns].itertuples(index=False, name=None)) if columns else [()]*len(sites)
 
+def _domain_text(name, domain):
+    if domain == 'plate': return f'plate {name[1]} of {name[0]}'
+    return f'{domain.replace("_", " ")} {name[0]}' if domain else 'any domain'
+
 def control_pools(
     sites:pd.DataFrame, # the sites, at least one per domain that matters
     controls:pd.DataFrame, # control sites
     domain:str|None # None, 'cell_type', 'experiment' or 'plate'
 ) -> list[np.ndarray]: # rows of `controls` for each number of `domain_keys(sites, domain)`
-    """Which controls belong to each domain.
+    """Which controls belong to each domain; a plate without controls has those of its experiment, with a warning.
 
-    Raises: ValueError naming a domain that has none; a plate without controls has those of its experiment, with a warning.
+    Raises: ValueError naming a domain that has none.
     """
     rows:dict[tuple, list[int]] = {}
     pools = []
-    for names in (_domain_names(controls, d) for d in {domain, 'experiment' if domain=='plate' else domain}):
+    for names in (_domain_names(controls, d) for d in {domain, 'experiment' if domain == 'plate' else domain}):
         for i, name in enumerate(names): rows.setdefault(name, []).append(i)
     for name in sorted(set(_domain_names(sites, domain))):
-        what = f'plate {name[1]} of {name[0]}' if domain=='plate' else f'{domain.replace("_", " ")} {name[0]}' if domain else 'any domain'
-        if name not in rows and name[:1] in rows: warnings.warn(f'{what} has no controls; those of the whole experiment are used', stacklevel=2)
+        what = _domain_text(name, domain)
+        if name not in rows and name[:1] in rows:
+            warnings.warn(f'{what} has no controls; those of the whole experiment are used', stacklevel=2)
         pools.append(np.array(rows.get(name, rows.get(name[:1], [])), np.int64))
         if not len(pools[-1]): raise ValueError(f'there are no controls for {what}; give their sites, or n_controls=0')
     return pools
 
+# %% ../../nbs/21_data.domains.ipynb #4c2562b3
+def _drawn(pool, roles, n, rng):
+    "n of the controls in random order; where two or more are drawn, one of each kind first"
+    if len(pool) <= n: return np.concatenate([pool, rng.choice(pool, n-len(pool))])
+    if n > 1:
+        first = np.unique(roles[pool], return_index=True)[1]
+        pool = np.concatenate([pool[first], np.delete(pool, first)])
+    return pool[:n]
+
+# %% ../../nbs/21_data.domains.ipynb #ac0adea7
+def _control_roles(table):
+    "Role of each control. Raises: ValueError naming a treatment"
+    roles = np.array([_role(w) for w in table.get('well_type', ['treatment']*len(table))], np.int64)
+    if (roles == 0).any(): raise ValueError(f'well {table.id_code.iloc[roles.argmin()]} among the controls is a treatment')
+    return roles
+
 class DomainControls:
-    """Control sites beside a data set, read by the transforms of its inputs.
+    """Control sites next to a data set, read by the transforms of its inputs.
 
     Raises: ValueError for a site that is no control, and as `control_pools` does.
     """
@@ -140,8 +173,7 @@ class DomainControls:
         table:pd.DataFrame, # control sites, with `well_type`
         domain:str|None # None, 'cell_type', 'experiment' or 'plate'
     ):
-        self.table, self.roles = table, np.array([_role(w) for w in table.get('well_type', ['treatment']*len(table))], np.int64)
-        if (self.roles==0).any(): raise ValueError(f'well {table.id_code.iloc[self.roles.argmin()]} among the controls is a treatment')
+        self.table, self.roles = table, _control_roles(table)
         self.pools = control_pools(dataset.items, table, domain) if len(dataset) else []
         self.inputs = test_set(dataset, table, with_labels=True).tls[:2]
 
@@ -153,9 +185,4 @@ class DomainControls:
         rng:np.random.Generator # random state
     ) -> np.ndarray: # int64 (n,): rows of the table
         "Controls of one domain, different ones as far as there are as many, of both kinds if n is 2 or more."
-        pool = rng.permutation(self.pools[key])
-        if len(pool) <= n: return np.concatenate([pool, rng.choice(pool, n-len(pool))])
-        if n > 1: # the first of each kind to the front
-            first = np.unique(self.roles[pool], return_index=True)[1]
-            pool = np.concatenate([pool[first], np.delete(pool, first)])
-        return pool[:n]
+        return _drawn(rng.permutation(self.pools[key]), self.roles, n, rng)

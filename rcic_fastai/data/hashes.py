@@ -38,13 +38,38 @@ def _read_cache(path, columns, made):
     try: t = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as e: raise ValueError(f'{path} is no file of hashes: {e}') from None
     was = json.loads((t.schema.metadata or {}).get(b'made', b'null'))
-    if was!=made: raise ValueError(f'{path} was made with {was}, expected {made}: give another file, or delete it')
+    if was != made: raise ValueError(f'{path} was made with {was}, expected {made}: give another file, or delete it')
     return t.to_pandas()
 
+# %% ../../nbs/21_data.hashes.ipynb #23455ab3
+def _ids(sites, id):
+    "The column of ids. Raises: ValueError if a column is missing or an id repeats"
+    if lost := [c for c in ('files', id) if c not in sites]:
+        raise ValueError(f'the table has no column {lost[0]!r}: it has {", ".join(map(repr, sites.columns))}')
+    ids = pd.Index(sites[id].astype(str), name='id')
+    if ids.has_duplicates: raise ValueError(f'{id} {ids[ids.duplicated()][0]!r} occurs more than once')
+    return ids
+
+def _hash_rows(hash_one, hashes, done, save, save_every, threads, progress):
+    "Hash the rows that are not `done`, and save them every so often and whenever it is stopped"
+    todo, pool = np.flatnonzero(~done), ThreadPoolExecutor(threads or num_cpus())
+    try:
+        with tqdm(total=len(done), initial=done.sum(), desc='hashes', unit='image', disable=not progress) as bar:
+            for start in range(0, len(todo), save_every):
+                part = todo[start:start+save_every]
+                for row, h in zip(part, pool.map(hash_one, part)):
+                    hashes[row], done[row] = h, True
+                    bar.update()
+                save()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if len(todo) and not done.all(): save()
+
+# %% ../../nbs/21_data.hashes.ipynb #4982ddc6
 def hash_sites(
     sites:pd.DataFrame, # a row per image, with the columns `files` and `id`
     channels:Sequence[int|str], # numbers or names of the channels to put into `files`
-    cache:str|Path=None, # file to keep hashes in, and to go on from
+    cache:str|Path=None, # file to keep hashes in, and to resume from
     id:str='site_id', # column of the ids, unique
     read:Callable=read_site, # reads (C, H, W) pixels from an entry of `files` and the channels; zeros for a missing channel
     size:int=8, # lowest frequencies per direction
@@ -56,42 +81,57 @@ def hash_sites(
 ) -> np.ndarray: # uint64 (N, C) in the order of the rows; 0 for a blank channel
     """Perceptual hashes of all images of a table, resumable.
 
-    Raises: ValueError if ids repeat, a column is missing, an image has other channels, or the file was made with other settings;
-    whatever `read` raises.
+    Raises: ValueError if ids repeat, a column is missing, an image has other channels, or the file was made with other
+    settings; whatever `read` raises.
     """
-    if lost := [c for c in ('files', id) if c not in sites]:
-        raise ValueError(f'the table has no column {lost[0]!r}: it has {", ".join(map(repr, sites.columns))}')
-    ids = pd.Index(sites[id].astype(str), name='id')
-    if ids.has_duplicates: raise ValueError(f'{id} {ids[ids.duplicated()][0]!r} occurs more than once')
-    cache, columns = cache and Path(cache), [f'hash_{c}' for c in channels]
+    ids, cache, columns = _ids(sites, id), cache and Path(cache), [f'hash_{c}' for c in channels]
     made = dict(channels=[str(c) for c in channels], size=size, canonical=canonical, min_range=min_range)
-    known = _read_cache(cache, columns, made)
-    hashes, files = known.reindex(ids, fill_value=0).to_numpy(np.uint64, copy=True), sites['files'].to_numpy(object)
-    done = ids.isin(known.index)
-
-    def hash_one(row):
-        x = read(files[row], channels)
-        if len(x)!=len(channels): raise ValueError(f'{files[row]}: {len(x)} channels, expected {len(channels)}')
-        return image_hashes(x, size, canonical, min_range)
-
+    known, files = _read_cache(cache, columns, made), sites['files'].to_numpy(object)
+    hashes, done = known.reindex(ids, fill_value=0).to_numpy(np.uint64, copy=True), ids.isin(known.index)
+    def hash_one(row): return _hash_image(read(files[row], channels), files[row], channels, size, canonical, min_range)
     def save():
-        if cache: _write_cache(cache, pd.concat([known[~known.index.isin(ids)], pd.DataFrame(hashes[done], ids[done], columns)]), made)
-
-    todo, pool = np.flatnonzero(~done), ThreadPoolExecutor(threads or num_cpus())
-    try:
-        with tqdm(total=len(ids), initial=len(ids)-len(todo), desc='hashes', unit='image', disable=not progress) as bar:
-            for start in range(0, len(todo), save_every):
-                part = todo[start:start+save_every]
-                for row, h in zip(part, pool.map(hash_one, part)):
-                    hashes[row], done[row] = h, True
-                    bar.update()
-                save()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if len(todo) and not done.all(): save()
+        new = pd.DataFrame(hashes[done], ids[done], columns)
+        if cache: _write_cache(cache, pd.concat([known[~known.index.isin(ids)], new]), made)
+    _hash_rows(hash_one, hashes, done, save, save_every, threads, progress)
     return hashes
 
+def _hash_image(x, name, channels, size, canonical, min_range):
+    if len(x) != len(channels): raise ValueError(f'{name}: {len(x)} channels, expected {len(channels)}')
+    return image_hashes(x, size, canonical, min_range)
+
 # %% ../../nbs/21_data.hashes.ipynb #66a89007
+_TABLES = dict(duplicates='Id,twin,distance,largest', groups='Id,group,twins,antibody') # first lines of what is written
+
+def _check_tables(out):
+    "Raises: FileExistsError for another table of that name"
+    for name, first in _TABLES.items():
+        if (path := out/f'{name}.csv').exists() and read_text(path).partition('\n')[0].strip() != first:
+            raise FileExistsError(f'{path} is another table than the one that is written ({first}): give another folder')
+
+def _write_groups(out, ids, pairs):
+    "Write the groups and the pairs; the groups, and the twins of each image"
+    keys, twins = external_keys(ids), join_groups(pairs=pairs, n=len(ids))
+    antibody = keys.antibody.fillna(keys.antibody.groupby(twins).transform('first')) # that of the twin
+    groups = join_groups(antibody, keys.plate_well, pairs=pairs)
+    names = dict(Id=ids.to_numpy()[pairs['first']], twin=ids.to_numpy()[pairs['second']])
+    named = pd.DataFrame(dict(names, distance=pairs.distance, largest=pairs.largest))
+    write_whole(out/'duplicates.csv', named.to_csv(index=False))
+    write_whole(out/'groups.csv',
+                pd.DataFrame(dict(Id=ids, group=groups, twins=twins, antibody=antibody)).to_csv(index=False))
+    return pd.Series(groups), twins
+
+def _find_duplicates(atlas, sites, out, max_distance, canonical, progress, say):
+    "Hash, compare and write; the folder is held"
+    hashes = np.zeros((len(atlas.wells), len(atlas.channels)), np.uint64)
+    row, cache = pd.Series(range(len(atlas.wells)), index=atlas.wells.id_code), out/'hashes.parquet'
+    hashes[row[sites.id_code]] = hash_sites(sites, atlas.channels, cache, 'id_code', canonical=canonical,
+                                            progress=progress)
+    pairs = find_twins(hashes, max_distance=max_distance, min_channels=min(3, len(atlas.channels)))
+    groups, twins = _write_groups(out, atlas.wells.id_code, pairs)
+    say(f'{len(pairs):,} pairs of twins; {groups.nunique():,} groups of {len(groups):,} images')
+    return label_agreement(atlas.wells.labels.tolist(), twins, atlas.wells.experiment.tolist())
+
+# %% ../../nbs/21_data.hashes.ipynb #f38ea1de
 def find_duplicates(
     atlas:Atlas, # from `read_hpa`, with its images
     out:str|Path=None, # folder for groups.csv, duplicates.csv and the hashes; by default that of the atlas
@@ -101,30 +141,15 @@ def find_duplicates(
     progress:bool=True, # show a bar?
     say:Callable=print # where notices go
 ) -> pd.DataFrame: # from `label_agreement`: how many twins there are, and how many carry the same labels
-    """Find twins by perceptual hashes and write the groups; goes on where it was interrupted.
+    """Find twins by perceptual hashes and write the groups; resumes where it was interrupted.
 
-    Raises: FileNotFoundError naming the first missing file, without `present_only`; FileExistsError for another table of that name.
+    Raises: FileNotFoundError naming the first missing file, without `present_only`; FileExistsError for another table
+    of that name.
     """
     out, sites = output_path(out or atlas.path), atlas.sites()
-    for name, first in dict(duplicates='Id,twin,distance,largest', groups='Id,group,twins,antibody').items():
-        if (path := out/f'{name}.csv').exists() and read_text(path).partition('\n')[0].strip()!=first: raise FileExistsError(f'{path} is another table than the one that is written ({first}): give another folder')
+    _check_tables(out)
     if present_only:
         sites, left = present_sites(sites, atlas.channels)
         if left: say(f'{left:,} images whose files are missing are groups by their ids alone')
     else: check_files(sites, atlas.channels)
     with claim_folder(out): return _find_duplicates(atlas, sites, out, max_distance, canonical, progress, say)
-
-def _find_duplicates(atlas, sites, out, max_distance, canonical, progress, say):
-    "Hash, compare and write; the folder is held"
-    hashes = np.zeros((len(atlas.wells), len(atlas.channels)), np.uint64)
-    row = pd.Series(range(len(atlas.wells)), index=atlas.wells.id_code)
-    hashes[row[sites.id_code]] = hash_sites(sites, atlas.channels, out/'hashes.parquet', 'id_code', canonical=canonical, progress=progress)
-    pairs, ids = find_twins(hashes, max_distance=max_distance, min_channels=min(3, len(atlas.channels))), atlas.wells.id_code
-    keys, twins = external_keys(ids), join_groups(pairs=pairs, n=len(ids))
-    antibody = keys.antibody.fillna(keys.antibody.groupby(twins).transform('first')) # that of the twin
-    table = pd.DataFrame(dict(Id=ids, group=join_groups(antibody, keys.plate_well, pairs=pairs), twins=twins, antibody=antibody))
-    named = pd.DataFrame(dict(Id=ids.to_numpy()[pairs['first']], twin=ids.to_numpy()[pairs['second']], distance=pairs.distance, largest=pairs.largest))
-    write_whole(out/'duplicates.csv', named.to_csv(index=False))
-    write_whole(out/'groups.csv', table.to_csv(index=False))
-    say(f'{len(pairs):,} pairs of twins; {table.group.nunique():,} groups of {len(table):,} images')
-    return label_agreement(atlas.wells.labels.tolist(), twins, atlas.wells.experiment.tolist())

@@ -32,7 +32,7 @@ class MultiChannelImage(TensorImage):
     ) -> 'MultiChannelImage':
         "From a path pattern with `{channel}`, from a list of paths, or from an array."
         x = files if isinstance(files, (np.ndarray, Tensor)) else read_site(files, channels)
-        if x.ndim!=3: raise ValueError(f'an image of shape {tuple(x.shape)}, expected (channels, height, width)')
+        if x.ndim != 3: raise ValueError(f'an image of shape {tuple(x.shape)}, expected (channels, height, width)')
         return (x if isinstance(x, Tensor) else torch.from_numpy(np.ascontiguousarray(x))).as_subclass(cls)
 
     def show(self, ctx=None, title=None, figsize=(3, 3), **kwargs):
@@ -62,6 +62,11 @@ def channel_limits(
     planes = (c[np.isfinite(c)] for c in np.moveaxis(np.asarray(x), -3, 0))
     return np.array([np.percentile(c, percentiles) if len(c) else (0, 1) for c in planes])
 
+# %% ../../nbs/21_data.image.ipynb #9299d211
+def _colors_of(n):
+    "Colours of n channels, again from the first where there are more than six"
+    return atlas_colors if n == 4 else (stain_colors*n)[:max(n, len(stain_colors))]
+
 def stains_to_rgb(
     x:Tensor|np.ndarray, # (C, H, W), uint8 or float
     limits:np.ndarray=None, # (C, 2) values that become black and full colour; by default `channel_limits(x)`
@@ -73,14 +78,15 @@ def stains_to_rgb(
     Raises: ValueError if it is no single image, or there are fewer colours or limits than channels.
     """
     x = _float_array(x)
-    if x.ndim!=3: raise ValueError(f'an image of shape {x.shape}, expected (channels, height, width)')
-    if colors is None: colors = atlas_colors if len(x)==4 else (stain_colors*len(x))[:max(len(x), len(stain_colors))] # again from the first where there are more channels
+    if x.ndim != 3: raise ValueError(f'an image of shape {x.shape}, expected (channels, height, width)')
+    if colors is None: colors = _colors_of(len(x))
     limits = channel_limits(x) if limits is None else np.asarray(limits, np.float32)
     if len(x) > len(colors): raise ValueError(f'{len(x)} channels, but {len(colors)} colours; give `colors`')
-    if limits.shape!=(len(x), 2): raise ValueError(f'limits of shape {limits.shape}, expected ({len(x)}, 2)')
+    if limits.shape != (len(x), 2): raise ValueError(f'limits of shape {limits.shape}, expected ({len(x)}, 2)')
     low, high = limits[:, 0, None, None], limits[:, 1, None, None]
     scaled = np.nan_to_num(np.clip((x-low)/np.maximum(high-low, 1e-6), 0, 1))
-    return np.clip(brightness*np.einsum('chw,ck->hwk', scaled, np.asarray(colors[:len(x)], np.float32)), 0, 1).astype(np.float32)
+    summed = np.einsum('chw,ck->hwk', scaled, np.asarray(colors[:len(x)], np.float32))
+    return np.clip(brightness*summed, 0, 1).astype(np.float32)
 
 # %% ../../nbs/21_data.image.ipynb #0013feed
 def show_channels(
@@ -100,32 +106,44 @@ def show_channels(
     fig.tight_layout()
     return axes
 
+# %% ../../nbs/21_data.image.ipynb #d53758ba
 def _called(wells, name):
     "Mask of the wells that a person calls so"
-    def place(text): return re.sub(r'^([A-Z])0*([1-9]\d?)$', lambda m: f'{m[1]}{m[2]:0>2}', text.strip().upper())
-    if (mask := (wells.id_code==name) | (wells.well==place(name))).any(): return mask
+    def position(text): return re.sub(r'^([A-Z])0*([1-9]\d?)$', lambda m: f'{m[1]}{m[2]:0>2}', text.strip().upper())
+    if (mask := (wells.id_code == name) | (wells.well == position(name))).any(): return mask
     plate, _, well = name.replace('/', '_').rpartition('_')
-    same = wells.plate.astype(str)==plate.lstrip('0')
-    if 'plate_name' in wells: same |= wells.plate_name==plate
-    return same & (wells.well==place(well))
+    same = wells.plate.astype(str) == plate.lstrip('0')
+    if 'plate_name' in wells: same |= wells.plate_name == plate
+    return same & (wells.well == position(well))
 
+def _sites_of(screen, well, site):
+    "Sites with images. Raises: ValueError for a well or a site that has none"
+    wells = screen.wells if well is None else screen.wells[_called(screen.wells, well)]
+    if not len(wells): raise ValueError(f'{screen.path} has no well {well}' + did_you_mean(well, screen.wells.id_code))
+    sites = screen.sites(wells)
+    if site is not None: sites = sites[sites.site == site]
+    which = '' if site is None else f', site {site}'
+    if not len(sites): raise ValueError(f'{screen.path} has no images of well {well or "any"}{which}')
+    if well is not None: return sites
+    parts = (present_sites(sites.iloc[i:i+256], screen.channels)[0] for i in range(0, len(sites), 256))
+    return next((p for p in parts if len(p)), sites)
+
+# %% ../../nbs/21_data.image.ipynb #68a73033
 @patch
 def show_well(self:Screen,
-    well:str=None, # id such as 'HUVEC-01_1_B03' or that of an atlas, plate and name such as '2_B03' or 'P07/B03', or a name such as 'B03', of the first plate that has it; None: the first well with images
+    well:str=None, # id such as 'HUVEC-01_1_B03', plate and name such as '2_B03' or 'P07/B03', or a name such as 'B03'
     site:int=None, # number of the site; None: its first
     **kwargs # of `show_channels`
 ) -> np.ndarray: # the axes
-    """Show a site of a well: the colour image, then each channel in grey.
+    """Show a site of a well: the colour image, then each channel in grey; by default the first well with images.
 
+    A name alone means the well of the first plate that has it.
     Raises: ValueError for a well or a site that has no images; FileNotFoundError naming a file that is missing.
     """
-    wells = self.wells if well is None else self.wells[_called(self.wells, well)]
-    if not len(wells): raise ValueError(f'{self.path} has no well {well}' + did_you_mean(well, self.wells.id_code))
-    sites = self.sites(wells)
-    if site is not None: sites = sites[sites.site==site]
-    if not len(sites): raise ValueError(f'{self.path} has no images of well {well or "any"}' + ('' if site is None else f', site {site}'))
-    if well is None: sites = next((s for i in range(0, len(sites), 256) if len(s := present_sites(sites.iloc[i:i+256], self.channels)[0])), sites)
-    row, named = sites.iloc[0], self.channels!=CHANNELS[:len(self.channels)]
-    axes = show_channels(MultiChannelImage.create(row.files, self.channels), **{**({'names': [channel_name(c) for c in self.channels]} if named else {}), **kwargs})
-    axes[0].figure.suptitle(plain_text(f'{row.id_code}, site {row.site}' + (f', {row.treatment}' if isinstance(row.get('treatment'), str) else '')), y=1.06, fontsize=10)
+    row = _sites_of(self, well, site).iloc[0]
+    if self.channels != CHANNELS[:len(self.channels)]:
+        kwargs = {'names': [channel_name(c) for c in self.channels], **kwargs}
+    axes = show_channels(MultiChannelImage.create(row.files, self.channels), **kwargs)
+    treatment = f', {row.treatment}' if isinstance(row.get('treatment'), str) else ''
+    axes[0].figure.suptitle(plain_text(f'{row.id_code}, site {row.site}{treatment}'), y=1.06, fontsize=10)
     return axes

@@ -10,17 +10,27 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from ..errors import one_of
 from ..screen.sites import check_files, present_sites
 from ..screen.core import Screen
-
-# %% ../../nbs/20_data.select.ipynb #21adf888
-def _nearest_choice(value, choices, what):
-    "Readable error for a setting that has no such choice"
-    if value not in choices: raise ValueError(f'{what} is {value!r}, expected one of {", ".join(map(repr, choices))}')
 
 # %% ../../nbs/20_data.select.ipynb #d2e6aa60
 WELLS = 'treatments', 'controls', 'all'
 
+def _with_files(sites, screen, split, present_only, warn):
+    "The sites whose files exist, or all of them after a check"
+    if present_only:
+        sites, left_out = present_sites(sites, screen.channels)
+        n = len(sites)
+        warn(f'{n:,} of {n+left_out:,} {split} sites have all their files; {left_out:,} were left out')
+        return sites
+    try: check_files(sites, screen.channels)
+    except FileNotFoundError as e:
+        hint = 'present_only (--present-only of rcic-train, rcic-predict and others) uses the sites that are complete'
+        raise FileNotFoundError(f'{e}; {hint}') from None
+    return sites
+
+# %% ../../nbs/20_data.select.ipynb #bf77c4f7
 def select_sites(
     screen:Screen, # from `read_screen`
     split:str='train', # 'train', 'test', or another that the layout has
@@ -32,17 +42,12 @@ def select_sites(
 
     Raises: ValueError if there are none; FileNotFoundError naming the first missing file, without `present_only`.
     """
-    _nearest_choice(wells, WELLS, 'wells')
+    one_of(wells, WELLS, 'wells')
     sites = screen.sites()
-    _nearest_choice(split, sorted(sites.split.unique()), 'split')
-    keep = sites.split==split
-    if wells!='all': keep &= (sites.well_type=='treatment') == (wells=='treatments')
-    sites = sites[keep].reset_index(drop=True)
-    if present_only:
-        sites, left_out = present_sites(sites, screen.channels)
-        warn(f'{len(sites):,} of {len(sites)+left_out:,} {split} sites have all their files; {left_out:,} were left out')
-    else:
-        try: check_files(sites, screen.channels)
-        except FileNotFoundError as e: raise FileNotFoundError(f'{e}; present_only (--present-only of rcic-train, rcic-predict and others) uses the sites that are complete') from None
-    if not len(sites): raise ValueError(f'{screen.path}: no {wells} in split {split!r}' + (' whose files are all there' if present_only else ''))
+    one_of(split, sorted(sites.split.unique()), 'split')
+    keep = sites.split == split
+    if wells != 'all': keep &= (sites.well_type == 'treatment') == (wells == 'treatments')
+    sites = _with_files(sites[keep].reset_index(drop=True), screen, split, present_only, warn)
+    complete = ' whose files are all there' if present_only else ''
+    if not len(sites): raise ValueError(f'{screen.path}: no {wells} in split {split!r}{complete}')
     return sites

@@ -30,6 +30,11 @@ def sample_sites(
     shuffled = sites.sample(frac=1, random_state=seed)
     return (shuffled.groupby(keys).head(n) if keys else shuffled.head(5*n)).sort_index()
 
+# %% ../../nbs/21_data.statistics.ipynb #5601f9ef
+def _raw_batches(dls, sites, by, seed):
+    "Batches of a sample, without batch transforms"
+    return dls.test_dl(sample_sites(sites, by, seed=seed).reset_index(drop=True), after_batch=[], bs=16)
+
 def measure_stats(
     dls:DataLoaders, # DataLoaders of the screen
     sites:pd.DataFrame, # sites to measure, labelled or not
@@ -37,8 +42,7 @@ def measure_stats(
     seed:int=0 # of the sample
 ) -> ChannelStats: # in grey values, indexed by the context of `dls`
     "Mean and standard deviation of the raw pixels, for `Standardize`."
-    dl = dls.test_dl(sample_sites(sites, by, seed=seed).reset_index(drop=True), after_batch=[], bs=16)
-    return channel_stats(dl, by=by)
+    return channel_stats(_raw_batches(dls, sites, by, seed), by=by)
 
 def measure_histograms(
     dls:DataLoaders, # DataLoaders of the screen
@@ -47,16 +51,9 @@ def measure_histograms(
     seed:int=0 # of the sample
 ) -> torch.Tensor: # int64 (experiments, C, 256) or (experiments, plates, C, 256), indexed by the context of `dls`
     "How often each grey value occurs, for `MatchHistograms`."
-    return channel_histograms(dls.test_dl(sample_sites(sites, by, seed=seed).reset_index(drop=True), after_batch=[], bs=16), by=by)
+    return channel_histograms(_raw_batches(dls, sites, by, seed), by=by)
 
 # %% ../../nbs/21_data.statistics.ipynb #76fe9d30
-def _unknown_domains(dls, sites, known, by):
-    "Mask of the sites of plates or experiments that are not `known`, a mask over the numbers of the context"
-    number = {e: i for i,e in enumerate(_context_encoder(dls).experiments)}
-    at = [sites.experiment.map(number).fillna(-1).astype(int).to_numpy()] + ([sites.plate.to_numpy(int)-1] if by=='plate' else [])
-    inside = np.all([(a >= 0) & (a < n) for a,n in zip(at, known.shape)], axis=0)
-    return ~(inside & known.cpu().numpy()[tuple(np.where(inside, a, 0) for a in at)])
-
 def _merged(old, new, known):
     "`new` with the rows of `old` where they are known"
     depth = known.ndim
@@ -66,12 +63,22 @@ def _merged(old, new, known):
     out[tuple(map(slice, old.shape[:depth]))][known] = old[known]
     return out
 
+# %% ../../nbs/21_data.statistics.ipynb #22572818
+def _unknown_domains(dls, sites, known, by):
+    "Mask of the sites of plates or experiments that are not `known`, a mask over the numbers of the context"
+    number = {e: i for i,e in enumerate(_context_encoder(dls).experiments)}
+    at = [sites.experiment.map(number).fillna(-1).astype(int).to_numpy()]
+    if by == 'plate': at.append(sites.plate.to_numpy(int)-1)
+    inside = np.all([(a >= 0) & (a < n) for a,n in zip(at, known.shape)], axis=0)
+    return ~(inside & known.cpu().numpy()[tuple(np.where(inside, a, 0) for a in at)])
+
 def _with_new(dls, sites, by, old, known, measure, seed):
     "`old` statistics, a tuple of tensors, and those of the plates or experiments of `sites` that are not `known`"
     unknown = _unknown_domains(dls, sites, known, by)
     if not unknown.any(): return old
     return tuple(_merged(a, b, known) for a,b in zip(old, measure(dls, sites[unknown], by, seed)))
 
+# %% ../../nbs/21_data.statistics.ipynb #5c2c1ead
 def stats_with(
     dls:DataLoaders, # DataLoaders of the screen
     sites:pd.DataFrame, # sites about to be seen, labelled or not
@@ -81,7 +88,8 @@ def stats_with(
 ) -> ChannelStats: # for all plates or experiments of `sites`
     "Known statistics, and those of plates or experiments that are new."
     if stats is None: return measure_stats(dls, sites, by, seed)
-    return stats if by=='screen' else ChannelStats(*_with_new(dls, sites, by, stats, stats.mean.isfinite().all(-1), measure_stats, seed))
+    if by == 'screen': return stats
+    return ChannelStats(*_with_new(dls, sites, by, stats, stats.mean.isfinite().all(-1), measure_stats, seed))
 
 def histograms_with(
     dls:DataLoaders, # DataLoaders of the screen
@@ -92,14 +100,16 @@ def histograms_with(
 ) -> torch.Tensor: # for all plates or experiments of `sites`
     "Known histograms, and those of plates or experiments that are new."
     if counts is None: return measure_histograms(dls, sites, by, seed)
-    return _with_new(dls, sites, by, (counts,), counts.sum((-1, -2)) > 0, lambda *a: (measure_histograms(*a),), seed)[0]
+    measure = lambda *a: (measure_histograms(*a),)
+    return _with_new(dls, sites, by, (counts,), counts.sum((-1, -2)) > 0, measure, seed)[0]
 
+# %% ../../nbs/21_data.statistics.ipynb #b3cd2d29
 def complete_stats(
     dls:DataLoaders, # from `recipe_dataloaders`, changed in place
     sites:pd.DataFrame, # sites about to be seen, labelled or not
     seed:int=0 # of the sample of pixels
 ):
-    "Measure the plates or experiments whose statistics or histograms are not known yet, where images are standardised by them."
+    "Measure the plates or experiments that are new, where images are standardised by their statistics or histograms."
     for t in {id(t): t for dl in dls.loaders for t in dl.after_batch.fs}.values():
         if isinstance(t, Standardize) and t.by in ('plate', 'experiment'):
             dls.stats = stats_with(dls, sites, t.by, dls.stats, seed)

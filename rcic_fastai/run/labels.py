@@ -15,7 +15,7 @@ from sklearn.base import clone
 from ..files import user_path
 from ..screen.labels import label_lists, label_matrix
 from ..screen.atlas import Atlas, hpa_classes, label_truth, read_labels
-from ..data.store import check_screen_output
+from ..data.pack import check_screen_output
 from ..predict.submission import check_submission_path
 from ..predict.core import Predictions
 from ..labels.metrics import average_precision, f1_floors, f1_table

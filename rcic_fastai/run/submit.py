@@ -14,7 +14,7 @@ import pandas as pd
 from ..files import user_path, write_whole
 from ..screen.groups import plate_groups
 from ..screen.core import Screen
-from ..data.store import check_screen_output
+from ..data.pack import check_screen_output
 from ..predict.submission import check_submission_path, write_submission
 from ..predict.core import Predictions
 from ..predict.assign import assign_predictions

@@ -26,7 +26,7 @@ from ..screen.groups import plate_groups
 from ..screen.core import Screen
 from ..screen.split import valid_mask
 from ..data.select import select_sites
-from ..data.store import check_screen_output
+from ..data.pack import check_screen_output
 from ..data.target import is_multilabel
 from ..model.core import load_weights, read_meta, save_weights
 from ..loss.by_name import multilabel_losses
