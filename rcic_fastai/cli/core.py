@@ -220,7 +220,7 @@ def rcic_show(
         import matplotlib.pyplot as plt
         from rcic_fastai.files import check_ours, write_picture
         from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.data.store import check_screen_output
+        from rcic_fastai.data.pack import check_screen_output
         _check_picture(out)
         screen = read_screen(data)
         out = check_ours(check_screen_output(out, screen), 'a picture')
@@ -245,7 +245,8 @@ def rcic_pack(
     "Pack a screen once, losslessly, into a store that is read many times faster; give it to --data of the other commands."
     with one_line_errors(debug):
         from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.data.store import Store, pack_screen, verify_store
+        from rcic_fastai.data.pack import pack_screen
+        from rcic_fastai.data.store import Store, verify_store
         if data is None and not verify: raise ValueError('--data is missing: the folder of the screen to pack')
         screen = None if data is None else read_screen(data)
         if screen is None or verify and (out/'manifest.json').exists(): store = Store(out)
@@ -391,7 +392,7 @@ def rcic_embed(
         from rcic_fastai.screen.atlas import Atlas
         from rcic_fastai.run.predict import _claimed, _run_files, embed_run, embeddings_path, write_embeddings
         from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.data.store import check_screen_output
+        from rcic_fastai.data.pack import check_screen_output
         from rcic_fastai.run.folder import run_data
         screen, out = read_screen(run_data(run, data)), out or Path(run)/'embeddings'/f'{split}.npz'
         out = embeddings_path(check_screen_output(out, screen, truth, *_run_files(run)))
@@ -517,7 +518,7 @@ def rcic_demo(
         from rcic_fastai.screen.groups import plate_groups
         from rcic_fastai.screen.read import read_screen
         from rcic_fastai.screen.simulate import simulate_screen
-        from rcic_fastai.data.store import pack_screen
+        from rcic_fastai.data.pack import pack_screen
         start, out = time.time(), Path(out)/('tiny' if tiny else f'seed{seed}') if out==Path('runs/demo') else Path(out)
         size:dict = dict(n_train=3, n_test=1, cell_types=('HUVEC',), image_size=48) if tiny else {}
         if tiny: sirnas = 8
