@@ -25,7 +25,8 @@ from torch import Tensor
 from ..files import user_path
 from ..screen.sites import has_channels, packed_row
 from .context import ContextEncoder, DOMAINS, ROLES, ScreenContext
-from .store import BatchBuffers, read_ahead, read_site
+from .buffers import BatchBuffers, read_ahead
+from .store import read_site
 from .target import MASKED, MaskedCategorize, MultiLabelCategorize
 from .domains import domain_keys, DomainControls, paired_sites, several_domains, shuffled_domains
 from .image import MultiChannelImage
