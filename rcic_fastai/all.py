@@ -61,7 +61,8 @@ from .train.averaging import EMA, KeepBest
 from .train.loaders import recipe_dataloaders
 from .train.mix import cutmix_images, LISA, mix_targets, mixup_images, ScreenCutMix, ScreenMixUp
 from .train.optimizer import adam, adamw, radam
-from .train.learner import ImageOnly, screen_learner
+from .train.network import ImageOnly
+from .train.learner import screen_learner
 from .train.pseudo import select_pseudo_labels
 
 from .run.folder import load_run, read_run
