@@ -17,11 +17,12 @@ from .data.augment import (
     screen_transforms, Standardize,
 )
 from .data.select import select_sites
-from .data.store import open_store, pack_screen, read_site, verify_store
+from .data.store import open_store, read_site, verify_store
+from .data.pack import pack_screen
 from .data.target import TargetBlock
 from .data.hashes import find_duplicates
 from .data.image import channel_limits, MultiChannelImage, show_channels, stain_names, stains_to_rgb
-from .data.block import MultiChannelImageBlock, screen_block, screen_dataloaders
+from .data.block import MultiChannelImageBlock, screen_block, screen_dataloaders, SixChannelImageBlock
 
 from .model.backbone import create_backbone
 from .model.batchnorm import batchnorm_layers, BatchNormMode, BatchNormModeCallback, reestimate_batchnorm
