@@ -267,7 +267,8 @@ def measure_learner(model, batch_size, sites, store, args):
     "Seconds of bare loop, learner on the same synthetic batch, and learner fed from the store; images per run of each"
     from fastai.data.core import DataLoaders
 
-    from rcic_fastai.train.learner import recipe_model, screen_learner
+    from rcic_fastai.train.network import recipe_model
+    from rcic_fastai.train.learner import screen_learner
 
     allow_tf32(True)
     recipe = bench_recipe(model, batch_size)

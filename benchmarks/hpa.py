@@ -45,7 +45,10 @@ LABELS = {
 
 def ready_atlas(seed, work, design):
     "A simulated atlas, its twins and groups, packed to one size"
-    from rcic_fastai.all import find_duplicates, pack_screen, read_hpa, simulate_hpa
+    from rcic_fastai.data.hashes import find_duplicates
+    from rcic_fastai.data.pack import pack_screen
+    from rcic_fastai.screen.atlas import read_hpa
+    from rcic_fastai.screen.simulate_atlas import simulate_hpa
 
     packed = work / f"packed{seed}"
     if not (packed / "manifest.json").exists():
@@ -57,7 +60,7 @@ def ready_atlas(seed, work, design):
 
 def recipes(seed, epochs, size):
     "The network of the 8th place shrunk, its LSEP stage with and without a mean of the weights, another network, one for retrieval"
-    from rcic_fastai.all import change_recipe, get_recipe, laptop_recipe
+    from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
 
     common = [f"seed={seed}", "data.read_size=null", f"data.size={size}", "data.batch_size=32"]
     small = laptop_recipe(get_recipe("hpa_seresnext50_focal"), 20)
@@ -78,7 +81,9 @@ def recipes(seed, epochs, size):
 
 def trained(seed, atlas, work, epochs, size):
     "Run folders by name, and the seconds of each training and prediction"
-    from rcic_fastai.all import predict_run, read_run, train_run
+    from rcic_fastai.run.predict import predict_run
+    from rcic_fastai.run.folder import read_run
+    from rcic_fastai.run.train import train_run
 
     runs, seconds = {}, {}
     for name, recipe in recipes(seed, epochs, size).items():
@@ -105,7 +110,8 @@ def trained(seed, atlas, work, epochs, size):
 
 def submission_scores(method, valid, y, groups, test, truth):
     "Macro-F1 of the test images with thresholds chosen on those set aside, and of classes by how rare they are"
-    from rcic_fastai.all import create_threshold, f1_scores
+    from rcic_fastai.labels.threshold import create_threshold
+    from rcic_fastai.labels.metrics import f1_scores
 
     estimator = create_threshold(method).fit(valid, y, groups)
     return f1_scores(truth, estimator.adapt(test).predict(test))
@@ -113,7 +119,9 @@ def submission_scores(method, valid, y, groups, test, truth):
 
 def prior(atlas, runs, ids, p_valid, y, groups, thresholds):
     "Retrieval fitted on images of training and of those set aside; probabilities of both with the prior"
-    from rcic_fastai.all import Retrieval, embed_sites, load_run
+    from rcic_fastai.labels.retrieval import Retrieval
+    from rcic_fastai.predict.sites import embed_sites
+    from rcic_fastai.run.folder import load_run
 
     sites = atlas.sites()
     learn = load_run(runs["arcface"], sites)

@@ -19,7 +19,7 @@ from measure import REPEATS, machine, markdown, spread, write_report
 OPEN = """
 import json, resource, sys, time
 import pandas, pyarrow.parquet  # noqa: F401
-from rcic_fastai.store import Store
+from rcic_fastai.data.store import Store
 memory = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() / 1e6
 before, start = memory(), time.perf_counter()
 store = Store(sys.argv[1])

@@ -24,7 +24,8 @@ from PIL import Image  # noqa: E402
 
 from rcic_fastai.data.reader import SiteReader  # noqa: E402
 from rcic_fastai.data.block import screen_dataloaders  # noqa: E402
-from rcic_fastai.screen.sites import CHANNELS, present_sites, site_files  # noqa: E402
+from rcic_fastai.screen.channels import CHANNELS  # noqa: E402
+from rcic_fastai.screen.sites import present_sites, site_files  # noqa: E402
 from rcic_fastai.screen.read import read_screen  # noqa: E402
 from rcic_fastai.screen.simulate import simulate_screen  # noqa: E402
 from rcic_fastai.data.pack import pack_sites  # noqa: E402

@@ -43,7 +43,9 @@ from rcic_fastai.train.optimizer import TorchOptimizer  # noqa: E402
 from rcic_fastai.train.precision import fast_precision  # noqa: E402
 from rcic_fastai.recipe.settings import LossSettings, ModelSettings, TrainSettings  # noqa: E402
 from rcic_fastai.train.loaders import recipe_dataloaders  # noqa: E402
-from rcic_fastai.train.learner import fit_stage, known_accuracy, recipe_model, screen_learner  # noqa: E402
+from rcic_fastai.train.learner import fit_stage, screen_learner  # noqa: E402
+from rcic_fastai.train.metrics import known_accuracy  # noqa: E402
+from rcic_fastai.train.network import recipe_model  # noqa: E402
 
 CLOCKS = dict(wall=time.perf_counter, processor=time.process_time)
 SECTIONS = "loop", "switches", "pipeline"

@@ -13,7 +13,8 @@ from rcic_fastai.predict.submission import score_submission
 from rcic_fastai.screen.describe import describe_screen, read_platemap
 from rcic_fastai.predict.core import Predictions
 from rcic_fastai.run.predict import embed_run, predict_run
-from rcic_fastai.report.core import make_report, read_history, read_truth
+from rcic_fastai.report.core import make_report, read_truth
+from rcic_fastai.run.folder import read_history
 from rcic_fastai.run.stages import Stages
 from rcic_fastai.run.submit import submit_run
 from rcic_fastai.run.blend import blend_runs
@@ -25,7 +26,7 @@ from rcic_fastai.labels.stack import Stacker
 from rcic_fastai.data.pack import pack_screen
 from rcic_fastai.data.store import Store, verify_store
 from rcic_fastai.labels.threshold import ConstantThreshold, read_thresholds, write_thresholds
-from rcic_fastai.run.folder import _run_histograms, load_run, read_run
+from rcic_fastai.run.folder import Run, load_run, read_run
 
 EXPECTED = ValueError, OSError  # what commands tell in one line
 
@@ -99,11 +100,11 @@ def test_a_target_that_the_wells_do_not_have(run, small_screen):
 
 def test_histograms(run):
     np.savez(run / "histograms.npz", counts=np.zeros((2, 6, 256), np.int64))
-    assert not faults(run / "histograms.npz", lambda: _run_histograms(run))
+    assert not faults(run / "histograms.npz", lambda: Run(run).histograms)
     for counts in (np.zeros((2, 6, 256)), np.zeros((2, 6, 255), int), np.zeros(256, int)):
         np.savez(run / "histograms.npz", counts=counts)
         with pytest.raises(ValueError, match="histograms.npz: counts are"):
-            _run_histograms(run)
+            _ = Run(run).histograms
 
 
 def test_learning_rates(run):
@@ -294,7 +295,7 @@ def test_a_pipe_is_not_waited_for(run, small_screen, tmp_path, name):
     else: path = run / name
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    reads = {"predictions/test.npz": lambda: submit_run(run, screen, say=quiet), "model.safetensors": lambda: load_run(run, screen.sites().head(4)), "histograms.npz": lambda: _run_histograms(run),
+    reads = {"predictions/test.npz": lambda: submit_run(run, screen, say=quiet), "model.safetensors": lambda: load_run(run, screen.sites().head(4)), "histograms.npz": lambda: Run(run).histograms,
              "history.csv": lambda: read_history(run), "image": lambda: read_channel(path), "checkpoint": lambda: read_checkpoint(path), "run.json": lambda: read_run(run), "recipe.json": lambda: read_run(run),
              "template": lambda: make_report(run, tmp_path / "page.html", small_screen, template=path, say=quiet)}  # fmt: skip
     with pytest.raises(EXPECTED, match=f"{path.name}.*(is a pipe, expected a regular file|does not exist|no such file|is missing|looked for)|looked for train.csv"):

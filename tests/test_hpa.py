@@ -59,7 +59,7 @@ from rcic_fastai.screen.folds import straddling_groups
 from rcic_fastai.screen.labels import label_lists
 from rcic_fastai.screen.planes import read_channel, resize_site
 from rcic_fastai.screen.sites import check_files, present_sites
-from rcic_fastai.train.learner import recipe_model
+from rcic_fastai.train.network import recipe_model
 from rcic_fastai.screen.atlas import _image_table
 
 HPA = Path(__file__).parents[1].parent / "shared" / "hpa"

@@ -30,7 +30,8 @@ from rcic_fastai.screen.split import valid_mask
 from rcic_fastai.screen.simulate import simulate_screen
 from rcic_fastai.data.pack import pack_screen
 from rcic_fastai.data.store import verify_store
-from rcic_fastai.run.folder import read_run, run_data, write_run
+from rcic_fastai.run.folder import read_run, run_data
+from rcic_fastai.run.record import write_run
 
 FOLDER = "a #1 {channel} {{x}} $5 %20 & <b> \"q\" 's ü"
 TREATMENTS = ["$alpha$ & <b>", "#7", "{x}", "two\nlines", "-minus", "_under", "µM 5%", '"quoted, name"', "DMSO $"]

@@ -15,7 +15,8 @@ from rcic_fastai.data.image import MultiChannelImage
 from rcic_fastai.screen.describe import describe_screen, find_grey_limits, guess_pattern
 from rcic_fastai.screen.platemap import plate_map_wells, read_plate_map
 from rcic_fastai.report.core import run_context
-from rcic_fastai.screen.sites import channel_name, grey_limits, site_files
+from rcic_fastai.screen.channels import channel_name, grey_limits
+from rcic_fastai.screen.sites import site_files
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.split import valid_mask
 from rcic_fastai.data.pack import pack_screen

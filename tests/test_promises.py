@@ -45,7 +45,8 @@ from rcic_fastai.data.pack import pack_screen
 from rcic_fastai.data.store import open_store
 from rcic_fastai.recipe.settings import LossSettings, TrainSettings
 from rcic_fastai.train.loaders import recipe_dataloaders
-from rcic_fastai.train.learner import ImageOnly, fit_stage, screen_learner
+from rcic_fastai.train.network import ImageOnly
+from rcic_fastai.train.learner import fit_stage, screen_learner
 from rcic_fastai.data.target import TargetBlock
 from rcic_fastai.run.folder import load_run
 

@@ -15,7 +15,8 @@ from rcic_fastai.profile.correct import postprocess_names
 from rcic_fastai.recipe.check import recipe_from_json, recipe_to_json, settings_table
 from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe, list_recipes, recipes
 from rcic_fastai.recipe.settings import _limits, _rule, InferenceSettings, LossSettings, ModelSettings, Recipe, TrainSettings, compare_recipes
-from rcic_fastai.train.learner import _compile, recipe_model
+from rcic_fastai.train.learner import _compile
+from rcic_fastai.train.network import recipe_model
 from rcic_fastai.train.mix import mixes
 from rcic_fastai.train.optimizer import optimizers
 from rcic_fastai.train.schedule import schedule_function

@@ -24,7 +24,9 @@ from rcic_fastai.data.statistics import complete_stats
 from rcic_fastai.recipe.settings import ModelSettings, Recipe, TrainSettings
 from rcic_fastai.train.schedule import schedule_function
 from rcic_fastai.train.loaders import recipe_dataloaders
-from rcic_fastai.train.learner import fit_stage, known_accuracy, new_head, screen_learner
+from rcic_fastai.train.learner import fit_stage, screen_learner
+from rcic_fastai.train.metrics import known_accuracy
+from rcic_fastai.train.network import new_head
 from rcic_fastai.run.folder import load_run, read_run  # fmt: skip
 
 quick = change_recipe(replace(Recipe(), model=ModelSettings(**small_resnet)), "data.batch_size=16", "data.cache=true", "train.epochs=1",

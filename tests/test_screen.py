@@ -13,7 +13,8 @@ import pytest
 from rcic_fastai.screen.tables import WELL_COLUMNS, metadata_sites, read_table, screen_layout
 from rcic_fastai.screen.groups import plate_groups, plate_rotations
 from rcic_fastai.screen.channels import Channel, as_channel, channel_file, channel_name, grey_limits, is_optional
-from rcic_fastai.screen.sites import CHANNELS, check_files, present_sites, site_files, well_sites
+from rcic_fastai.screen.channels import CHANNELS
+from rcic_fastai.screen.sites import check_files, present_sites, site_files, well_sites
 from rcic_fastai.screen.core import check_screen, plate_map
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.split import experiment_folds, split_experiments, valid_mask

@@ -23,7 +23,8 @@ from rcic_fastai.recipe.settings import recipe_from_dict
 from rcic_fastai.train.loaders import recipe_dataloaders
 from rcic_fastai.train.optimizer import optimizers, radam
 from rcic_fastai.train.precision import AutoMixedPrecision, fast_precision
-from rcic_fastai.train.learner import LossOnDevice, ScreenLearner, fit_stage, recipe_model, screen_learner
+from rcic_fastai.train.learner import LossOnDevice, ScreenLearner, fit_stage, screen_learner
+from rcic_fastai.train.network import recipe_model
 from rcic_fastai.train.controls import pretrain_on_controls
 from rcic_fastai.run.folder import load_run, read_run  # fmt: skip
 

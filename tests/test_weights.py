@@ -18,7 +18,8 @@ from rcic_fastai.screen.read import read_screen
 from rcic_fastai.recipe.settings import DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings
 from rcic_fastai.train.schedule import schedule_function
 from rcic_fastai.train.loaders import recipe_dataloaders
-from rcic_fastai.train.learner import fit_stage, recipe_model, screen_learner  # fmt: skip
+from rcic_fastai.train.learner import fit_stage, screen_learner
+from rcic_fastai.train.network import recipe_model  # fmt: skip
 from rcic_fastai.train.averaging import KeepBest, geometric_rates
 
 small = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)),

@@ -245,8 +245,8 @@ def rcic_pack(
     "Pack a screen once, losslessly, into a store that is read many times faster; give it to --data of the other commands."
     with one_line_errors(debug):
         from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.data.pack import pack_screen
         from rcic_fastai.data.store import Store, verify_store
+        from rcic_fastai.data.pack import pack_screen
         if data is None and not verify: raise ValueError('--data is missing: the folder of the screen to pack')
         screen = None if data is None else read_screen(data)
         if screen is None or verify and (out/'manifest.json').exists(): store = Store(out)
@@ -264,25 +264,16 @@ def rcic_pack(
         if unknown: raise ValueError(f'{unknown:,} of {len(store):,} sites could not be compared')
         _say(f'{len(store):,} sites are as they were packed' + ('' if screen is None else f', compared with {screen.path}'))
 
-def _after_training(screen, settings, run, target, valid, submit):
+def _after_training(run, valid, submit):
     "What a run is worth on the wells that were set aside, and the submission"
     from rcic_fastai.screen.atlas import Atlas
-    from rcic_fastai.run.labels import fit_thresholds, submit_labels, validation_sentence
-    from rcic_fastai.predict.core import well_accuracy
-    from rcic_fastai.run.predict import predict_run
-    from rcic_fastai.run.submit import submit_run
     if valid is not None:
-        p = predict_run(run, screen, 'valid', say=lambda *a: None)
-        if p.activation=='softmax':
-            right, n = well_accuracy(p, screen.wells, target)
-            _say(f'Validation, {valid}: {right} of {n} wells right ({right/n:.3f})')
-        elif isinstance(screen, Atlas) and not submit: # which says it too
-            method = settings.inference.thresholds
-            _say(f'Validation, {valid}: {validation_sentence(p, screen, fit_thresholds(p, screen, method)[1], method)}')
+        run.predict('valid', say=lambda *a: None)
+        said = isinstance(run.screen, Atlas) and not submit if run.task.several else True # a submission of labels says it too
+        if said: _say(f'Validation, {valid}: {run.validation()}')
     if not submit: return
-    predict_run(run, screen, 'test', say=_say)
-    if isinstance(screen, Atlas): submit_labels(run, screen, say=_say)
-    else: submit_run(run, screen, say=_say)
+    run.predict('test', say=_say)
+    run.submit(say=_say)
 
 @command
 def rcic_train(
@@ -311,6 +302,7 @@ def rcic_train(
             raise SystemExit(2)
         from rcic_fastai.files import check_output, claim_folder
         from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+        from rcic_fastai.run.folder import Run
         from rcic_fastai.run.train import finished_run, logger, train_run
         from rcic_fastai.screen.read import read_screen
         if recipe is None: _say("No --recipe: using 'laptop', a small network with domain batches that trains on a CPU in minutes")
@@ -323,7 +315,7 @@ def rcic_train(
         with claim_folder(run): # until the submission is written
             if finished_run(screen, settings, run, target, wells, valid, present_only, start): _say(f'{run} is trained; what comes after training is made')
             else: train_run(screen, settings, run, target, wells, valid, present_only, _say, [] if log is None else [logger(log, run, settings)], start)
-            _after_training(screen, settings, run, target, valid, submit)
+            _after_training(Run(run, screen), valid, submit)
         _say(f'Run folder: {run}')
 
 @command
@@ -364,15 +356,12 @@ def rcic_predict(
 ):
     "Predict a split of a screen with a finished run; writes predictions/SPLIT.npz into its folder."
     with one_line_errors(debug):
-        from rcic_fastai.run.predict import predict_run
-        from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.run.folder import run_data
+        from rcic_fastai.run.folder import Run
         sizes = _numbers(bagging, 'bagging', low=2) if bagging else None
         views = int(tta) if tta and tta.isdecimal() else tta
-        p = predict_run(run, read_screen(run_data(run, data)), split, batchnorm, views, present_only=present_only or None, say=_say,
-                        domain=domain, bagging=sizes, postprocess=postprocess)
-        _say(p)
-        _say(f'Written: {Path(run)/"predictions"/f"{split}.npz"}')
+        finished = Run(run, data)
+        _say(finished.predict(split, batchnorm, views, present_only=present_only or None, say=_say, domain=domain, bagging=sizes, postprocess=postprocess))
+        _say(f'Written: {finished.predictions_path(split)}')
 
 @command
 def rcic_embed(
@@ -390,12 +379,12 @@ def rcic_embed(
         from rcic_fastai.predict.submission import merge_truth, treatment_numbers
         from rcic_fastai.profile.metrics import embedding_report
         from rcic_fastai.screen.atlas import Atlas
-        from rcic_fastai.run.predict import _claimed, _run_files, embed_run, embeddings_path, write_embeddings
-        from rcic_fastai.screen.read import read_screen
+        from rcic_fastai.run.predict import _claimed, embed_run, embeddings_path, write_embeddings
+        from rcic_fastai.run.folder import Run
         from rcic_fastai.data.pack import check_screen_output
-        from rcic_fastai.run.folder import run_data
-        screen, out = read_screen(run_data(run, data)), out or Path(run)/'embeddings'/f'{split}.npz'
-        out = embeddings_path(check_screen_output(out, screen, truth, *_run_files(run)))
+        finished = Run(run, data)
+        screen, out = finished.screen, out or finished.embeddings_path(split)
+        out = embeddings_path(check_screen_output(out, screen, truth, *finished.files()))
         if truth is not None:
             if isinstance(screen, Atlas): raise ValueError('--truth is for one siRNA per well, and this is an atlas: without it the embeddings are written')
             screen.wells = merge_truth(screen.wells, truth, treatment_numbers(screen.wells)) # told to be wrong before the work
@@ -423,10 +412,9 @@ def rcic_blend(
     "Average the predictions of several runs; says how good each is on the wells that were set aside, and how much they agree."
     with one_line_errors(debug):
         from rcic_fastai.run.blend import blend_runs
-        from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.run.folder import run_data
+        from rcic_fastai.run.folder import Run
         if len(run) < 2: raise ValueError('a blend needs at least two runs: repeat --run')
-        screen = read_screen(run_data(run[0], data))
+        screen = Run(run[0], data).screen
         given = weights if weights in (None, 'chosen') else _numbers(weights, 'weights', float, 0)
         report = blend_runs(run, screen, out, given, space, present_only, _say)
         _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
@@ -447,16 +435,13 @@ def rcic_submit(
     "Plate groups, one-to-one assignment and checks: from predictions to submission.csv."
     with one_line_errors(debug):
         from rcic_fastai.screen.atlas import Atlas
-        from rcic_fastai.run.labels import submit_labels
-        from rcic_fastai.run.submit import submit_run
-        from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.run.folder import run_data
-        screen = read_screen(run_data(run, data))
-        if isinstance(screen, Atlas):
+        from rcic_fastai.run.folder import Run
+        finished = Run(run, data)
+        if isinstance(finished.screen, Atlas):
             if no_groups or no_assignment or assignment: raise ValueError('an atlas has no plate groups and no assignment; --thresholds says how scores become labels')
-            return submit_labels(run, screen, out, sample, thresholds, _say)
+            return finished.submit(out, sample, thresholds, _say)
         if thresholds: raise ValueError('--thresholds is for several labels per image, and this is a screen of siRNAs')
-        submit_run(run, screen, out, sample, not no_groups, not no_assignment, assignment, _say)
+        finished.submit(out, sample, assignment, _say, groups=not no_groups, one_to_one=not no_assignment)
 
 @command
 def rcic_score(

@@ -73,10 +73,10 @@ def rcic_hpa_stack(
     "Weigh several runs, and what the images look like, by LightGBM for each class; goes on where it was interrupted."
     with one_line_errors(debug):
         from rcic_fastai.screen.atlas import read_hpa
+        from rcic_fastai.run.folder import Run
         from rcic_fastai.run.stack import stack_runs
-        from rcic_fastai.run.folder import run_data
         settings = parse_json(params, '--params', dict) if params else None
-        atlas = read_hpa(run_data(run[0], data))
+        atlas = read_hpa(Run(run[0], data).data)
         report = stack_runs(run, atlas, out, repeats, not no_statistics, combine, min_positives, settings, seed=seed, say=_say)
         _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
         _say(f'Written: {out}')

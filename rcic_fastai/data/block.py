@@ -17,7 +17,7 @@ from fastai.data.all import DataBlock, DataLoaders, is_listy, TransformBlock
 from ..errors import did_you_mean
 from ..files import user_path
 from ..versions import check_versions
-from ..screen.sites import CHANNELS
+from ..screen.channels import CHANNELS
 from ..screen.core import Screen
 from ..screen.atlas import hpa_classes
 from ..screen.split import _VALID, valid_mask

@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..errors import did_you_mean
-from ..screen.sites import channel_name, CHANNELS, present_sites
+from ..screen.channels import channel_name, CHANNELS
+from ..screen.sites import present_sites
 from ..screen.core import plain_text, Screen
 from .store import read_site
 

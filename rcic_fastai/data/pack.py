@@ -26,7 +26,8 @@ from ..errors import one_of
 from ..files import check_output, claim_folder, clean_partials, folder_contents, path_within
 from ..files import read_json, refuse_linked_folders, refuse_links, user_path, write_json, write_whole
 from ..screen.tables import WELL_COLUMNS
-from ..screen.sites import CHANNELS, check_files, _expand, has_channels, present_sites
+from ..screen.channels import CHANNELS
+from ..screen.sites import check_files, _expand, has_channels, present_sites
 from ..screen.core import Screen
 from .codec import _Blosc2, _presets
 from .store import FORMATS, Store, _digest, _INDEX, _KIND, _MANIFEST, _PLAN, _source_image

@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..screen.sites import CHANNELS, has_channels, packed_row, pattern_parts, site_files
+from ..screen.channels import CHANNELS
+from ..screen.sites import has_channels, packed_row, pattern_parts, site_files
 from ..screen.planes import resize_site
 from .store import open_store, read_site, Store
 from .image import MultiChannelImage

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 from ..files import parse_json, path_within, regular_file, user_path
 from ..credentials import scrub
-from ..screen.sites import CHANNELS, packed_row
+from ..screen.channels import CHANNELS
+from ..screen.sites import packed_row
 from ..screen.planes import read_planes, resize_site
 from .buffers import BatchBuffers, _fill, read_ahead
 from .codec import _Blosc2, _HEADER, _presets

@@ -22,13 +22,11 @@ from fastai.callback.core import Callback
 from safetensors import safe_open
 
 from ..files import check_free, check_name, check_output, claim_folder, clean_partials, naming, path_within
-from ..files import read_json, read_text, user_path, write_json, write_whole
+from ..files import read_json, read_text, write_json, write_whole
 from ..credentials import refuse_password
 from ..screen.groups import plate_groups
 from ..screen.core import Screen
 from ..screen.atlas import Atlas, label_truth
-from ..screen.read import read_screen
-from ..loss.by_name import multilabel_losses
 from ..predict.core import well_accuracy
 from ..predict.assign import accuracy_ladder
 from ..labels.metrics import average_precision, f1_floors
@@ -36,9 +34,9 @@ from ..recipe.settings import Recipe
 from ..recipe.check import recipe_to_json
 from ..recipe.published import get_recipe
 from ..train.checkpoint import Checkpoint, TrainingStopped
-from ..train.learner import recipe_model
-from ..run.folder import read_run
-from ..run.predict import check_channels, check_classes, predict_run
+from ..train.network import recipe_model
+from ..run.task import task_of_loss
+from ..run.folder import Run
 from ..run.labels import fit_thresholds
 from .client import kaggle_user
 from .packages import image_lacks, input_folders, install_wheels, installed_wheel, pack_wheels
@@ -134,23 +132,23 @@ def attached_weights(
 def _quiet(*args): pass
 
 def validation_table(
-    run:str|Path, # folder of a finished run
+    run:str|Path|Run, # folder of a finished run
     screen:Screen # where its wells are
 ) -> pd.DataFrame: # steps for siRNAs, measures for several labels; the history if nothing was set aside
     "What a run is worth on the wells that were set aside."
-    recipe, info = read_run(run)
-    if not info['valid_wells']: return pd.read_csv(Path(run)/'history.csv') if (Path(run)/'history.csv').exists() else pd.DataFrame()
-    method, running = recipe.inference.batchnorm, None
-    if info['target']=='sirna' and method!='running': running = predict_run(run, screen, 'valid', batchnorm='running', progress=False, say=_quiet)
-    p = predict_run(run, screen, 'valid', progress=False, say=_quiet) # as it will be submitted, and kept in the run folder
-    if info['target']=='sirna':
+    run = Run(run, screen)
+    if not run.valid_wells: return pd.read_csv(run.path/'history.csv') if (run.path/'history.csv').exists() else pd.DataFrame()
+    method, how, running = run.recipe.inference.batchnorm, dict(progress=False, say=_quiet), None
+    if run.target=='sirna' and method!='running': running = run.predict('valid', batchnorm='running', **how)
+    p = run.predict('valid', **how) # as it will be submitted, and kept in the run folder
+    if run.target=='sirna':
         truth = screen.wells.loc[screen.wells.id_code.isin(p.wells().ids), ['id_code', 'sirna']]
         return accuracy_ladder({**({} if running is None else {'running BatchNorm': running}), f'{method} BatchNorm': p}, truth, plate_groups(screen.wells))
-    if info['target']!='labels':
-        right, n = well_accuracy(p, screen.wells, info['target'])
-        return pd.DataFrame(dict(wells=n, right=right, accuracy=right/n), index=[info['target']])
+    if not run.task.several:
+        right, n = well_accuracy(p, screen.wells, run.target)
+        return pd.DataFrame(dict(wells=n, right=right, accuracy=right/n), index=[run.target])
     if not isinstance(screen, Atlas): raise ValueError(f'{run} predicts labels, and {screen.path} is no atlas')
-    found, y = fit_thresholds(p, screen, recipe.inference.thresholds)[1], label_truth(screen, p.wells().ids)[0]
+    found, y = fit_thresholds(p, screen, run.recipe.inference.thresholds)[1], label_truth(screen, p.wells().ids)[0]
     rows = {'macro-F1': found.macro_f1, 'at least': found.low, 'at most': found.high, 'average precision': average_precision(y, p.wells().probabilities), **f1_floors(y)}
     return pd.Series(rows, name=f'{len(y):,} images').to_frame()
 
@@ -244,7 +242,7 @@ def kernel_notebook(
 _of_weights = 'recipe.json', 'model.safetensors', 'histograms.npz'
 
 def weights_folder(
-    run:str|Path, # folder of a finished run
+    run:str|Path|Run, # folder of a finished run
     out:str|Path, # folder to write
     user:str, # owner of the dataset
     title:str # of the dataset, 6 to 50 characters
@@ -253,54 +251,53 @@ def weights_folder(
 
     Raises: FileNotFoundError if the run is not finished; ValueError for a blend, which has no network; FileExistsError for a folder of something else.
     """
-    name, info = _check_weights(run, user, title)
-    run, out = user_path(run), check_output(out, run)
+    run = Run(run)
+    name, out = _check_weights(run, user, title), check_output(out, run.path)
     _check_dataset(out, name)
-    with claim_folder(out): return _write_weights(run, out, info, title, name), name
+    with claim_folder(out): return _write_weights(run, out, title, name), name
 
 def _check_dataset(out, name):
     note = check_free(out, 'dataset-metadata.json', 'dataset of weights')/'dataset-metadata.json'
     if note.exists() and (there := read_json(note).get('id'))!=name: raise FileExistsError(f'{out} holds the dataset {there}, not {name}: give another folder')
 
 def _check_weights(run, user, title):
-    "The name of a dataset of weights; what is known of the run"
-    info = read_run(run)[1]
-    if 'blend' in info: raise ValueError(f'{run} is a blend of {", ".join(info["blend"])}: build a kernel of each of them')
-    for part in info.get('parts', ['.']): _check_network(user_path(run)/part)
-    _check_with_data(run, info)
+    "The name of a dataset of weights"
+    if run.blend: raise ValueError(f'{run} is a blend of {", ".join(map(str, run.members.values()))}: build a kernel of each of them')
+    for folder in run.networks.values(): _check_network(Run(folder))
+    _check_with_data(run)
     name = f'{_check_source("--user", user, 1)}/{kaggle_slug(title)}'
     if len(title) < 6: raise ValueError(f'title {title!r}: Kaggle takes 6 to 50 characters for a dataset')
-    return name, info
+    return name
 
-def _check_with_data(run, info):
+def _check_with_data(run):
     "Hold run.json against the screen it was trained on, if that is here"
-    try: screen = read_screen(info['data'])
+    try: run.screen
     except (OSError, ValueError): return
-    check_classes(run, info, screen)
-    if 'channels' in info: check_channels(run, info, screen)
+    run.check_classes()
+    run.check_channels()
 
 def _check_network(run):
     "Refuse weights that are damaged, or those of another network, by the head of their file"
-    (recipe, info), path = read_run(run), run/'model.safetensors'
+    recipe, path, sizes = run.recipe, run.weights_path, (len(run.classes), len(run.channels), len(run.cell_types))
     with naming(path, 'file of weights'), safe_open(path, 'pt') as f: found = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     with torch.random.fork_rng(devices=[]):
-        model = recipe_model(replace(recipe, model=replace(recipe.model, pretrained=False)), len(info['classes']), len(info['channels']), len(info['cell_types']))
+        model = recipe_model(replace(recipe, model=replace(recipe.model, pretrained=False)), *sizes)
     own = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
     wrong = [k for k in own if found.get(k)!=own[k]]
-    of = f'the {len(info["classes"])} classes and {len(info["channels"])} channels of run.json'
+    of = f'the {sizes[0]} classes and {sizes[1]} channels of run.json'
     if wrong: raise ValueError(f'{path} is not of the network of recipe.json with {of}: {wrong[0]} is {found.get(wrong[0], "missing")}, expected {own[wrong[0]]}')
 
-def _write_weights(run, out, info, title, name):
+def _write_weights(run, out, title, name):
     "Copy what inference needs; what an earlier run had and this one has not is removed"
     _remove_weights(out)
     write_json(out/'dataset-metadata.json', dict(title=title, id=name, licenses=[dict(name='other')]))
-    for part in ['.', *info.get('parts', [])]:
+    for part in ['.', *run.parts]:
         for f in _of_weights:
-            if (run/part/f).exists(): write_whole(out/part/f, partial(shutil.copyfile, run/part/f))
-        own = {**read_json(run/part/'run.json'), 'data': '/kaggle/input', 'start': None, 'request': None}
+            if (run.path/part/f).exists(): write_whole(out/part/f, partial(shutil.copyfile, run.path/part/f))
+        own = {**read_json(run.path/part/'run.json'), 'data': '/kaggle/input', 'start': None, 'request': None}
         write_json(out/part/'run.json', own)
-    if info['target']=='labels' and (run/'predictions'/'valid.npz').exists():
-        write_whole(out/'predictions'/'valid.npz', partial(shutil.copyfile, run/'predictions'/'valid.npz'))
+    if run.task.several and run.predictions_path('valid').exists():
+        write_whole(out/'predictions'/'valid.npz', partial(shutil.copyfile, run.predictions_path('valid')))
     return out
 
 def _remove_weights(out):
@@ -354,7 +351,7 @@ def build_kernel(
     out:str|Path, # folder to write
     kind:str='train', # 'train', or 'infer' for a kernel that only loads weights
     recipe:Recipe=None, # of a kernel that trains; None: 'laptop'
-    run:str|Path=None, # finished run whose weights a kernel infers with; they are written to `weights` in the folder
+    run:str|Path|Run|None=None, # finished run whose weights a kernel infers with; they are written to `weights` in the folder
     weights:str=None, # USER/NAME of the dataset of weights; None: named after the title
     user:str=None, # owner; None: see `kaggle_user`
     title:str=None, # of the kernel; None: after the recipe
@@ -371,8 +368,9 @@ def build_kernel(
 
     Raises: ValueError for what Kaggle would refuse, or what could not run there; FileNotFoundError for a run that is not finished.
     """
-    recipe = read_run(run)[0] if run is not None else recipe or get_recipe('laptop')
-    out = check_output(out, run, *wheels, option='--folder')
+    run = None if run is None else Run(run)
+    recipe = recipe or get_recipe('laptop') if run is None else run.recipe
+    out = check_output(out, None if run is None else run.path, *wheels, option='--folder')
     _check_kernel(kind, recipe, run, weights, metadata.get('internet', False))
     for name, value in (values or {}).items(): refuse_password(str(value), name)
     user, title = user or kaggle_user(), title or f'{"Train" if kind=="train" else "Infer with"} {recipe.name.replace("_", " ")}'[:50].strip()
@@ -380,10 +378,10 @@ def build_kernel(
     _check_folder(out)
     if kind=='infer':
         named = weights.split('/') if weights else (user, f'{title[:42].strip()} weights')
-        datasets.append(weights if run is None else _check_weights(run, *named)[0])
+        datasets.append(weights if run is None else _check_weights(run, *named))
         if run is not None: _check_dataset(out/'weights', datasets[-1])
     if go_on: kernels.append(f'{user}/{kaggle_slug(title)}')
-    competition = competition or competitions['labels' if recipe.loss.name in multilabel_losses else 'sirna']
+    competition = competition or competitions[task_of_loss(recipe.loss.name).target]
     meta = kernel_metadata(user, title, competition=competition, datasets=dict.fromkeys(datasets), kernels=dict.fromkeys(kernels), **metadata)
     _check_metadata(out, meta)
     hashes = {w.name: hashlib.sha256(w.read_bytes()).hexdigest() for w in _check_wheels(attached, '--attached-wheel')}

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..screen.sites import CHANNELS
+from ..screen.channels import CHANNELS
 from ..data.store import read_site
 
 # %% ../../nbs/50_labels.pixel_statistics.ipynb #1eaaaf1e

@@ -18,8 +18,8 @@ from ..data.image import stains_to_rgb
 from ..predict.core import Predictions
 from ..labels.metrics import average_precision, f1_floors, macro_f1, macro_f1_interval
 from ..labels.threshold import create_threshold, _pooled, ShareThreshold
-from .html import duration, percent
-from .core import read_history, RunContext, well_images
+from .html import percent
+from .core import JudgedRun, training_time, well_images
 
 # %% ../../nbs/82_report.labels.ipynb #ac38b45a
 class JudgedLabels(NamedTuple):
@@ -50,7 +50,7 @@ def _by_training(c, p):
 
 # %% ../../nbs/82_report.labels.ipynb #51f8ea18
 def judge_labels(
-    c:RunContext, # from `run_context`, several labels
+    c:JudgedRun, # from `run_context`, several labels
     split:str # 'test' or 'valid'; images whose labels are unknown are left out
 ) -> JudgedLabels: # of the images whose labels are known
     """Labels by the thresholds of the recipe, judged on images that did not choose them.
@@ -74,7 +74,7 @@ def judge_labels(
     return JudgedLabels(q.ids, names, prob, y, pred, estimator.thresholds_, groups, how)
 
 # %% ../../nbs/82_report.labels.ipynb #a5ec359b
-def f1_steps(c:RunContext, # from `run_context`, several labels
+def f1_steps(c:JudgedRun, # from `run_context`, several labels
     judged:JudgedLabels, # from `judge_labels`
     split:str # the same
 ) -> pd.DataFrame: # index step: macro_f1, low, high, labels_per_image
@@ -94,13 +94,11 @@ def f1_steps(c:RunContext, # from `run_context`, several labels
 
 # %% ../../nbs/82_report.labels.ipynb #19f6f38e
 def label_headline(
-    c:RunContext, # from `run_context`, several labels
+    c:JudgedRun, # from `run_context`, several labels
     judged:JudgedLabels|None # from `judge_labels`; None if no truth is known
 ) -> dict: # for `tiles`
     "Macro-F1 with its interval, average precision, and the best constant answer; without a truth what is known then."
-    histories = [read_history(folder) for folder in c.networks.values()]
-    epochs, seconds = sum(map(len, histories)), sum(h.seconds.sum() for h in histories)
-    trained = {'training': (duration(seconds), f'{epochs} epochs')} if epochs else {}
+    trained = training_time(c)
     if c.split is None: return {'images judged': ('none', '; '.join(c.missing.values()))} | trained
     if judged is None:
         n = len(c.predictions[c.split].ids)
@@ -118,7 +116,7 @@ def _class_names(row, names, most=3):
     return ', '.join(found[:most]) + (f' and {len(found)-most} more' if len(found) > most else '') or 'nothing'
 
 def worst_label_pictures(
-    c:RunContext, # from `run_context`, several labels
+    c:JudgedRun, # from `run_context`, several labels
     judged:JudgedLabels, # from `judge_labels`
     n:int=8 # how many
 ) -> list: # for `pictures`

@@ -12,75 +12,97 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import check_output, claim_folder, folder_contents, note_request, user_path
+from ..files import check_output, claim_folder, folder_contents, note_request
 from ..screen.labels import label_matrix
 from ..screen.core import Screen
-from ..data.target import is_multilabel
-from ..predict.core import Predictions
 from ..predict.blend import blend_predictions, blend_report, blend_weights, _check_space, _normalised
 from ..labels.metrics import average_precision
-from .folder import check_target_column, read_run, write_run
-from .predict import check_predicted, check_treatments, predict_run
+from .record import write_run
+from .folder import Run
 
 # %% ../../nbs/77_run.blend.ipynb #3c469c5e
-def _predicted(run, screen, split, present_only, say):
-    path = Path(run)/'predictions'/f'{split}.npz'
-    if not path.exists(): return predict_run(run, screen, split, present_only=present_only or None, say=say)
-    check_predicted(path, p := Predictions.load(path), screen)
-    return p
-
 def _precision_report(members, blend, wells):
     "Weight and average precision of each member, and of the blend, on the images that were set aside"
-    labels = wells.set_index('id_code').labels
+    labels, weights = wells.set_index('id_code').labels, blend.made['weights']
     y = lambda p: label_matrix(labels[p.ids], len(p.classes))
-    rows = {name: dict(weight=blend.made['weights'].get(name, 1.), average_precision=average_precision(y(p), p.probabilities)) for name, p in {**{n: m.wells() for n,m in members.items()}, 'blend': blend}.items()}
+    rows = {name: dict(weight=weights.get(name, 1.), average_precision=average_precision(y(p), p.probabilities))
+            for name, p in {**{n: m.wells() for n,m in members.items()}, 'blend': blend}.items()}
     return pd.DataFrame(rows.values(), index=pd.Index(rows, name='member'))
 
+def _check_members(runs):
+    "Refuse runs that do not belong together; `runs` lie on the screen of the blend"
+    first = runs[0]
+    if len({r.path.name for r in runs})!=len(runs):
+        raise ValueError(f'two runs have the same name among {", ".join(map(str, runs))}; '
+                         'the names say which is which in a blend')
+    for run in runs:
+        run.check_treatments()
+        if run.target!=first.target: raise ValueError(f'{run} predicts {run.target}, {first} {first.target}')
+        if set(run.valid_wells)!=set(first.valid_wells):
+            raise ValueError(f'{run} and {first} set other wells aside: '
+                             'what one validates on, the other has trained on')
+
+# %% ../../nbs/77_run.blend.ipynb #1d95e7ec
+def _blended_splits(run):
+    "The splits that a blend of runs like this one has"
+    w = run.screen.wells
+    run.check_target(w)
+    splits = ['valid']*bool(run.valid_wells) + ['test']*bool(((w.split=='test') & (w.well_type=='treatment')).any())
+    if not splits:
+        raise ValueError('there is nothing to blend: no wells were set aside, and the screen has no test split')
+    return splits
+
+def _check_weights(weights, runs, splits):
+    "Refuse weights that are no numbers for these runs, or that cannot be chosen"
+    if not isinstance(weights, str): return _normalised(weights, [r.path.name for r in runs])
+    if weights!='chosen': raise ValueError(f"weights are {weights!r}, expected 'chosen' or a number per run")
+    if 'valid' not in splits:
+        raise ValueError(f'weights are chosen on wells that were set aside, and {runs[0]} set none aside')
+    if runs[0].task.several:
+        raise ValueError('weights of several labels are chosen class by class: rcic-hpa-stack does that')
+
+# %% ../../nbs/77_run.blend.ipynb #f1a6b2c1
 def blend_runs(
     runs:Sequence, # folders of finished runs, two or more
     screen:Screen, # where the sites are
     out:str|Path, # folder to write
-    weights:str|Sequence[float]=None, # None: all the same; 'chosen': on the wells that were set aside; or a number per run
+    weights:str|Sequence[float]=None, # None: all the same; 'chosen': on the wells set aside; or a number per run
     space:str='probability', # what is averaged: 'probability' or 'logit'
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
     say:Callable=print # where notices go
 ) -> pd.DataFrame: # from `blend_report`, of the wells that were set aside; weights alone if there are none
     """Average the predictions of runs and write them like those of a run.
 
-    Raises: ValueError for runs that predict other targets, classes or wells, or that set other wells aside; FileExistsError for anything else in `out`.
+    Raises: ValueError for runs that predict other targets, classes or wells, or that set other wells aside;
+    FileExistsError for anything else in `out`.
     """
-    runs = [user_path(r) for r in runs]
     out = check_output(out, screen.path, *runs)
-    if len({r.name for r in runs})!=len(runs): raise ValueError(f'two runs have the same name among {", ".join(map(str, runs))}; the names say which is which in a blend')
-    recipes, infos = zip(*map(read_run, runs))
-    for run, info in zip(runs, infos):
-        check_treatments(run, info, screen)
-        if info['target']!=infos[0]['target']: raise ValueError(f'{run} predicts {info["target"]}, {runs[0]} {infos[0]["target"]}')
-        if set(info['valid_wells'])!=set(infos[0]['valid_wells']): raise ValueError(f'{run} and {runs[0]} set other wells aside: what one validates on, the other has trained on')
-    splits = (['valid'] if infos[0]['valid_wells'] else []) + (['test'] if ((screen.wells.split=='test') & (screen.wells.well_type=='treatment')).any() else [])
-    check_target_column(runs[0], infos[0]['target'], screen.wells)
-    if isinstance(weights, str) and weights!='chosen': raise ValueError(f"weights are {weights!r}, expected 'chosen' or a number per run")
-    if weights=='chosen' and 'valid' not in splits: raise ValueError(f'weights are chosen on wells that were set aside, and {runs[0]} set none aside')
-    if not splits: raise ValueError('there is nothing to blend: no wells were set aside, and the screen has no test split')
-    if weights=='chosen' and is_multilabel(screen.wells[infos[0]['target']]): raise ValueError('weights of several labels are chosen class by class: rcic-hpa-stack does that')
+    runs = [Run(r, screen) for r in runs]
+    _check_members(runs)
+    splits = _blended_splits(runs[0])
+    _check_weights(weights, runs, splits)
     _check_space(space)
-    if not isinstance(weights, str): _normalised(weights, [r.name for r in runs])
     with claim_folder(out):
-        note_request(out, 'blend.json', dict(runs=[str(r.resolve()) for r in runs], weights=weights, space=space), 'blend')
-        try: return _blend(runs, screen, out, weights, space, present_only, say, recipes, infos, splits)
+        note_request(out, 'blend.json', dict(runs=[str(r.path.resolve()) for r in runs], weights=weights, space=space),
+                     'blend')
+        try: return _blend(runs, out, weights, space, splits, dict(present_only=present_only or None, say=say))
         except ValueError: # runs that do not fit together; the folder is free for others
             if folder_contents(out)==[out/'blend.json']: (out/'blend.json').unlink()
             raise
 
-def _blend(runs, screen, out, weights, space, present_only, say, recipes, infos, splits):
+# %% ../../nbs/77_run.blend.ipynb #c1c2c693
+def _blend(runs, out, weights, space, splits, how):
     "Write the blend, its `run.json` last"
-    found = {split: {run.name: _predicted(run, screen, split, present_only, say) for run in runs} for split in splits}
-    several = is_multilabel(screen.wells[infos[0]['target']])
-    given = blend_weights(found['valid'], screen.wells, infos[0]['target'], space=space) if isinstance(weights, str) else weights
+    first, wells = runs[0], runs[0].screen.wells
+    predict = lambda r, split: r.check_predicted(split, r.predicted(split, **how))
+    found = {split: {r.path.name: predict(r, split) for r in runs} for split in splits}
+    given = blend_weights(found['valid'], wells, first.target, space=space) if isinstance(weights, str) else weights
     blends = {split: blend_predictions(members, given, space) for split, members in found.items()}
     for split, p in blends.items(): p.save(out/'predictions'/f'{split}.npz')
-    info = {k: infos[0][k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells', 'treatments') if k in infos[0]}
-    write_run(out, replace(recipes[0], name='blend'), dict(**info, blend=[str(r) for r in runs], weights=blends[splits[0]].made['weights']))
-    if 'valid' in splits and several: return _precision_report(found['valid'], blends['valid'], screen.wells)
-    if 'valid' in splits: return blend_report(found['valid'], blends['valid'], screen.wells, infos[0]['target'])
-    return pd.Series(blends['test'].made['weights'], name='weight').to_frame()
+    chosen = blends[splits[0]].made['weights']
+    info = {k: first.info[k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells', 'treatments')
+            if k in first.info}
+    write_run(out, replace(first.recipe, name='blend'), dict(**info, blend=[str(r) for r in runs], weights=chosen))
+    if 'valid' not in splits: return pd.Series(chosen, name='weight').to_frame()
+    if first.task.several: return _precision_report(found['valid'], blends['valid'], wells)
+    return blend_report(found['valid'], blends['valid'], wells, first.target)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 from sklearn.base import clone
 
-from ..files import user_path
 from ..screen.labels import label_lists, label_matrix
 from ..screen.atlas import Atlas, hpa_classes, label_truth, read_labels
 from ..data.pack import check_screen_output
@@ -22,8 +21,7 @@ from ..labels.metrics import average_precision, f1_floors, f1_table
 from ..labels.submission import read_label_submission, write_label_submission
 from ..labels.threshold import create_threshold, nested_macro_f1, NestedF1, ShareThreshold
 from ..labels.threshold import ThresholdEstimator, write_thresholds
-from .folder import read_run
-from .predict import check_channels, check_classes, check_predicted, _check_scored, predict_run, _run_files
+from .folder import Run
 
 # %% ../../nbs/77_run.labels.ipynb #e544134a
 def fit_thresholds(
@@ -32,11 +30,15 @@ def fit_thresholds(
     method:str='repeated_f1_to_share', # of `threshold_methods`
     **options # of `create_threshold`
 ) -> tuple[ThresholdEstimator, NestedF1]: # fitted; what it is worth out of sample
-    "Choose thresholds, and say what macro-F1 they have on images that did not choose them. Raises: as `create_threshold` and `label_truth`."
+    """Choose thresholds, and say what macro-F1 they have on images that did not choose them.
+
+    Raises: as `create_threshold` and `label_truth`.
+    """
     p = p.wells()
     y, groups = label_truth(atlas, p.ids)
     estimator = create_threshold(method, **options)
-    return clone(estimator).fit(p.probabilities, y, groups), nested_macro_f1(estimator, p.probabilities, y, groups, min(5, len(set(groups))))
+    return clone(estimator).fit(p.probabilities, y, groups), nested_macro_f1(estimator, p.probabilities, y, groups,
+                                                                             min(5, len(set(groups))))
 
 def validation_sentence(
     p:Predictions, # of labelled images that the network did not train on
@@ -48,42 +50,51 @@ def validation_sentence(
     p = p.wells()
     y = label_truth(atlas, p.ids)[0]
     floors = ', '.join(f'{k} {v:.3f}' for k,v in f1_floors(y).items())
-    return (f'{len(y):,} images set aside: macro-F1 {found.macro_f1:.3f} ({found.low:.3f} to {found.high:.3f}) with thresholds {method!r} chosen on other images of them; '
-            f'average precision {average_precision(y, p.probabilities):.3f}; constant answers: {floors}')
+    return (f'{len(y):,} images set aside: macro-F1 {found.macro_f1:.3f} ({found.low:.3f} to {found.high:.3f}) with '
+            f'thresholds {method!r} '
+            f'chosen on other images of them; average precision {average_precision(y, p.probabilities):.3f}; '
+            f'constant answers: {floors}')
 
-def _kept(run, atlas, split, say):
-    path = Path(run)/'predictions'/f'{split}.npz'
-    return (Predictions.load(path) if path.exists() else predict_run(run, atlas, split, say=say)).wells()
+# %% ../../nbs/77_run.labels.ipynb #d7e1a3b2
+def _estimator(run, test, method, say):
+    "Thresholds from the images set aside, or from the shares of the classes in training"
+    atlas = run.screen
+    if run.valid_wells:
+        valid = run.predicted('valid', say=say).wells()
+        estimator, found = fit_thresholds(valid, atlas, method)
+        say(validation_sentence(valid, atlas, found, method))
+        return estimator
+    say('No images were set aside to choose thresholds on: the predicted share of each class becomes its share in '
+        'training')
+    labelled = atlas.wells[atlas.wells.labels.notna() & (atlas.wells.split=='train')]
+    return ShareThreshold(atlas.labels(labelled).mean(0)).fit(test.probabilities)
 
+# %% ../../nbs/77_run.labels.ipynb #8341d634
 def submit_labels(
-    run:str|Path, # folder of a run, or of a stack, with predictions of the test split
+    run:str|Path|Run, # folder of a run, or of a stack, with predictions of the test split
     atlas:Atlas, # from `read_hpa`
     out:str|Path=None, # file to write; by default submission.csv in the run folder
     sample:str|Path=None, # sample submission that gives ids and order; by default that of the atlas
     method:str=None, # of `threshold_methods`; by default what the recipe says
     say:Callable=print # where notices go
 ) -> Path: # the file; thresholds.json lies in the run folder
-    """Labels for the test images, as a submission. Raises: ValueError for a run that predicts something else, or images that do not fit."""
-    run = user_path(run)
-    recipe, info = read_run(run)
-    if info['target']!='labels': raise ValueError(f'{run} predicts {info["target"]} (target in run.json); a submission of labels needs a run that predicts labels')
-    check_classes(run, info, atlas)
-    if 'channels' in info: check_channels(run, info, atlas)
-    out = check_submission_path(check_screen_output(out or Path(run)/'submission.csv', atlas, sample, *_run_files(run)), sample or atlas.path/'sample_submission.csv')
-    test, method = Predictions.load(path := Path(run)/'predictions'/'test.npz'), method or recipe.inference.thresholds
-    _check_scored(run, info, test, 'test')
-    check_predicted(path, test, atlas)
-    test = test.wells()
-    if info['valid_wells']:
-        valid = _kept(run, atlas, 'valid', say)
-        estimator, found = fit_thresholds(valid, atlas, method)
-        say(validation_sentence(valid, atlas, found, method))
-    else:
-        say('No images were set aside to choose thresholds on: the predicted share of each class becomes its share in training')
-        estimator = ShareThreshold(atlas.labels(atlas.wells[atlas.wells.labels.notna() & (atlas.wells.split=='train')]).mean(0)).fit(test.probabilities)
+    """Labels for the test images, as a submission.
+
+    Raises: ValueError for a run that predicts something else, or images that do not fit.
+    """
+    run = Run(run, atlas)
+    if run.target!='labels':
+        raise ValueError(f'{run} predicts {run.target} (target in run.json); a submission of labels needs a run that '
+                         f'predicts labels')
+    run.check_screen()
+    out, own = check_screen_output(out or run.submission_path, atlas, sample,
+                                   *run.files()), sample or atlas.path/'sample_submission.csv'
+    out = check_submission_path(out, own)
+    test = run.check_predicted('test', run.kept('test')).wells()
+    estimator = _estimator(run, test, method or run.recipe.inference.thresholds, say)
     predicted = estimator.adapt(test.probabilities).predict(test.probabilities)
-    write_thresholds(Path(run)/'thresholds.json', estimator, atlas.class_names)
-    out = write_label_submission(test.ids, label_lists(predicted), sample or atlas.path/'sample_submission.csv', out, n_classes=len(atlas.class_names))
+    write_thresholds(run.path/'thresholds.json', estimator, atlas.class_names)
+    out = write_label_submission(test.ids, label_lists(predicted), own, out, n_classes=len(atlas.class_names))
     say(f'Written: {out}, {len(predicted):,} images, {predicted.sum(1).mean():.2f} labels each')
     return out
 
@@ -94,7 +105,10 @@ def label_score_table(
     exclude:Sequence[str]=(), # ids to leave out, such as those with a twin in the training set
     class_names:Sequence[str]=hpa_classes # in the order of the class numbers
 ) -> pd.DataFrame: # from `f1_table`
-    "Support, precision, recall and F1 of each class, with intervals. Raises: ValueError for images that only one of the two files has."
+    """Support, precision, recall and F1 of each class, with intervals.
+
+    Raises: ValueError for images that only one of the two files has.
+    """
     predicted, true = read_label_submission(submission), read_labels(truth)
     true = true[~true.index.isin(list(exclude))]
     lost = true.index[~true.index.isin(predicted.index)]

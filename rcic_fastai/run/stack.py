@@ -19,27 +19,34 @@ from ..screen.atlas import Atlas, label_truth
 from ..predict.core import Predictions
 from ..labels.pixel_statistics import site_statistics
 from ..labels.stack import stack_report, Stacker
-from .folder import read_run, write_run
-from .labels import _kept
+from .record import write_run
+from .folder import Run
 
 # %% ../../nbs/78_run.stack.ipynb #76b437f8
-def _members(runs, atlas, say):
-    "Predictions of each run on the images set aside and on the test images"
-    infos = {r.name: read_run(r)[1] for r in runs}
-    if len(infos)!=len(runs): raise ValueError(f'two runs have the same name among {", ".join(map(str, runs))}')
-    first = next(iter(infos.values()))
-    for name, info in infos.items():
-        if info['target']!='labels': raise ValueError(f'{name} predicts {info["target"]}, not labels')
-        if not info['valid_wells']: raise ValueError(f'{name} set no images aside: a stack learns from predictions of images that the network has not seen')
-        if set(info['valid_wells'])!=set(first['valid_wells']): raise ValueError(f'{name} and {runs[0].name} set other images aside')
-    found = {split: {r.name: _kept(r, atlas, split, say) for r in runs} for split in ('valid', 'test')}
-    for split, members in found.items():
-        ids = next(iter(members.values())).ids
-        for name, p in members.items():
-            if set(p.ids)!=set(ids): raise ValueError(f'{name} predicts other {split} images than {runs[0].name}')
-            members[name] = replace(p, ids=ids, logits=p.logits[pd.Index(p.ids).get_indexer(ids)])
-    return found, first
+def _check_members(runs):
+    "Refuse runs that do not predict labels, or that set other images aside"
+    first = runs[0]
+    if len({r.path.name for r in runs})!=len(runs):
+        raise ValueError(f'two runs have the same name among {", ".join(map(str, runs))}')
+    for r in runs:
+        name = r.path.name
+        if r.target!='labels': raise ValueError(f'{name} predicts {r.target}, not labels')
+        if not r.valid_wells:
+            raise ValueError(f'{name} set no images aside: a stack learns from predictions of images that the network '
+                             f'has not seen')
+        if set(r.valid_wells)!=set(first.valid_wells):
+            raise ValueError(f'{name} and {first.path.name} set other images aside')
 
+def _predicted(runs, split, say):
+    "Predictions of each run, with the images in the order of the first"
+    members = {r.path.name: r.predicted(split, say=say).wells() for r in runs}
+    ids = members[runs[0].path.name].ids
+    for name, p in members.items():
+        if set(p.ids)!=set(ids): raise ValueError(f'{name} predicts other {split} images than {runs[0].path.name}')
+        members[name] = replace(p, ids=ids, logits=p.logits[pd.Index(p.ids).get_indexer(ids)])
+    return members
+
+# %% ../../nbs/78_run.stack.ipynb #e4f1b2a2
 def _statistics(atlas, ids, path, workers, progress):
     "`site_statistics` of images, read from a file if they are there"
     if path.exists():
@@ -47,14 +54,37 @@ def _statistics(atlas, ids, path, workers, progress):
         if list(kept.index)==list(ids): return kept
     sites = atlas.sites(atlas.wells.set_index('id_code', drop=False).loc[ids])
     channels = [str(c).removesuffix('?') for c in atlas.channels]
-    table = site_statistics(sites.set_index('id_code').files, atlas.channels, channels, workers=workers, progress=progress)
+    table = site_statistics(sites.set_index('id_code').files, atlas.channels, channels, workers=workers,
+                            progress=progress)
     write_whole(path, table.to_parquet())
     return table
 
+# %% ../../nbs/78_run.stack.ipynb #e4f1b2a3
+def _stack(runs, out, statistics, settings, workers, progress, say):
+    "Write the stack, its `run.json` last"
+    atlas, first = runs[0].screen, runs[0]
+    found = {split: _predicted(runs, split, say) for split in ('valid', 'test')}
+    ids = {split: next(iter(m.values())).ids for split, m in found.items()}
+    y, groups = label_truth(atlas, ids['valid'])
+    table = {s: _statistics(atlas, ids[s], out/f'statistics-{s}.parquet', workers, progress)
+             if statistics else None for s in ids}
+    p = {split: {name: q.probabilities for name, q in members.items()} for split, members in found.items()}
+    stack = Stacker(**settings, folder=out/'models', progress=progress)
+    stack.fit(p['valid'], y, table['valid'], groups)
+    stack.audit()
+    for split, v in dict(valid=stack.oof_, test=stack.predict(p['test'], table['test'])).items():
+        made = dict(run=out.name, recipe='stack', split=split, level='well', activation='sigmoid')
+        Predictions(ids[split], np.asarray(atlas.classes), logit(np.clip(v, 1e-6, 1-1e-6)),
+                    made).save(out/'predictions'/f'{split}.npz')
+    kept = {k: first.info[k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells')}
+    write_run(out, replace(first.recipe, name='stack'), dict(**kept, blend=[str(r) for r in runs], stack=settings))
+    return stack_report(p['valid'], {'stack': stack}, y, groups, classes=atlas.class_names)[0]
+
+# %% ../../nbs/78_run.stack.ipynb #e2966acf
 def stack_runs(
     runs:Sequence, # folders of finished runs that predict labels and set the same images aside
     atlas:Atlas, # from `read_hpa`
-    out:str|Path, # folder to write; one that was interrupted goes on
+    out:str|Path, # folder to write; one that was interrupted is continued
     repeats:int=1, # of the outer folds; the 8th place of the challenge took 20
     statistics:bool=True, # brightness, means and correlations of the channels too?
     combine:str='mean', # 'mean' of probabilities, or 'vote'
@@ -69,28 +99,13 @@ def stack_runs(
 
     Raises: ValueError for runs that do not go together; FileExistsError for anything else in `out`; as `Stacker.fit`.
     """
-    runs = [user_path(r) for r in runs]
-    out = check_output(out, atlas.path, *runs)
+    paths = [user_path(r) for r in runs]
+    out = check_output(out, atlas.path, *paths)
     settings = dict(repeats=repeats, combine=combine, min_positives=min_positives, params=params, seed=seed)
     with claim_folder(out):
-        note_request(out, 'stack.json', dict(runs=[str(r.resolve()) for r in runs], statistics=statistics, **settings), 'stack')
+        note_request(out, 'stack.json', dict(runs=[str(r.resolve()) for r in paths], statistics=statistics, **settings),
+                     'stack')
         clean_partials(out, deep=True, held=True)
-        return _stack(runs, atlas, out, statistics, settings, workers, progress, say)
-
-def _stack(runs, atlas, out, statistics, settings, workers, progress, say):
-    "Write the stack, its `run.json` last"
-    found, info = _members(runs, atlas, say)
-    ids = {split: next(iter(m.values())).ids for split, m in found.items()}
-    y, groups = label_truth(atlas, ids['valid'])
-    table = {s: _statistics(atlas, ids[s], out/f'statistics-{s}.parquet', workers, progress) if statistics else None for s in ids}
-    p = {split: {name: q.probabilities for name, q in members.items()} for split, members in found.items()}
-    stack = Stacker(**settings, folder=out/'models', progress=progress)
-    stack.fit(p['valid'], y, table['valid'], groups)
-    stack.audit()
-    values = dict(valid=stack.oof_, test=stack.predict(p['test'], table['test']))
-    for split, v in values.items():
-        made = dict(run=out.name, recipe='stack', split=split, level='well', activation='sigmoid')
-        Predictions(ids[split], np.asarray(atlas.classes), logit(np.clip(v, 1e-6, 1-1e-6)), made).save(out/'predictions'/f'{split}.npz')
-    kept = {k: info[k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells')}
-    write_run(out, replace(read_run(runs[0])[0], name='stack'), dict(**kept, blend=[str(r) for r in runs], stack=settings))
-    return stack_report(p['valid'], {'stack': stack}, y, groups, classes=atlas.class_names)[0]
+        members = [Run(r, atlas) for r in paths]
+        _check_members(members)
+        return _stack(members, out, statistics, settings, workers, progress, say)
