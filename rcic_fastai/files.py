@@ -298,7 +298,7 @@ def check_name(
     "A name that may become one part of a path. Raises: ValueError for one that leads elsewhere, or is refused."
     name = str(name)
     bad = name in ('', '.', '..') or name != name.strip() or name.endswith('.')
-    bad = bad or re.search(r'[\\/:*?"<>|\x00-\x1f]', name)
+    bad = bad or bool(re.search(r'[\\/:*?"<>|\x00-\x1f]', name))
     if not bad and name.partition('.')[0].lower() not in _RESERVED and len(name.encode()) <= 200: return name
     raise ValueError(f'{what} {name[:80]!r} cannot be the name of a file: expected letters, '
                      'digits and signs such as - _ . + and blanks in between')

@@ -298,6 +298,6 @@ def test_the_public_environment_is_enough():
         foreign = tops - set(sys.stdlib_module_names) - {"rcic_fastai"}
         known = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "IPython": "ipython"}
         # the extra, and what a function looks for and does without
-        optional = {Requirement(r).name for e in ("phenomics", "zarr", "stack", "kaggle", "tracking") for r in settings()[f"{e}_requirements"].split()} | {"umap"}
+        optional = {Requirement(r).name for e in ("phenomics", "zarr", "stack", "kaggle", "tracking") for r in settings()[f"{e}_requirements"].split()} | {"umap", "h5py"}  # h5py comes with anndata
         declared = {Requirement(r).name for r in settings()["requirements"].split()} | optional
         assert {known.get(f, f) for f in foreign} <= declared, f"{name}.py imports what settings.ini does not require: {sorted(foreign)}"
