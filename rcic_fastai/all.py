@@ -66,7 +66,7 @@ from .train.network import ImageOnly
 from .train.learner import screen_learner
 from .train.pseudo import select_pseudo_labels
 
-from .run.folder import load_run, read_run
+from .run.folder import load_run, read_run, Run
 from .run.predict import embed_run, predict_run
 from .run.blend import blend_runs
 from .run.labels import label_score_table, submit_labels
