@@ -11,8 +11,7 @@ import pytest
 
 from rcic_fastai.predict.core import Predictions
 from rcic_fastai.report.core import run_context
-from rcic_fastai.run.folder import Run
-from rcic_fastai.run.submit import submit_run  # noqa: F401  which gives `Run` its `submit`
+from rcic_fastai.run.submit import Run
 from rcic_fastai.run.task import one_class
 
 OLD = Path(__file__).parent / "data" / "run_0_1_0"

@@ -302,7 +302,7 @@ def rcic_train(
             raise SystemExit(2)
         from rcic_fastai.files import check_output, claim_folder
         from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
-        from rcic_fastai.run.folder import Run
+        from rcic_fastai.run.submit import Run
         from rcic_fastai.run.train import finished_run, logger, train_run
         from rcic_fastai.screen.read import read_screen
         if recipe is None: _say("No --recipe: using 'laptop', a small network with domain batches that trains on a CPU in minutes")
@@ -356,7 +356,7 @@ def rcic_predict(
 ):
     "Predict a split of a screen with a finished run; writes predictions/SPLIT.npz into its folder."
     with one_line_errors(debug):
-        from rcic_fastai.run.folder import Run
+        from rcic_fastai.run.submit import Run
         sizes = _numbers(bagging, 'bagging', low=2) if bagging else None
         views = int(tta) if tta and tta.isdecimal() else tta
         finished = Run(run, data)
@@ -380,7 +380,7 @@ def rcic_embed(
         from rcic_fastai.profile.metrics import embedding_report
         from rcic_fastai.screen.atlas import Atlas
         from rcic_fastai.run.predict import _claimed, embed_run, embeddings_path, write_embeddings
-        from rcic_fastai.run.folder import Run
+        from rcic_fastai.run.submit import Run
         from rcic_fastai.data.pack import check_screen_output
         finished = Run(run, data)
         screen, out = finished.screen, out or finished.embeddings_path(split)
@@ -412,7 +412,7 @@ def rcic_blend(
     "Average the predictions of several runs; says how good each is on the wells that were set aside, and how much they agree."
     with one_line_errors(debug):
         from rcic_fastai.run.blend import blend_runs
-        from rcic_fastai.run.folder import Run
+        from rcic_fastai.run.submit import Run
         if len(run) < 2: raise ValueError('a blend needs at least two runs: repeat --run')
         screen = Run(run[0], data).screen
         given = weights if weights in (None, 'chosen') else _numbers(weights, 'weights', float, 0)
@@ -435,7 +435,7 @@ def rcic_submit(
     "Plate groups, one-to-one assignment and checks: from predictions to submission.csv."
     with one_line_errors(debug):
         from rcic_fastai.screen.atlas import Atlas
-        from rcic_fastai.run.folder import Run
+        from rcic_fastai.run.submit import Run
         finished = Run(run, data)
         if isinstance(finished.screen, Atlas):
             if no_groups or no_assignment or assignment: raise ValueError('an atlas has no plate groups and no assignment; --thresholds says how scores become labels')

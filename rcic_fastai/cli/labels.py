@@ -73,7 +73,7 @@ def rcic_hpa_stack(
     "Weigh several runs, and what the images look like, by LightGBM for each class; goes on where it was interrupted."
     with one_line_errors(debug):
         from rcic_fastai.screen.atlas import read_hpa
-        from rcic_fastai.run.folder import Run
+        from rcic_fastai.run.submit import Run
         from rcic_fastai.run.stack import stack_runs
         settings = parse_json(params, '--params', dict) if params else None
         atlas = read_hpa(Run(run[0], data).data)

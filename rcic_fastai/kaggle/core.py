@@ -36,7 +36,7 @@ from ..recipe.published import get_recipe
 from ..train.checkpoint import Checkpoint, TrainingStopped
 from ..train.network import recipe_model
 from ..run.task import task_of_loss
-from ..run.folder import Run
+from ..run.predict import Run
 from ..run.labels import fit_thresholds
 from .client import kaggle_user
 from .packages import image_lacks, input_folders, install_wheels, installed_wheel, pack_wheels

@@ -51,7 +51,7 @@ from ..recipe.settings import compare_recipes, Recipe
 from ..recipe.published import recipes
 from ..train.inference import embed_with
 from ..run.folder import read_history, run_name
-from ..run.folder import Run
+from ..run.predict import Run
 from .accuracy import accuracy_by, BLUE, clean_axes, GREY, judge_wells, ORANGE
 from .accuracy import statistic_shift, worst_wells
 from .html import duration, execute_notebook, interval, notebook_page, percent, source_date

@@ -18,7 +18,7 @@ from ..screen.core import Screen
 from ..predict.blend import blend_predictions, blend_report, blend_weights, _check_space, _normalised
 from ..labels.metrics import average_precision
 from .record import write_run
-from .folder import Run
+from .predict import Run
 
 # %% ../../nbs/77_run.blend.ipynb #3c469c5e
 def _precision_report(members, blend, wells):

@@ -21,7 +21,7 @@ from ..labels.metrics import average_precision, f1_floors, f1_table
 from ..labels.submission import read_label_submission, write_label_submission
 from ..labels.threshold import create_threshold, nested_macro_f1, NestedF1, ShareThreshold
 from ..labels.threshold import ThresholdEstimator, write_thresholds
-from .folder import Run
+from .predict import Run
 
 # %% ../../nbs/77_run.labels.ipynb #e544134a
 def fit_thresholds(

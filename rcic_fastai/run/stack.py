@@ -20,7 +20,7 @@ from ..predict.core import Predictions
 from ..labels.pixel_statistics import site_statistics
 from ..labels.stack import stack_report, Stacker
 from .record import write_run
-from .folder import Run
+from .predict import Run
 
 # %% ../../nbs/78_run.stack.ipynb #76b437f8
 def _check_members(runs):

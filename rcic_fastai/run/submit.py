@@ -21,7 +21,7 @@ from ..predict.core import well_accuracy
 from ..predict.assign import assign_predictions
 from .task import several_labels, task_of_target
 from .folder import treatment_names
-from .folder import Run
+from .predict import Run
 from .labels import fit_thresholds, submit_labels, validation_sentence
 
 # %% ../../nbs/78_run.submit.ipynb #e1179bf9
