@@ -2362,6 +2362,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'rcic_fastai.run.predict._claimed': ('run.predict.html#_claimed', 'rcic_fastai/run/predict.py'),
                                          'rcic_fastai.run.predict._embedded_sites': ( 'run.predict.html#_embedded_sites',
                                                                                       'rcic_fastai/run/predict.py'),
+                                         'rcic_fastai.run.predict._known_split': ( 'run.predict.html#_known_split',
+                                                                                   'rcic_fastai/run/predict.py'),
                                          'rcic_fastai.run.predict._predict_network': ( 'run.predict.html#_predict_network',
                                                                                        'rcic_fastai/run/predict.py'),
                                          'rcic_fastai.run.predict._predict_parts': ( 'run.predict.html#_predict_parts',

@@ -25,7 +25,7 @@ assign_classes({'B03': 1})  # arg-type
 labels.most_common()  # attr-defined
 create_mix(3)  # arg-type
 packed = open_store('packed')
-packed.read_batch(np.arange(3), threads='two')  # arg-type
+open_store(3)  # arg-type
 packed.read_batchh([0])  # attr-defined
 f1: str = macro_f1(np.eye(2), np.eye(2))  # assignment
 grouped_folds(np.eye(4), groups=['a', 'a', 'b', 'c'], folds=2)  # call-arg

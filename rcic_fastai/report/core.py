@@ -6,8 +6,7 @@
 __all__ = ['read_truth', 'JudgedRun', 'run_context', 'training_time', 'headline', 'recipe_changes', 'run_facts', 'plot_history',
            'stage_times', 'folder_sizes', 'peak_memory', 'draw_wells', 'Network', 'load_network', 'predict_again',
            'embed_again', 'accuracy_steps', 'shift_wells', 'batchnorm_shift', 'embedding_maps', 'embedding_numbers',
-           'map_labels', 'plot_map', 'well_images', 'worst_pictures', 'pair_pictures', 'report_template', 'make_report',
-           'read_history']
+           'map_labels', 'plot_map', 'well_images', 'worst_pictures', 'pair_pictures', 'report_template', 'make_report']
 
 # %% ../../nbs/81_report.core.ipynb #5494eeff
 import json, sys, warnings
@@ -57,7 +56,6 @@ from .accuracy import statistic_shift, worst_wells
 from .html import duration, execute_notebook, interval, notebook_page, percent, source_date
 from .html import with_parameters
 
-_all_ = ['read_history'] # templates take it from here
 
 # %% ../../nbs/81_report.core.ipynb #cd1b3fbc
 def _true_classes(rows, target, screen, path):

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from ..errors import one_of
 from ..files import check_ours, claim_folder, user_path, write_whole
 from ..screen.core import Screen
 from ..profile.correct import well_means
@@ -54,6 +55,9 @@ def _predict_parts(run, split, settings, how):
                        parts[0].view_names)
 
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1be
+def _known_split(run, split):
+    one_of(split, [*sorted(run.screen.wells.split.unique()), 'valid'], 'split')
+
 def _check_split(run, split):
     "Refuse what a run cannot predict"
     if run.blend:
@@ -62,9 +66,7 @@ def _check_split(run, split):
     if split=='valid' and not run.valid_wells:
         raise ValueError(f'{run} set no wells aside: train it with a validation set')
     run.check_screen()
-    known = [*sorted(run.screen.wells.split.unique()), 'valid']
-    if split not in known:
-        raise ValueError(f'split is {split!r}, expected one of {", ".join(map(repr, known))}')
+    _known_split(run, split)
 
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1b3
 @patch
@@ -129,6 +131,7 @@ def predicted(self:Run,
 # %% ../../nbs/76_run.predict.ipynb #767c50fb
 def _embedded_sites(run, split, wells, present_only, say):
     "The sites to embed, and those that the run would predict, whose statistics count"
+    _known_split(run, split)
     sites = run.sites(split, wells, present_only, say)
     if wells==run.wells: return sites, sites
     try: return sites, run.sites(split, None, present_only, lambda *a: None)

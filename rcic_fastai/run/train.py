@@ -28,6 +28,7 @@ from ..files import check_ours, write_picture, write_whole
 from ..screen.groups import plate_groups
 from ..screen.core import Screen
 from ..screen.split import valid_mask
+from ..data.augment import ChannelStats
 from ..data.select import select_sites
 from ..data.pack import check_screen_output
 from ..model.core import load_weights, read_meta, save_weights
@@ -220,7 +221,7 @@ class TrainingTable:
     recipe:Recipe # with a domain that the target allows
     controls:pd.DataFrame|None # control sites, if the recipe looks at some
 
-    def loaders(self, stats=None, counts=None, **kwargs) -> DataLoaders: # further arguments of `recipe_dataloaders`
+    def loaders(self, stats:ChannelStats=None, counts:torch.Tensor=None, **kwargs) -> DataLoaders: # further arguments of `recipe_dataloaders`
         "See `recipe_dataloaders`."
         return recipe_dataloaders(self.sites, self.recipe, self.mask, stats, counts, self.controls, **kwargs)
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ScreenLearner', 'ScreenRecorder', 'SmoothLoss', 'LossOnDevice', 'screen_learner', 'stage_callbacks', 'suggest_lr',
-           'fit_stage', 'known_accuracy', 'loss_metrics', 'recipe_model', 'new_head', 'SkipEmptyValidation',
-           'LeaveOutControls']
+           'fit_stage']
 
 # %% ../../nbs/66_train.learner.ipynb #8bcb916e
 import inspect, sys, warnings
@@ -56,7 +55,6 @@ from .schedule import schedule_function
 
 # %% ../../nbs/66_train.learner.ipynb #df686a09
 __getattr__ = renamed(__name__, accuracy='known_accuracy') # names of version 0.1.0
-_all_ = ['known_accuracy', 'loss_metrics', 'recipe_model', 'new_head', 'SkipEmptyValidation', 'LeaveOutControls'] # found here too
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b032
 class ScreenLearner(Learner):
