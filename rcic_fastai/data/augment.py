@@ -352,7 +352,7 @@ class RandomSquareCrop(RandBatchTransform):
     def __init__(self,
         size:int, # side of the window, pixels
         p:float=1., # probability of a random window in training; the others take the centre
-        seed:int=None, # int: a generator of its own; None: torch's global one
+        seed:int=None, # int: an own generator; None: torch's global one
     ):
         super().__init__(p=p, seed=seed)
         self.size = size
@@ -386,7 +386,7 @@ class RandomResizedSquareCrop(RandBatchTransform):
         scale:tuple[float, float]=(.5, 1.), # smallest and largest window in training, as a share of the area
         val_scale:float=1., # the same for the centred window of validation; 1: the whole image, if it is square
         p:float=1., # probability of a random window in training; the others take the one of validation
-        seed:int=None, # int: a generator of its own; None: torch's global one
+        seed:int=None, # int: an own generator; None: torch's global one
     ):
         lo, hi = scale
         if not 0 < lo <= hi <= 1:
@@ -442,7 +442,7 @@ class PerspectiveWarp(RandBatchTransform):
     def __init__(self,
         magnitude:float=.1, # largest step of a corner in x and in y, as a share of the side, below .25
         p:float=1., # probability that an image is changed
-        seed:int=None, # int: a generator of its own; None: torch's global one
+        seed:int=None, # int: an own generator; None: torch's global one
     ):
         if not 0 <= magnitude < .25:
             raise ValueError(f'magnitude is {magnitude}, expected a share of the side, 0 <= magnitude < .25')
@@ -489,7 +489,7 @@ class ChannelIntensity(RandBatchTransform):
         sigma_a:float=.1, # standard deviation of the gain
         sigma_b:float=.1, # standard deviation of the offset, in standard deviations of the channel
         p:float=1., # probability that an image is changed
-        seed:int=None, # int: a generator of its own; None: torch's global one
+        seed:int=None, # int: an own generator; None: torch's global one
     ):
         super().__init__(p=p, seed=seed)
         self.sigma_a, self.sigma_b = sigma_a, sigma_b
@@ -517,7 +517,7 @@ class ImageBrightness(RandBatchTransform):
     def __init__(self,
         max_change:float=.2, # largest change: of the log of the gain, and of the offset in standard deviations
         p:float=1., # probability that an image is changed
-        seed:int=None, # int: a generator of its own; None: torch's global one
+        seed:int=None, # int: an own generator; None: torch's global one
     ):
         if not max_change >= 0: raise ValueError(f'max_change is {max_change}, expected at least 0')
         super().__init__(p=p, seed=seed)
@@ -548,7 +548,7 @@ class Cutout(RandBatchTransform):
         size:tuple[float, float]=(.1, .3), # smallest and largest height or width, as a share of the image's
         p:float=1., # probability that an image is changed
         value:float=0, # grey value, or standardised value, of the rectangles
-        seed:int=None, # int: a generator of its own; None: torch's global one
+        seed:int=None, # int: an own generator; None: torch's global one
     ):
         lo, hi = size
         if not 0 < lo <= hi <= 1:

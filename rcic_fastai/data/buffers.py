@@ -23,7 +23,7 @@ class BatchBuffers:
     "uint8 batches whose memory is used again once nothing refers to them."
     def __init__(self,
         shape:Sequence[int], # (C, H, W) of an image
-        pin_memory:bool=False, # memory that a GPU copies from while the program goes on?
+        pin_memory:bool=False, # memory that a GPU copies from while the program runs?
         keep:int=8 # at most so many unused ones
     ):
         self.shape, self.pin_memory, self.keep = tuple(shape), pin_memory, keep

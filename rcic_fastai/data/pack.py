@@ -82,7 +82,7 @@ def _begin(out, plan):
     "Write the plan; clear away what a killed process had half written"
     refuse_linked_folders(out)
     clean_partials(out, deep=True, held=True)
-    if (out/_PLAN).exists(): # zarr writes under names of its own
+    if (out/_PLAN).exists(): # zarr has other temporary names
         for p in (out/'shards').glob('**/*.partial'): p.unlink()
     else: write_json(out/_PLAN, plan)
     for d in (out/'shards', out/_PARTS): d.mkdir(exist_ok=True)

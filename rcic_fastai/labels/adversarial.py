@@ -31,6 +31,7 @@ def _row_aucs(scores, positive):
     right = np.where(positive, (ranks-own)/n, 1 - (ranks-own)/m)
     return right[positive].mean(), right
 
+# %% ../../nbs/50_labels.adversarial.ipynb #abff0e68
 def auc_interval(
     scores:np.ndarray, # (N,) any numbers
     positive:np.ndarray, # (N,) bool: which rows should have the larger scores
@@ -43,15 +44,20 @@ def auc_interval(
     Source: DeLong et al. (1988); Obuchowski (1997) for groups.
     """
     scores, positive = np.asarray(scores, np.float64), np.asarray(positive, bool)
-    if scores.shape!=positive.shape or scores.ndim!=1: raise ValueError(f'scores have shape {scores.shape} and labels {positive.shape}, expected the same (rows,)')
-    if not np.isfinite(scores).all(): raise ValueError(f'row {np.argmin(np.isfinite(scores))} has the score {scores[np.argmin(np.isfinite(scores))]}, expected finite numbers')
-    if positive.all() or not positive.any(): raise ValueError(f'{positive.sum()} of {len(positive)} rows are positive: expected some of both kinds')
+    if scores.shape != positive.shape or scores.ndim != 1:
+        raise ValueError(f'scores have shape {scores.shape} and labels {positive.shape}, expected the same (rows,)')
+    if not np.isfinite(scores).all():
+        row = np.argmin(np.isfinite(scores))
+        raise ValueError(f'row {row} has the score {scores[row]}, expected finite numbers')
+    if positive.all() or not positive.any():
+        raise ValueError(f'{positive.sum()} of {len(positive)} rows are positive: expected some of both kinds')
     codes, (auc, right) = _group_codes(groups, len(scores)), _row_aucs(scores, positive)
     fewest = min(len(np.unique(codes[positive])), len(np.unique(codes[~positive])))
     if auc in (0, 1):
         bound = ((1-confidence)/2)**(1/fewest)
         return (1., bound, 1.) if auc else (0., 0., 1-bound)
-    pull = np.bincount(codes, (right-auc)/np.where(positive, positive.sum(), (~positive).sum())) # what each group adds to the error
+    # what each group adds to the error
+    pull = np.bincount(codes, (right-auc)/np.where(positive, positive.sum(), (~positive).sum()))
     se = np.sqrt((pull**2).sum()*len(pull)/max(1, len(pull)-1))/(auc*(1-auc)) # of the logit
     low, high = np.log(auc/(1-auc)) + np.array([-1, 1])*norm.ppf((1+confidence)/2)*se
     low, high = (float(1/(1+np.exp(-v))) for v in (low, high))
@@ -60,12 +66,17 @@ def auc_interval(
 # %% ../../nbs/50_labels.adversarial.ipynb #5e5479ca
 def _tables(train, test, names):
     "Both sets as float64 arrays, and the names of their columns"
-    if names is None: names = list(train) if hasattr(train, 'columns') else list(range(np.shape(train)[1])) if np.ndim(train)==2 else None
-    if hasattr(train, 'columns') and hasattr(test, 'columns') and list(train)!=list(test):
-        raise ValueError(f'training and test features differ: {sorted(map(str, set(train)^set(test)))[:5] or "they stand in another order"}')
+    if names is None:
+        names = list(train) if hasattr(train,
+                                       'columns') else list(range(np.shape(train)[1])) if np.ndim(train) == 2 else None
+    if hasattr(train, 'columns') and hasattr(test, 'columns') and list(train) != list(test):
+        differ = sorted(map(str, set(train)^set(test)))[:5] or 'they stand in another order'
+        raise ValueError(f'training and test features differ: {differ}')
     a, b = np.asarray(train, np.float64), np.asarray(test, np.float64)
-    if a.ndim!=2 or b.ndim!=2 or a.shape[1:]!=b.shape[1:]: raise ValueError(f'training features have shape {a.shape}, test features {b.shape}: expected (rows, features) with the same features')
-    if len(names)!=a.shape[1]: raise ValueError(f'{len(names)} names for {a.shape[1]} features')
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1:] != b.shape[1:]:
+        expected = '(rows, features) with the same features'
+        raise ValueError(f'training features have shape {a.shape}, test features {b.shape}: expected {expected}')
+    if len(names) != a.shape[1]: raise ValueError(f'{len(names)} names for {a.shape[1]} features')
     for x, which in ((a, 'training'), (b, 'test')):
         if not len(x): raise ValueError(f'there are no {which} rows')
         if not np.isfinite(x).all():
@@ -77,6 +88,7 @@ def default_classifier() -> BaseEstimator:
     "A standardised logistic regression that takes both sets for equally likely."
     return make_pipeline(StandardScaler(), LogisticRegression(C=.1, class_weight='balanced', max_iter=2000))
 
+# %% ../../nbs/50_labels.adversarial.ipynb #65387cb9
 def probability_of_test(
     train:ArrayLike, # (N, F) features of training images: array or table
     test:ArrayLike, # (M, F) features of test images
@@ -85,16 +97,22 @@ def probability_of_test(
     n_folds:int=5, # of the cross-validation
     seed:int=0 # of its folds
 ) -> np.ndarray: # (N+M,) 0 to 1, training rows first
-    "Probability that each row is a test image, from models that saw neither the row nor its group. Raises: ValueError for features that do not fit."
+    """Probability that each row is a test image, from models that saw neither the row nor its group.
+
+    Raises: ValueError for features that do not fit.
+    """
     a, b, _ = _tables(train, test, None)
     x, y = np.vstack([a, b]), np.arange(len(a)+len(b))>=len(a)
     folds, out = grouped_folds(np.stack([~y, y], 1).astype(np.uint8), groups, n_folds, seed), np.empty(len(x))
     for f in range(n_folds):
-        rest = folds!=f
-        if y[rest].all() or not y[rest].any(): raise ValueError(f'all rows outside fold {f} are of one set: the groups are too large for {n_folds} folds')
-        out[~rest] = clone(default_classifier() if model is None else model).fit(x[rest], y[rest]).predict_proba(x[~rest])[:, 1]
+        rest = folds != f
+        if y[rest].all() or not y[rest].any():
+            raise ValueError(f'all rows outside fold {f} are of one set: the groups are too large for {n_folds} folds')
+        fitted = clone(default_classifier() if model is None else model).fit(x[rest], y[rest])
+        out[~rest] = fitted.predict_proba(x[~rest])[:, 1]
     return out
 
+# %% ../../nbs/50_labels.adversarial.ipynb #da23105f
 def adversarial_report(
     train:ArrayLike, # (N, F) features of training images: array or table
     test:ArrayLike, # (M, F) features of test images
@@ -103,19 +121,23 @@ def adversarial_report(
     models:dict|None=None, # scikit-learn classifiers by name; None: a logistic regression
     n_folds:int=5, # for the models
     seed:int=0 # of the folds
-) -> pd.DataFrame: # a row per model, then one per feature, those furthest from .5 first: auc, low, high, mean in both sets, `differs`
-    """How well models and single features tell training from test images.
+) -> pd.DataFrame: # a row per model, then one per feature, those furthest from .5 first
+    """How well models and single features tell training from test images: AUC, its interval, the mean in both sets.
 
-    An AUC below .5 means smaller values in the test set. `differs` says whether .5 is outside the 95 % interval; of 20 features that do not differ, one will.
+    An AUC below .5 means smaller values in the test set. `differs` says whether .5 is outside the 95 % interval; of 20
+    features that do not differ, one will.
     Raises: ValueError for features that do not fit or are not finite.
     """
     a, b, names = _tables(train, test, names)
     y, rows = np.arange(len(a)+len(b))>=len(a), []
     for name, model in ({'logistic regression': None} if models is None else models).items():
-        rows.append(('model', name, *auc_interval(probability_of_test(a, b, groups, model, n_folds, seed), y, groups), np.nan, np.nan))
-    single = [('feature', n, *auc_interval(np.append(a[:, i], b[:, i]), y, groups), a[:, i].mean(), b[:, i].mean()) for i, n in enumerate(names)]
+        rows.append(('model', name, *auc_interval(probability_of_test(a, b, groups, model, n_folds, seed), y, groups),
+                     np.nan, np.nan))
+    single = [('feature', n, *auc_interval(np.append(a[:, i], b[:, i]), y, groups), a[:, i].mean(),
+               b[:, i].mean()) for i, n in enumerate(names)]
     rows += sorted(single, key=lambda r: -abs(r[2]-.5))
-    table = pd.DataFrame(rows, columns=['kind', 'name', 'auc', 'low', 'high', 'mean train', 'mean test']).set_index('name')
+    table = pd.DataFrame(rows,
+                         columns=['kind', 'name', 'auc', 'low', 'high', 'mean train', 'mean test']).set_index('name')
     return table.assign(differs=(table.low>.5)|(table.high<.5))
 
 # %% ../../nbs/50_labels.adversarial.ipynb #834996c2
@@ -129,8 +151,11 @@ class ValidationChoice:
     table:pd.DataFrame # rows, auc, low, high for 'weighted', 'top' and 'random' (means over several random sets)
     absent:list # classes (columns of y) that are not in it, as their groups cannot be divided
 
+# %% ../../nbs/50_labels.adversarial.ipynb #f30b094c
 def _take(keys, sizes, n, counts, min_positives):
-    "Groups with the largest keys, up to n rows; first what gives each class its positives, never the last group of a class"
+    """Groups with the largest keys, up to n rows; first what gives each class its positives, never the last group of a
+    class
+    """
     order, has, taken = np.argsort(-keys, kind='stable'), counts>0, np.zeros(len(sizes), bool)
     left, rows = has.sum(0), 0
     def take(g):
@@ -149,17 +174,31 @@ def _take(keys, sizes, n, counts, min_positives):
 def _group_counts(y, own):
     "Positives of each class in each group (G, K); no class without labels"
     y = np.zeros((len(own), 0)) if y is None else np.asarray(y)
-    if y.ndim!=2 or len(y)!=len(own): raise ValueError(f'labels of shape {y.shape}, expected a row for each of the {len(own)} training images')
+    if y.ndim != 2 or len(y) != len(own):
+        raise ValueError(f'labels of shape {y.shape}, expected a row for each of the {len(own)} training images')
     return np.stack([np.bincount(own, c) for c in y.T], 1) if y.shape[1] else np.zeros((own.max()+1, 0))
 
+# %% ../../nbs/50_labels.adversarial.ipynb #d712896d
 def _told_apart(mask, a, b, codes, model, n_folds, seed):
     "Number of chosen rows, and the AUC with its interval of a new model that tells them from the test set"
     both = np.append(codes[:len(a)][mask], codes[len(a):])
     n_groups = len(np.unique(codes[:len(a)][mask]))
-    if n_groups<2: raise ValueError(f'{n_groups} groups fit into the validation set, expected 2 or more: choose a larger share')
+    if n_groups<2:
+        raise ValueError(f'{n_groups} groups fit into the validation set, expected 2 or more: choose a larger share')
     p = probability_of_test(a[mask], b, both, model, min(n_folds, n_groups), seed+1)
     return mask.sum(), *auc_interval(p, np.arange(len(both))>=mask.sum(), both)
 
+# %% ../../nbs/50_labels.adversarial.ipynb #aac81d46
+def _chosen_rows(own, p, n, counts, min_positives, n_random, seed):
+    "Masks of training rows for each way to choose groups, from the probability of each row"
+    sizes, p = np.bincount(own), np.clip(p, 1e-6, 1-1e-6)
+    scores = np.bincount(own, np.log(p/(1-p)))/sizes
+    rng = np.random.default_rng((seed, 1)) # another stream than that of the folds
+    noise = rng.gumbel(size=(n_random+1, len(sizes))) # the largest of log weight + Gumbel noise is a draw by weight
+    ways = {'weighted': [scores+noise[0]], 'top': [scores], 'random': list(noise[1:])}
+    return {way: [_take(k, sizes, n, counts, min_positives)[own] for k in keys] for way, keys in ways.items()}
+
+# %% ../../nbs/50_labels.adversarial.ipynb #316c2c1a
 def choose_validation(
     train:ArrayLike, # (N, F) features of training images: array or table
     test:ArrayLike, # (M, F) features of test images
@@ -167,27 +206,26 @@ def choose_validation(
     groups:Sequence|np.ndarray=None, # (N+M,) training rows first; None: each on its own
     y:ArrayLike=None, # (N, K) labels 0 or 1: keep every class in both parts
     min_positives:int=1, # images of each class in the validation set
-    how:str='nearest', # 'weighted': drawn by odds; 'top': highest scores; 'nearest': the one of these with an AUC nearer .5
+    how:str='nearest', # 'weighted': drawn by odds; 'top': highest scores; 'nearest': which has an AUC nearer .5
     model:BaseEstimator=None, # scikit-learn classifier; None: `default_classifier()`
     n_folds:int=5, # of the cross-validation
     n_random:int=3, # random sets to compare with
     seed:int=0 # of folds and draws
 ) -> ValidationChoice: # rows, how they were chosen, and what was measured
-    "Choose whole groups of training images that look like the test set. Raises: ValueError for features, groups, labels or settings that do not fit."
+    """Choose whole groups of training images that look like the test set.
+
+    Raises: ValueError for features, groups, labels or settings that do not fit.
+    """
     if how not in ('nearest', *_HOW[:2]): raise ValueError(f"how is {how!r}, expected 'nearest', 'weighted' or 'top'")
     if not 0<share<1: raise ValueError(f'share is {share}, expected a share of the training rows between 0 and 1')
     a, b, _ = _tables(train, test, None)
     codes, p = _group_codes(groups, len(a)+len(b)), probability_of_test(a, b, groups, model, n_folds, seed)
     own = pd.factorize(codes[:len(a)])[0] # groups of the training rows
-    sizes, p = np.bincount(own), np.clip(p[:len(a)], 1e-6, 1-1e-6)
-    scores, rng = np.bincount(own, np.log(p/(1-p)))/sizes, np.random.default_rng((seed, 1)) # another stream than that of the folds
-    noise = rng.gumbel(size=(n_random+1, len(sizes))) # the largest of log weight + Gumbel noise is a draw by weight
-    ways = {'weighted': [scores+noise[0]], 'top': [scores], 'random': list(noise[1:])}
-    counts = _group_counts(y, own)
-    found = {way: [_take(k, sizes, share*len(a), counts, min_positives)[own] for k in keys] for way, keys in ways.items()}
-    table = pd.DataFrame([(way, *np.mean([_told_apart(m, a, b, codes, model, n_folds, seed) for m in ms], 0)) for way, ms in found.items() if ms],
+    found = _chosen_rows(own, p[:len(a)], share*len(a), _group_counts(y, own), min_positives, n_random, seed)
+    told = lambda masks: np.mean([_told_apart(m, a, b, codes, model, n_folds, seed) for m in masks], 0)
+    table = pd.DataFrame([(way, *told(masks)) for way, masks in found.items() if masks],
                          columns=['how', 'rows', 'auc', 'low', 'high']).set_index('how').astype({'rows': int})
-    if how=='nearest': how = (table.auc[list(_HOW[:2])]-.5).abs().idxmin()
+    if how == 'nearest': how = (table.auc[list(_HOW[:2])]-.5).abs().idxmin()
     rows = found[how][0]
     absent = [] if y is None else np.flatnonzero(~np.asarray(y)[rows].any(0)).tolist()
     return ValidationChoice(rows, how, table, absent)

@@ -23,7 +23,7 @@ from ..screen.labels import _binary
 # %% ../../nbs/50_labels.metrics.ipynb #4768a8a1
 def _check_pair(y, pred) -> tuple[np.ndarray, np.ndarray]:
     y, pred = _binary(y, 'y'), _binary(pred, 'pred')
-    if y.shape!=pred.shape: raise ValueError(f'y has shape {y.shape} and pred {pred.shape}, expected the same')
+    if y.shape != pred.shape: raise ValueError(f'y has shape {y.shape} and pred {pred.shape}, expected the same')
     return y, pred
 
 def _share(part, whole):
@@ -56,8 +56,10 @@ def f1_floors(
     "Macro-F1 of three constant answers: all classes, the most frequent class, the two most frequent ones."
     y = _binary(y, 'y')
     counts = y.sum(0, dtype=np.int64)
-    f1, top = _share(2*counts, counts+len(y)), np.argsort(-counts, kind='stable') # F1 of answering a class for every image
-    answers = {'always all classes': top, 'always the most frequent class': top[:1], 'always the two most frequent': top[:2]}
+    # F1 of answering a class for every image
+    f1, top = _share(2*counts, counts+len(y)), np.argsort(-counts, kind='stable')
+    answers = {'always all classes': top, 'always the most frequent class': top[:1],
+               'always the two most frequent': top[:2]}
     return pd.Series({name: f1[classes].sum()/y.shape[1] for name, classes in answers.items()}, name='macro_f1')
 
 # %% ../../nbs/50_labels.metrics.ipynb #0244cd8e
@@ -65,8 +67,9 @@ def _group_sums(x, groups):
     "Sums of the rows (N, C) within groups: float64 (G, C); None: every row is a group"
     if groups is None: return x.astype(np.float64)
     codes, found = pd.factorize(np.asarray(groups))
-    if codes.shape!=(len(x),): raise ValueError(f'there are {len(codes):,} groups for {len(x):,} images')
-    if (codes<0).any(): raise ValueError(f'image {np.argmin(codes)} has no group; expected one for every image, or groups=None')
+    if codes.shape != (len(x),): raise ValueError(f'there are {len(codes):,} groups for {len(x):,} images')
+    if (codes<0).any():
+        raise ValueError(f'image {np.argmin(codes)} has no group; expected one for every image, or groups=None')
     return csr_array((np.ones(len(x)), (codes, np.arange(len(x)))), shape=(len(found), len(x))) @ x.astype(np.float64)
 
 def _resampled_f1(y, pred, groups, n_boot, seed, chunk=100):
@@ -90,7 +93,7 @@ def _reflected(score, resampled):
 def macro_f1_interval(
     y:ArrayLike, # (N, K) of 0 and 1: labels
     pred:ArrayLike, # (N, K) of 0 and 1: predicted labels
-    groups:ArrayLike=None, # (N,) what is drawn as a whole, such as the antibody of each image; None: images are drawn one by one
+    groups:ArrayLike=None, # (N,) what is drawn as a whole, such as the antibody; None: images one by one
     n_boot:int=200, # resamples
     seed:int=0 # of the draws
 ) -> tuple: # float low, float high
@@ -105,21 +108,23 @@ def macro_f1_interval(
 # %% ../../nbs/50_labels.metrics.ipynb #4632d169
 def _check_names(names, n_classes) -> list:
     names = list(range(n_classes)) if names is None else list(names)
-    if len(names)!=n_classes: raise ValueError(f'there are {len(names)} names for {n_classes} classes')
-    if len(set(names))<len(names): raise ValueError(f'the name {next(n for n in names if names.count(n)>1)!r} is given to two classes')
+    if len(names) != n_classes: raise ValueError(f'there are {len(names)} names for {n_classes} classes')
+    if len(set(names))<len(names):
+        raise ValueError(f'the name {next(n for n in names if names.count(n)>1)!r} is given to two classes')
     return names
 
+# %% ../../nbs/50_labels.metrics.ipynb #2ff1c6e1
 def f1_table(
     y:ArrayLike, # (N, K) of 0 and 1: labels
     pred:ArrayLike, # (N, K) of 0 and 1: predicted labels
     names:Sequence[str]=None, # K names of classes; None: their numbers
-    thresholds:ArrayLike=None, # (K,) or one number: shown beside the scores
-    groups:ArrayLike=None, # (N,) what is drawn as a whole, such as the antibody of each image; None: images are drawn one by one
+    thresholds:ArrayLike=None, # (K,) or one number: shown next to the scores
+    groups:ArrayLike=None, # (N,) what is drawn as a whole, such as the antibody; None: images one by one
     n_boot:int=200, # resamples; 0: no intervals
     seed:int=0 # of the draws
-) -> pd.DataFrame: # a row per class, then 'macro': support, [groups,] predicted, precision, recall, f1, low, high[, threshold]
-    """Precision, recall and F1 of each class, with the 95 % interval of F1; the last row sums the counts and averages the scores, with the interval of
-    `macro_f1_interval`.
+) -> pd.DataFrame: # a row per class, then 'macro'
+    """Precision, recall and F1 of each class, with the 95 % interval of F1; the last row sums the counts and averages
+    the scores, with the interval of `macro_f1_interval`.
 
     `groups` is the number of groups with the class, `threshold` what was given; both are left out otherwise.
     Raises: ValueError if shapes differ, there are no images, an image has no group, or names do not fit the classes.
@@ -127,8 +132,10 @@ def f1_table(
     y, pred = _check_pair(y, pred)
     names, tp, f1 = _check_names(names, y.shape[1]), (y & pred).sum(0), f1_scores(y, pred)
     resampled = _resampled_f1(y, pred, groups, n_boot, seed)
-    columns = dict(support=y.sum(0).astype(int), groups=(_group_sums(y, groups)>0).sum(0), predicted=pred.sum(0).astype(int), precision=_share(tp, pred.sum(0)),
-                   recall=_share(tp, y.sum(0)), f1=f1, low=np.percentile(resampled, 2.5, axis=0), high=np.percentile(resampled, 97.5, axis=0))
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+    columns = dict(support=y.sum(0).astype(int), groups=(_group_sums(y, groups)>0).sum(0),
+                   predicted=pred.sum(0).astype(int),
+                   precision=_share(tp, pred.sum(0)), recall=_share(tp, y.sum(0)), f1=f1, low=low, high=high)
     if groups is None: del columns['groups']
     table = pd.DataFrame(columns, index=pd.Index(names, dtype=object, name='class'))
     macro = table.mean().to_frame('macro').T
@@ -144,30 +151,33 @@ def _without(ids, exclude, n):
     "Rows, as bool (N,), whose id is not to be excluded"
     if ids is None: raise ValueError('`exclude` names images by id: pass the `ids` of the rows, too')
     ids = pd.Index(np.asarray(ids, dtype=object))
-    if len(ids)!=n: raise ValueError(f'there are {len(ids):,} ids for {n:,} images')
+    if len(ids) != n: raise ValueError(f'there are {len(ids):,} ids for {n:,} images')
     if ids.has_duplicates: raise ValueError(f'id {ids[ids.duplicated()][0]!r} occurs more than once')
     keep = ~ids.isin(list(exclude))
     if not keep.any(): raise ValueError(f'all {n:,} images are excluded: none is left to score')
     return keep
 
+# %% ../../nbs/50_labels.metrics.ipynb #0539490e
 def label_report(
     y:ArrayLike, # (N, K) of 0 and 1: labels
     pred:ArrayLike, # (N, K) of 0 and 1: predicted labels
     ids:ArrayLike=None, # (N,) id of each image; only needed for `exclude`
-    exclude:Iterable=None, # ids of images that have a twin in the training set; those that are not among `ids` do not matter
+    exclude:Iterable=None, # ids of images that have a twin in the training set; others do not matter
     groups:ArrayLike=None, # (N,) what is drawn as a whole for the intervals, such as the antibody of each image
     n_boot:int=200, # resamples
     seed:int=0 # of the draws
-) -> pd.DataFrame: # rows 'all images', 'without duplicates' if any are to be excluded, and `f1_floors`: images, macro_f1, low, high
+) -> pd.DataFrame: # rows 'all images', 'without duplicates' and `f1_floors`: images, macro_f1, low, high
     """Macro-F1 with its 95 % interval, the same without duplicated images, and the floors of all images.
 
-    Raises: ValueError if shapes differ, there are no images, `exclude` comes without `ids` or leaves no image, or an id occurs twice.
+    Raises: ValueError if shapes differ, there are no images, `exclude` comes without `ids` or leaves no image, or an id
+    occurs twice.
     """
     y, pred = _check_pair(y, pred)
     groups = None if groups is None else np.asarray(groups)
     parts = {'all images': np.ones(len(y), bool)}
     if exclude is not None: parts['without duplicates'] = _without(ids, exclude, len(y))
-    rows = {name: (m.sum(), macro_f1(y[m], pred[m]), *macro_f1_interval(y[m], pred[m], groups if groups is None else groups[m], n_boot, seed))
+    rows = {name: (m.sum(), macro_f1(y[m], pred[m]),
+                   *macro_f1_interval(y[m], pred[m], groups if groups is None else groups[m], n_boot, seed))
             for name, m in parts.items()}
     rows.update({name: (len(y), floor, np.nan, np.nan) for name, floor in f1_floors(y).items()})
     return pd.DataFrame.from_dict(rows, orient='index', columns=['images', 'macro_f1', 'low', 'high'])
@@ -177,15 +187,15 @@ def average_precision(
     y:ArrayLike, # (N, K) of 0 and 1: labels; a row of -1 is unknown and left out
     p:np.ndarray, # (N, K) float: probabilities or logits, higher is more certain
     average:str|None='macro' # None: a value for each class
-) -> float|np.ndarray: # float: mean over the classes with a positive image, nan if there is none; or float64 (K,) with nan for classes without
+) -> float|np.ndarray: # mean over the classes with a positive image; or float64 (K,), NaN for a class without
     """Average precision over the classes that occur, as scikit-learn computes it.
 
     Raises: ValueError if shapes differ, a label is neither 0 nor 1, or a score is not finite.
     """
     if average not in ('macro', None): raise ValueError(f"average is {average!r}, expected 'macro' or None")
     y, p = np.asarray(y), np.asarray(p)
-    if y.shape!=p.shape: raise ValueError(f'y has shape {y.shape} and p {p.shape}, expected the same')
-    if y.ndim==2: p, y = p[known := (y!=-1).any(1)], y[known]
+    if y.shape != p.shape: raise ValueError(f'y has shape {y.shape} and p {p.shape}, expected the same')
+    if y.ndim == 2: p, y = p[known := (y != -1).any(1)], y[known]
     y = _binary(y, 'y')
     if not np.isfinite(p).all():
         row, col = np.argwhere(~np.isfinite(p))[0]
@@ -198,7 +208,7 @@ def average_precision(
 def co_occurrence(
     y:ArrayLike, # (N, K) of 0 and 1: labels
     names:Sequence[str]=None, # K names of classes; None: their numbers
-    share:bool=False # of the images of the row's class, the share that has the column's, too; False: the number of images
+    share:bool=False # of the images of the row's class, the share that has the column's, too; False: their number
 ) -> pd.DataFrame: # (K, K), a class in rows and columns: int, or float 0 to 1 (nan for a class without images)
     "In how many images two classes occur together; on the diagonal, in how many a class occurs."
     y = _binary(y, 'y').astype(np.int64)
@@ -206,18 +216,22 @@ def co_occurrence(
     table = pd.DataFrame(counts, index=names, columns=names)
     return table.div(table.to_numpy().diagonal(), axis=0) if share else table
 
+# %% ../../nbs/50_labels.metrics.ipynb #8e2780c0
 def plot_co_occurrence(
     y:ArrayLike, # (N, K) of 0 and 1: labels
     names:Sequence[str]=None, # K names of classes; None: their numbers
     ax:plt.Axes=None # matplotlib axes; None: new ones
 ) -> plt.Axes: # matplotlib axes
-    "A map of the shares of `co_occurrence`: of the images of the row's class, how many have the column's, too; beside the name, images of the class."
+    """A map of the shares of `co_occurrence`: of the images of the row's class, how many have the column's, too; beside
+    the name, images of the class.
+    """
     table, counts = co_occurrence(y, names, share=True), _binary(y, 'y').sum(0)
     k = len(table)
     if ax is None: ax = plt.subplots(figsize=(1.8+.15*k, 1.4+.15*k))[1]
     shown = np.where(np.eye(k, dtype=bool), np.nan, table)
     cmap = plt.get_cmap('viridis').with_extremes(bad='.92') # the diagonal, and classes without images
-    image = ax.imshow(shown, cmap=cmap, norm=PowerNorm(.5, 0, max(np.nanmax(shown, initial=0), .01))) # small shares are most of them
+    # small shares are most of them
+    image = ax.imshow(shown, cmap=cmap, norm=PowerNorm(.5, 0, max(np.nanmax(shown, initial=0), .01)))
     ax.set_yticks(range(k), [f'{name}  {n:,}' for name, n in zip(table.index, counts)], fontsize=6)
     ax.set_xticks(range(k), table.columns, fontsize=6, rotation=90)
     ax.tick_params(length=0)
@@ -239,36 +253,45 @@ def class_graph(
     for i, j in zip(*np.triu_indices(len(c), 1)):
         chance = total[i]*total[j]/n if n else 0
         if not chance or c[i, j]<min_count or c[i, j]<min_lift*chance: continue
-        spread = np.sqrt(total[i]*(n-total[i])*1.*total[j]*(n-total[j])) # 0 where a class is in all images: no correlation
+        # 0 where a class is in all images: no correlation
+        spread = np.sqrt(total[i]*(n-total[i])*1.*total[j]*(n-total[j]))
         phi = float((n*c[i, j]-total[i]*total[j])/spread) if spread else np.nan
         graph.add_edge(counts.index[i], counts.index[j], count=int(c[i, j]), lift=float(c[i, j]/chance), phi=phi)
     return graph
 
+# %% ../../nbs/50_labels.metrics.ipynb #75c5c202
 def _circle(graph):
     "Names in an order that brings the classes of strong edges together: the same for the same graph"
     tree, order = nx.maximum_spanning_tree(graph, weight='lift'), []
-    for part in sorted(nx.connected_components(tree), key=len, reverse=True): # `sorted` keeps the order of equals, that of the classes
+    # `sorted` keeps the order of equals, that of the classes
+    for part in sorted(nx.connected_components(tree), key=len, reverse=True):
         first = max((node for node in graph if node in part), key=lambda node: graph.degree(node))
         order += nx.dfs_preorder_nodes(tree, first)
     return order
 
+# %% ../../nbs/50_labels.metrics.ipynb #9afdaf0d
 def plot_class_graph(
     graph:nx.Graph, # from `class_graph`
     ax:plt.Axes=None # matplotlib axes; None: new ones
 ) -> plt.Axes: # matplotlib axes
-    "Classes on a circle, related ones near each other: larger with more images, edges wider with more lift, grey without relations."
+    """Classes on a circle, related ones near each other: larger with more images, edges wider with more lift, grey
+    without relations.
+    """
     if ax is None: ax = plt.subplots(figsize=(5.6, 5.6))[1]
     order = _circle(graph)
     angles = dict(zip(order, 2*np.pi*np.arange(len(order))/max(len(order), 1)))
     positions = {node: (np.cos(a), np.sin(a)) for node, a in angles.items()}
     radius = {node: 2+.8*n**.25 for node, n in graph.nodes(data='count')} # points
-    nx.draw_networkx_edges(graph, positions, ax=ax, width=[.8+np.log(max(l, 1)) for *_, l in graph.edges(data='lift')], edge_color='tab:orange', alpha=.7)
+    nx.draw_networkx_edges(graph, positions, ax=ax, width=[.8+np.log(max(l, 1)) for *_, l in graph.edges(data='lift')],
+                           edge_color='tab:orange', alpha=.7)
     nx.draw_networkx_nodes(graph, positions, ax=ax, node_size=[4*radius[n]**2 for n in graph],
                            node_color=['tab:blue' if graph.degree(n) else '.75' for n in graph])
     for node, a in angles.items():
         left, out = np.cos(a)<-1e-9, radius[node]+4
-        ax.annotate(f"{node}  {graph.nodes[node]['count']:,}", positions[node], (out*np.cos(a), out*np.sin(a)), textcoords='offset points', fontsize=7,
-                    rotation=np.degrees(a)+180*left, rotation_mode='anchor', va='center', ha='right' if left else 'left',
+        ax.annotate(f"{node}  {graph.nodes[node]['count']:,}", positions[node], (out*np.cos(a), out*np.sin(a)),
+                    textcoords='offset points', fontsize=7,
+                    rotation=np.degrees(a)+180*left, rotation_mode='anchor', va='center',
+                    ha='right' if left else 'left',
                     color='k' if graph.degree(node) else '.5')
     ax.set(xlim=(-2, 2), ylim=(-2, 2), aspect='equal')
     ax.axis('off')

@@ -34,21 +34,25 @@ def _statistics_of(x, names, size):
     out |= {f'correlation {names[i]}-{names[j]}': corr[i, j] for i, j in itertools.combinations(range(c), 2)}
     return out | {'brightness': mean.mean()/full} | (dict(height=h, width=w) if size else {})
 
+# %% ../../nbs/50_labels.pixel_statistics.ipynb #2b646406
 def image_statistics(
     x:np.ndarray, # images, uint8 or uint16 (N, C, H, W), or one of them (C, H, W)
     names:Sequence[str]|None=None, # of the channels; None: 0, 1, ...
     size:bool=False # height and width in pixels too? Often confounded with where an image comes from
-) -> pd.DataFrame: # N rows; for each channel `mean`, `nonzero mean`, `nonzero share` (all 0-1), `correlation` of each pair (-1 to 1), `brightness`
+) -> pd.DataFrame: # N rows; `mean`, `nonzero mean`, `nonzero share` of a channel, `correlation` of a pair, `brightness`
     """Numbers that describe images without their content.
 
-    Raises: ValueError if the array is not one of 8-bit or 16-bit images, has no pixels, or names are not one per channel.
+    Raises: ValueError if the array is not one of 8-bit or 16-bit images, has no pixels, or names are not one per
+    channel.
     """
     x = np.asarray(x)
-    if x.ndim==3: x = x[None]
-    if x.ndim!=4 or x.dtype not in (np.uint8, np.uint16) or 0 in x.shape[1:]:
-        raise ValueError(f'images of type {x.dtype} and shape {x.shape}, expected uint8 or uint16 and (images, channels, height, width)')
+    if x.ndim == 3: x = x[None]
+    if x.ndim != 4 or x.dtype not in (np.uint8, np.uint16) or 0 in x.shape[1:]:
+        expected = 'uint8 or uint16 and (images, channels, height, width)'
+        raise ValueError(f'images of type {x.dtype} and shape {x.shape}, expected {expected}')
     names = [str(i) for i in range(x.shape[1])] if names is None else list(names)
-    if len(names)!=x.shape[1]: raise ValueError(f'{len(names)} names {names}, but the images have {x.shape[1]} channels')
+    if len(names) != x.shape[1]:
+        raise ValueError(f'{len(names)} names {names}, but the images have {x.shape[1]} channels')
     return pd.DataFrame([_statistics_of(im, names, size) for im in x])
 
 # %% ../../nbs/50_labels.pixel_statistics.ipynb #257a0ac1
@@ -67,7 +71,8 @@ def site_statistics(
     def read(f): return image_statistics(read_site(f, channels), names, size)
     index = files.index if isinstance(files, pd.Series) else pd.RangeIndex(len(files))
     hidden, rows = None if progress and not os.environ.get('TQDM_DISABLE') else True, []
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(files), desc='Statistics', unit='site', disable=hidden) as bar:
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(files), desc='Statistics', unit='site',
+                                                   disable=hidden) as bar:
         for row in pool.map(read, files):
             rows.append(row); bar.update()
     return pd.concat(rows, ignore_index=True).set_axis(index) if rows else pd.DataFrame(index=index)

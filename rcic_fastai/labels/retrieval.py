@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, clone
 
@@ -28,13 +29,32 @@ def unit_rows(
     Raises: ValueError if they are no matrix, or a value is not finite.
     """
     x = np.asarray(x, np.float32)
-    if x.ndim!=2: raise ValueError(f'{what} have shape {x.shape}, expected (images, features)')
+    if x.ndim != 2: raise ValueError(f'{what} have shape {x.shape}, expected (images, features)')
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad): raise ValueError(f'{what}: row {bad[0]} has a value that is not finite')
     largest = np.abs(x).max(1, keepdims=True, initial=0) # first to a scale at which squares neither vanish nor overflow
     x = np.divide(x, largest, out=np.zeros_like(x), where=largest > 0)
     return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1)
 
+# %% ../../nbs/51_labels.retrieval.ipynb #69de39d6
+def _best_of_gallery(q, own, known, codes, k):
+    "Cosines and rows (m, k or fewer) of the most similar of all parts of the gallery; None for an empty one"
+    best:tuple|None = None
+    start = 0
+    for g in known:
+        c, empty = q@g.T, ~g.any(1)
+        if own is not None: c.masked_fill_(own[:, None] == codes[None, start:start+len(g)], -torch.inf)
+        if empty.any(): c[:, empty] = -torch.inf
+        top, at = c.topk(min(k, len(g)), 1)
+        found = (top, at+start)
+        best = found if best is None else tuple(torch.cat(parts, 1) for parts in zip(best, found))
+        if best[0].shape[1] > k:
+            top, at = best[0].sort(dim=1, descending=True, stable=True)
+            best = top[:, :k], best[1].gather(1, at[:, :k])
+        start += len(g)
+    return best
+
+# %% ../../nbs/51_labels.retrieval.ipynb #5c9484bf
 def nearest_rows(
     queries:np.ndarray, # float32 (M, E) of length 1, or 0, from `unit_rows`
     gallery:np.ndarray, # float32 (N, E), likewise
@@ -42,32 +62,26 @@ def nearest_rows(
     codes:tuple|None=None, # int (M,) and (N,): rows with the same code do not find each other; None: all may
     block:int=1024, # queries at a time; of the gallery it is 8 times as many
     device:str|torch.device='cpu' # where it is computed
-) -> tuple[np.ndarray, np.ndarray]: # cosines float32 (M, k), the highest first; rows of the gallery int64 (M, k), -1 with cosine -inf where there is none
-    """The most similar rows of a gallery, in memory that does not grow with it.
+) -> tuple[np.ndarray, np.ndarray]: # cosines float32 (M, k), the highest first; rows of the gallery int64 (M, k)
+    """The most similar rows of a gallery, in memory that does not grow with it; -inf and -1 where there is none.
 
     Raises: ValueError if the numbers of features differ, or `k` is below 1.
     """
-    if queries.shape[1]!=gallery.shape[1]: raise ValueError(f'queries have {queries.shape[1]} features and the gallery {gallery.shape[1]}')
+    if queries.shape[1] != gallery.shape[1]:
+        raise ValueError(f'queries have {queries.shape[1]} features and the gallery {gallery.shape[1]}')
     if k < 1: raise ValueError(f'k is {k}, expected 1 or more')
     to = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(device)
     known = [to(gallery[j:j+8*block]) for j in range(0, len(gallery), 8*block)]
-    zero = [~g.any(1) for g in known]
-    own = None if codes is None else (to(np.asarray(codes[0])), to(np.asarray(codes[1])))
+    own, others = (None, None) if codes is None else (to(np.asarray(c)) for c in codes)
     cosines, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
     for i in range(0, len(queries), block):
-        q, best = to(queries[i:i+block]), None
-        for j, (g, empty) in enumerate(zip(known, zero)):
-            c, start = q@g.T, 8*block*j
-            if own is not None: c.masked_fill_(own[0][i:i+block, None]==own[1][None, start:start+len(g)], -torch.inf)
-            if empty.any(): c[:, empty] = -torch.inf
-            top, at = c.topk(min(k, len(g)), 1)
-            best = (top, at+start) if best is None else (torch.cat([best[0], top], 1), torch.cat([best[1], at+start], 1))
-            if best[0].shape[1] > k:
-                top, at = best[0].sort(dim=1, descending=True, stable=True)
-                best = top[:, :k], best[1].gather(1, at[:, :k])
+        part = slice(i, i+block)
+        q = to(queries[part])
+        best = _best_of_gallery(q, None if own is None else own[part], known, others, k)
         if best is None: break
         top = torch.where(q.any(1, keepdim=True), best[0], -torch.inf).clamp(max=1.)
-        cosines[i:i+block, :top.shape[1]], rows[i:i+block, :top.shape[1]] = top.cpu().numpy(), torch.where(top==-torch.inf, -1, best[1]).cpu().numpy()
+        n = top.shape[1]
+        cosines[part, :n], rows[part, :n] = top.cpu().numpy(), torch.where(top == -torch.inf, -1, best[1]).cpu().numpy()
     return cosines, rows
 
 # %% ../../nbs/51_labels.retrieval.ipynb #00187e79
@@ -81,8 +95,11 @@ def apply_prior(
 
     Raises: ValueError if shapes differ, or the weight is no share.
     """
-    p, prior, near = np.asarray(p, np.result_type(np.float32, np.asarray(p).dtype)), np.asarray(prior), np.asarray(near, bool)
-    if p.shape!=prior.shape or near.shape!=p.shape[:1]: raise ValueError(f'probabilities of shape {p.shape}, a prior of {prior.shape} and a mask of {near.shape} do not fit')
+    p = np.asarray(p, np.result_type(np.float32, np.asarray(p).dtype))
+    prior, near = np.asarray(prior), np.asarray(near, bool)
+    if p.shape != prior.shape or near.shape != p.shape[:1]:
+        shapes = f'{p.shape}, a prior of {prior.shape} and a mask of {near.shape}'
+        raise ValueError(f'probabilities of shape {shapes} do not fit')
     if not 0 <= weight <= 1: raise ValueError(f'weight is {weight}, expected a share from 0 to 1')
     return np.where(near[:, None], (1-weight)*p + weight*prior, p).astype(p.dtype)
 
@@ -90,10 +107,10 @@ def apply_prior(
 def _known_rows(y) -> tuple[np.ndarray, np.ndarray]:
     "Labels as a float32 matrix, and which rows are known: no -1 and no NaN"
     y = np.asarray(y, np.float32)
-    if y.ndim!=2: raise ValueError(f'labels have shape {y.shape}, expected (images, classes)')
+    if y.ndim != 2: raise ValueError(f'labels have shape {y.shape}, expected (images, classes)')
     return y, ~(np.isnan(y) | (y < 0)).any(1)
 
-def _missing(groups): return pd.isna(groups) | (groups=='')
+def _missing(groups): return pd.isna(groups) | (groups == '')
 
 def _decided(p, decision): return p if decision is None else (p >= np.asarray(decision)).astype(np.uint8)
 
@@ -104,120 +121,147 @@ def _prior(labels, cosines, rows, threshold):
     for j in range(rows.shape[1]): prior[near[:, j]] += labels[rows[near[:, j], j]]
     return prior/np.maximum(near.sum(1, keepdims=True), 1), near.any(1)
 
+# %% ../../nbs/51_labels.retrieval.ipynb #0569c485
 class Retrieval(BaseEstimator):
     """A prior from the labels of the nearest images of a gallery, as soft as known images say it should be.
 
-    Fitted: `threshold_` (cosine; inf: retrieve nothing), `weight_`, `curve_` (what each threshold is worth), `gallery_`, `labels_`, `rows_` (of what was given to `fit`).
+    Fitted: `threshold_` (cosine; inf: retrieve nothing), `weight_`, `curve_` (what each threshold is worth),
+    `gallery_`, `labels_`, `rows_` (of what was given to `fit`).
     Raises: ValueError from `fit` for a gallery without a known image, or arrays that do not fit.
     Source: retrieval by metric learning, 1st place of the Human Protein Atlas challenge (2019).
     """
+
     def __init__(self,
         k:int=1, # neighbours whose labels are averaged
         threshold:float|None=None, # smallest cosine of a near image; None: chosen in `fit`
         weight:float|None=None, # share of the prior; None: chosen in `fit`, .5 without probabilities
         precision:float=.8, # share of right labels that a threshold chosen without probabilities has to reach
-        decision:float|Sequence[float]|np.ndarray=.5, # thresholds of the probabilities, one number or (K,); None: `score` gets the probabilities
+        decision:float|Sequence[float]|np.ndarray=.5, # thresholds, one or (K,); None: `score` gets the probabilities
         score:Callable=macro_f1, # function of labels and decisions (N, K) that is to be high
         own_group:bool=False, # may an image find others of its own group?
         block:int=1024, # images compared at a time
         device:str='cpu' # where cosines are computed
     ):
-        self.k, self.threshold, self.weight, self.precision, self.decision, self.score = k, threshold, weight, precision, decision, score
+        self.k, self.threshold, self.weight, self.precision = k, threshold, weight, precision
+        self.decision, self.score = decision, score
         self.own_group, self.block, self.device = own_group, block, device
 
-    def fit(self,
-        x:ArrayLike, # (N, E) embeddings of the gallery
-        y:ArrayLike, # (N, K) labels 0 or 1; a row with -1 or NaN is unknown and left out
-        groups:Sequence|np.ndarray=None, # (N,) antibody of each image, or whatever the test images do not share; a missing one is alone; None: all are
-        p:ArrayLike=None # (N, K) the classifier's probabilities, out of fold; rows of NaN take no part in the choice
-    ) -> 'Retrieval':
-        "Keep the gallery; choose threshold and weight on its own images."
-        (y, known), x = _known_rows(y), unit_rows(x, 'embeddings of the gallery')
-        if len(x)!=len(y): raise ValueError(f'{len(x)} embeddings for {len(y)} rows of labels')
-        if not known.any(): raise ValueError(f'the gallery is empty: none of its {len(x)} images has known labels')
-        groups = np.full(len(x), None) if groups is None else np.asarray(groups, object)
-        if len(groups)!=len(x): raise ValueError(f'{len(groups)} groups for {len(x)} embeddings')
-        self.rows_, self.gallery_, self.labels_ = np.flatnonzero(known), x[known], y[known]
-        self._name_groups(groups[known])
-        cosines, rows = self._search(self.gallery_, np.arange(len(self.rows_)) if self.own_group else self.codes_, self.k)
-        if p is not None:
-            p = np.asarray(p, np.float32)
-            if p.shape!=y.shape: raise ValueError(f'probabilities of shape {p.shape} for labels of {y.shape}')
-            self._choose_by_score(p[known], cosines, rows)
-        else: self._choose_by_precision(cosines, rows)
-        return self
+# %% ../../nbs/51_labels.retrieval.ipynb #8f7c81b9
+@patch
+def fit(self:Retrieval,
+    x:ArrayLike, # (N, E) embeddings of the gallery
+    y:ArrayLike, # (N, K) labels 0 or 1; a row with -1 or NaN is unknown and left out
+    groups:Sequence|np.ndarray=None, # (N,) antibody of each image; a missing one is alone
+    p:ArrayLike=None # (N, K) the classifier's probabilities, out of fold; rows of NaN take no part in the choice
+) -> 'Retrieval':
+    "Keep the gallery; choose threshold and weight on its own images."
+    (y, known), x = _known_rows(y), unit_rows(x, 'embeddings of the gallery')
+    if len(x) != len(y): raise ValueError(f'{len(x)} embeddings for {len(y)} rows of labels')
+    if not known.any(): raise ValueError(f'the gallery is empty: none of its {len(x)} images has known labels')
+    groups = np.full(len(x), None) if groups is None else np.asarray(groups, object)
+    if len(groups) != len(x): raise ValueError(f'{len(groups)} groups for {len(x)} embeddings')
+    self.rows_, self.gallery_, self.labels_ = np.flatnonzero(known), x[known], y[known]
+    self._name_groups(groups[known])
+    cosines, rows = self._search(self.gallery_, np.arange(len(self.rows_)) if self.own_group else self.codes_, self.k)
+    if p is not None:
+        p = np.asarray(p, np.float32)
+        if p.shape != y.shape: raise ValueError(f'probabilities of shape {p.shape} for labels of {y.shape}')
+        self._choose_by_score(p[known], cosines, rows)
+    else: self._choose_by_precision(cosines, rows)
+    return self
 
-    def _name_groups(self, groups):
-        "A code for each image of the gallery: its group, or one of its own"
-        missing = _missing(pd.Series(groups, dtype=object)).to_numpy(bool)
-        self.groups_ = pd.Index(pd.unique(pd.Series(groups[~missing], dtype=object)))
-        self.codes_ = np.where(missing, len(self.groups_)+np.arange(len(groups)), self.groups_.get_indexer(groups))
+# %% ../../nbs/51_labels.retrieval.ipynb #6a71eb4c
+@patch
+def _name_groups(self:Retrieval, groups):
+    "A code for each image of the gallery: its group, or a new one"
+    missing = _missing(pd.Series(groups, dtype=object)).to_numpy(bool)
+    self.groups_ = pd.Index(pd.unique(pd.Series(groups[~missing], dtype=object)))
+    self.codes_ = np.where(missing, len(self.groups_)+np.arange(len(groups)), self.groups_.get_indexer(groups))
 
-    def _search(self, x, codes, k):
-        own = np.arange(len(self.gallery_)) if self.own_group else self.codes_
-        return nearest_rows(x, self.gallery_, k, None if codes is None else (codes, own), self.block, self.device)
+@patch
+def _search(self:Retrieval, x, codes, k):
+    own = np.arange(len(self.gallery_)) if self.own_group else self.codes_
+    return nearest_rows(x, self.gallery_, k, None if codes is None else (codes, own), self.block, self.device)
 
-    def _candidates(self, cosines):
-        "Cosines to try as thresholds: finer towards the most similar, and infinity"
-        if self.threshold is not None: return [float(self.threshold)]
-        best = cosines[:, 0][np.isfinite(cosines[:, 0])]
-        return [np.inf, *np.unique(np.quantile(best, 1-np.geomspace(.002, 1, 40)))[::-1].tolist()] if len(best) else [np.inf]
+@patch
+def _candidates(self:Retrieval, cosines):
+    "Cosines to try as thresholds: finer towards the most similar, and infinity"
+    if self.threshold is not None: return [float(self.threshold)]
+    best = cosines[:, 0][np.isfinite(cosines[:, 0])]
+    return [np.inf,
+            *np.unique(np.quantile(best, 1-np.geomspace(.002, 1, 40)))[::-1].tolist()] if len(best) else [np.inf]
 
-    def _choose_by_score(self, p, cosines, rows):
-        judged = ~np.isnan(p).any(1)
-        if not judged.any(): raise ValueError('no image of the gallery has both labels and probabilities, so nothing can be chosen: give no `p`')
-        p, y, found = p[judged], self.labels_[judged].astype(np.uint8), []
-        for t in self._candidates(cosines[judged]):
-            prior, near = _prior(self.labels_, cosines[judged], rows[judged], t)
-            for w in ([self.weight] if self.weight is not None else [.25, .5, .75, 1.]) if near.any() else [0.]:
-                found.append((t, w, near.mean(), _right(y[near], prior[near]), self.score(y, _decided(apply_prior(p, prior, w, near), self.decision))))
-        self.curve_ = pd.DataFrame(found, columns=['threshold', 'weight', 'near', 'precision', 'score'])
-        best = self.curve_.iloc[int(self.curve_.score.to_numpy().argmax())] # the first of equals, which changes least
-        self.threshold_, self.weight_ = float(best.threshold), float(best.weight)
+# %% ../../nbs/51_labels.retrieval.ipynb #e0fda166
+@patch
+def _choose_by_score(self:Retrieval, p, cosines, rows):
+    judged = ~np.isnan(p).any(1)
+    if not judged.any():
+        both = 'both labels and probabilities, so nothing can be chosen: give no `p`'
+        raise ValueError(f'no image of the gallery has {both}')
+    p, y, found = p[judged], self.labels_[judged].astype(np.uint8), []
+    for t in self._candidates(cosines[judged]):
+        prior, near = _prior(self.labels_, cosines[judged], rows[judged], t)
+        for w in ([self.weight] if self.weight is not None else [.25, .5, .75, 1.]) if near.any() else [0.]:
+            found.append((t, w, near.mean(), _right(y[near], prior[near]),
+                          self.score(y, _decided(apply_prior(p, prior, w, near), self.decision))))
+    self.curve_ = pd.DataFrame(found, columns=['threshold', 'weight', 'near', 'precision', 'score'])
+    best = self.curve_.iloc[int(self.curve_.score.to_numpy().argmax())] # the first of equals, which changes least
+    self.threshold_, self.weight_ = float(best.threshold), float(best.weight)
 
-    def _choose_by_precision(self, cosines, rows):
-        y, found = self.labels_.astype(np.uint8), []
-        for t in self._candidates(cosines):
-            prior, near = _prior(self.labels_, cosines, rows, t)
-            found.append((t, near.mean(), _right(y[near], prior[near])))
-        self.curve_ = pd.DataFrame(found, columns=['threshold', 'near', 'precision'])
-        good = self.curve_[self.curve_.precision >= self.precision] # never true of infinity, where nothing is handed over
-        self.threshold_ = float(self.threshold) if self.threshold is not None else float(good.threshold.min()) if len(good) else np.inf
-        self.weight_ = .5 if self.weight is None else self.weight
+@patch
+def _choose_by_precision(self:Retrieval, cosines, rows):
+    y, found = self.labels_.astype(np.uint8), []
+    for t in self._candidates(cosines):
+        prior, near = _prior(self.labels_, cosines, rows, t)
+        found.append((t, near.mean(), _right(y[near], prior[near])))
+    self.curve_ = pd.DataFrame(found, columns=['threshold', 'near', 'precision'])
+    good = self.curve_[self.curve_.precision >= self.precision] # never true of infinity, where nothing is handed over
+    lowest = float(good.threshold.min()) if len(good) else np.inf
+    self.threshold_ = lowest if self.threshold is None else float(self.threshold)
+    self.weight_ = .5 if self.weight is None else self.weight
 
-    def kneighbors(self,
-        x:ArrayLike, # (M, E) embeddings
-        groups:Sequence|np.ndarray=None, # (M,) their groups, whose images they do not find; None: they may find all
-        k:int|None=None # neighbours; by default those of the prior
-    ) -> tuple[np.ndarray, np.ndarray]: # cosines float32 (M, k); rows of what was given to `fit` int64 (M, k), -1 with cosine -inf where there is none
-        "The most similar images of the gallery."
-        cosines, rows = self._neighbours(x, groups, self.k if k is None else k)
-        return cosines, np.where(rows < 0, -1, self.rows_[rows])
+# %% ../../nbs/51_labels.retrieval.ipynb #f6a19b66
+@patch
+def kneighbors(self:Retrieval,
+    x:ArrayLike, # (M, E) embeddings
+    groups:Sequence|np.ndarray=None, # (M,) their groups, whose images they do not find; None: they may find all
+    k:int|None=None # neighbours; by default those of the prior
+) -> tuple[np.ndarray, np.ndarray]: # cosines float32 (M, k); rows of what was given to `fit`, int64 (M, k), -1 for none
+    "The most similar images of the gallery."
+    cosines, rows = self._neighbours(x, groups, self.k if k is None else k)
+    return cosines, np.where(rows < 0, -1, self.rows_[rows])
 
-    def _neighbours(self, x, groups, k):
-        x, codes = unit_rows(x, 'embeddings of the queries'), None
-        if groups is not None and not self.own_group:
-            if len(groups)!=len(x): raise ValueError(f'{len(groups)} groups for {len(x)} queries')
-            codes = self.groups_.get_indexer(np.asarray(groups, object)) # -1, a group of which the gallery knows nothing, is nobody's code
-        return self._search(x, codes, k)
+# %% ../../nbs/51_labels.retrieval.ipynb #a2fc075e
+@patch
+def _neighbours(self:Retrieval, x, groups, k):
+    x, codes = unit_rows(x, 'embeddings of the queries'), None
+    if groups is not None and not self.own_group:
+        if len(groups) != len(x): raise ValueError(f'{len(groups)} groups for {len(x)} queries')
+        # -1, a group that the gallery does not have, is no code of it
+        codes = self.groups_.get_indexer(np.asarray(groups, object))
+    return self._search(x, codes, k)
 
-    def predict(self,
-        x:ArrayLike, # (M, E) embeddings
-        groups:Sequence|np.ndarray=None # (M,) their groups, whose images they do not find; None: they may find all
-    ) -> tuple[np.ndarray, np.ndarray]: # prior float32 (M, K), zeros where nothing is near; bool (M,): is something near?
-        "Labels of the near neighbours."
-        cosines, rows = self._neighbours(x, groups, self.k)
-        return _prior(self.labels_, cosines, rows, self.threshold_)
+@patch
+def predict(self:Retrieval,
+    x:ArrayLike, # (M, E) embeddings
+    groups:Sequence|np.ndarray=None # (M,) their groups, whose images they do not find; None: they may find all
+) -> tuple[np.ndarray, np.ndarray]: # prior float32 (M, K), zeros where nothing is near; bool (M,): is something near?
+    "Labels of the near neighbours."
+    cosines, rows = self._neighbours(x, groups, self.k)
+    return _prior(self.labels_, cosines, rows, self.threshold_)
 
-    def apply(self,
-        p:ArrayLike, # (M, K) the classifier's probabilities
-        x:ArrayLike, # (M, E) embeddings of the same images
-        groups:Sequence|np.ndarray=None # (M,) their groups, whose images they do not find; None: they may find all
-    ) -> np.ndarray: # float (M, K)
-        "Probabilities with the prior, where there is one."
-        prior, near = self.predict(x, groups)
-        return apply_prior(p, prior, self.weight_, near)
+# %% ../../nbs/51_labels.retrieval.ipynb #39a0f0a4
+@patch
+def apply(self:Retrieval,
+    p:ArrayLike, # (M, K) the classifier's probabilities
+    x:ArrayLike, # (M, E) embeddings of the same images
+    groups:Sequence|np.ndarray=None # (M,) their groups, whose images they do not find; None: they may find all
+) -> np.ndarray: # float (M, K)
+    "Probabilities with the prior, where there is one."
+    prior, near = self.predict(x, groups)
+    return apply_prior(p, prior, self.weight_, near)
 
+# %% ../../nbs/51_labels.retrieval.ipynb #03bb22ec
 def _right(y, prior):
     "Share of right ones among the labels handed over; NaN if there are none"
     given = prior.sum()
@@ -228,7 +272,7 @@ def _resamples(groups, n, n_boot, seed):
     "Rows of whole groups drawn with replacement, `n_boot` times"
     groups = pd.Series(np.full(n, None) if groups is None else groups, dtype=object)
     codes, known = pd.factorize(groups.mask(_missing(groups)))
-    codes = pd.factorize(np.where(codes < 0, len(known)+np.arange(n), codes))[0] # whoever has no group is one
+    codes = pd.factorize(np.where(codes < 0, len(known)+np.arange(n), codes))[0] # an image without a group is one
     order, sizes, rng = np.argsort(codes, kind='stable'), np.bincount(codes), np.random.default_rng(seed)
     starts = np.cumsum(sizes)-sizes
     for _ in range(n_boot):
@@ -236,23 +280,25 @@ def _resamples(groups, n, n_boot, seed):
         m = sizes[drawn]
         yield order[np.repeat(starts[drawn]-(np.cumsum(m)-m), m)+np.arange(m.sum())]
 
+# %% ../../nbs/51_labels.retrieval.ipynb #376912d6
 def retrieval_report(
     y:np.ndarray, # (N, K) labels 0 or 1; rows with -1 or NaN do not count
     without:ArrayLike, # (N, K) the classifier's probabilities
     with_prior:ArrayLike, # (N, K) the same after retrieval
-    groups:Sequence|np.ndarray=None, # (N,) what is drawn as a whole, such as the antibody of each image; a missing one is alone; None: all are
-    decision:float|Sequence[float]|np.ndarray=.5, # thresholds of the probabilities, one number or (K,); None: `score` gets the probabilities
+    groups:Sequence|np.ndarray=None, # (N,) what is drawn as a whole, such as the antibody; a missing one is alone
+    decision:float|Sequence[float]|np.ndarray=.5, # thresholds, one or (K,); None: `score` gets the probabilities
     score:Callable=macro_f1, # function of labels and decisions (N, K)
     n_boot:int=200, # resamples of the groups
     seed:int=0 # of the draws
-) -> pd.DataFrame: # rows 'without', 'with', 'difference': score, low, high (95 % by the basic bootstrap), changed (share of images whose decisions differ)
+) -> pd.DataFrame: # rows 'without', 'with', 'difference': score, low, high (95 %), changed (share of images)
     """A score without and with retrieval, and their difference with its interval.
 
     Raises: ValueError if shapes differ or no image has labels.
     """
     (y, known), a, b = _known_rows(y), np.asarray(without), np.asarray(with_prior)
-    if not y.shape==a.shape==b.shape: raise ValueError(f'labels of shape {y.shape}, probabilities of {a.shape} and {b.shape}: expected the same')
-    if groups is not None and len(groups)!=len(y): raise ValueError(f'{len(groups)} groups for {len(y)} images')
+    if not y.shape == a.shape == b.shape:
+        raise ValueError(f'labels of shape {y.shape}, probabilities of {a.shape} and {b.shape}: expected the same')
+    if groups is not None and len(groups) != len(y): raise ValueError(f'{len(groups)} groups for {len(y)} images')
     if not known.any(): raise ValueError('no image has known labels')
     y, a, b = y[known].astype(np.uint8), *(_decided(p[known], decision) for p in (a, b))
     changed = (~np.isclose(a, b, atol=1e-6)).any(1).mean()
@@ -260,9 +306,11 @@ def retrieval_report(
         s, t = score(y[rows], a[rows]), score(y[rows], b[rows])
         return s, t, t-s
     found = np.array(scores(np.arange(len(y))))
-    drawn = np.array([scores(rows) for rows in _resamples(None if groups is None else np.asarray(groups, object)[known], len(y), n_boot, seed)])
+    drawn = np.array([scores(rows) for rows in _resamples(None if groups is None else np.asarray(groups, object)[known],
+                                                          len(y), n_boot, seed)])
     low, high = 2*found-np.percentile(drawn, [97.5, 2.5], axis=0)
-    return pd.DataFrame(dict(score=found, low=low, high=high, changed=[0, changed, changed]), index=['without', 'with', 'difference'])
+    return pd.DataFrame(dict(score=found, low=low, high=high, changed=[0, changed, changed]),
+                        index=['without', 'with', 'difference'])
 
 # %% ../../nbs/51_labels.retrieval.ipynb #11e9add8
 def held_out_prior(
@@ -274,19 +322,22 @@ def held_out_prior(
     folds:np.ndarray=None, # (N,) folds to use, -1: only ever in the gallery; None: `grouped_folds`
     n_folds:int=5, # folds, if none are given
     seed:int=0 # of the folds
-) -> tuple[np.ndarray, pd.DataFrame]: # (N, K) probabilities with the prior; threshold, weight and share of near images of each fold
+) -> tuple[np.ndarray, pd.DataFrame]: # (N, K) probabilities with the prior; what was chosen in each fold
     """Probabilities with the prior as they would be on images that had no part in it, for `retrieval_report`.
 
     Raises: ValueError if arrays do not fit, or a fold leaves no gallery.
     """
-    (labels, known), x, out, chosen = _known_rows(y), np.asarray(x), np.array(p, np.result_type(np.float32, np.asarray(p).dtype)), []
+    (labels, known), x, chosen = _known_rows(y), np.asarray(x), []
+    out = np.array(p, np.result_type(np.float32, np.asarray(p).dtype))
     groups = np.full(len(x), None) if groups is None else np.asarray(groups, object)
-    if not len(x)==len(labels)==len(out)==len(groups): raise ValueError(f'{len(x)} embeddings, {len(labels)} labels, {len(out)} probabilities and {len(groups)} groups: expected as many')
+    if not len(x) == len(labels) == len(out) == len(groups):
+        given = f'{len(x)} embeddings, {len(labels)} labels, {len(out)} probabilities and {len(groups)} groups'
+        raise ValueError(f'{given}: expected as many')
     if folds is None:
         folds = np.full(len(x), -1)
         folds[known] = grouped_folds(labels[known], None if retrieval.own_group else groups[known], n_folds, seed)
     for f in np.unique(folds[folds >= 0]):
-        held = np.asarray(folds)==f
+        held = np.asarray(folds) == f
         r = clone(retrieval).fit(x[~held], labels[~held], groups[~held], np.asarray(p)[~held])
         prior, near = r.predict(x[held], groups[held])
         out[held] = apply_prior(out[held], prior, r.weight_, near)
@@ -301,19 +352,20 @@ def neighbour_table(
     gallery_ids:Sequence|np.ndarray, # (N,) names of the images given to `fit`
     groups:Sequence|np.ndarray=None, # (M,) groups whose images are left out; None: none is
     k:int=5 # neighbours of each
-) -> pd.DataFrame: # query, rank (from 1), neighbour, cosine, labels (tuple of class numbers), near (is it above the threshold?)
+) -> pd.DataFrame: # query, rank (from 1), neighbour, cosine, labels, near (is it above the threshold?)
     """The most similar images of the gallery, by name; an image with the same name is left out.
 
     Raises: ValueError if there are not as many names as embeddings.
     """
     ids, gallery_ids = np.asarray(ids, object), np.asarray(gallery_ids, object)
-    if len(ids)!=len(x): raise ValueError(f'{len(ids)} names for {len(x)} images')
-    if len(gallery_ids) <= retrieval.rows_.max(): raise ValueError(f'{len(gallery_ids)} names for a gallery of {retrieval.rows_.max()+1} images or more')
+    if len(ids) != len(x): raise ValueError(f'{len(ids)} names for {len(x)} images')
+    if len(gallery_ids) <= retrieval.rows_.max():
+        raise ValueError(f'{len(gallery_ids)} names for a gallery of {retrieval.rows_.max()+1} images or more')
     cosines, rows = retrieval._neighbours(x, groups, k+1)
     names = np.where(rows < 0, None, gallery_ids[retrieval.rows_[rows]])
     lists = label_lists(retrieval.labels_ > 0)
     found = []
     for q, cos, row, name in zip(ids, cosines, rows, names):
-        kept = [(n, float(c), lists[r]) for n, c, r in zip(name, cos, row) if r >= 0 and n!=q][:k]
+        kept = [(n, float(c), lists[r]) for n, c, r in zip(name, cos, row) if r >= 0 and n != q][:k]
         found += [(q, rank, n, c, labels, c >= retrieval.threshold_) for rank, (n, c, labels) in enumerate(kept, 1)]
     return pd.DataFrame(found, columns=['query', 'rank', 'neighbour', 'cosine', 'labels', 'near'])

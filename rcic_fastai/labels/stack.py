@@ -6,14 +6,14 @@
 __all__ = ['DEFAULT_PARAMS', 'check_lightgbm_params', 'stack_features', 'Stacker', 'crossfit_decisions', 'stack_report']
 
 # %% ../../nbs/52_labels.stack.ipynb #05696e31
-import base64, copy, difflib, hashlib, itertools, json, math, os, warnings
+import base64, copy, hashlib, itertools, json, math, os, warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import sklearn
 import numpy as np
 import pandas as pd
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit
 from sklearn.base import BaseEstimator
@@ -21,19 +21,23 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..errors import nearest
 from ..files import read_json, write_json, write_whole
 from ..screen.folds import check_no_straddling, _group_codes, grouped_folds
 from .metrics import macro_f1
 from .threshold import best_threshold, F1Threshold
 
 # %% ../../nbs/52_labels.stack.ipynb #062b1ef5
-_OWN = {'num_iterations': 'max_rounds', 'early_stopping_round': 'patience', 'num_threads': 'num_threads', 'seed': 'seed', 'objective': None, 'metric': None,
-        'deterministic': None, 'force_row_wise': None, 'force_col_wise': None, 'verbosity': None} # and the setting of `Stacker` to use instead
+# what a stack sets itself, and the setting of `Stacker` to use instead
+_OWN = {'num_iterations': 'max_rounds', 'early_stopping_round': 'patience', 'num_threads': 'num_threads',
+        'seed': 'seed', 'objective': None, 'metric': None,
+        'deterministic': None, 'force_row_wise': None, 'force_col_wise': None, 'verbosity': None}
 
 def _lightgbm():
     try: import lightgbm
     except (ImportError, OSError) as e: # OSError: a system without OpenMP
-        raise ImportError(f'stacking needs LightGBM, which cannot be imported ({e}): pip install rcic_fastai[stack]') from e
+        raise ImportError(
+            f'stacking needs LightGBM, which cannot be imported ({e}): pip install rcic_fastai[stack]') from e
     return lightgbm
 
 def _parameter_names():
@@ -42,17 +46,23 @@ def _parameter_names():
     aliases = _lightgbm().basic._ConfigAliases._get_all_param_aliases()
     return {a: main for main, all_ in aliases.items() for a in (main, *all_)}
 
+# %% ../../nbs/52_labels.stack.ipynb #a20c9834
 def check_lightgbm_params(
     params:dict # names and values for LightGBM
 ) -> dict: # the same under their main names
-    "Refuse names that LightGBM does not know, says twice, or that `Stacker` sets itself. Raises: ValueError with the names that come closest."
+    """Refuse names that LightGBM does not know, says twice, or that `Stacker` sets itself.
+
+    Raises: ValueError with the names that come closest.
+    """
     known, out = _parameter_names(), {}
     for name, value in params.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 3)
-            raise ValueError(f'LightGBM has no parameter {name!r}' + (f': did you mean {" or ".join(map(repr, near))}?' if near else ''))
+            close = ' or '.join(map(repr, nearest(name, known, 3)))
+            raise ValueError(f'LightGBM has no parameter {name!r}' + (f': did you mean {close}?' if close else ''))
         main = known[name]
-        if main in _OWN: raise ValueError(f'{name!r} is not for `params`: ' + (f'Stacker has a setting `{_OWN[main]}`' if _OWN[main] else 'a stack needs its own value'))
+        if main in _OWN:
+            instead = f'Stacker has a setting `{_OWN[main]}`' if _OWN[main] else 'a stack needs its own value'
+            raise ValueError(f'{name!r} is not for `params`: {instead}')
         if main in out: raise ValueError(f'{name!r} sets {main!r}, which `params` names twice')
         out[main] = value
     return out
@@ -64,61 +74,71 @@ def _check_members(members):
     out:dict[str, np.ndarray] = {}
     for name, p in members.items():
         p = np.asarray(p, np.float64)
-        if p.ndim!=2 or not p.size: raise ValueError(f'{name!r} has shape {p.shape}, expected (images, classes)')
-        if out and p.shape!=(shape := next(iter(out.values())).shape): raise ValueError(f'{name!r} has shape {p.shape} and {next(iter(out))!r} {shape}')
+        if p.ndim != 2 or not p.size: raise ValueError(f'{name!r} has shape {p.shape}, expected (images, classes)')
+        if out and p.shape != (shape := next(iter(out.values())).shape):
+            raise ValueError(f'{name!r} has shape {p.shape} and {next(iter(out))!r} {shape}')
         bad = ~((p>=0)&(p<=1)) # NaN as well
         if bad.any():
             row, col = np.argwhere(bad)[0]
-            raise ValueError(f'{name!r} has {p[row, col]:.4g} in row {row}, class {col}: expected probabilities from 0 to 1')
+            where = f'in row {row}, class {col}'
+            raise ValueError(f'{name!r} has {p[row, col]:.4g} {where}: expected probabilities from 0 to 1')
         out[name] = p
     return out
 
+# %% ../../nbs/52_labels.stack.ipynb #5da5b7f3
 def stack_features(
     members:dict[str, np.ndarray], # probabilities (N, K) of each network, by name
     statistics:pd.DataFrame|None=None, # (N, F) numbers about the images; NaN where unknown
     classes:Sequence|None=None # names of the classes; None: 0, 1, ...
 ) -> pd.DataFrame: # (N, members*K + F)
-    """What the boosted models of a stack see: a column `network: class` for each network and class, then the statistics.
+    """What the boosted models of a stack see: a column `network: class` for each network and class, then the
+    statistics.
 
-    Raises: ValueError if members differ in shape or hold anything but probabilities; if the statistics have another number of rows or are not numbers.
+    Raises: ValueError if members differ in shape or hold anything but probabilities; if the statistics have another
+    number of rows or are not numbers.
     """
     members = _check_members(members)
     n, k = next(iter(members.values())).shape
     classes = range(k) if classes is None else classes
     table = pd.DataFrame(np.hstack(list(members.values())), columns=[f'{m}: {c}' for m in members for c in classes])
     if statistics is None: return table
-    if len(statistics)!=n: raise ValueError(f'{len(statistics)} rows of statistics for {n} images')
+    if len(statistics) != n: raise ValueError(f'{len(statistics)} rows of statistics for {n} images')
     for col, values in statistics.items():
-        if not pd.api.types.is_numeric_dtype(values): raise ValueError(f'statistic {col!r} is {values.dtype}, expected numbers')
+        if not pd.api.types.is_numeric_dtype(values):
+            raise ValueError(f'statistic {col!r} is {values.dtype}, expected numbers')
         if col in table: raise ValueError(f'statistic {col!r} has the name of another column')
     return pd.concat([table, statistics.astype(np.float64).reset_index(drop=True)], axis=1)
 
+# %% ../../nbs/52_labels.stack.ipynb #792190d2
 def _own_logits(members, c):
     "Logits of one class, a column per member (N, M); finite for probabilities of 0 and 1"
     return logit(np.column_stack([p[:, c] for p in members.values()]).clip(1e-7, 1-1e-7))
 
 # %% ../../nbs/52_labels.stack.ipynb #a7e49281
 # shallow trees and few bins: probabilities are smooth features, and a stack has hundreds of models
-DEFAULT_PARAMS = dict(learning_rate=.1, num_leaves=8, max_bin=63, min_data_in_leaf=20, feature_fraction=.5, bagging_fraction=.8, bagging_freq=1, lambda_l2=1.)
+DEFAULT_PARAMS = dict(learning_rate=.1, num_leaves=8, max_bin=63, min_data_in_leaf=20, feature_fraction=.5,
+                      bagging_fraction=.8, bagging_freq=1, lambda_l2=1.)
+
 _PENALTIES = .03, .3, 3. # `C` of the logistic regression
 
 def _log_loss(p, y): return float(-np.log(np.where(y, p, 1-p).clip(1e-15)).mean())
 
 def _fit_linear(z, y, C):
     "A standardised logistic regression; a constant where all labels are alike"
-    if y.min()==y.max(): return dict(kind='constant', value=float(y[0]))
+    if y.min() == y.max(): return dict(kind='constant', value=float(y[0]))
     mean, scale = z.mean(0), z.std(0)
-    scale[scale==0] = 1
+    scale[scale == 0] = 1
     m = LogisticRegression(C=C, solver='newton-cholesky').fit((z-mean)/scale, y)
     coef = m.coef_[0]/scale
     return dict(kind='linear', coef=coef.tolist(), intercept=float(m.intercept_[0] - coef@mean), C=C)
 
 def _predict_model(m, x, z, num_threads=1):
     "Probabilities (N,) from a model, features (N, F) and the logits of its class (N, M)"
-    if m['kind']=='constant': return np.full(len(x), m['value'])
-    if m['kind']=='linear': return expit(z@np.array(m['coef']) + m['intercept'])
+    if m['kind'] == 'constant': return np.full(len(x), m['value'])
+    if m['kind'] == 'linear': return expit(z@np.array(m['coef']) + m['intercept'])
     return _lightgbm().Booster(model_str=m['trees']).predict(x, num_threads=num_threads)
 
+# %% ../../nbs/52_labels.stack.ipynb #d0262eef
 def _choose_linear(z, y, parts):
     "The penalty with the smallest log loss on the inner held-out parts, and the predictions of these"
     tried = []
@@ -129,8 +149,11 @@ def _choose_linear(z, y, parts):
     loss, C, held = min(tried, key=lambda t: t[0])
     return {**_fit_linear(z, y, C), 'loss': loss}, held
 
+# %% ../../nbs/52_labels.stack.ipynb #847ede2e
 def _choose_boosted(x, y, parts, candidates, settings):
-    "Trees with the parameters and the number of rounds that have the smallest mean log loss on the inner held-out parts"
+    """Trees with the parameters and the number of rounds that have the smallest mean log loss on the inner held-out
+    parts
+    """
     lgb, tried = _lightgbm(), []
     fixed = dict(objective='binary', metric='binary_logloss', deterministic=True, force_row_wise=True, verbosity=-1,
                  seed=settings['seed'], num_threads=settings['num_threads'])
@@ -140,48 +163,62 @@ def _choose_boosted(x, y, parts, candidates, settings):
             cv = lgb.cv({**params, **fixed}, data, settings['max_rounds'], folds=parts, return_cvbooster=True,
                         callbacks=[lgb.early_stopping(settings['patience'], verbose=False)])
         except (lgb.basic.LightGBMError, TypeError) as e:
-            own = {k: v for k, v in params.items() if DEFAULT_PARAMS.get(k)!=v}
-            raise ValueError(f'params {json.dumps(own, default=str)}: LightGBM refuses them: {" ".join(str(e).split())}') from None
+            own = {k: v for k, v in params.items() if DEFAULT_PARAMS.get(k) != v}
+            said = ' '.join(str(e).split())
+            raise ValueError(f'params {json.dumps(own, default=str)}: LightGBM refuses them: {said}') from None
         losses = cv['valid binary_logloss-mean'] # ends with the best round
         tried.append((losses[-1], len(losses), params, data, cv['cvbooster'].boosters))
     loss, rounds, params, data, inner = min(tried, key=lambda t: t[0])
     held = np.empty(len(y))
-    for (_, b), m in zip(parts, inner): held[b] = m.predict(x[b], num_iteration=rounds, num_threads=settings['num_threads'])
+    for (_, b), m in zip(parts, inner):
+        held[b] = m.predict(x[b], num_iteration=rounds, num_threads=settings['num_threads'])
     trees = lgb.train({**params, **fixed}, data, rounds).model_to_string()
     return dict(kind='boosted', trees=trees, rounds=rounds, params=params, loss=float(loss)), held
 
+# %% ../../nbs/52_labels.stack.ipynb #ce3c73f2
 def _fit_model(x, z, y, rows, inner, candidates, settings):
     "The model of one class from some rows of (N, F), (N, M), (N,) and their inner folds; it keeps these rows"
     x, z, y, seen = x[rows], z[rows], y[rows], _packed(rows, len(y))
-    parts = [(np.flatnonzero(inner!=k), np.flatnonzero(inner==k)) for k in np.unique(inner)]
+    parts = [(np.flatnonzero(inner != k), np.flatnonzero(inner == k)) for k in np.unique(inner)]
     fewest = min(y.sum(dtype=np.int64), (1-y).sum(dtype=np.int64))
-    can_boost = all(y[a].min()!=y[a].max() for a, _ in parts) # not if all positives are of one group
-    if fewest==0: m, held = dict(kind='constant', value=float(y[0])), None
+    can_boost = all(y[a].min() != y[a].max() for a, _ in parts) # not if all positives are of one group
+    if fewest == 0: m, held = dict(kind='constant', value=float(y[0])), None
     elif fewest<settings['min_positives'] or not can_boost: m, held = _choose_linear(z, y, parts)
     else: m, held = _choose_boosted(x, y, parts, candidates, settings)
     threshold = .5 if held is None else best_threshold(held, y)[0]
     return {**m, 'positives': int(y.sum(dtype=np.int64)), 'threshold': threshold, 'seen': seen}
 
-def _number(low, high=math.inf): return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
-_any_number = _number(-math.inf)
-_text = lambda v: isinstance(v, str) and v!=''
-_of_model = dict(positives=(_number(0), 'a number of rows'), threshold=(_any_number, 'a number'), seen=(_text, 'rows in base64'))
-_of_kind:dict[str, dict] = dict(constant=dict(value=(_number(0, 1), 'a probability')), linear=dict(intercept=(_any_number, 'a number')),
-                                boosted=dict(trees=(_text, 'the text of a model'), rounds=(_number(1), 'a number of rounds')))
+def _number(low, high=math.inf):
+    return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
 
+_any_number = _number(-math.inf)
+
+_text = lambda v: isinstance(v, str) and v != ''
+
+_of_model = dict(positives=(_number(0), 'a number of rows'), threshold=(_any_number, 'a number'),
+                 seen=(_text, 'rows in base64'))
+
+_of_kind:dict[str, dict] = dict(constant=dict(value=(_number(0, 1), 'a probability')),
+                                linear=dict(intercept=(_any_number, 'a number')),
+                                boosted=dict(trees=(_text, 'the text of a model'),
+                                             rounds=(_number(1), 'a number of rounds')))
+
+# %% ../../nbs/52_labels.stack.ipynb #93922827
 def _check_model(m, path, n_members, n_features):
     "Refuse what no model of a stack says, and trees that LightGBM does not read"
     kind = m.get('kind')
-    if kind not in list(_of_kind): raise ValueError(f'{path}: kind is {json.dumps(kind)[:60]}, expected one of {", ".join(_of_kind)}')
-    weights = lambda v: isinstance(v, list) and len(v)==n_members and all(map(_any_number, v))
-    for key, (good, expected) in {**_of_model, **_of_kind[kind], **(dict(coef=(weights, f'{n_members} numbers')) if kind=='linear' else {})}.items():
+    if kind not in list(_of_kind):
+        raise ValueError(f'{path}: kind is {json.dumps(kind)[:60]}, expected one of {", ".join(_of_kind)}')
+    weights = lambda v: isinstance(v, list) and len(v) == n_members and all(map(_any_number, v))
+    for key, (good, expected) in {**_of_model, **_of_kind[kind],
+                                  **(dict(coef=(weights, f'{n_members} numbers')) if kind == 'linear' else {})}.items():
         if key not in m: raise ValueError(f'{path}: {key!r} is missing')
         if not good(m[key]): raise ValueError(f'{path}: {key} is {json.dumps(m[key])[:60]}, expected {expected}')
-    if kind!='boosted': return m
+    if kind != 'boosted': return m
     lgb = _lightgbm()
     try: found = lgb.Booster(model_str=m['trees']).num_feature()
     except lgb.basic.LightGBMError as e: raise ValueError(f'{path}: trees are no model of LightGBM: {e}') from None
-    if found!=n_features: raise ValueError(f'{path}: its trees look at {found} features, expected {n_features}')
+    if found != n_features: raise ValueError(f'{path}: its trees look at {found} features, expected {n_features}')
     return m
 
 def _packed(rows, n):
@@ -195,197 +232,245 @@ def _unpacked(text, n): return np.unpackbits(np.frombuffer(base64.b64decode(text
 # %% ../../nbs/52_labels.stack.ipynb #12c81375
 def _check_labels(y, n, k):
     y = np.asarray(y)
-    if y.shape!=(n, k): raise ValueError(f'labels of shape {y.shape}, expected {(n, k)} like the members')
-    bad = (y!=0)&(y!=1)
+    if y.shape != (n, k): raise ValueError(f'labels of shape {y.shape}, expected {(n, k)} like the members')
+    bad = (y != 0)&(y != 1)
     if bad.any():
         row, col = np.argwhere(bad)[0]
-        raise ValueError(f'row {row} has label {y[row, col]} for class {col}, expected 0 or 1: leave out rows that are not known')
+        found = f'row {row} has label {y[row, col]} for class {col}'
+        raise ValueError(f'{found}, expected 0 or 1: leave out rows that are not known')
     return y.astype(np.uint8)
 
 def _bar(total, desc, unit, progress):
-    return tqdm(total=total, desc=desc, unit=unit, disable=None if progress and not os.environ.get('TQDM_DISABLE') else True)
+    return tqdm(total=total, desc=desc, unit=unit,
+                disable=None if progress and not os.environ.get('TQDM_DISABLE') else True)
 
+# %% ../../nbs/52_labels.stack.ipynb #319f0d23
 class Stacker(BaseEstimator):
     "A stack for many labels: boosted trees per class, a linear model for rare ones, always judged out of fold."
+
     def __init__(self,
         n_folds:int=5, # outer folds: what is predicted
         n_inner:int=3, # inner folds: what chooses rounds, parameters, penalty and threshold
-        repeats:int=1, # of all that, with other folds; S4 takes 20
-        min_positives:int=50, # positives (or negatives) that boosted trees need in an outer training part; math.inf: linear models only
-        params:dict|Sequence[dict]|None=None, # LightGBM's parameters, or several sets to choose from; added to `DEFAULT_PARAMS`
+        repeats:int=1, # of all that, with other folds; the 8th place took 20
+        min_positives:int=50, # positives (or negatives) that trees need in an outer part; math.inf: linear models only
+        params:dict|Sequence[dict]|None=None, # of LightGBM, or several sets to choose from; added to `DEFAULT_PARAMS`
         max_rounds:int=500, # most trees of a model
         patience:int=30, # rounds without a smaller log loss after which to stop
         combine:str='mean', # 'mean' of probabilities, or 'vote': share of models that reach their threshold
         num_threads:int=1, # of LightGBM; for a few thousand rows more than 2 cost time
         seed:int=0, # of folds and trees
-        folder:str|Path|None=None, # where models are kept, to go on after an interruption; None: nowhere
+        folder:str|Path|None=None, # where models are kept, to resume after an interruption; None: nowhere
         progress:bool=True # show a progress bar?
     ): store_attr()
+    def _outer_folds(self, y):
+        return np.stack([grouped_folds(y, self.groups_, self.n_folds, seed=self.seed+r) for r in range(self.repeats)])
 
-    def fit(self,
-        members:dict[str, np.ndarray], # probabilities (N, K) of each network, by name, of rows that it was not trained on
-        y:np.ndarray, # (N, K) labels, 0 or 1
-        statistics:pd.DataFrame|None=None, # (N, F) numbers about the images
-        groups:ArrayLike=None, # (N,) rows that belong together; None: each on its own
-        folds:np.ndarray|None=None # (repeats, N) outer folds of your own; None: `grouped_folds`
-    ) -> 'Stacker':
-        "Train all models that `folder` does not hold yet. Raises: ValueError for labels, members, groups, folds or settings that do not fit."
-        candidates = self._check_settings()
-        members, x = _check_members(members), stack_features(members, statistics)
-        y = _check_labels(y, *next(iter(members.values())).shape)
-        self.features_, self.members_, self.groups_ = list(x), list(members), _group_codes(groups, len(y))
-        self.folds_ = self._outer_folds(y) if folds is None else self._check_folds(folds, len(y))
-        x, total = x.to_numpy(np.float64), self.folds_.shape[0]*y.shape[1]*self.n_folds
-        self.folder_ = self._open_folder(x, y, candidates)
-        self.models_:list[dict] = []
-        self.oof_:np.ndarray = np.zeros(y.shape)
-        with _bar(total, 'Stacking', 'model', self.progress) as bar:
-            for r, f in itertools.product(range(len(self.folds_)), range(self.n_folds)):
-                self._fit_fold(members, x, y, r, f, candidates, bar)
-        self.oof_ /= len(self.folds_)
-        return self
+# %% ../../nbs/52_labels.stack.ipynb #22993bb2
+@patch
+def fit(self:Stacker,
+    members:dict[str, np.ndarray], # probabilities (N, K) of each network, by name, of rows that it was not trained on
+    y:np.ndarray, # (N, K) labels, 0 or 1
+    statistics:pd.DataFrame|None=None, # (N, F) numbers about the images
+    groups:ArrayLike=None, # (N,) rows that belong together; None: each on its own
+    folds:np.ndarray|None=None # (repeats, N) outer folds of your own; None: `grouped_folds`
+) -> 'Stacker':
+    """Train all models that `folder` does not hold yet.
 
-    def _fit_fold(self, members, x, y, r, f, candidates, bar):
-        "Make or read the models of all classes for one repeat and outer fold; add what they predict to `oof_`"
-        train, out, inner = np.flatnonzero(self.folds_[r]!=f), np.flatnonzero(self.folds_[r]==f), None
-        for c in range(y.shape[1]):
-            z, name = _own_logits(members, c), f'repeat{r:02}-fold{f}-class{c:02}'
-            m = self._read(name, train, len(y))
-            if m is None:
-                if inner is None: inner = grouped_folds(y[train], self.groups_[train], self.n_inner, seed=self.seed+r)
-                settings = dict(seed=self.seed+r, num_threads=self.num_threads, max_rounds=self.max_rounds, patience=self.patience, min_positives=self.min_positives)
-                m = _fit_model(x, z, y[:, c], train, inner, candidates, settings)
-                if self.folder_: write_json(self.folder_/f'{name}.json', m, None)
-            self.oof_[out, c] += self._value(m, x[out], z[out])
-            bar.update()
-            self.models_.append({**m, 'name': name, 'repeat': r, 'fold': f, 'class': c, 'predicted': _packed(out, len(y))})
+    Raises: ValueError for labels, members, groups, folds or settings that do not fit.
+    """
+    candidates = self._check_settings()
+    members, x = _check_members(members), stack_features(members, statistics)
+    y = _check_labels(y, *next(iter(members.values())).shape)
+    self.features_, self.members_, self.groups_ = list(x), list(members), _group_codes(groups, len(y))
+    self.folds_ = self._outer_folds(y) if folds is None else self._check_folds(folds, len(y))
+    x, total = x.to_numpy(np.float64), self.folds_.shape[0]*y.shape[1]*self.n_folds
+    self.folder_ = self._open_folder(x, y, candidates)
+    self.models_ = []
+    self.oof_ = np.zeros(y.shape)
+    with _bar(total, 'Stacking', 'model', self.progress) as bar:
+        for r, f in itertools.product(range(len(self.folds_)), range(self.n_folds)):
+            self._fit_fold(members, x, y, r, f, candidates, bar)
+    self.oof_ /= len(self.folds_)
+    return self
 
-    def _value(self, m, x, z):
-        p = _predict_model(m, x, z, self.num_threads)
-        return p if self.combine=='mean' else (p>=m['threshold']).astype(float)
+# %% ../../nbs/52_labels.stack.ipynb #fd5f89f8
+@patch
+def _fit_fold(self:Stacker, members, x, y, r, f, candidates, bar):
+    "Make or read the models of all classes for one repeat and outer fold; add what they predict to `oof_`"
+    train, out, inner = np.flatnonzero(self.folds_[r] != f), np.flatnonzero(self.folds_[r] == f), None
+    for c in range(y.shape[1]):
+        z, name = _own_logits(members, c), f'repeat{r:02}-fold{f}-class{c:02}'
+        m = self._read(name, train, len(y))
+        if m is None:
+            if inner is None: inner = grouped_folds(y[train], self.groups_[train], self.n_inner, seed=self.seed+r)
+            settings = dict(seed=self.seed+r, num_threads=self.num_threads, max_rounds=self.max_rounds,
+                            patience=self.patience, min_positives=self.min_positives)
+            m = _fit_model(x, z, y[:, c], train, inner, candidates, settings)
+            if self.folder_: write_json(self.folder_/f'{name}.json', m, None)
+        self.oof_[out, c] += self._value(m, x[out], z[out])
+        bar.update()
+        self.models_.append({**m, 'name': name, 'repeat': r, 'fold': f, 'class': c, 'predicted': _packed(out, len(y))})
 
-    def predict(self,
-        members:dict[str, np.ndarray], # probabilities (M, K) of the networks of `fit`, by name
-        statistics:pd.DataFrame|None=None # (M, F) as in `fit`
-    ) -> np.ndarray: # (M, K) mean or share of votes of all models, 0 to 1
-        "Probabilities of images that no model has seen. Raises: ValueError if members or statistics are others than in `fit`."
-        if not hasattr(self, 'models_'): raise ValueError('this Stacker was not fitted: call `fit` first')
-        if list(members)!=self.members_: raise ValueError(f'members are {list(members)}, the stack was fitted with {self.members_}')
-        members, x = _check_members(members), stack_features(members, statistics)
-        if list(x)!=self.features_: raise ValueError(f'{len(x.columns)} features do not match the {len(self.features_)} of `fit`: {sorted(set(x)^set(self.features_))[:5]}')
-        x, out, counts = x.to_numpy(np.float64), np.zeros((len(x), self.oof_.shape[1])), np.zeros(self.oof_.shape[1])
-        with _bar(len(self.models_), 'Predicting', 'model', self.progress) as bar:
-            for m in self.models_:
-                out[:, m['class']] += self._value(m, x, _own_logits(members, m['class']))
-                counts[m['class']] += 1; bar.update()
-        return out/counts
+@patch
+def _value(self:Stacker, m, x, z):
+    p = _predict_model(m, x, z, self.num_threads)
+    return p if self.combine == 'mean' else (p>=m['threshold']).astype(float)
 
-    def _check_settings(self):
-        "Sets of LightGBM parameters to choose from"
-        for name, least in dict(n_folds=2, n_inner=2, repeats=1, min_positives=1, max_rounds=1, patience=1, num_threads=1).items():
-            if not getattr(self, name)>=least: raise ValueError(f'{name} is {getattr(self, name)!r}, expected {least} or more')
-        if self.combine not in ('mean', 'vote'): raise ValueError(f"combine is {self.combine!r}, expected 'mean' or 'vote'")
-        if self.min_positives==float('inf'): return [] # no trees, no LightGBM
-        sets = [self.params or {}] if self.params is None or isinstance(self.params, dict) else self.params
-        if not sets: raise ValueError('params is empty, expected one set of parameters or more')
-        return [{**DEFAULT_PARAMS, **check_lightgbm_params(p)} for p in sets]
+# %% ../../nbs/52_labels.stack.ipynb #4e88dad1
+@patch
+def predict(self:Stacker,
+    members:dict[str, np.ndarray], # probabilities (M, K) of the networks of `fit`, by name
+    statistics:pd.DataFrame|None=None # (M, F) as in `fit`
+) -> np.ndarray: # (M, K) mean or share of votes of all models, 0 to 1
+    """Probabilities of images that no model has seen.
 
-    def _outer_folds(self, y): return np.stack([grouped_folds(y, self.groups_, self.n_folds, seed=self.seed+r) for r in range(self.repeats)])
-
-    def _check_folds(self, folds, n):
-        folds = np.atleast_2d(np.asarray(folds))
-        if folds.shape!=(self.repeats, n): raise ValueError(f'folds have shape {folds.shape}, expected {(self.repeats, n)}: repeats and rows')
-        for r, row in enumerate(folds):
-            if set(row.tolist())!=set(range(self.n_folds)): raise ValueError(f'folds of repeat {r} are {sorted(set(row.tolist()))}, expected all of 0 to {self.n_folds-1}')
-        return folds
-
-    def _open_folder(self, x, y, candidates):
-        "Subfolder for models of this data and these settings"
-        if self.folder is None: return None
-        settings = {k: getattr(self, k) for k in ('n_folds', 'n_inner', 'min_positives', 'max_rounds', 'patience', 'seed')}
-        versions = [__version__, sklearn.__version__] + ([_lightgbm().__version__] if candidates else [])
-        settings |= dict(params=candidates, features=self.features_, rows=len(y), versions=versions)
-        text = json.dumps(settings, indent=1)
-        digest = hashlib.sha256(text.encode())
-        for a in (x, y, self.groups_): digest.update(np.ascontiguousarray(a).tobytes())
-        folder = Path(self.folder)/digest.hexdigest()[:16]
-        write_whole(folder/'settings.json', text)
-        return folder
-
-    def _read(self, name, train, n):
-        "A model made before, if it saw exactly these rows"
-        if not self.folder_ or not (path := self.folder_/f'{name}.json').exists(): return None
-        try: m = _check_model(read_json(path), path, len(self.members_), len(self.features_))
-        except ValueError as e: raise ValueError(f'{path} is damaged ({str(e).removeprefix(f"{path}: ")}): delete it, and it will be made again') from None
-        return m if m['seen']==_packed(train, n) else None
-
-    def audit(self) -> pd.DataFrame: # a row per kind of model: models, classes, fewest rows seen and predicted
-        """Prove that no model saw a row that it predicted, nor another row of its group, and that every row was predicted once per repeat and class.
-
-        Raises: ValueError naming the model and the row.
-        """
-        n, k = self.oof_.shape
-        times = np.zeros((len(self.folds_), k, n), np.uint8)
+    Raises: ValueError if members or statistics are others than in `fit`.
+    """
+    if not hasattr(self, 'models_'): raise ValueError('this Stacker was not fitted: call `fit` first')
+    if list(members) != self.members_:
+        raise ValueError(f'members are {list(members)}, the stack was fitted with {self.members_}')
+    members, x = _check_members(members), stack_features(members, statistics)
+    if list(x) != self.features_:
+        differ = sorted(set(x)^set(self.features_))[:5]
+        raise ValueError(f'{len(x.columns)} features do not match the {len(self.features_)} of `fit`: {differ}')
+    x, out, counts = x.to_numpy(np.float64), np.zeros((len(x), self.oof_.shape[1])), np.zeros(self.oof_.shape[1])
+    with _bar(len(self.models_), 'Predicting', 'model', self.progress) as bar:
         for m in self.models_:
-            seen, out = (_unpacked(m[key], n) for key in ('seen', 'predicted'))
-            if (both := seen & out).any(): raise ValueError(f'{m["name"]} saw row {both.argmax()} in training and predicted it')
-            try: check_no_straddling(self.groups_, seen, out)
-            except ValueError as e: raise ValueError(f'{m["name"]}, trained on part 0 and used on part 1: {e}') from None
-            times[m['repeat'], m['class']] += out
-        if (times!=1).any():
-            r, c, row = np.argwhere(times!=1)[0]
-            raise ValueError(f'row {row} was predicted {times[r, c, row]} times for class {c} in repeat {r}, expected once')
-        rows = [(m['kind'], m['class'], *(int(_unpacked(m[key], n).sum()) for key in ('seen', 'predicted'))) for m in self.models_]
-        table = pd.DataFrame(rows, columns=['kind', 'class', 'seen', 'predicted']).groupby('kind')
-        return table.agg(models=('class', 'size'), classes=('class', 'nunique'), seen=('seen', 'min'), predicted=('predicted', 'min'))
+            out[:, m['class']] += self._value(m, x, _own_logits(members, m['class']))
+            counts[m['class']] += 1; bar.update()
+    return out/counts
 
-    def importance(self) -> pd.DataFrame: # (features, K) share of the gain 0-1; NaN for a class without trees
-        "How much of the trees' gain each feature brings, per class: the mean over folds and repeats."
-        out, counts = np.zeros((len(self.features_), self.oof_.shape[1])), np.zeros(self.oof_.shape[1])
-        for m in self.models_:
-            if m['kind']!='boosted': continue
-            gain = _lightgbm().Booster(model_str=m['trees']).feature_importance('gain')
-            out[:, m['class']] += gain/max(gain.sum(), 1e-12); counts[m['class']] += 1
-        with np.errstate(invalid='ignore'): return pd.DataFrame(out/counts, self.features_)
+# %% ../../nbs/52_labels.stack.ipynb #2ab70bf8
+@patch
+def _check_settings(self:Stacker):
+    "Sets of LightGBM parameters to choose from"
+    for name, least in dict(n_folds=2, n_inner=2, repeats=1, min_positives=1, max_rounds=1, patience=1,
+                            num_threads=1).items():
+        if not getattr(self, name)>=least:
+            raise ValueError(f'{name} is {getattr(self, name)!r}, expected {least} or more')
+    if self.combine not in ('mean', 'vote'): raise ValueError(f"combine is {self.combine!r}, expected 'mean' or 'vote'")
+    if self.min_positives == float('inf'): return [] # no trees, no LightGBM
+    sets = [self.params or {}] if self.params is None or isinstance(self.params, dict) else self.params
+    if not sets: raise ValueError('params is empty, expected one set of parameters or more')
+    return [{**DEFAULT_PARAMS, **check_lightgbm_params(p)} for p in sets]
+
+@patch
+def _check_folds(self:Stacker, folds, n):
+    folds = np.atleast_2d(np.asarray(folds))
+    if folds.shape != (self.repeats, n):
+        raise ValueError(f'folds have shape {folds.shape}, expected {(self.repeats, n)}: repeats and rows')
+    for r, row in enumerate(folds):
+        if set(row.tolist()) != set(range(self.n_folds)):
+            found = sorted(set(row.tolist()))
+            raise ValueError(f'folds of repeat {r} are {found}, expected all of 0 to {self.n_folds-1}')
+    return folds
+
+# %% ../../nbs/52_labels.stack.ipynb #bfd517ac
+@patch
+def _open_folder(self:Stacker, x, y, candidates):
+    "Subfolder for models of this data and these settings"
+    if self.folder is None: return None
+    settings = {k: getattr(self, k) for k in ('n_folds', 'n_inner', 'min_positives', 'max_rounds', 'patience', 'seed')}
+    versions = [__version__, sklearn.__version__] + ([_lightgbm().__version__] if candidates else [])
+    settings |= dict(params=candidates, features=self.features_, rows=len(y), versions=versions)
+    text = json.dumps(settings, indent=1)
+    digest = hashlib.sha256(text.encode())
+    for a in (x, y, self.groups_): digest.update(np.ascontiguousarray(a).tobytes())
+    folder = Path(self.folder)/digest.hexdigest()[:16]
+    write_whole(folder/'settings.json', text)
+    return folder
+
+@patch
+def _read(self:Stacker, name, train, n):
+    "A model made before, if it saw exactly these rows"
+    if not self.folder_ or not (path := self.folder_/f'{name}.json').exists(): return None
+    try: m = _check_model(read_json(path), path, len(self.members_), len(self.features_))
+    except ValueError as e:
+        why = str(e).removeprefix(f'{path}: ')
+        raise ValueError(f'{path} is damaged ({why}): delete it, and it will be made again') from None
+    return m if m['seen'] == _packed(train, n) else None
+
+# %% ../../nbs/52_labels.stack.ipynb #92232ffa
+@patch
+def audit(self:Stacker) -> pd.DataFrame: # a row per kind of model: models, classes, fewest rows seen and predicted
+    """Prove that no model saw a row that it predicted, nor another row of its group, and that every row was predicted
+    once per repeat and class.
+
+    Raises: ValueError naming the model and the row.
+    """
+    n, k = self.oof_.shape
+    times = np.zeros((len(self.folds_), k, n), np.uint8)
+    for m in self.models_:
+        seen, out = (_unpacked(m[key], n) for key in ('seen', 'predicted'))
+        if (both := seen & out).any():
+            raise ValueError(f'{m["name"]} saw row {both.argmax()} in training and predicted it')
+        try: check_no_straddling(self.groups_, seen, out)
+        except ValueError as e: raise ValueError(f'{m["name"]}, trained on part 0 and used on part 1: {e}') from None
+        times[m['repeat'], m['class']] += out
+    if (times != 1).any():
+        r, c, row = np.argwhere(times != 1)[0]
+        raise ValueError(f'row {row} was predicted {times[r, c, row]} times for class {c} in repeat {r}, expected once')
+    rows = [(m['kind'], m['class'],
+             *(int(_unpacked(m[key], n).sum()) for key in ('seen', 'predicted'))) for m in self.models_]
+    table = pd.DataFrame(rows, columns=['kind', 'class', 'seen', 'predicted']).groupby('kind')
+    return table.agg(models=('class', 'size'), classes=('class', 'nunique'), seen=('seen', 'min'),
+                     predicted=('predicted', 'min'))
+
+# %% ../../nbs/52_labels.stack.ipynb #8a44ddbf
+@patch
+def importance(self:Stacker) -> pd.DataFrame: # (features, K) share of the gain 0-1; NaN for a class without trees
+    "How much of the trees' gain each feature brings, per class: the mean over folds and repeats."
+    out, counts = np.zeros((len(self.features_), self.oof_.shape[1])), np.zeros(self.oof_.shape[1])
+    for m in self.models_:
+        if m['kind'] != 'boosted': continue
+        gain = _lightgbm().Booster(model_str=m['trees']).feature_importance('gain')
+        out[:, m['class']] += gain/max(gain.sum(), 1e-12); counts[m['class']] += 1
+    with np.errstate(invalid='ignore'): return pd.DataFrame(out/counts, self.features_)
 
 # %% ../../nbs/52_labels.stack.ipynb #54507851
 def _draws(codes, n_boot, seed):
     "How often each group is drawn (B, G) uint16; the first row is the data themselves"
     n, rng = int(codes.max())+1, np.random.default_rng(seed)
-    return np.stack([np.ones(n, np.uint16)] + [np.bincount(rng.integers(0, n, n), minlength=n).astype(np.uint16) for _ in range(n_boot)])
+    return np.stack([np.ones(n, np.uint16)] + [np.bincount(rng.integers(0, n, n),
+                                                           minlength=n).astype(np.uint16) for _ in range(n_boot)])
 
 def _average_precision(p, y, codes, draws):
     "Average precision (B,) of scores (N,) in each draw, equal scores together; NaN in a draw without positives"
     order = np.argsort(-p, kind='stable')
     p, y, codes = p[order], y[order], codes[order]
-    last, out = np.flatnonzero(np.append(p[1:]!=p[:-1], True)), []
+    last, out = np.flatnonzero(np.append(p[1:] != p[:-1], True)), []
     for w in np.array_split(draws, max(1, len(draws)*len(p)//2_000_000)): # blocks of at most some 50 MB
         w = w[:, codes].astype(np.float64)
         found, called = (w*y).cumsum(1)[:, last], w.cumsum(1)[:, last]
-        with np.errstate(invalid='ignore'): out.append((np.diff(found, prepend=0)*found/np.maximum(called, 1)).sum(1)/found[:, -1])
+        with np.errstate(invalid='ignore'):
+            out.append((np.diff(found, prepend=0)*found/np.maximum(called, 1)).sum(1)/found[:, -1])
     return np.concatenate(out)
 
 def _f1_draws(pred, y, codes, draws):
     "F1 (B, K) of decisions in each draw; 0 where a class neither occurs nor is predicted"
-    def counts(a): return draws.astype(np.float64) @ np.stack([np.bincount(codes, weights=c, minlength=draws.shape[1]) for c in a.T], 1)
+    def counts(a):
+        return draws.astype(np.float64) @ np.stack([np.bincount(codes, c, draws.shape[1]) for c in a.T], 1)
     both, total = counts(pred*y), counts(pred) + counts(y)
     return np.divide(2*both, total, out=np.zeros_like(both), where=total>0)
 
+# %% ../../nbs/52_labels.stack.ipynb #be67340c
 def crossfit_decisions(
     p:np.ndarray, # (N, K) probabilities
     y:np.ndarray, # (N, K) 0 or 1
     folds:np.ndarray, # (N,) fold of each row
-    threshold:BaseEstimator=None, # estimator with `fit(p, y, groups)` and `predict(p)`; None: `F1Threshold`, the largest F1 per class
+    threshold:BaseEstimator=None, # with `fit(p, y, groups)` and `predict(p)`; None: `F1Threshold`
     groups:ArrayLike=None # (N,) for the estimator
 ) -> np.ndarray: # uint8 (N, K)
     "Decide each fold by thresholds that were chosen on the others."
     out, groups = np.zeros(y.shape, np.uint8), None if groups is None else np.asarray(groups)
     for f in np.unique(folds):
-        rest, here = folds!=f, folds==f
-        chosen = copy.deepcopy(F1Threshold(empty='none') if threshold is None else threshold).fit(p[rest], y[rest], None if groups is None else groups[rest])
+        rest, here = folds != f, folds == f
+        chosen = copy.deepcopy(F1Threshold(empty='none') if threshold is None else threshold)
+        chosen = chosen.fit(p[rest], y[rest], None if groups is None else groups[rest])
         out[here] = chosen.predict(p[here])
     return out
 
+# %% ../../nbs/52_labels.stack.ipynb #4cdef69c
 def _interval(x):
     "95 % of the draws (B, ...); NaN where no draw has a positive"
     with warnings.catch_warnings():
@@ -397,29 +482,44 @@ def _candidates(members, stacks):
     members = _check_members(members)
     for name, s in stacks.items():
         if not hasattr(s, 'oof_'): raise ValueError(f'stack {name!r} was not fitted')
-        if name in (*members, 'mean'): raise ValueError(f'stack {name!r} has the name of a member or of their mean: give it another')
+        if name in (*members, 'mean'):
+            raise ValueError(f'stack {name!r} has the name of a member or of their mean: give it another')
         s.audit()
-    return members, {**members, 'mean': sum(members.values())/len(members), **{name: s.oof_ for name, s in stacks.items()}}
+    return members, {**members, 'mean': sum(members.values())/len(members),
+                     **{name: s.oof_ for name, s in stacks.items()}}
 
 def _per_class(ap, y, last, against, classes):
     "Average precision of each candidate per class, and what one gains over another"
     gain = ap[last]-ap[against]
     low, high = _interval(gain[1:])
-    return pd.DataFrame({'positives': y.sum(0, dtype=np.int64), **{n: a[0] for n, a in ap.items()}, 'gain': gain[0], 'low': low, 'high': high, 'sure': (low>0)|(high<0)},
+    return pd.DataFrame({'positives': y.sum(0, dtype=np.int64), **{n: a[0] for n, a in ap.items()}, 'gain': gain[0],
+                         'low': low, 'high': high, 'sure': (low>0)|(high<0)},
                         pd.Index(range(y.shape[1]) if classes is None else classes, name='class'))
 
+# %% ../../nbs/52_labels.stack.ipynb #308af0fb
+def _report_rows(ps, y, ap, f1, against):
+    "A row per candidate: average precision, F1 and gain with their intervals, and F1 at .5"
+    columns = [f'{what}{end}' for what in ('AP', 'F1', 'gain') for end in ('', ' low', ' high')] + ['F1 at .5']
+    rows = []
+    for n, p in ps.items():
+        mean, gain = np.nanmean(ap[n][:, y.any(0)], 1), f1[n]-f1[against]
+        rows.append([v for b in (mean, f1[n], gain) for v in (b[0], *_interval(b[1:]))] + [macro_f1(y, p >= .5)])
+    return pd.DataFrame(rows, pd.Index(ps, name='candidate'), columns)
+
+# %% ../../nbs/52_labels.stack.ipynb #79c521a8
 def stack_report(
     members:dict[str, np.ndarray], # probabilities (N, K) by name
     stacks:dict[str, Stacker], # fitted on the same rows, by name; the folds of the first one choose thresholds
     y:np.ndarray, # (N, K) 0 or 1
     groups:ArrayLike=None, # (N,) to be drawn together; None: those of the first stack
     threshold:BaseEstimator=None, # estimator of thresholds, as for `crossfit_decisions`
-    against:str|None=None, # candidate that gains are counted from; None: the member with the best mean average precision
+    against:str|None=None, # candidate that gains are counted from; None: the member with the best average precision
     classes:Sequence|None=None, # names; None: 0, 1, ...
     n_boot:int=200, # draws for the intervals (95 %)
     seed:int=0 # of the draws
-) -> tuple[pd.DataFrame, pd.DataFrame]: # a row per candidate; a row per class with the average precision of each, and the last stack's `gain`
-    """Members, their mean and stacks on the same rows: mean average precision, macro-F1 at .5 and with cross-fitted thresholds, and what each gains.
+) -> tuple[pd.DataFrame, pd.DataFrame]: # a row per candidate; a row per class, with the last stack's `gain`
+    """Members, their mean and stacks on the same rows: mean average precision, macro-F1 at .5 and with cross-fitted
+    thresholds, and what each gains.
 
     In the table of classes `sure` means that the interval of the gain, or loss, does not hold 0.
     Raises: ValueError if a stack saw what it predicts (`Stacker.audit`), if shapes differ, if no class has a positive.
@@ -430,13 +530,10 @@ def stack_report(
     if not y.any(): raise ValueError(f'none of the {len(y):,} rows has a label: nothing to compare')
     codes, folds = _group_codes(first.groups_ if groups is None else groups, len(y)), first.folds_[0]
     draws = _draws(codes, n_boot, seed)
-    ap = {n: np.stack([_average_precision(p[:, c], y[:, c], codes, draws) for c in range(y.shape[1])], 1) for n, p in ps.items()} # (B, K)
+    ap = {n: np.stack([_average_precision(p[:, c], y[:, c], codes, draws) for c in range(y.shape[1])], 1)
+          for n, p in ps.items()}
     if against is None: against = max(members, key=lambda n: np.nanmean(ap[n][0]))
     if against not in ps: raise ValueError(f'against is {against!r}, expected one of {list(ps)}')
-    f1 = {n: _f1_draws(crossfit_decisions(p, y, folds, threshold, codes), y, codes, draws).mean(1) for n, p in ps.items()}
-    rows = []
-    for n, p in ps.items():
-        mean, gain = np.nanmean(ap[n][:, y.any(0)], 1), f1[n]-f1[against]
-        rows.append([v for b in (mean, f1[n], gain) for v in (b[0], *_interval(b[1:]))] + [macro_f1(y, p>=.5)])
-    columns = [f'{what}{end}' for what in ('AP', 'F1', 'gain') for end in ('', ' low', ' high')] + ['F1 at .5']
-    return pd.DataFrame(rows, pd.Index(ps, name='candidate'), columns), _per_class(ap, y, list(stacks)[-1], against, classes)
+    f1 = {n: _f1_draws(crossfit_decisions(p, y, folds, threshold, codes), y, codes, draws).mean(1)
+          for n, p in ps.items()}
+    return _report_rows(ps, y, ap, f1, against), _per_class(ap, y, list(stacks)[-1], against, classes)

@@ -20,7 +20,7 @@ from .metrics import macro_f1
 
 # %% ../../nbs/51_labels.submission.ipynb #16260c11
 def _read_rows(table, name):
-    "A table, or the CSV file it is in, with the number of each row as index (in a file, the header is row 1), and its name for messages"
+    "A table, or the CSV file it is in, with the number of each row as index (the header is row 1), and its name"
     if isinstance(table, pd.DataFrame): return table.reset_index(drop=True), name
     return read_rows(table, 'a table of ids and labels').set_index('row').drop(columns='file'), str(table)
 
@@ -28,17 +28,20 @@ def _column(rows, name, choices):
     "The first of these columns that the table has"
     for c in choices:
         if c in rows: return rows[c]
-    raise ValueError(f'{name}: column {" or ".join(map(repr, choices))} is missing, it has {", ".join(map(repr, rows.columns)) or "none"}')
+    expected, found = ' or '.join(map(repr, choices)), ', '.join(map(repr, rows.columns)) or 'none'
+    raise ValueError(f'{name}: column {expected} is missing, it has {found}')
 
 def _check_ids(ids, name):
     "Ids as text, each once; the index holds numbers of rows for messages"
     if (bad := ids.isna() | ids.eq('')).any(): raise ValueError(f'{name}: row {bad.idxmax()} has no id')
-    ids = ids.astype(str).astype(object) # Arrow strings are slow to go through one by one
-    if (again := ids.duplicated()).any(): raise ValueError(f'{name}: row {again.idxmax()}: id {ids[again.idxmax()]!r} occurs more than once')
+    ids = ids.astype(str).astype(object) # arrow strings are slow to go through one by one
+    if (again := ids.duplicated()).any():
+        raise ValueError(f'{name}: row {again.idxmax()}: id {ids[again.idxmax()]!r} occurs more than once')
     return ids
 
 def _compare_ids(ids, name, expected, expected_name):
-    for a, b, text in ((expected, ids, f'images of {expected_name} are missing'), (ids, expected, f'images are not in {expected_name}')):
+    for a, b, text in ((expected, ids, f'images of {expected_name} are missing'),
+                       (ids, expected, f'images are not in {expected_name}')):
         known = set(b)
         other = [i for i in a if i not in known]
         if other: raise ValueError(f'{name}: {len(other):,} {text}, such as {other[0]!r}')
@@ -46,9 +49,11 @@ def _compare_ids(ids, name, expected, expected_name):
 # %% ../../nbs/51_labels.submission.ipynb #eccedefd
 def _check_predictions(labels, ids, n_classes, allow_empty):
     "Labels of each id, as a Series of tuples"
-    if getattr(labels, 'ndim', 1)==2: raise ValueError('labels are a matrix, expected lists of class numbers: see `label_lists`')
+    if getattr(labels, 'ndim', 1) == 2:
+        raise ValueError('labels are a matrix, expected lists of class numbers: see `label_lists`')
     labels = list(labels)
-    if len(labels)!=len(ids): raise ValueError(f'submission: there are labels of {len(labels):,} images for {len(ids):,} ids')
+    if len(labels) != len(ids):
+        raise ValueError(f'submission: there are labels of {len(labels):,} images for {len(ids):,} ids')
     labels = [_check_classes(l, n_classes, f'submission: image {i!r}') for i, l in zip(ids, labels)]
     empty = [i for i, l in zip(ids, labels) if not l]
     if empty and not allow_empty:
@@ -56,10 +61,11 @@ def _check_predictions(labels, ids, n_classes, allow_empty):
                          'give each its most probable class, or pass `allow_empty`')
     return pd.Series(labels, index=ids.to_numpy(), dtype=object)
 
+# %% ../../nbs/51_labels.submission.ipynb #a6d300ea
 def write_label_submission(
     ids:ArrayLike, # (N,) str: id of each image, in any order
     labels:Iterable[Sequence[int]], # N lists of class numbers, such as `label_lists` makes of a matrix
-    sample:str|Path|pd.DataFrame, # sample submission, a CSV file or a DataFrame: its `id_column` gives the images and their order
+    sample:str|Path|pd.DataFrame, # sample submission, a CSV file or a table: its `id_column` gives images and order
     path:str|Path, # file to write
     id_column:str='Id', # name of the first column
     column:str='Predicted', # name of the second
@@ -68,11 +74,12 @@ def write_label_submission(
 ) -> Path: # the file written
     """Write labels as `Id,Predicted` in the order of the sample submission, all of it or nothing.
 
-    Raises: FileNotFoundError for a sample that is not there; ValueError naming missing, unknown or repeated ids, a class out of range, or the first
-    image without labels.
+    Raises: FileNotFoundError for a sample that is not there; ValueError naming missing, unknown or repeated ids, a
+    class out of range, or the first image without labels.
     """
     rows, name = _read_rows(sample, 'sample')
-    order, ids = _check_ids(_column(rows, name, [id_column]), name), _check_ids(pd.Series(np.asarray(ids, dtype=object)), 'submission')
+    order, ids = _check_ids(_column(rows, name, [id_column]),
+                            name), _check_ids(pd.Series(np.asarray(ids, dtype=object)), 'submission')
     checked = _check_predictions(labels, ids, n_classes, allow_empty)
     _compare_ids(ids, 'submission', order, name)
     out = pd.DataFrame({id_column: order, column: checked[order.to_numpy()].map(format_labels).to_numpy()})
@@ -85,9 +92,11 @@ def _read_labels(table, name, id_columns, columns, n_classes, allow_empty):
     cells, ids = _column(rows, name, columns).astype(object), _check_ids(_column(rows, name, id_columns), name)
     labels = []
     for row, i, cell in zip(rows.index, ids, cells):
-        at, empty = f'{name}: row {row} ({i})', isinstance(cell, (str, tuple, list)) and not (cell.strip() if isinstance(cell, str) else cell)
+        at, text = f'{name}: row {row} ({i})', isinstance(cell, str)
+        empty = isinstance(cell, (str, tuple, list)) and not (cell.strip() if isinstance(cell, str) else cell)
         if empty and not allow_empty: raise ValueError(f'{at}: there are no labels')
-        labels.append(() if empty else parse_labels(cell, n_classes, at) if isinstance(cell, str) else _check_classes(cell, n_classes, at))
+        read = parse_labels if text else _check_classes
+        labels.append(() if empty else read(cell, n_classes, at))
     return pd.Series(labels, index=pd.Index(ids.to_numpy(), name='id'), name='labels', dtype=object)
 
 def read_label_submission(
@@ -98,10 +107,12 @@ def read_label_submission(
 ) -> pd.Series: # sorted tuples of class numbers by id, in the order of the file; an empty cell is ()
     """Read what `write_label_submission` wrote.
 
-    Raises: FileNotFoundError if there is no such file; ValueError naming file and row for a missing column, a missing or repeated id, or labels that are none.
+    Raises: FileNotFoundError if there is no such file; ValueError naming file and row for a missing column, a missing
+    or repeated id, or invalid labels.
     """
     return _read_labels(path, 'submission', [id_column], [column], n_classes, True)
 
+# %% ../../nbs/51_labels.submission.ipynb #97603aed
 def score_label_submission(
     submission:str|Path|pd.DataFrame, # CSV file or DataFrame: Id (or id), and Predicted (or Target or labels)
     truth:str|Path|pd.DataFrame, # CSV file or DataFrame: Id (or id), and Target (or labels or Predicted)
@@ -109,7 +120,8 @@ def score_label_submission(
 ) -> float: # macro-F1, 0 to 1
     """Macro-F1 of a submission over all classes.
 
-    Raises: FileNotFoundError if there is no such file; ValueError naming images that only one of the two has, repeated ids, or labels that are none.
+    Raises: FileNotFoundError if there is no such file; ValueError naming images that only one of the two has, repeated
+    ids, or invalid labels.
     """
     pred = _read_labels(submission, 'submission', ['Id', 'id'], ['Predicted', 'Target', 'labels'], n_classes, True)
     y = _read_labels(truth, 'truth', ['Id', 'id'], ['Target', 'labels', 'Predicted'], n_classes, False)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 from scipy.special import expit, logit
@@ -32,18 +33,20 @@ from .metrics import f1_scores, macro_f1
 def _check_scores(p, n_classes=None) -> np.ndarray:
     "As float64 (N, K)"
     p = np.asarray(p, np.float64)
-    if p.ndim!=2 or not p.size: raise ValueError(f'scores have shape {p.shape}, expected (images, classes) with one of each at least')
+    if p.ndim != 2 or not p.size:
+        raise ValueError(f'scores have shape {p.shape}, expected (images, classes) with one of each at least')
     if n_classes not in (None, p.shape[1]): raise ValueError(f'scores have {p.shape[1]} classes, expected {n_classes}')
     if (bad := ~((p>=0) & (p<=1))).any():
         row, col = np.argwhere(bad)[0]
-        raise ValueError(f'image {row}, class {col} has a score of {p[row, col]}, expected 0 to 1: apply a sigmoid to logits')
+        where = f'image {row}, class {col}'
+        raise ValueError(f'{where} has a score of {p[row, col]}, expected 0 to 1: apply a sigmoid to logits')
     return p
 
 def _check_labels(y, p) -> np.ndarray:
     "As uint8 of the shape of `p`"
     y = np.asarray(y)
-    if y.shape!=p.shape: raise ValueError(f'labels have shape {y.shape}, expected that of the scores, {p.shape}')
-    if (bad := ~((y==0) | (y==1))).any():
+    if y.shape != p.shape: raise ValueError(f'labels have shape {y.shape}, expected that of the scores, {p.shape}')
+    if (bad := ~((y == 0) | (y == 1))).any():
         row, col = np.argwhere(bad)[0]
         raise ValueError(f'image {row}, class {col} has label {y[row, col]}, expected 0 or 1')
     return y.astype(np.uint8)
@@ -51,50 +54,60 @@ def _check_labels(y, p) -> np.ndarray:
 class ThresholdEstimator(BaseEstimator):
     """What all methods share: subclasses compute thresholds in `_fit(p, y, groups)`.
 
-    Raises: ValueError for scores outside 0 to 1, labels of another shape or other than 0 and 1, no labels where they are needed.
+    Raises: ValueError for scores outside 0 to 1, labels of another shape or other than 0 and 1, no labels where they
+    are needed.
     """
     needs_labels = True
 
-    def fit(self,
-        p:ArrayLike, # float (N, K), 0 to 1: scores
-        y:ArrayLike=None, # (N, K) of 0 and 1: labels, where the method needs them
-        groups:Sequence|np.ndarray=None # (N,) names or numbers of groups that a cross-validation inside must not divide
-    ) -> 'ThresholdEstimator': # self, with `thresholds_` (K,)
-        "Choose the thresholds."
-        p = _check_scores(p)
-        if y is not None: y = _check_labels(y, p)
-        elif self.needs_labels: raise ValueError(f'{type(self).__name__} needs labels: fit(p, y)')
-        if groups is not None and len(groups)!=len(p):
-            raise ValueError(f'{len(groups):,} groups for {len(p):,} images, expected one for each')
-        self._check_empty(p.shape[1])
-        self.thresholds_ = self._fit(p, y, groups)
-        return self
+# %% ../../nbs/51_labels.threshold.ipynb #eb1cad34
+@patch
+def fit(self:ThresholdEstimator,
+    p:ArrayLike, # float (N, K), 0 to 1: scores
+    y:ArrayLike=None, # (N, K) of 0 and 1: labels, where the method needs them
+    groups:Sequence|np.ndarray=None # (N,) names or numbers of groups that a cross-validation inside must not divide
+) -> 'ThresholdEstimator': # self, with `thresholds_` (K,)
+    "Choose the thresholds."
+    p = _check_scores(p)
+    if y is not None: y = _check_labels(y, p)
+    elif self.needs_labels: raise ValueError(f'{type(self).__name__} needs labels: fit(p, y)')
+    if groups is not None and len(groups) != len(p):
+        raise ValueError(f'{len(groups):,} groups for {len(p):,} images, expected one for each')
+    self._check_empty(p.shape[1])
+    self.thresholds_ = self._fit(p, y, groups)
+    return self
 
-    def adapt(self,
-        p:ArrayLike # float (N, K), 0 to 1: scores of the images to predict, all of them
-    ) -> 'ThresholdEstimator': # self
-        "Look at unlabelled scores before they are predicted; most methods do not."
-        check_is_fitted(self, 'thresholds_')
-        _check_scores(p, len(self.thresholds_))
-        return self
+# %% ../../nbs/51_labels.threshold.ipynb #1e6c5587
+@patch
+def adapt(self:ThresholdEstimator,
+    p:ArrayLike # float (N, K), 0 to 1: scores of the images to predict, all of them
+) -> 'ThresholdEstimator': # self
+    "Look at unlabelled scores before they are predicted; most methods do not."
+    check_is_fitted(self, 'thresholds_')
+    _check_scores(p, len(self.thresholds_))
+    return self
 
-    def predict(self,
-        p:ArrayLike # float (N, K), 0 to 1: scores
-    )->np.ndarray: # uint8 (N, K)
-        "Every class whose score reaches its threshold, and the rule `empty` where none does."
-        check_is_fitted(self, 'thresholds_')
-        p = _check_scores(p, len(self.thresholds_))
-        self._check_empty(p.shape[1])
-        out = (p >= self.thresholds_).astype(np.uint8)
-        rows = np.flatnonzero(~out.any(1))
-        if self.empty=='argmax': out[rows, (p[rows]/self.thresholds_).argmax(1)] = 1
-        elif self.empty!='none': out[rows, self.empty] = 1
-        return out
+# %% ../../nbs/51_labels.threshold.ipynb #200f86d9
+@patch
+def predict(self:ThresholdEstimator,
+    p:ArrayLike # float (N, K), 0 to 1: scores
+) -> np.ndarray: # uint8 (N, K)
+    "Every class whose score reaches its threshold, and the rule `empty` where none does."
+    check_is_fitted(self, 'thresholds_')
+    p = _check_scores(p, len(self.thresholds_))
+    self._check_empty(p.shape[1])
+    out = (p >= self.thresholds_).astype(np.uint8)
+    rows = np.flatnonzero(~out.any(1))
+    if self.empty == 'argmax': out[rows, (p[rows]/self.thresholds_).argmax(1)] = 1
+    elif self.empty != 'none': out[rows, self.empty] = 1
+    return out
 
-    def _check_empty(self, n_classes):
-        if isinstance(self.empty, str) and self.empty in ('argmax', 'none'): return
-        if isinstance(self.empty, (int, np.integer)) and not isinstance(self.empty, bool) and 0<=self.empty<n_classes: return
-        raise ValueError(f"empty is {self.empty!r}, expected 'argmax', 'none' or a class number from 0 to {n_classes-1}")
+# %% ../../nbs/51_labels.threshold.ipynb #ae503a50
+@patch
+def _check_empty(self:ThresholdEstimator, n_classes):
+    if isinstance(self.empty, str) and self.empty in ('argmax', 'none'): return
+    if isinstance(self.empty, (int, np.integer)) and not isinstance(self.empty, bool) and 0<=self.empty<n_classes:
+        return
+    raise ValueError(f"empty is {self.empty!r}, expected 'argmax', 'none' or a class number from 0 to {n_classes-1}")
 
 class ConstantThreshold(ThresholdEstimator):
     "Thresholds given beforehand: the same for all classes, or one for each."
@@ -120,7 +133,7 @@ def _cut(s, k):
     "A threshold that exactly the first `k` of the scores `s`, in falling order, reach"
     return _between(s[k-1] if k else np.nextafter(1, 2), s[k] if k<len(s) else 0.)
 
-def _ends(s): return np.flatnonzero(np.append(s[1:]!=s[:-1], True)) # the last of equals
+def _ends(s): return np.flatnonzero(np.append(s[1:] != s[:-1], True)) # the last of equals
 
 def _best_cut(s, y):
     "Threshold and F1, from scores in falling order"
@@ -147,7 +160,7 @@ def best_threshold(
 def _global_cut(p, y, average):
     "The common threshold with the highest macro- or micro-F1"
     if not y.any(): raise ValueError('no class has a positive, so no threshold is better than another')
-    if average=='micro': return best_threshold(p.ravel(), y.ravel())[0]
+    if average == 'micro': return best_threshold(p.ravel(), y.ravel())[0]
     cuts, gains = [], []
     for c in np.flatnonzero(y.any(0)):
         order = np.argsort(-p[:, c], kind='stable')
@@ -163,6 +176,7 @@ def _global_cut(p, y, average):
 def _check_average(average):
     if average not in ('macro', 'micro'): raise ValueError(f"average is {average!r}, expected 'macro' or 'micro'")
 
+# %% ../../nbs/51_labels.threshold.ipynb #1f358e1e
 class GlobalThreshold(ThresholdEstimator):
     "One threshold for all classes, the one with the highest macro-F1 (or micro-F1: over all pairs of image and class)."
     def __init__(self,
@@ -174,6 +188,7 @@ class GlobalThreshold(ThresholdEstimator):
         _check_average(self.average)
         return np.full(p.shape[1], _global_cut(p, y, self.average))
 
+# %% ../../nbs/51_labels.threshold.ipynb #c0597832
 def _fill(thresholds, p, y, fallback):
     "A threshold for the classes without any, which are NaN"
     lost = np.isnan(thresholds)
@@ -209,7 +224,8 @@ def _repeated_cuts(p, y, codes, n_repeats, n_folds, rng):
     cuts = np.unique(s[pos])[::-1]
     place, m = np.searchsorted(-cuts, -s), len(cuts) # the first cut that has the row
     ends = np.searchsorted(-s, -cuts, 'right') # rows at or above each cut
-    def counts(folds, rows): return np.bincount(folds[rows]*m + place[rows], minlength=n_folds*m).reshape(n_folds, m).cumsum(1)
+    def counts(folds, rows):
+        return np.bincount(folds[rows]*m + place[rows], minlength=n_folds*m).reshape(n_folds, m).cumsum(1)
     for _ in range(n_repeats):
         folds = _deal_groups(y, codes, n_folds, rng)[order]
         held, held_pos = counts(folds, slice(ends[-1])), counts(folds, pos)
@@ -218,10 +234,11 @@ def _repeated_cuts(p, y, codes, n_repeats, n_folds, rng):
         for j in np.flatnonzero(true[:, -1]):
             i = f1[j].argmax()
             below = ends[i]
-            while below<len(s) and folds[below]==j: below += 1 # the next row of the training part
+            while below<len(s) and folds[below] == j: below += 1 # the next row of the training part
             found.append(_between(cuts[i], s[below] if below<len(s) else 0.))
     return found
 
+# %% ../../nbs/51_labels.threshold.ipynb #1308b4b4
 class RepeatedF1Threshold(ThresholdEstimator):
     """Per class, the mean of the thresholds with the best F1 on the training parts of repeated, grouped folds.
 
@@ -255,10 +272,12 @@ def _soft_f1(p, y, t, tau):
     f = 2*(s@y)/total
     return f, (2*(ds@y) - f*ds.sum())/total
 
+# %% ../../nbs/51_labels.threshold.ipynb #7f5735b5
 class SoftF1Threshold(ThresholdEstimator):
     """Per class, the threshold with the highest soft F1, by least squares of its distance from 1 and a pull to .5.
 
-    Source: known as `fit_val` in public notebooks of the Human Protein Atlas competition (tau .02, weight_decay 1e-5, start .5).
+    Source: known as `fit_val` in public notebooks of the Human Protein Atlas competition (tau .02, weight_decay 1e-5,
+    start .5).
     """
     def __init__(self,
         tau:float=.02, # width of the soft step, in probability; above 0
@@ -282,7 +301,8 @@ class SoftF1Threshold(ThresholdEstimator):
 # %% ../../nbs/51_labels.threshold.ipynb #f77785a7
 def _check_shares(shares, n_classes, name) -> np.ndarray:
     shares = np.asarray(shares, np.float64)
-    if shares.shape!=(n_classes,): raise ValueError(f'{name} has shape {shares.shape}, expected ({n_classes},): one for each class')
+    if shares.shape != (n_classes,):
+        raise ValueError(f'{name} has shape {shares.shape}, expected ({n_classes},): one for each class')
     if (bad := ~((shares>=0) & (shares<=1))).any():
         raise ValueError(f'{name} of class {bad.argmax()} is {shares[bad.argmax()]}, expected 0 to 1')
     return shares
@@ -291,7 +311,8 @@ def share_thresholds(
     p:ArrayLike, # float (N, K), 0 to 1: scores
     shares:ArrayLike # float (K,), 0 to 1: share of images that should get each class
 ) -> np.ndarray: # float64 (K,)
-    """Thresholds that as many images reach as `shares` says: the nearest count that equal scores allow, 1 at least if the share is above 0.
+    """Thresholds that as many images reach as `shares` says: the nearest count that equal scores allow, 1 at least if
+    the share is above 0.
 
     Raises: ValueError for shares or scores outside 0 to 1, or not one share per class.
     """
@@ -303,6 +324,7 @@ def share_thresholds(
         out.append(_cut(s, counts[abs(counts - share*len(s)).argmin()]))
     return np.array(out)
 
+# %% ../../nbs/51_labels.threshold.ipynb #4bc9f31e
 def estimate_shares(
     p:ArrayLike, # float (N, K), 0 to 1: probabilities, as calibrated as can be
     prior:ArrayLike, # float (K,), 0 to 1: shares in the data that these probabilities were calibrated on
@@ -336,11 +358,14 @@ def _calibrate(p, y):
         out[:, c] = model.coef_[0, 0], model.intercept_[0]
     return out
 
+# %% ../../nbs/51_labels.threshold.ipynb #b7e83ad3
 class ShareThreshold(ThresholdEstimator):
-    """Thresholds at which each class is predicted as often as it should occur, on the scores that `fit` or `adapt` saw last.
+    """Thresholds at which each class is predicted as often as it should occur, on the scores that `fit` or `adapt` saw
+    last.
 
-    `shares='train'`: as often as in the labels. Numbers: as often as they say, so that `fit(p_test)` needs no labels. `'em'`: as often as
-    `estimate_shares` finds, from the `prior` or else the share in the labels; with labels, probabilities are calibrated first.
+    `shares='train'`: as often as in the labels. Numbers: as often as they say, so that `fit(p_test)` needs no labels.
+    `'em'`: as often as `estimate_shares` finds, from the `prior` or else the share in the labels; with labels,
+    probabilities are calibrated first.
     Raises: ValueError for labels that are missing where they are needed, or shares outside 0 to 1 or not one per class.
     Source: shares of the training set, the 3rd-place solution of the Human Protein Atlas competition.
     """
@@ -353,38 +378,46 @@ class ShareThreshold(ThresholdEstimator):
         empty:str|int='argmax' # 'argmax', 'none' or a class number
     ): self.shares, self.prior, self.calibrate, self.empty = shares, prior, calibrate, empty
 
-    def _fit(self, p, y, groups):
-        named = isinstance(self.shares, str)
-        if named and self.shares not in ('train', 'em'):
-            raise ValueError(f"shares is {self.shares!r}, expected 'train', 'em' or a number for each class")
-        if y is None and named and (self.shares=='train' or self.prior is None):
-            raise ValueError('shares of the training set need labels: fit(p, y); or give `shares`, one per class, or for `em` a `prior`')
-        self.prior_ = _check_shares(self.prior, p.shape[1], 'prior') if self.prior is not None else None if y is None else y.mean(0)
-        em = named and self.shares=='em'
-        self.calibration_ = _calibrate(p, y) if em and y is not None and self.calibrate else None
-        return self._match(p)
-
     def adapt(self, p:ArrayLike) -> 'ThresholdEstimator':
         "Choose the thresholds again, on these scores."
         super().adapt(p)
         self.thresholds_ = self._match(_check_scores(p))
         return self
 
-    def _match(self, p):
-        self.shares_ = self._shares(p)
-        return share_thresholds(p, self.shares_)
+# %% ../../nbs/51_labels.threshold.ipynb #940523d4
+@patch
+def _fit(self:ShareThreshold, p, y, groups):
+    named = isinstance(self.shares, str)
+    if named and self.shares not in ('train', 'em'):
+        raise ValueError(f"shares is {self.shares!r}, expected 'train', 'em' or a number for each class")
+    if y is None and named and (self.shares == 'train' or self.prior is None):
+        instead = 'or give `shares`, one per class, or for `em` a `prior`'
+        raise ValueError(f'shares of the training set need labels: fit(p, y); {instead}')
+    self.prior_ = _check_shares(self.prior, p.shape[1],
+                                'prior') if self.prior is not None else None if y is None else y.mean(0)
+    em = named and self.shares == 'em'
+    self.calibration_ = _calibrate(p, y) if em and y is not None and self.calibrate else None
+    return self._match(p)
 
-    def _shares(self, p):
-        if not isinstance(self.shares, str): return _check_shares(self.shares, p.shape[1], 'shares')
-        if self.shares=='train': return self.prior_
-        if self.calibration_ is not None: p = expit(self.calibration_[0]*_logits(p) + self.calibration_[1])
-        return estimate_shares(p, self.prior_)
+@patch
+def _match(self:ShareThreshold, p):
+    self.shares_ = self._shares(p)
+    return share_thresholds(p, self.shares_)
+
+@patch
+def _shares(self:ShareThreshold, p):
+    if not isinstance(self.shares, str): return _check_shares(self.shares, p.shape[1], 'shares')
+    if self.shares == 'train': return self.prior_
+    if self.calibration_ is not None: p = expit(self.calibration_[0]*_logits(p) + self.calibration_[1])
+    return estimate_shares(p, self.prior_)
 
 # %% ../../nbs/51_labels.threshold.ipynb #140f2ba5
 class ShrunkThreshold(ThresholdEstimator):
-    "Thresholds of one estimator, drawn to those of another where a class has few positives: weight n_pos/(n_pos + strength) for the first."
+    """Thresholds of one estimator, drawn to those of another where a class has few positives: weight n_pos/(n_pos +
+    strength) for the first.
+    """
     def __init__(self,
-        estimator:ThresholdEstimator=None, # a `ThresholdEstimator`; None: `F1Threshold()`; its own rule for empty predictions is not used
+        estimator:ThresholdEstimator=None, # None: `F1Threshold()`; its own rule for empty predictions is not used
         strength:float=10., # positives with which a class gets the mean of both; 0: no shrinking
         towards:ThresholdEstimator=None, # another one, for the classes with few positives; None: `GlobalThreshold()`
         empty:str|int='argmax' # 'argmax', 'none' or a class number
@@ -412,7 +445,8 @@ threshold_methods = {'constant': ConstantThreshold(), 'global': GlobalThreshold(
                      'repeated_f1': RepeatedF1Threshold(), 'soft_f1': SoftF1Threshold(),
                      'share': ShareThreshold(), 'em_share': ShareThreshold('em')}
 threshold_methods |= {f'{n}_shrunk': ShrunkThreshold(threshold_methods[n]) for n in ('f1', 'repeated_f1', 'share')}
-threshold_methods |= {f'{n}_to_share': ShrunkThreshold(threshold_methods[n], towards=ShareThreshold()) for n in ('f1', 'repeated_f1')}
+threshold_methods |= {f'{n}_to_share': ShrunkThreshold(threshold_methods[n], towards=ShareThreshold())
+                      for n in ('f1', 'repeated_f1')}
 
 def create_threshold(
     name:str, # of `threshold_methods`
@@ -442,12 +476,13 @@ def write_thresholds(
     """
     check_is_fitted(estimator, 'thresholds_')
     names, t = [str(c) for c in classes], estimator.thresholds_.tolist()
-    if len(names)!=len(t): raise ValueError(f'{len(names)} classes for {len(t)} thresholds')
+    if len(names) != len(t): raise ValueError(f'{len(names)} classes for {len(t)} thresholds')
     _check_names(names)
     empty = estimator.empty if isinstance(estimator.empty, str) else {'class': names[estimator.empty]}
     made = ' '.join(repr(estimator).split())
     write_json(path, dict(made=made, empty=empty, thresholds=dict(zip(names, t))))
 
+# %% ../../nbs/51_labels.threshold.ipynb #27fbe3d1
 def read_thresholds(
     path:str|Path, # file of `write_thresholds`
     classes:Sequence|None=None # names in the order of the columns to be predicted; None: the order of the file
@@ -472,7 +507,8 @@ def read_thresholds(
         if not isinstance(empty.get('class'), str) or empty['class'] not in t:
             raise ValueError(f'{path}: empty predictions get class {empty.get("class")!r}, which has no threshold')
         empty = names.index(empty['class'])
-    elif empty not in ('argmax', 'none'): raise ValueError(f"{path}: empty is {json.dumps(empty)[:60]}, expected 'argmax', 'none' or the name of a class")
+    elif empty not in ('argmax', 'none'):
+        raise ValueError(f"{path}: empty is {json.dumps(empty)[:60]}, expected 'argmax', 'none' or the name of a class")
     return ConstantThreshold([t[name] for name in names], empty=empty).fit(np.zeros((1, len(names))))
 
 # %% ../../nbs/51_labels.threshold.ipynb #eb46b19a
@@ -487,11 +523,12 @@ class NestedF1(NamedTuple):
     repeats: np.ndarray # (R,) macro-F1 of each repeat
     bootstrap: np.ndarray # (B,) macro-F1 of each bootstrap sample, mean over the repeats
 
+# %% ../../nbs/51_labels.threshold.ipynb #43070d4f
 def _pooled(estimator, p, y, groups, folds):
     "Predictions of each fold by thresholds from the others"
     pred = np.zeros_like(y)
     for j in np.unique(folds):
-        held = folds==j
+        held = folds == j
         fitted = clone(estimator).fit(p[~held], y[~held], None if groups is None else groups[~held])
         pred[held] = fitted.adapt(p[held]).predict(p[held])
     return pred
@@ -508,6 +545,7 @@ def _weighted_macro(y, pred, weights):
     true, total = weights@(y & pred).astype(np.float32), weights@y.astype(np.float32) + weights@pred.astype(np.float32)
     return np.divide(2*true, total, out=np.zeros_like(total), where=total>0).mean(1).astype(np.float64)
 
+# %% ../../nbs/51_labels.threshold.ipynb #47d4e6dc
 def _nested(estimator, level, p, y, groups, folds, weights):
     pooled = [_pooled(estimator, p, y, groups, f) for f in folds]
     repeats, f1 = np.array([macro_f1(y, pred) for pred in pooled]), np.mean([f1_scores(y, pred) for pred in pooled], 0)
@@ -525,6 +563,7 @@ def _setting(p, y, groups, n_folds, n_repeats, seed, n_bootstrap):
     folds = [grouped_folds(y, groups, n_folds, seed+r) for r in range(n_repeats)]
     return p, y, None if groups is None else np.asarray(groups), folds, _drawn(groups, len(p), n_bootstrap, seed)
 
+# %% ../../nbs/51_labels.threshold.ipynb #a12face2
 def nested_macro_f1(
     estimator:ThresholdEstimator, # a `ThresholdEstimator`; it stays as it is
     p:ArrayLike, # float (N, K), 0 to 1: scores of images that the network did not train on
@@ -546,7 +585,7 @@ def nested_macro_f1(
 def compare_thresholds(
     p:ArrayLike, # float (N, K), 0 to 1: scores of images that the network did not train on
     y:ArrayLike, # (N, K) of 0 and 1: labels
-    methods:Iterable[str]|dict[str, ThresholdEstimator]=None, # names of `threshold_methods`, or dict of estimators by name; None: all names
+    methods:Iterable[str]|dict[str, ThresholdEstimator]=None, # names, or estimators by name; None: `threshold_methods`
     groups:ArrayLike=None, # (N,) names or numbers of groups that stay together; None: every image for itself
     n_folds:int=5, # 2 to the number of groups
     n_repeats:int=5, # draws of folds
@@ -554,7 +593,7 @@ def compare_thresholds(
     n_bootstrap:int=200, # samples for the intervals
     level:float=.95, # of the intervals
     progress:bool=True # show a progress bar?
-) -> pd.DataFrame: # a row per method: in_sample, out_of_sample, low, high, optimism; gain over the first method, gain_low, gain_high
+) -> pd.DataFrame: # a row per method: in_sample, out_of_sample, low, high, optimism; gain, gain_low, gain_high
     """In- and out-of-sample macro-F1 of several ways to choose thresholds, by nested folds, with intervals.
 
     Raises: ValueError for an unknown method, or what `nested_macro_f1` refuses.
@@ -564,7 +603,8 @@ def compare_thresholds(
     if not isinstance(methods, dict): methods = {name: create_threshold(name) for name in methods}
     if not methods: raise ValueError('there are no methods to compare')
     setting, rows, first = _setting(p, y, groups, n_folds, n_repeats, seed, n_bootstrap), {}, None
-    for name, e in tqdm(methods.items(), desc='Thresholds', disable=None if progress and not os.environ.get('TQDM_DISABLE') else True):
+    for name, e in tqdm(methods.items(), desc='Thresholds',
+                        disable=None if progress and not os.environ.get('TQDM_DISABLE') else True):
         n = _nested(e, level, *setting)
         first = n if first is None else first
         low, high = np.quantile(n.bootstrap-first.bootstrap, [(1-level)/2, (1+level)/2])
