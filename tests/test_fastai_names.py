@@ -54,7 +54,7 @@ print(json.dumps(dict(
     patched=[f'{{c.__qualname__}}.{{k}}' for c, d in classes.items() for k, v in d.items() if not k.startswith('__') and vars(c).get(k) is not v])))
 """
 RENAMED = {"data.augment": ["Brightness", "RandomCrop", "Warp"], "model.head": ["Body", "Head", "create_head"], "model.core": ["save_model"], "train.precision": ["ChannelsLast"],
-           "train.learner": ["accuracy"], "predict.tta": ["View"]}  # fmt: skip
+           "train.metrics": ["accuracy"], "predict.tta": ["View"]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,9 @@ def _predict_parts(run, split, settings, how):
 
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1be
 def _known_split(run, split):
-    one_of(split, [*sorted(run.screen.wells.split.unique()), 'valid'], 'split')
+    known = {*run.screen.wells.split, 'valid'}
+    if split not in known: known |= {*run.screen.sites().split} # WILDS splits the sites of a well
+    one_of(split, sorted(known), 'split')
 
 def _check_split(run, split):
     "Refuse what a run cannot predict"

@@ -33,7 +33,6 @@ from fastcore.meta import delegates
 from torch import nn
 
 from ..files import user_path
-from ..renamed import renamed
 from ..data.target import MultiLabelCategorize
 from ..data.domains import control_pools, _domain_names
 from ..data.statistics import complete_stats, _context_encoder
@@ -52,9 +51,6 @@ from .network import _for_screen, _groups_of, ImageOnly, new_head, recipe_model
 from .optimizer import optimizers
 from .precision import AutoMixedPrecision, ChannelsLastImages, InferenceMode
 from .schedule import schedule_function
-
-# %% ../../nbs/66_train.learner.ipynb #df686a09
-__getattr__ = renamed(__name__, accuracy='known_accuracy') # names of version 0.1.0
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b032
 class ScreenLearner(Learner):

@@ -11,10 +11,14 @@ from fastai.callback.all import Callback, CancelValidException
 from fastai.learner import AvgMetric
 from fastai.metrics import AccumMetric
 
+from ..renamed import renamed
 from ..data.context import plain
 from ..loss.base import ScreenLoss
 from ..loss.multi import MultiLabelLoss
 from ..labels.metrics import average_precision, macro_f1
+
+# %% ../../nbs/65_train.metrics.ipynb #df686a09
+__getattr__ = renamed(__name__, accuracy='known_accuracy') # names of version 0.1.0
 
 # %% ../../nbs/65_train.metrics.ipynb #9ebc3696
 def known_accuracy(
