@@ -284,7 +284,8 @@ def check_predicted(self:Run,
     if lost := sorted(set(p.ids)-set(sites.id_code if well else sites.site_id)):
         more = f' (and {len(lost)-1:,} more)' if len(lost) > 1 else ''
         raise ValueError(f'{path}: {"well" if well else "site"} {lost[0]} is not in {screen.path}{more}')
-    left_out = sites[:0] if well else sites[~sites.site_id.isin(p.ids)]
+    asked = sites[sites.split == ('train' if split == 'valid' else split)] # WILDS splits the sites of a well
+    left_out = asked[:0] if well else asked[~asked.site_id.isin(p.ids)]
     if len(left_out): left_out = present_sites(left_out, screen.channels)[0] # others cannot be predicted
     if not len(left_out): return p
     raise ValueError(f'{path}: site {left_out.site_id.iloc[0]} is missing, and other sites of its well are there: '
