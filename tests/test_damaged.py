@@ -243,7 +243,7 @@ def test_run_json_that_does_not_fit_is_named_by_every_command(run, small_screen,
 
 def test_models_of_a_stack(tmp_path):
     "Each value missing or of another kind is told by the name of the file"
-    pytest.importorskip("lightgbm")
+    pytest.importorskip("lightgbm", reason="stacking needs LightGBM (pip install rcic_fastai[stack])")
     rng = np.random.default_rng(0)
     y = (rng.random((240, 2)) < [0.5, 0.05]).astype(int)
     members = dict(a=np.clip(y * 0.4 + rng.random(y.shape) * 0.6, 0, 1), b=rng.random(y.shape))
@@ -262,7 +262,7 @@ def test_parameters_of_a_stack(small_run, small_screen):
 
     with pytest.raises(CliError, match="--params: line 1: Expecting"): rcic_hpa_stack(run=[small_run], params="{bad")
     with pytest.raises(CliError, match="--params: .* where an object in braces is expected"): rcic_hpa_stack(run=[small_run], params="[1]")
-    pytest.importorskip("lightgbm")
+    pytest.importorskip("lightgbm", reason="stacking needs LightGBM (pip install rcic_fastai[stack])")
     y = (np.random.default_rng(0).random((90, 1)) < 0.5).astype(int)
     for params in (dict(learning_rate="x"), dict(num_leaves=-1), dict(monotone_constraints={"a": 1})):
         with pytest.raises(ValueError, match=f"params .*{next(iter(params))}.*: LightGBM refuses them"): Stacker(n_folds=2, n_inner=2, min_positives=2, params=params, progress=False).fit(dict(a=y * 0.5), y)

@@ -64,7 +64,8 @@ def overridden():
 
 @pytest.mark.parametrize("name", PRIVATE_PARTS)
 def test_a_private_part_is_there(name):
-    pytest.importorskip(name.partition(".")[0])
+    if (library := name.partition(".")[0]) in ("lightgbm", "zarr"):
+        pytest.importorskip(library, reason=f"{library} belongs to an extra that is not installed")
     assert has_part(name)
 
 
