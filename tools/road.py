@@ -1,22 +1,27 @@
-"""How far a reader goes on the two long roads: the functions of this library that are entered from `train_run` to the network, and from `predict_run` to its predictions.
+"""How far a reader goes on the two long roads: from `train_run` to the saved run, and from `predict_run` to its predictions.
 
     python tools/road.py [--list]
 
-Counts the distinct functions, their modules, and how often the road returns to a module that it has left. Counted are functions with a name:
-no lambdas, no comprehensions, nothing within a function. Three views: all functions; the rooms below, of which only the doors count, since their
-own calls are another road; and the same with what knows the folder of a run, as a reader sees it who trusts `Run`.
+Followed are the functions of this library that have a name, in the order in which they are first entered: no lambdas, no comprehensions,
+nothing within a function. A stop is a stretch of them in one module; a return is a stop in a module that was left before.
+Three views: all functions; of the rooms below only the doors, which are the functions that another room calls; and the room `run` alone,
+as it is read by who trusts the names of those doors.
 """
 
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
+
+BELOW = ("screen.", "data.", "model.", "loss.", "predict.", "profile.", "labels.", "recipe.", "train.", "files", "credentials", "errors", "private")
+VIEWS = "all functions", "doors of the rooms below", "room run alone"
 
 
 class Road:
-    "Functions of ours in the order in which they are first entered; of modules in `ground` those only that other modules call."
+    "Functions of ours in the order in which they are first entered, and whether one of a room below was entered from such a room."
 
-    def __init__(self, package, ground=()):
-        self.package, self.ground, self.seen, self.active = Path(package).resolve(), ground, {}, True
+    def __init__(self, package):
+        self.package, self.seen = Path(package).resolve(), {}
 
     def place(self, frame):
         file = Path(frame.f_code.co_filename)
@@ -25,32 +30,26 @@ class Road:
         return ".".join(file.relative_to(self.package).with_suffix("").parts), name
 
     def __call__(self, frame, event, arg):
-        if event != "call" or not self.active or (here := self.place(frame)) is None: return
-        if here[1] == self.until: self.active = False
+        if event != "call" or (here := self.place(frame)) is None: return
         caller = frame.f_back
         while caller is not None and (up := self.place(caller)) is None: caller = caller.f_back
-        if caller is not None and up[0].startswith(self.ground) and here[0].startswith(self.ground): return  # inside the ground
-        if here not in self.seen: self.seen[here] = len(self.seen)
+        within = caller is not None and up[0].startswith(BELOW) and here[0].startswith(BELOW)
+        self.seen[here] = self.seen.get(here, True) and within
 
-    def walk(self, func, *args, until=None, **kwargs):
-        self.until = until
+    def walk(self, func, *args, **kwargs):
         sys.setprofile(self)
         try: return func(*args, **kwargs)
         finally: sys.setprofile(None)
 
-    def figures(self):
-        left, returns = set(), 0
-        stops = list(self.seen)
-        for a, b in zip(stops, stops[1:]):
-            if a[0] == b[0]: continue
-            left.add(a[0])
-            returns += b[0] in left
-        return dict(functions=len(stops), modules=len({m for m, _ in stops}), returns=returns)
+    def functions(self, view):
+        if view == VIEWS[0]: return list(self.seen)
+        doors = [f for f, within in self.seen.items() if not within]
+        return doors if view == VIEWS[1] else [f for f in doors if not f[0].startswith(BELOW)]
 
 
-ROOMS = ("screen.", "data.", "model.", "loss.", "predict.", "profile.", "labels.", "recipe.", "train.", "files", "credentials", "errors")
-FLOOR = (*ROOMS, "run.folder", "run.record", "run.task", "run.stages")  # what knows the folder of a run
-VIEWS = {"all functions": (), "the rooms below as one": ROOMS, "and the run's own folder": FLOOR}
+def figures(functions):
+    stops = [module for module, _ in groupby(m for m, _ in functions)]
+    return dict(functions=len(functions), stops=len(stops), returns=len(stops) - len(set(stops)), modules=len(set(stops)))
 
 
 def main():
@@ -61,18 +60,19 @@ def main():
     from rcic_fastai.screen.read import read_screen
     from rcic_fastai.screen.simulate import simulate_screen
 
-    package, quiet = Path(rcic_fastai.__file__).parent, dict(say=lambda *a: None)
+    train, predict, quiet = Road(Path(rcic_fastai.__file__).parent), Road(Path(rcic_fastai.__file__).parent), dict(say=lambda *a: None)
     with tempfile.TemporaryDirectory() as folder:
         screen = read_screen(simulate_screen(f"{folder}/screen", 8, n_train=3, n_test=1, cell_types=("HUVEC",), image_size=48, progress=False))
         small = 'model.arch_options={"channels": [8, 16, 24, 32], "stem_width": 8}'
         recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=16", "model.arch=resnet10t", small)
-        for k, (what, ground) in enumerate(VIEWS.items()):
-            train, predict = Road(package, ground), Road(package, ground)
-            train.walk(train_run, screen, recipe, f"{folder}/run{k}", valid="experiment=HUVEC-03", until="recipe_model", **quiet)
-            predict.walk(predict_run, f"{folder}/run{k}", screen, "test", progress=False, **quiet)
-            for name, road in {"train_run -> recipe_model": train, "predict_run -> predictions": predict}.items():
-                print(f"{name}, {what}: " + ", ".join(f"{n} {k}" for k, n in road.figures().items()))
-                if "--list" in sys.argv and ground: print("\n".join(f"    {m}:{n}" for m, n in road.seen))
+        train.walk(train_run, screen, recipe, f"{folder}/run", valid="experiment=HUVEC-03", **quiet)
+        predict.walk(predict_run, f"{folder}/run", screen, "test", progress=False, **quiet)
+    for name, road in {"train_run -> saved run": train, "predict_run -> predictions": predict}.items():
+        for view in VIEWS:
+            found = road.functions(view)
+            print(f"{name}, {view}: " + ", ".join(f"{n} {k}" for k, n in figures(found).items()))
+            if "--list" in sys.argv and view != VIEWS[0]:
+                for module, stop in groupby(found, key=lambda f: f[0]): print(f"    {module}: " + ", ".join(n for _, n in stop))
 
 
 if __name__ == "__main__": main()

@@ -309,6 +309,14 @@ def with_inference(self:Run,
     return run
 
 # %% ../../nbs/75_run.folder.ipynb #c3d1e4c7
+def _only_valid_wells(run, sites, say):
+    "The sites of the wells that were set aside"
+    gone = sorted(set(run.valid_wells)-set(run.screen.wells.id_code))
+    said = f'{len(gone):,} of the {len(run.valid_wells):,} wells that {run} set aside are not in {run.screen.path}'
+    if gone and len(gone)==len(run.valid_wells): raise ValueError(f'{said}, such as {gone[0]}: it is another screen')
+    if gone: say(f'{said}, such as {gone[0]}: they are left out')
+    return sites[sites.id_code.isin(run.valid_wells)].reset_index(drop=True)
+
 @patch
 def sites(self:Run,
     split:str, # 'test', 'train' or 'valid'
@@ -316,10 +324,10 @@ def sites(self:Run,
     present_only:bool=None, # leave out sites with missing files? None: as in training
     say:Callable=print # where notices go
 ) -> pd.DataFrame: # sites
-    "The sites of a split. Raises: as `select_sites`."
+    "The sites of a split. Raises: as `select_sites`; ValueError if the wells set aside are those of another screen."
     present_only = self.present_only if present_only is None else present_only
     sites = select_sites(self.screen, 'train' if split=='valid' else split, wells or self.wells, present_only, say)
-    return sites[sites.id_code.isin(self.valid_wells)].reset_index(drop=True) if split=='valid' else sites
+    return _only_valid_wells(self, sites, say) if split=='valid' else sites
 
 @patch
 def references(self:Run,

@@ -27,13 +27,11 @@ from ..train.inference import embed_with, predict_with
 from .folder import Run
 
 # %% ../../nbs/76_run.predict.ipynb #8d28fda9
-def _together(*tables): return pd.concat([t for t in tables if t is not None], ignore_index=True)
-
 def _predict_network(run, split, wells, present_only, device, progress, say, keep_views):
     "Predictions of a run with one network"
     sites = run.sites(split, wells, present_only, say)
     labelled, controls = run.references(sites, present_only)
-    learn = run.learner(_together(sites, labelled, controls), device)
+    learn = run.learner(pd.concat([sites, labelled, controls], ignore_index=True), device) # without what is None
     p = predict_with(learn, sites, run.recipe, controls, reference=labelled, progress=progress, keep_views=keep_views)
     w = run.screen.wells
     treated = w.sirna[(w.well_type=='treatment') & (w.split=='train')].dropna().unique() if run.target=='sirna' else []
@@ -67,8 +65,8 @@ def _check_split(run, split):
                          'and blend again')
     if split=='valid' and not run.valid_wells:
         raise ValueError(f'{run} set no wells aside: train it with a validation set')
-    run.check_screen()
     _known_split(run, split)
+    run.check_screen()
 
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1b3
 @patch
@@ -164,7 +162,7 @@ def embed(self:Run,
     run = self.with_inference(batchnorm=batchnorm)
     sites, hosts = _embedded_sites(run, split, wells, present_only, say)
     labelled, controls = run.references(hosts, present_only)
-    learn = run.learner(_together(hosts, sites, labelled, controls), device)
+    learn = run.learner(pd.concat([hosts, sites, labelled, controls], ignore_index=True), device)
     means, ids = well_means(embed_with(learn, sites, run.recipe, controls, labelled, hosts, progress),
                             sites.id_code.to_numpy())
     return means, sites.drop_duplicates('id_code').set_index('id_code').loc[ids].reset_index()[[*_kept_columns]]

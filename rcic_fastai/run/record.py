@@ -18,7 +18,7 @@ import numpy as np
 from .. import __version__
 from ..files import check_name, path_within, read_json, user_path, write_json
 from ..recipe.settings import Recipe, recipe_from_dict
-from .task import task_of_loss, task_of_target
+from .task import task_of_run
 
 # %% ../../nbs/72_run.record.ipynb #b2e0d3a6
 RUN_FORMAT = 2 # 1: without a number, paths as they were typed
@@ -108,29 +108,15 @@ def _check_info(info, path):
         if twice: raise ValueError(f'{path}: {key} has {twice[0]!r} twice')
         if any(isinstance(v, float) and not np.isfinite(v) for v in info[key]):
             raise ValueError(f'{path}: {key} has NaN or an infinite number')
-    _check_class_kinds(info, path)
     return info
 
-def _check_class_kinds(info, path):
-    "Classes of siRNAs and of labels have whole numbers, others are all numbers or all names"
-    classes = info.get('classes', [])
-    said = f'{path}: classes are {json.dumps(classes)[:60]}, expected'
-    if task_of_target(info['target']) is not None and not all(isinstance(c, int) for c in classes):
-        raise ValueError(f'{said} whole numbers, as the target is {info["target"]}')
-    if len({isinstance(c, str) for c in classes}) > 1: raise ValueError(f'{said} all names or all numbers')
-
 # %% ../../nbs/72_run.record.ipynb #b2e0d3ae
-def _checked_recipe(settings, info, run):
-    "The recipe, whose loss must be one for the target of run.json"
-    try: recipe = recipe_from_dict(settings)
+def _read_recipe(settings, info, run):
+    "The recipe; what is wrong with it says which version wrote it"
+    try: return recipe_from_dict(settings)
     except ValueError as e:
         raise ValueError(f'{run/"recipe.json"}: {e}; written by rcic_fastai {info.get("version", "0.1")}, and this is '
                          f'{__version__}') from None
-    task, expected = task_of_loss(recipe.loss.name), task_of_target(info['target'])
-    if expected in (None, task): return recipe
-    raise ValueError(f'{run/"run.json"}: target is {info["target"]!r}, and the loss of recipe.json, '
-                     f'{recipe.loss.name}, is for '
-                     f'{"several labels" if task.several else "one label"} per image')
 
 def read_record(
     run:str|Path # a run folder
@@ -146,7 +132,9 @@ def read_record(
         return run/name
     settings = read_json(need('recipe.json'), nan=True)
     info = _check_info(read_json(need('run.json'), nan=True), run/'run.json')
-    recipe = _checked_recipe(settings, info, run)
+    recipe = _read_recipe(settings, info, run)
     for part in info.get('parts', [] if 'blend' in info else ['.']): # weights may be a link, as in caches of downloads
         need((path_within(run, part)/'model.safetensors').relative_to(run))
-    return recipe, _each_path({'format': 1, **info}, lambda p: _found_path(p, run, info.get('format', 1)))
+    found = _each_path({'format': 1, **info}, lambda p: _found_path(p, run, info.get('format', 1)))
+    task_of_run(recipe.loss.name, info, run/'run.json') # they must agree
+    return recipe, found

@@ -399,7 +399,8 @@ def train_run(
     _check_request(t)
     with claim_folder(run):
         if (run/'run.json').exists():
-            raise FileExistsError(f'{run} holds a finished run; give another folder or delete it')
+            raise FileExistsError(f'{run} holds a finished run: load_run(run) reads it; to train anew, give another '
+                                  f'folder or delete it')
         for name in _own_names: refuse_links(run/name/'any')
         _check_begun(run)
         for folder in (run, run/'checkpoints'): clean_partials(folder, held=True)
