@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from sklearn.metrics import roc_auc_score
 from sklearn.tree import DecisionTreeClassifier
 
@@ -93,7 +94,7 @@ def test_classes_stay_on_both_sides(seed):
     assert (y[c.rows].sum(0)[[0, 1, 3]] >= 4).all() and y[~c.rows].any(0).all() and c.absent == [2]
 
 
-@pytest.mark.parametrize(
+@each(
     "change,message",
     [
         (dict(share=0), "share is 0"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 
 from rcic_fastai.predict.submission import score_submission, score_table, write_submission
 from rcic_fastai.predict.assign import allowed_classes, argmax_classes, assign_classes, assign_experiment
@@ -28,8 +29,8 @@ def brute_force(scores, allowed):
 def value(scores, labels): return scores[range(len(labels)), labels].sum()
 
 
-@pytest.mark.parametrize('seed', SEEDS)
-@pytest.mark.parametrize('shape', [(1, 1), (1, 4), (4, 4), (3, 6), (5, 6)])
+@each('seed', SEEDS)
+@each('shape', [(1, 1), (1, 4), (4, 4), (3, 6), (5, 6)])
 def test_assignment_is_the_best_of_all(seed, shape):
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=shape)
@@ -38,7 +39,7 @@ def test_assignment_is_the_best_of_all(seed, shape):
     assert value(scores, labels) == pytest.approx(brute_force(scores, np.ones(shape, bool)))
 
 
-@pytest.mark.parametrize('seed', SEEDS)
+@each('seed', SEEDS)
 def test_forbidden_pairs_are_never_chosen(seed):
     rng = np.random.default_rng(seed)
     scores, allowed = rng.normal(size=(4, 6)), rng.random((4, 6)) < .45
@@ -59,12 +60,12 @@ def test_some_random_masks_are_infeasible_and_some_are_not():
     assert 0 < sum(feasible) < len(feasible)
 
 
-@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64', 'int64'])
+@each('dtype', ['float16', 'float32', 'float64', 'int64'])
 def test_scores_of_any_dtype(dtype):
     assert assign_classes(np.array([[3, 1], [2, 1]], dtype=dtype)).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize('scores,allowed,message', [
+@each('scores,allowed,message', [
     (np.zeros(3), None, r'shape \(3,\), expected \(wells, classes\)'),
     (np.zeros((3, 2)), None, '3 wells but only 2 classes'),
     (np.array([[0, np.nan]]), None, 'row 0, class 1 is nan'),
@@ -100,8 +101,8 @@ def mapping_values(scores, plates, groups, known=()):
     return out
 
 
-@pytest.mark.parametrize('seed', SEEDS)
-@pytest.mark.parametrize('layout', [{}, {"n_plates": 2, "n_groups": 4}, {"n_plates": 4, "n_groups": 4}, {"n_plates": 1, "n_groups": 3},
+@each('seed', SEEDS)
+@each('layout', [{}, {"n_plates": 2, "n_groups": 4}, {"n_plates": 4, "n_groups": 4}, {"n_plates": 1, "n_groups": 3},
                                     {"free": 2}, {"n_plates": 2, "n_groups": 4, "free": 3}])
 def test_mapping_and_margin_against_all_permutations(seed, layout):
     scores, plates, groups = small_experiment(seed, **layout)
@@ -113,7 +114,7 @@ def test_mapping_and_margin_against_all_permutations(seed, layout):
     assert all(type(p) is int and type(g) is int for p, g in mapping.items())
 
 
-@pytest.mark.parametrize('seed', SEEDS)
+@each('seed', SEEDS)
 def test_known_classes_count_neither_for_the_mapping_nor_for_the_labels(seed):
     scores, plates, groups = small_experiment(seed, per_group=4)
     known = [int(np.flatnonzero(groups == g)[0]) for g in (0, 2)]
@@ -151,7 +152,7 @@ def test_without_groups_only_the_assignment_counts():
     assert 'Assignment(6 wells' in repr(a)
 
 
-@pytest.mark.parametrize('change,message', [
+@each('change,message', [
     ({"plates": [1, 1]}, r'plates has shape \(2,\), expected \(4,\)'),
     ({"groups": [0, 1]}, r'groups has shape \(2,\), expected \(6,\)'),
     ({"groups": [0., 0, 0, 1, 1, 1]}, 'groups must be integers'),
@@ -226,7 +227,7 @@ def test_equal_votes_are_decided_by_the_scores_and_only_equal_ones():
 LAYOUTS = [{}, {"n_plates": 2, "n_groups": 4}, {"n_plates": 4, "n_groups": 4, "per_group": 4}, {"free": 3}]
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
+@each('layout', LAYOUTS)
 def test_the_vote_against_all_permutations(layout):
     ties = 0
     for seed in SEEDS:
@@ -246,7 +247,7 @@ def test_the_vote_against_all_permutations(layout):
     assert 0 < ties < len(SEEDS)
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
+@each('layout', LAYOUTS)
 def test_with_a_strong_signal_the_vote_is_the_exact_mapping(layout):
     for seed in SEEDS:
         scores, plates, groups = small_experiment(seed, **layout)
@@ -417,7 +418,7 @@ def test_score_and_its_table(sample, tmp_path):
     with pytest.raises(ValueError, match="by is 'plate'"): score_table(submission, truth, by='plate')
 
 
-@pytest.mark.parametrize('submission,message', [
+@each('submission,message', [
     ('id_code,sirna\nHUVEC-17_1_B03,0\n', r'submission.csv: 3 wells of truth are missing: HUVEC-17_2_B04, HUVEC-18_1_B03, U2OS-04_1_B03'),
     ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+['X-01_1_B03']), '1 wells are not in truth: X-01_1_B03'),
     ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+IDS[:1]), 'submission.csv: HUVEC-17_1_B03 occurs more than once'),

@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+from cases import each
 import torch
 import torch.nn.functional as F
 from fastai.data.core import Datasets
@@ -56,8 +57,8 @@ def k_to_the_n(table, k, n):
     return result
 
 
-@pytest.mark.parametrize('k', range(8))
-@pytest.mark.parametrize('shape,dtype', [((5, 5), torch.uint8), ((2, 3, 4, 6), torch.float32), ((1, 7, 3), torch.int64)])
+@each('k', range(8))
+@each('shape,dtype', [((5, 5), torch.uint8), ((2, 3, 4, 6), torch.float32), ((1, 7, 3), torch.int64)])
 def test_a_symmetry_moves_pixels_and_has_an_inverse(k, shape, dtype):
     x = torch.randint(0, 200, shape).to(dtype)
     y = dihedral(x, k)
@@ -108,9 +109,9 @@ def by_hand(x, context, by):
     return out
 
 
-@pytest.mark.parametrize('by', ['image', 'plate', 'experiment', 'screen'])
-@pytest.mark.parametrize('c', [1, 4, 6])
-@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32, torch.float16])
+@each('by', ['image', 'plate', 'experiment', 'screen'])
+@each('c', [1, 4, 6])
+@each('dtype', [torch.uint8, torch.float32, torch.float16])
 def test_standardising_agrees_with_numpy(by, c, dtype):
     x, context, target = batch(c=c, size=(16, 24))
     stats = () if by == 'image' else channel_stats([(x[:3], context[:3]), (x[3:], context[3:], target[3:])], by)
@@ -215,7 +216,7 @@ def test_a_crop_reaches_every_corner():
     assert {tuple(c) for c in crop.corners.T.tolist()} == set(itertools.product(range(2), range(3)))
 
 
-@pytest.mark.parametrize('n,size', [(32, 16), (32, 10), (32, 32), (24, 40)])
+@each('n,size', [(32, 16), (32, 10), (32, 32), (24, 40)])
 def test_the_whole_image_is_resized_like_torch_does(n, size):
     x, *_ = batch(4, 3, (n, n))
     y = RandomResizedSquareCrop(size)(x, split_idx=1)
@@ -223,7 +224,7 @@ def test_the_whole_image_is_resized_like_torch_does(n, size):
     torch.testing.assert_close(y.as_subclass(torch.Tensor), F.interpolate(x.as_subclass(torch.Tensor).float(), (size, size), mode='bilinear', antialias=True))
 
 
-@pytest.mark.parametrize('seed', range(4))
+@each('seed', range(4))
 def test_windows_of_a_ramp_show_where_they_are(seed):
     rows, cols = torch.meshgrid(torch.arange(64.), torch.arange(80.), indexing='ij')
     x = TensorImage(torch.stack([rows, cols]).expand(16, 2, 64, 80))
@@ -364,7 +365,7 @@ MAKE = {"D4": lambda **k: D4(**k), "RandomSquareCrop": lambda **k: RandomSquareC
             "ChannelIntensity": lambda **k: ChannelIntensity(**k), "Cutout": lambda **k: Cutout(**k), "PerspectiveWarp": lambda **k: PerspectiveWarp(**k), "ImageBrightness": lambda **k: ImageBrightness(**k)}
 
 
-@pytest.mark.parametrize('name', MAKE)
+@each('name', MAKE)
 def test_random_transforms_are_reproducible_and_leave_the_rest_alone(name):
     x, context, target = batch()
     x = x.float()
@@ -381,7 +382,7 @@ def test_random_transforms_are_reproducible_and_leave_the_rest_alone(name):
     assert torch.equal(c, d) and not torch.equal(c, first[0])
 
 
-@pytest.mark.parametrize('name', MAKE)
+@each('name', MAKE)
 def test_validation_draws_nothing_and_a_seed_leaves_the_global_generator_alone(name):
     x, *_ = batch()
     x = x.float()
@@ -393,7 +394,7 @@ def test_validation_draws_nothing_and_a_seed_leaves_the_global_generator_alone(n
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize('name', MAKE)
+@each('name', MAKE)
 def test_only_images_are_touched(name):
     x, context, target = batch()
     mask = torch.rand(8, 6, 32, 32)
@@ -401,7 +402,7 @@ def test_only_images_are_touched(name):
     with pytest.raises(ValueError, match=rf'{name} works on batches \(B, C, H, W\), got \(6, 32, 32\)'): MAKE[name]()(x[0], split_idx=None if 'Crop' in name else 0)
 
 
-@pytest.mark.parametrize('make,message', [
+@each('make,message', [
     (lambda: D4(p=1.5), 'p is 1.5'),
     (lambda: RandomSquareCrop(33)(batch()[0], split_idx=1), 'window of 33 pixels does not fit into images of 32x32'),
     (lambda: RandomResizedSquareCrop(8, scale=(.8, .5)), r'scale is \(0.8, 0.5\)'),
@@ -442,8 +443,8 @@ def test_the_orders_put_bytes_first():
     assert screen_transforms(size=32, crop=40)[2].scale == (1, 1) and screen_transforms(size=32, scale=(.2, .4))[1].scale == (.2, .4)
 
 
-@pytest.mark.parametrize('c', [1, 4, 6])
-@pytest.mark.parametrize('standardize', ['image', 'plate', 'experiment', 'screen'])
+@each('c', [1, 4, 6])
+@each('standardize', ['image', 'plate', 'experiment', 'screen'])
 def test_a_real_loader(standardize, c):
     _, x, context = loaders(None, c=c)
     stats = None if standardize == 'image' else channel_stats([(x, context)], standardize)

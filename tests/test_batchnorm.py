@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from cases import each
 import timm
 import torch
 import torchvision
@@ -103,7 +104,7 @@ def test_running_is_ordinary_eval():
         with BatchNormMode(net, 'running'): assert torch.equal(net(x), want)
         assert torch.equal(torch.cat(BatchNormMode(net, 'running').predict([x])), want)
 
-@pytest.mark.parametrize('cut', [1, 2, 5, 12, 13, [1, 9, 3]], ids=str)
+@each('cut', [1, 2, 5, 12, 13, [1, 9, 3]], ids=str)
 def test_independent_of_batch_size_and_order(cut):
     net,x = small_net(),shifted()
     whole = training_forward(net, x)
@@ -140,8 +141,8 @@ LAYERS = {'1d': (nn.BatchNorm1d(3), (8, 3)), '1d length': (nn.BatchNorm1d(3), (8
           'neither': (nn.BatchNorm1d(3, affine=False, track_running_stats=False), (8, 3)),
           'cumulative': (nn.BatchNorm2d(3, momentum=None), (8, 3, 4, 4)), 'channels last': (nn.BatchNorm2d(3), (8, 3, 4, 4))}
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize('kind', LAYERS)
+@each('dtype', [torch.float32, torch.float64], ids=str)
+@each('kind', LAYERS)
 def test_kinds_of_layer(kind, dtype):
     layer,shape = LAYERS[kind]
     layer = copy.deepcopy(layer).to(dtype)
@@ -265,7 +266,7 @@ def test_one_thread_computes_at_a_time():
 
 # --- restoration
 
-@pytest.mark.parametrize('mode', ['running','batch','domain','controls'])
+@each('mode', ['running','batch','domain','controls'])
 def test_model_is_unchanged(mode):
     net = nn.Sequential(small_net(), nn.Flatten(), nn.Dropout(.5)).train()
     net[0][1].eval(); net[0][4].num_batches_tracked.fill_(7)
@@ -285,8 +286,8 @@ class Failing(nn.Module):
         if len(x) == self.at: raise self.error
         return x
 
-@pytest.mark.parametrize('place', [0, 2, 5])
-@pytest.mark.parametrize('error', [RuntimeError('out of memory'), KeyboardInterrupt()], ids=repr)
+@each('place', [0, 2, 5])
+@each('error', [RuntimeError('out of memory'), KeyboardInterrupt()], ids=repr)
 def test_error_in_a_thread_is_raised_in_the_caller(place, error):
     layers = list(small_net()); layers.insert(place, Failing(error, 3))
     net = nn.Sequential(*layers)
@@ -340,7 +341,7 @@ def test_one_value_per_channel():
     out = torch.cat(BatchNormMode(net, 'domain').pool(x.split(1))) # single images are fine if the domain has more
     torch.testing.assert_close(out.detach(), training_forward(net, x))
 
-@pytest.mark.parametrize('run,message', [
+@each('run,message', [
     (lambda net, x: BatchNormMode(net, 'plate'), "'plate', expected one of running, batch, domain, controls"),
     (lambda net, x: BatchNormMode(nn.Linear(2, 2), 'domain'), "no BatchNorm"),
     (lambda net, x: BatchNormMode(net, 'domain').__enter__(), r"call pool\(batches\) first"),
@@ -438,8 +439,8 @@ def float64_stats(model, x):
         layer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: (args[0].mean((0,2,3)), args[0].std((0,2,3), correction=0))}))
     with torch.no_grad(): return model(x.double()),seen
 
-@pytest.mark.parametrize('bf16,rtol', [(False, 1e-5), (True, 1e-2)])
-@pytest.mark.parametrize('bs', [1, 7, 64])
+@each('bf16,rtol', [(False, 1e-5), (True, 1e-2)])
+@each('bs', [1, 7, 64])
 def test_pooled_statistics_equal_float64(bs, bf16, rtol):
     "Treated wells with their controls, in any order; and controls alone, applied to the treated"
     model = Residual().train()
@@ -475,9 +476,9 @@ def by_domain(x, domains, reference, eps=1e-5):
 DOMAINS = {'contiguous': [7,7,7,-1,-1,-1,-1,-1], 'scattered': [3,-1,3,3,-1,5,5,-1], 'one': [4]*8}
 REFERENCE = {'all': None, 'later': [0,1,1,1,0,1,1,1], 'scattered': [1,0,1,0,1,1,1,1]}
 
-@pytest.mark.parametrize('reference', REFERENCE)
-@pytest.mark.parametrize('domains', DOMAINS)
-@pytest.mark.parametrize('kind', LAYERS)
+@each('reference', REFERENCE)
+@each('domains', DOMAINS)
+@each('kind', LAYERS)
 def test_slices_match_the_formula(kind, domains, reference):
     "Outputs, gradients and running statistics; float64"
     layer,shape = LAYERS[kind]
@@ -564,18 +565,18 @@ def test_frozen_subclass_has_nothing_to_slice():
 class Silent(nn.BatchNorm2d):
     def forward(self, x): return x
 
-@pytest.mark.parametrize('run,message', [
+@each('run,message', [
     (lambda net, x: net(x[1:]), r"BatchNorm '1' got 3 rows \(input of shape \(3, 4, 7, 7\)\), but domains were given for 4"),
     (lambda net, x: net(x).sum().missing, 'missing'),
     (lambda net, x: domain_slices(net, [0,0,1,1]).__enter__(), 'open on this model already')])
-@pytest.mark.parametrize('domains', [[0,0,5,5], [0]*4], ids=str)
+@each('domains', [[0,0,5,5], [0]*4], ids=str)
 def test_errors_inside_leave_the_model_whole(domains, run, message):
     net,x = small_net(),shifted(4)
     with pytest.raises((ValueError, AttributeError), match=message):
         with domain_slices(net, domains): run(net, x)
     assert not any('forward' in m.__dict__ or m._forward_pre_hooks for m in net.modules())
 
-@pytest.mark.parametrize('args,message', [
+@each('args,message', [
     (([0,0,5,5], torch.tensor([1,0,0,0]).bool()), 'domain 5 has no reference rows, none of its 2'),
     (([[1,0],[1,0],[1,3],[1,3]], torch.tensor([1,0,0,0]).bool()), r'domain \(1, 3\) has no reference rows'),
     ((torch.zeros(4),), 'expected integers'), (([],), 'expected integers'),
@@ -611,8 +612,8 @@ def context_learner(*cbs, context=CONTEXT):
     dls = Batches(data[:2], data[2:]); dls.n_inp = 2
     return Learner(dls, model, loss_func=nn.CrossEntropyLoss(), cbs=cbs)
 
-@pytest.mark.parametrize('by,domains', [('cell_type', [0]*4+[1]*4), ('experiment', [5]*4+[6]*4), ('plate', [0,0,1,1,2,2,2,2]), (None, [0]*8)])
-@pytest.mark.parametrize('reference', ['all', 'controls'])
+@each('by,domains', [('cell_type', [0]*4+[1]*4), ('experiment', [5]*4+[6]*4), ('plate', [0,0,1,1,2,2,2,2]), (None, [0]*8)])
+@each('reference', ['all', 'controls'])
 def test_callback_slices_training_and_validation(by, domains, reference):
     "The same as a loop by hand, and in either order with the callback for batch statistics"
     marks = None if reference == 'all' else CONTEXT[:,3] != 0
@@ -641,8 +642,8 @@ def test_callback_reads_mixed_context_and_says_what_is_missing():
     with pytest.raises(ValueError, match="by is 'well', expected one of None, 'cell_type', 'experiment', 'plate'"): DomainSlices('well')
     with pytest.raises(ValueError, match="reference is 'positive'"): DomainSlices(reference='positive')
 
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred'])
-@pytest.mark.parametrize('error', [CancelBatchException(), CancelFitException(), KeyboardInterrupt()], ids=repr)
+@each('event', ['before_batch', 'after_pred'])
+@each('error', [CancelBatchException(), CancelFitException(), KeyboardInterrupt()], ids=repr)
 def test_callback_interrupted(error, event):
     learn = context_learner(DomainSlices(), BatchNormModeCallback())
     def stop(): raise error

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 
 from rcic_fastai.predict.blend import agreement, aligned, blend_predictions, blend_report, blend_weights
 from rcic_fastai.predict.blend import check_members
@@ -66,8 +67,8 @@ def test_a_mean_of_logits_is_blind_to_scale_and_offset():
     np.testing.assert_allclose(blend_predictions(same, [1, 2, 3], "logit").logits, 4 * blend.logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("space", ["probability", "logit"])
-@pytest.mark.parametrize("classes", [range(12), [f"gene{i}" for i in range(12)]])
+@each("space", ["probability", "logit"])
+@each("classes", [range(12), [f"gene{i}" for i in range(12)]])
 def test_another_order_of_rows_and_columns_changes_nothing(space, classes):
     members, wells = draw(classes=classes)
     rng = np.random.default_rng(1)
@@ -107,7 +108,7 @@ def test_weights_by_name_by_order_and_from_a_report():
     np.testing.assert_array_equal(blend_predictions(members, [0, 1, 0]).labels, members["b"].labels)
 
 
-@pytest.mark.parametrize("weights, message", [
+@each("weights, message", [
     ([1, 2], r"weights have shape \(2,\), expected one for each of 'a', 'b', 'c'"), (1.0, r"weights have shape \(\)"),
     (dict(a=1, b=1), "weights are for 'a', 'b', expected one for each of 'a', 'b', 'c'"), (dict(a=1, b=1, d=1), "weights are for 'a', 'b', 'd'"),
     ([1, -0.1, 1], "the weight of 'b' is -0.1"), ([1, 1, np.nan], "the weight of 'c' is nan"), (dict(a=np.inf, b=1, c=1), "the weight of 'a' is inf"),
@@ -124,7 +125,7 @@ def with_a_nan(p):
     return q
 
 
-@pytest.mark.parametrize("change, message", [
+@each("change, message", [
     (lambda p: changed(p, range(1, 60)), r"ids differ: 1 of the 60 of 'a' are not in 'b', such as 'RPE-01_1_B02'$"),
     (lambda p: Predictions(["x_1", *p.ids[1:]], p.classes, p.logits, p.made), r"ids differ: 1 of .* 'RPE-01_1_B02'; 1 of the 60 of 'b' .* such as 'x_1'"),
     (lambda p: changed(p, cols=range(9)), r"classes differ: 3 of the 12 of 'a' are not in 'b', such as 9$"),

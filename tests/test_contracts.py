@@ -1,4 +1,4 @@
-"""What every loss, head, pool and first convolution promises: a check is a function of the object, and each pair is a test.
+"""What every loss, head, pool and first convolution promises: a check is a function of the object, and a test holds all to it.
 
 In the spirit of scikit-learn's `check_estimator`. What only one of them promises is tested with it (`test_loss`,
 `test_multilabel_loss`, `test_model`). A new loss, head, pool or rule is added to a list here and is held to all of it."""
@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from cases import each
 from fastai.basics import DataLoaders, Learner, nn
 from fastai.layers import NoneReduce
 
@@ -34,10 +35,6 @@ HEADS = [dict(kind=kind) for kind in head_kinds]
 HEADS += [dict(kind='neck', classifier=c, n_cell_types=3, cell_type=t) for c in classifiers for t in cell_type_kinds]
 HEADS += [dict(kind='cosine', n_cell_types=3), dict(kind='controls', classifier='cosine', n_cell_types=3)]
 
-
-def cases(objects, checks, name=str):
-    return pytest.mark.parametrize('it,check', [(o, c) for o in objects for c in checks],
-                                   ids=[f"{name(o)}-{c.__name__.removeprefix('check_')}" for o in objects for c in checks])
 
 def rand(seed): return torch.Generator().manual_seed(seed)
 
@@ -178,11 +175,13 @@ LOSS_CHECKS = [check_mean_sum_and_rows, check_types_of_targets, check_gradient, 
                check_nothing_but_masked_rows, check_finite_at_the_extremes, check_float32_inside,
                check_copies_keep_the_settings, check_probabilities, check_a_learner_trains_with_it]
 
-@cases(SINGLE, [*LOSS_CHECKS, check_linear_in_the_weights])
-def test_loss_for_one_label(it, check): check(it)
+@pytest.mark.parametrize("check", [*LOSS_CHECKS, check_linear_in_the_weights])
+@each("loss", SINGLE, ids=str)
+def test_loss_for_one_label(loss, check): check(loss)
 
-@cases(MULTI, LOSS_CHECKS)
-def test_loss_for_several_labels(it, check): check(it)
+@pytest.mark.parametrize("check", LOSS_CHECKS)
+@each("loss", MULTI, ids=str)
+def test_loss_for_several_labels(loss, check): check(loss)
 
 def test_every_loss_is_held_to_it():
     assert {type(loss) for loss in SINGLE + MULTI} == set(losses.values())
@@ -253,8 +252,9 @@ HEAD_CHECKS = [check_scores_are_the_classifier_of_the_embedding, check_training_
                check_the_configuration_makes_it_again, check_dropout_acts_in_training_alone,
                check_cell_types_matter_if_it_knows_them, check_low_precision_stays_finite, check_double_precision, check_copies]
 
-@cases(HEADS, HEAD_CHECKS, lambda kw: '_'.join(str(v) for v in kw.values()))
-def test_head(it, check): check(it)
+@pytest.mark.parametrize("check", HEAD_CHECKS)
+@each("settings", HEADS, ids=str)
+def test_head(settings, check): check(settings)
 
 
 # Pools
@@ -294,8 +294,9 @@ def check_pool_gradient(name):
 POOL_CHECKS = [check_any_size, check_positions_do_not_matter, check_equal_maps_keep_their_value, check_stronger_maps_give_more,
                check_pool_in_low_precision, check_pool_gradient]
 
-@cases(pools, POOL_CHECKS)
-def test_pool(it, check): check(it)
+@pytest.mark.parametrize("check", POOL_CHECKS)
+@each("name", pools)
+def test_pool(name, check): check(name)
 
 
 # First convolutions
@@ -342,5 +343,6 @@ def check_what_cannot_be_patched(init):
 CONV_CHECKS = [check_grey_images_stay, check_any_number_of_channels, check_the_convolution_stays, check_enough_channels_keep_their_weights,
                check_dtype_stays, check_copies_of_a_patched_one, check_what_cannot_be_patched]
 
-@cases(first_conv_inits, CONV_CHECKS)
-def test_first_convolution(it, check): check(it)
+@pytest.mark.parametrize("check", CONV_CHECKS)
+@each("init", first_conv_inits)
+def test_first_convolution(init, check): check(init)

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 import xxhash
 from PIL import Image
 
@@ -343,7 +344,7 @@ def test_names_and_classes_of_a_run(run, change, message):
     with pytest.raises(ValueError, match=f"run.json: {message}"): read_run(run)
 
 
-@pytest.mark.parametrize("change", [dict(level="x"), dict(level=[]), dict(activation={}), dict(split=3), dict(weights=3), dict(weights=dict(a="x")), dict(run=[])], ids=str)
+@each("change", [dict(level="x"), dict(level=[]), dict(activation={}), dict(split=3), dict(weights=3), dict(weights=dict(a="x")), dict(run=[])], ids=str)
 def test_what_predictions_say_of_themselves(tmp_path, change):
     p = Predictions(["a_1"], [0, 1], [[0.0, 1.0]], change)
     p.save(tmp_path / "x.npz")

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, load_learner
@@ -197,7 +198,7 @@ def test_unknown_targets_are_masked(sites):
     assert y.tolist() == expected and MASKED in expected and y.dtype == torch.int64
 
 
-@pytest.mark.parametrize("target", ["sirna", "cell_type", "experiment", "plate", "well_type"])
+@each("target", ["sirna", "cell_type", "experiment", "plate", "well_type"])
 def test_any_column_is_a_target(screen, target):
     table = select_sites(screen, wells="all")
     dls = loaders(table, valid=None, target=target)
@@ -217,7 +218,7 @@ def random_domains(seed):
     return rng.permutation(keys), int(rng.integers(1, 14)), int(rng.integers(1, 4))
 
 
-@pytest.mark.parametrize("seed", range(60))
+@each("seed", range(60))
 def test_shuffled_domains(seed):
     keys, bs, repeats = random_domains(seed)
     batches = shuffled_domains(keys, bs, seed, 3, repeats)
@@ -256,7 +257,7 @@ def test_domain_keys(sites):
         domain_keys(some, "well")
 
 
-@pytest.mark.parametrize("domain, workers", LOADERS)
+@each("domain, workers", LOADERS)
 def test_training_batches(sites, domain, workers):
     dls = loaders(sites.sample(frac=1, random_state=2), domain=domain, num_workers=workers, seed=5)
     table = dls.train_ds.items
@@ -274,7 +275,7 @@ def test_training_batches(sites, domain, workers):
     assert ids_of(dls.train, table) == first  # and the first again
 
 
-@pytest.mark.parametrize("domain, workers", LOADERS)
+@each("domain, workers", LOADERS)
 def test_validation_batches(sites, domain, workers):
     dls = loaders(sites.sample(frac=1, random_state=2), domain=domain, num_workers=workers)
     table, batches = dls.valid_ds.items, ids_of(dls.valid, dls.valid_ds.items)
@@ -310,7 +311,7 @@ class Rows:
         return (torch.tensor(i),)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each("seed", range(40))
 def test_length_is_the_number_of_batches(seed):
     keys, bs, repeats = random_domains(seed)
     for domain in ("cell_type", None):
@@ -337,7 +338,7 @@ def test_length_is_the_number_of_batches(seed):
                                 assert not sizes or max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("seed", range(12))
+@each("seed", range(12))
 def test_length_with_several_domains_and_pairs(seed):
     keys, half, repeats = random_domains(seed)
     rng, data = np.random.default_rng(seed), Rows(keys)
@@ -388,7 +389,7 @@ def domain_columns(domain):
     return {None: [], "cell_type": [0], "experiment": [1], "plate": [1, 2]}[domain]
 
 
-@pytest.mark.parametrize("domain, workers, k", [(None, 0, 1), ("cell_type", 0, 1), ("experiment", 2, 2), ("plate", 0, 1)])
+@each("domain, workers, k", [(None, 0, 1), ("cell_type", 0, 1), ("experiment", 2, 2), ("plate", 0, 1)])
 def test_controls_follow_the_sites_of_their_domain(sites, controls, domain, workers, k):
     settings = dict(domain=domain, num_workers=workers, bs=4, domains_per_batch=k, seed=3)
     dls, plain = loaders(sites, controls=controls, n_controls=3, **settings), loaders(sites, **settings)
@@ -446,7 +447,7 @@ def test_a_plate_without_controls_borrows_those_of_its_experiment(sites, control
         loaders(sites, domain="experiment", controls=few, n_controls=2)
 
 
-@pytest.mark.parametrize(
+@each(
     "domain, gone, name",
     [
         ("plate", "RPE-02", "plate 1 of RPE-02"),
@@ -489,7 +490,7 @@ def test_no_validation_set_with_controls(sites, controls):
 # several domains in a batch
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each("seed", range(20))
 def test_several_domains(seed):
     keys, size, _ = random_domains(seed)
     n, parts = 1 + seed % 4, shuffled_domains(keys, size, seed)
@@ -518,7 +519,7 @@ def test_batches_of_two_experiments(sites):
 # pairs
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each("seed", range(20))
 def test_paired_sites(seed):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 80))
@@ -636,7 +637,7 @@ def test_classes_may_be_given(sites):
     assert [dls.vocab[i] for i in b[2]] == dls.valid_ds.items.sirna.iloc[rows].tolist()
 
 
-@pytest.mark.parametrize(
+@each(
     "settings, message",
     [
         (dict(target="dose"), "target 'dose' is no column of the wells; there are id_code, "),
@@ -709,7 +710,7 @@ def test_the_other_layouts(tmp_path, layout):
 # predictions come back in the order of the table
 
 
-@pytest.mark.parametrize("domain, workers", LOADERS)
+@each("domain, workers", LOADERS)
 def test_get_preds_in_the_order_of_the_table(sites, test_sites, domain, workers):
     learn = learner(loaders(sites, domain=domain, num_workers=workers))
     preds, targets = learn.get_preds(dl=learn.dls.test_dl(test_sites), act=lambda x: x)
@@ -855,8 +856,8 @@ def assert_same_batches(a, b):
         assert all((torch.as_tensor(o) == torch.as_tensor(p)).all() for o, p in zip(x, y))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["files", "cache", "store", "channels", "controls"])
+@each("workers", [0, 2])
+@each("kind", ["files", "cache", "store", "channels", "controls"])
 def test_whole_batches_are_those_of_the_items(small_screen, packed, kind, workers):
     screen = read_screen(small_screen)
     settings = dict(bs=8, domain="plate", transforms=[], valid="experiment=HUVEC-02")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from cases import each
 from filelock import FileLock
 
 pytest.importorskip("myst_nb", reason="the site is built by Sphinx 9, which needs Python 3.11")
@@ -78,7 +79,7 @@ def exported(module):
     return next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each("module", MODULES)
 def test_every_exported_name_has_an_entry(site, module):
     page = text_of(site / "api" / f"{module}.html")
     missing = [n for n in exported(module) if f'id="rcic_fastai.{module}.{n}"' not in page]
@@ -132,7 +133,7 @@ def page_with(tmp_path, body):
     return tmp_path
 
 
-@pytest.mark.parametrize("body, problem", [
+@each("body, problem", [
     ('<a href="gone.html">x</a>', "there is no such file"),
     ('<a href="other.html#nowhere">x</a>', "there is no such place on the page"),
     ('<a href="#nowhere">x</a>', "there is no such place on the page"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from PIL import Image
 
 import rcic_fastai.screen.duplicates as duplicates
@@ -49,7 +50,7 @@ def resized(plane, size, how=Image.BICUBIC):
 # Hashes
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (64, 96), (20, 31), (33, 45), (1, 7)])
+@each("shape", [(32, 32), (64, 96), (20, 31), (33, 45), (1, 7)])
 def test_area_means_are_means_over_areas(shape):
     "Against planes whose pixels are repeated 32 times each way, so that areas hold whole pixels"
     x = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
@@ -83,7 +84,7 @@ def test_a_batch_is_hashed_like_its_planes():
     assert np.array_equal(image_hashes(x[0]), perceptual_hash(x[0]))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
+@each("dtype", [np.uint8, np.uint16, np.float32, np.float64])
 def test_canonical_hashes_are_equal_under_every_flip_and_rotation(dtype):
     for seed in range(25):
         rng = np.random.default_rng(seed)
@@ -114,7 +115,7 @@ def test_depth_brightness_size_and_jpeg_hardly_change_a_hash():
             assert hash_distance(perceptual_hash(v), h) <= 4
 
 
-@pytest.mark.parametrize("plane", [np.zeros((50, 50), np.uint8), np.full((50, 50), 65_535, np.uint16), np.full((9, 9), 0.1, np.float32), np.full((9, 9), -3.0)])
+@each("plane", [np.zeros((50, 50), np.uint8), np.full((50, 50), 65_535, np.uint16), np.full((9, 9), 0.1, np.float32), np.full((9, 9), -3.0)])
 def test_blank_and_constant_planes_have_the_hash_0(plane):
     assert perceptual_hash(plane) == 0 and perceptual_hash(plane, canonical=True) == 0
     if plane.dtype == np.uint8:
@@ -123,7 +124,7 @@ def test_blank_and_constant_planes_have_the_hash_0(plane):
         assert perceptual_hash(faint) == 0 and perceptual_hash(faint, canonical=True) == 0 and perceptual_hash(faint, min_range=0.01) != 0
 
 
-@pytest.mark.parametrize(
+@each(
     "planes, message",
     [
         (np.zeros((4, 4), np.int32), "planes of type int32, expected uint8, uint16 or floats"),
@@ -186,9 +187,9 @@ def plain_twins(a, b, has_a, has_b, d, rule, min_channels, same):
     return [(i, j, total[i, j] / n[i, j], largest[i, j], n[i, j]) for i, j in np.argwhere(near) if not same or i < j]
 
 
-@pytest.mark.parametrize("rule", ["all", "mean"])
-@pytest.mark.parametrize("same", [True, False])
-@pytest.mark.parametrize("d, min_channels, blank", [(1, 1, 0.2), (4, 1, 0.6), (4.5, 2, 0.2), (30, 3, 0)])
+@each("rule", ["all", "mean"])
+@each("same", [True, False])
+@each("d, min_channels, blank", [(1, 1, 0.2), (4, 1, 0.6), (4.5, 2, 0.2), (30, 3, 0)])
 def test_twins_are_those_of_the_plain_search(rule, same, d, min_channels, blank, monkeypatch):
     monkeypatch.setattr(duplicates, "_ROWS", 16)  # many blocks, the last of them cut off
     monkeypatch.setattr(duplicates, "_COLS", 50)
@@ -222,7 +223,7 @@ def test_blank_images_are_nobodys_twins():
     assert find_twins(h)[["first", "second", "channels"]].values.tolist() == [[0, 1, 1]]
 
 
-@pytest.mark.parametrize(
+@each(
     "arguments, message",
     [
         (dict(hashes=np.zeros(3, np.uint64)), r"hashes are uint64 of shape \(3,\)"),
@@ -255,7 +256,7 @@ def test_the_benchmark_runs_small(tmp_path):
 # Ids and groups
 
 
-@pytest.mark.parametrize("id", ["10580_1610_C1", "a_1610_C1_1", "10580_1610_C25_1", "10580_1610_C01_1", "10580_1610_C1_1_", "00070df0-bbc3-11e8-b2bc-ac1f6b6435d0", ""])
+@each("id", ["10580_1610_C1", "a_1610_C1_1", "10580_1610_C25_1", "10580_1610_C01_1", "10580_1610_C1_1_", "00070df0-bbc3-11e8-b2bc-ac1f6b6435d0", ""])
 def test_other_ids_are_no_external_ids(id):
     with pytest.raises(ValueError, match="is not {antibody}_{plate}_{well}_{fov}, expected one like 10580_1610_C1_1"):
         parse_external_id(id)
@@ -293,7 +294,7 @@ def test_groups_are_the_connected_parts():
         assert found.dtype == np.int64 and np.array_equal(found, pd.factorize(np.array(group))[0])
 
 
-@pytest.mark.parametrize("missing", [None, np.nan, pd.NA, "", pd.NaT])
+@each("missing", [None, np.nan, pd.NA, "", pd.NaT])
 def test_missing_keys_join_nothing(missing):
     assert join_groups(["a", missing, "a", missing]).tolist() == [0, 1, 0, 2]
     assert join_groups(pd.Series(["a", missing, "a", missing], dtype=object, index=[5, 5, 1, 0])).tolist() == [0, 1, 0, 2]
@@ -341,7 +342,7 @@ TWINS = [(1, 2), (1,), (1, 3), (5,), (6,), (0,), (0,), None, (9,)]
 GROUPS = [0, 0, 0, 1, 1, 2, 2, 0, 3]
 
 
-@pytest.mark.parametrize(
+@each(
     "policy, expected",
     [
         ("keep", TWINS),
@@ -364,7 +365,7 @@ def test_majorities_of_three_and_several_images_of_train():
     assert resolve_labels([(2, 1), (1, 2)], [0, 0], "drop") == [(1, 2)] * 2  # the order is no conflict
 
 
-@pytest.mark.parametrize(
+@each(
     "arguments, message",
     [
         (([(1,)], [0], "best"), "policy is 'best', expected one of 'keep'"),

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from scipy.linalg import fractional_matrix_power
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
@@ -142,7 +143,7 @@ def fitted_tvn():
     return TVN().fit(np.random.default_rng(0).normal(size=(4, 2)), list("AABB"))
 
 
-@pytest.mark.parametrize(
+@each(
     "call, message",
     [
         (lambda: center_by([[1, 2], [3, np.nan]], ["a", "a"]), "x: row 1 holds nan or inf"),
@@ -180,7 +181,7 @@ def score(name, tables, rows=slice(None)):
     return postprocess_embeddings(name, x[rows], sites.iloc[rows], *tables["train"], *tables["controls"])
 
 
-@pytest.mark.parametrize("name", postprocess_names)
+@each("name", postprocess_names)
 def test_postprocess_by_name(name, tables):
     scores, classes = score(name, tables)
     x, sites = tables["test"]
@@ -191,7 +192,7 @@ def test_postprocess_by_name(name, tables):
     np.testing.assert_allclose(score(name, tables, order)[0], scores[order], atol=1e-9)
 
 
-@pytest.mark.parametrize("name", postprocess_names)
+@each("name", postprocess_names)
 def test_rows_see_only_what_they_may(name, tables):
     "Without centring a row is scored on its own; with it, by the rows of its plate or experiment only."
     sites = tables["test"][1]
@@ -200,7 +201,7 @@ def test_rows_see_only_what_they_may(name, tables):
     np.testing.assert_allclose(score(name, tables, rows)[0], score(name, tables)[0][rows], atol=1e-9)
 
 
-@pytest.mark.parametrize(
+@each(
     "call, message",
     [
         (lambda: embedding_correction("center_plates"), "did you mean 'center_plate'"),
@@ -296,7 +297,7 @@ def test_probe_finds_labels_in_a_row_and_more_features_than_rows():
     assert probe.accuracy > 0.6 and probe.chance == pytest.approx(1 / 6) and probe == batch_probe(x, labels)
 
 
-@pytest.mark.parametrize(
+@each(
     "labels, groups, message",
     [(list("aaaa"), None, "nothing to tell"), (list("aaab"), None, "label b has 1 row"), (list("aabb"), [0, 0, 1, 1], "label a has 1 row"), (list("aabb"), [0, 1, 1, 2], "group 1 has rows of two labels")],
 )

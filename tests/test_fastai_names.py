@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import each
 
 ROOT = Path(__file__).resolve().parents[1]
 # what people import beside fastai; fastai.vision.all has some of it too
@@ -97,7 +98,7 @@ def test_all_lists_public_names_by_the_rooms_and_hides_none_of_another_module():
     assert not others, f"two modules export the same name: {others}"
 
 
-@pytest.mark.parametrize("module,old", [(m, n) for m, names in RENAMED.items() for n in names])
+@each("module,old", [(m, n) for m, names in RENAMED.items() for n in names])
 def test_a_name_of_the_release_before_is_found_in_its_module_alone(module, old):
     m = importlib.import_module(f"rcic_fastai.{module}")
     with pytest.warns(FutureWarning, match=rf"rcic_fastai\.{module}\.{old} is called \w+ now") as caught:

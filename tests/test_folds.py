@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 
 from rcic_fastai.screen.duplicates import external_keys, join_groups
 from rcic_fastai.screen.folds import check_no_straddling, fold_report, grouped_folds, straddling_groups
@@ -26,8 +27,8 @@ def counts(y, folds, n_folds):
     return np.stack([y[folds == j].sum(0) for j in range(n_folds)])
 
 
-@pytest.mark.parametrize("n_folds", [2, 5, 10])
-@pytest.mark.parametrize("kind", ["numbers", "names", "none"])
+@each("n_folds", [2, 5, 10])
+@each("kind", ["numbers", "names", "none"])
 def test_no_group_is_divided_and_every_row_has_a_fold(n_folds, kind):
     for seed in range(4):
         y, groups = atlas(seed)
@@ -45,7 +46,7 @@ def test_folds_depend_on_the_seed_alone():
     assert any(not np.array_equal(first, grouped_folds(y, groups, seed=s)) for s in range(3))
 
 
-@pytest.mark.parametrize("n_groups", [1, 2, 3, 4, 5, 7])
+@each("n_groups", [1, 2, 3, 4, 5, 7])
 def test_the_groups_of_a_rare_class_reach_as_many_folds_as_there_are(n_groups):
     for seed in range(10):
         y, groups = atlas(seed, shares=(0.5, 0.3))
@@ -93,7 +94,7 @@ def test_stratified_folds_are_more_even_than_folds_by_chance():
     assert np.mean(ours) < 0.2 * np.mean(chance), (np.mean(ours), np.mean(chance))
 
 
-@pytest.mark.parametrize(
+@each(
     "y, groups, n_folds, message",
     [
         ([[0, 1]] * 6, None, 1, "n_folds is 1, expected 2 to 6"),
@@ -126,7 +127,7 @@ def test_the_report_counts():
         fold_report(y, [0] * 5)
 
 
-@pytest.mark.parametrize(
+@each(
     "parts, message",
     [
         (([0, 2], [3]), "group 'b' is in part 0 (row 2) and in part 1 (row 3); 1 group is shared"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 import torch
 from fastai.callback.core import Callback
 from PIL import Image
@@ -151,7 +152,7 @@ def test_real_field_is_predicted_in_patches(run):
 # Tables
 
 
-@pytest.mark.parametrize(
+@each(
     "row, message",
     [
         ("0007adf0-bbc3-11e8-b2bc-ac1f6b6435d0,28", r"train.csv: row 3: label 28 is outside 0-27"),
@@ -208,7 +209,7 @@ def test_colour_where_grey_is_expected(folder):
         read_channel(colored, "magenta")
 
 
-@pytest.mark.parametrize("conflicts", ["keep", "union", "intersection", "majority", "train", "drop"])
+@each("conflicts", ["keep", "union", "intersection", "majority", "train", "drop"])
 def test_policies_for_twins_that_disagree(folder, conflicts):
     before, after = read_hpa(folder).wells, read_hpa(folder, conflicts=conflicts).wells
     known = after[after.labels.notna()]

@@ -10,6 +10,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from cases import each
 import torch
 from fastai.torch_core import TensorImage
 from PIL import Image
@@ -120,8 +121,8 @@ def interlaced_png(x):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (1, 333), (257, 1), (64, 64), (9, 11, 3), (1, 1, 3)])
-@pytest.mark.parametrize("write", [png, interlaced_png, lambda x: png(x, transparency=3 if x.ndim == 2 else (1, 2, 3))])
+@each("shape", [(5, 7), (1, 1), (1, 333), (257, 1), (64, 64), (9, 11, 3), (1, 1, 3)])
+@each("write", [png, interlaced_png, lambda x: png(x, transparency=3 if x.ndim == 2 else (1, 2, 3))])
 def test_png_of_any_size_is_read_bit_by_bit(tmp_path, shape, write):
     x = grey(shape)
     (tmp_path / "a.png").write_bytes(write(x))
@@ -187,7 +188,7 @@ def test_files_of_another_depth_are_refused(site, mode, array):
         read_channel(path)
 
 
-@pytest.mark.parametrize(
+@each(
     "mode, content",
     [
         ("P", png(grey((5, 7)), "P")),
@@ -262,8 +263,8 @@ def test_no_channels_at_all(channels, files):
         read_site(files, channels)
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (2, 6, 5, 5)])
-@pytest.mark.parametrize("kind", [np.zeros, torch.zeros])
+@each("shape", [(5, 5), (2, 6, 5, 5)])
+@each("kind", [np.zeros, torch.zeros])
 def test_pixels_of_another_shape_are_refused(shape, kind):
     with pytest.raises(ValueError, match=r"expected \(channels, height, width\)"):
         MultiChannelImage.create(kind(shape))
@@ -297,7 +298,7 @@ def test_limits_stretch_each_channel_apart():
     assert (channel_limits(two, (0, 100)) == [[0, 1099], [x[1].min(), x[1].max() + 100]]).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@each("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_colours_of_any_type(dtype):
     x = torch.from_numpy(grey((6, 16, 16)) // 2).to(dtype)
     rgb = stains_to_rgb(x)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from cases import each
 import torch
 
 from rcic_fastai.data.target import MASKED
@@ -17,7 +18,7 @@ B,K = 7,5
 LOSSES = [SoftmaxCrossEntropyLoss(), SoftmaxCrossEntropyLoss(s=10., gamma=2., smoothing=.2),
           AMSoftmaxLoss(), AMSoftmaxLoss(m=.3, s=12., gamma=2.), AMSoftmaxLoss(gamma=.5, smoothing=.1),
           ArcFaceLoss(), ArcFaceLoss(m=.9, s=16., gamma=1., smoothing=.1), OneHotBCELoss(), OneHotBCELoss(smoothing=.1)]
-each_loss = pytest.mark.parametrize('loss', LOSSES, ids=str)
+each_loss = each('loss', LOSSES, ids=str)
 
 @pytest.fixture
 def cos(): return torch.from_numpy(np.random.default_rng(0).uniform(-.98, .98, (B, K)))
@@ -115,7 +116,7 @@ def test_arcface_falls_with_the_angle():
         x = torch.linspace(1, -1, 5001, dtype=torch.float64)
         assert (ArcFaceLoss(m=m).margin(x).diff() < 0).all()
 
-@pytest.mark.parametrize('inp,targ,message', [
+@each('inp,targ,message', [
     (torch.zeros(2, 3), torch.tensor([0, 3]), 'target 3 at row 1 is outside the 3 classes'),
     (torch.zeros(2, 3), torch.tensor([0, 1, 2]), r'expected \(2,\) integers or \(2, 3\) weights'),
     (torch.zeros(2, 3), torch.zeros(2), r'expected \(2,\) integers'),
@@ -126,7 +127,7 @@ def test_bad_input(inp, targ, message):
     for name in set(losses) - set(multilabel_losses):
         with pytest.raises(ValueError, match=message): create_loss(name)(inp, targ)
 
-@pytest.mark.parametrize('name,kwargs,message', [
+@each('name,kwargs,message', [
     ('arc_face', {}, "did you mean 'arcface'"), ('AM-Softmax', {}, "did you mean 'am_softmax'"), ('xyz', {}, 'known: am_softmax, arcface'),
     ('am_softmax', {'margin': .5}, "no parameter 'margin', only m, s, gamma"), ('am_softmax', {'m': -1}, 'm is -1'),
     ('arcface', {'m': 4}, 'm is 4'), ('arcface', {'s': 0}, 's is 0'),

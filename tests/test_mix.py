@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cases import each
 import torch
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn
 from fastai.callback.all import CSVLogger, CutMix, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau, TerminateOnNaNCallback
@@ -42,7 +43,7 @@ def x(): return torch.randn(B, 6, 12, 20)
 
 # Partners
 
-@pytest.mark.parametrize('within,columns', [(None, []), ('cell_type', [0]), ('experiment', [1]), ('plate', [1, 2])])
+@each('within,columns', [(None, []), ('cell_type', [0]), ('experiment', [1]), ('plate', [1, 2])])
 def test_partners_are_a_permutation_of_the_unmasked_rows_of_a_group(within, columns):
     seen = torch.zeros(B, B, dtype=torch.bool)
     for _ in range(400):
@@ -236,7 +237,7 @@ def epoch(learn, cbs=None):
 class OwnMix(MixHandler): pass
 
 
-@pytest.mark.parametrize('theirs,ours', [(MixUp(), "use ScreenMixUp() or create_mix('mixup')"), (CutMix, "use ScreenCutMix() or create_mix('cutmix')"),
+@each('theirs,ours', [(MixUp(), "use ScreenMixUp() or create_mix('mixup')"), (CutMix, "use ScreenCutMix() or create_mix('cutmix')"),
                                          (CutMix(alpha=.3), 'ScreenCutMix'), (OwnMix(), 'ScreenMixUp'), ([GradientClip(1.), MixUp()], 'ScreenMixUp')])
 def test_fastais_mixing_is_refused_and_leaves_no_trace(dls, theirs, ours):
     learn = screen_learner(dls, RECIPE)
@@ -254,7 +255,7 @@ def test_fastais_mixing_is_refused_and_leaves_no_trace(dls, theirs, ours):
 def test_other_callbacks_are_not_refused(): refuse_plain_mix([ScreenMixUp(), LISA, GradientClip, Callback()]); refuse_plain_mix(None)
 
 
-@pytest.mark.parametrize('cb', [lambda: GradientAccumulation(32), lambda: GradientClip(.1), MixedPrecision, lambda: [CSVLogger(), TerminateOnNaNCallback()],
+@each('cb', [lambda: GradientAccumulation(32), lambda: GradientClip(.1), MixedPrecision, lambda: [CSVLogger(), TerminateOnNaNCallback()],
                                 lambda: ReduceLROnPlateau('valid_loss')])  # fmt: skip
 def test_fastais_callbacks_train_and_leave_the_learner_as_it_was(dls, cb, tmp_path):
     learn = screen_learner(dls, RECIPE, path=tmp_path)
@@ -282,8 +283,8 @@ def test_a_network_that_was_trained_is_exported_copied_and_traced(dls, settings)
         torch.testing.assert_close(other(x, c).detach(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('mix', [ScreenMixUp, ScreenCutMix, LISA])
-@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), LabelSmoothingCrossEntropy(), FocalLoss(),
+@each('mix', [ScreenMixUp, ScreenCutMix, LISA])
+@each('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), LabelSmoothingCrossEntropy(), FocalLoss(),
                                   CrossEntropyLossFlat(weight=torch.arange(1., 9)), nn.CrossEntropyLoss()], ids=repr)  # fmt: skip
 def test_mixing_with_losses_of_fastai(dls, mix, loss):
     "A fit with them, metrics of fastai next to it; the loss is the own one afterwards"
@@ -294,7 +295,7 @@ def test_mixing_with_losses_of_fastai(dls, mix, loss):
     assert len(epoch(learn)) == len(values)+1  # the accuracy in training
 
 
-@pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), CrossEntropyLossFlat(reduction='sum')], ids=repr)
+@each('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), CrossEntropyLossFlat(reduction='sum')], ids=repr)
 def test_mixed_loss_is_the_mean_of_both(loss):
     torch.manual_seed(0)
     logits, w = torch.randn(5, 4), torch.rand(5)

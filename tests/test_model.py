@@ -13,6 +13,7 @@ import urllib.error
 from pathlib import Path
 
 import pytest
+from cases import each
 import timm
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def context(b=4): return torch.tensor([[i%3, i, 1] for i in range(b)])
 
 # ---- networks
 
-@pytest.mark.parametrize('arch', ['small_seresnext', 'se_resnext50_32x4d', 'resnet18', 'densenet121', 'efficientnet_b0', 'legacy_seresnext26_32x4d',
+@each('arch', ['small_seresnext', 'se_resnext50_32x4d', 'resnet18', 'densenet121', 'efficientnet_b0', 'legacy_seresnext26_32x4d',
                                   'convnext_atto', 'mobilenetv3_small_050', 'regnetx_002', 'repvgg_a0'])
 def test_families(arch):
     body = create_backbone(arch).eval()
@@ -60,7 +61,7 @@ def test_families(arch):
             assert y.ndim == 4 and y.shape[:2] == (1, body.n_features)
     assert all(c.in_channels == 6 for c in first_convs(body.net).values())
 
-@pytest.mark.parametrize('arch', ['small_seresnext', 'efficientnet_b0', 'convnext_atto', 'mobilenetv3_small_050', 'repvgg_a0'])
+@each('arch', ['small_seresnext', 'efficientnet_b0', 'convnext_atto', 'mobilenetv3_small_050', 'repvgg_a0'])
 def test_every_parameter_gets_a_gradient(arch):
     model = create_model(arch, 3, pool='gem', head='linear')
     model(torch.randn(2, 6, 64, 64)).sum().backward()
@@ -196,8 +197,8 @@ def test_timm_loads_its_own(monkeypatch):
     with pytest.raises(Stop): create_backbone('resnet18', pretrained='file.pth')
     assert seen['pretrained'] is False
 
-@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-@pytest.mark.parametrize('classifier', [True, False])
+@each('suffix', ['.pth', '.safetensors'])
+@each('classifier', [True, False])
 def test_weights_from_a_file(tmp_path, suffix, classifier):
     state = timm.create_model('resnet18', num_classes=7).state_dict()
     if not classifier: state = {k: v for k,v in state.items() if not k.startswith('fc')}
@@ -367,7 +368,7 @@ def test_controls_that_are_missing():
     with pytest.raises(ValueError, match='no positive control'): head(x, c[:,:3]) # without roles all are treatments
     with pytest.raises(ValueError, match='needs the context'): head(x)
 
-@pytest.mark.parametrize('kw', [dict(head='controls', n_cell_types=2, dropout=.1), dict(head='controls', classifier='linear_cosine'),
+@each('kw', [dict(head='controls', n_cell_types=2, dropout=.1), dict(head='controls', classifier='linear_cosine'),
                                 dict(head='neck', classifier='linear_cosine', n_cell_types=2, cell_type='embedding', n_hidden=8),
                                 dict(head='linear_cosine')], ids=str)
 def test_new_heads_are_swapped_saved_and_grouped(tmp_path, kw):
@@ -428,7 +429,7 @@ def test_copies_and_pickles(small):
     with torch.no_grad():
         for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))): assert torch.equal(twin(x, c), small(x, c))
 
-@pytest.mark.parametrize('arch', ['small_seresnext', 'resnet18', 'densenet121', 'efficientnet_b0', 'convnext_atto'])
+@each('arch', ['small_seresnext', 'resnet18', 'densenet121', 'efficientnet_b0', 'convnext_atto'])
 def test_param_groups(arch):
     model = create_model(arch, 5, pool='gem', head='neck', n_hidden=8)
     groups = param_groups(model)
@@ -474,7 +475,7 @@ def written(kind, n):
 
 def same(out, wanted): torch.testing.assert_close(out.detach(), wanted, rtol=1e-5, atol=1e-5)
 
-@pytest.mark.parametrize('kind,n', INPUTS)
+@each('kind,n', INPUTS)
 def test_a_network_is_exported(kind, n):
     model,inputs,wanted = written(kind, n)
     sites = torch.export.Dim('sites', min=2, max=64)
@@ -485,7 +486,7 @@ def test_a_network_is_exported(kind, n):
     with torch.no_grad(): same(module(*more), model(*more))
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
-@pytest.mark.parametrize('kind,n', INPUTS)
+@each('kind,n', INPUTS)
 def test_a_network_is_traced(kind, n, tmp_path):
     model,inputs,wanted = written(kind, n)
     torch.jit.save(torch.jit.trace(model, inputs), tmp_path/'m.pt')
@@ -494,7 +495,7 @@ def test_a_network_is_traced(kind, n, tmp_path):
     more = [torch.cat([i, i.flip(0)]) for i in inputs]
     with torch.no_grad(): same(again(*more), model(*more))
 
-@pytest.mark.parametrize('kind,n', INPUTS)
+@each('kind,n', INPUTS)
 def test_a_network_is_copied_pickled_and_compiled(kind, n):
     model,inputs,wanted = written(kind, n)
     fresh = written(kind, n)[0]

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
 
 from rcic_fastai.labels import metrics as multilabel
@@ -38,7 +39,7 @@ def real_y():
 # labels
 
 
-@pytest.mark.parametrize(
+@each(
     "labels, message",
     [
         ([(0,), (3, 28)], "image 1: label 28 is outside 0-27"),
@@ -76,7 +77,7 @@ def test_a_matrix_holds_zeros_and_ones(bad, message):
         label_lists(bad)
 
 
-@pytest.mark.parametrize(
+@each(
     "text, message",
     [("", "there are no labels"), ("0 x", "label 'x' is not a number"), ("28", "label 28 is outside 0-27"), ("-1", "label -1 is outside 0-27"),
      ("1_0", "not a number"), ("³", "not a number"), ("3 3", "label 3 occurs more than once"), (None, "labels are None"), (float("nan"), "labels are nan")],
@@ -97,8 +98,8 @@ def test_text():
 # scores
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, bool, np.float32])
-@pytest.mark.parametrize("seed", range(3))
+@each("dtype", [np.uint8, bool, np.float32])
+@each("seed", range(3))
 def test_f1_is_that_of_scikit_learn(seed, dtype):
     y, pred = draw(seed=seed)
     each = f1_scores(y.astype(dtype), pred.astype(dtype))
@@ -355,7 +356,7 @@ def test_a_submission_that_is_refused_leaves_the_old_file(tmp_path, sample, ids,
     assert path.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == ["sample.csv", "submission.csv"]
 
 
-@pytest.mark.parametrize(
+@each(
     "text, message",
     [
         ("", "the file is empty"),

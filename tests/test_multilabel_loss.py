@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from cases import each
 import timm.loss
 import torch
 
@@ -17,7 +18,7 @@ LOSSES = [MultiLabelBCELoss(), MultiLabelBCELoss(smoothing=.1, pos_weight=[1, 2,
           MultiLabelFocalLoss(), MultiLabelFocalLoss(gamma=.5, alpha=.25, class_reduction='sum'), MultiLabelFocalLoss(gamma=1, alpha=[.1, .2, .3, .4, .5]),
           HardNegativeLoss(), HardNegativeLoss(.3), LSEPLoss(), LovaszHingeLoss(), FocalLovaszLoss(), FocalLovaszLoss(.3, hard_negative=.5, class_reduction='mean'),
           AsymmetricLoss(), AsymmetricLoss(gamma_neg=3, gamma_pos=0, clip=0, class_reduction='sum')]
-each_loss = pytest.mark.parametrize('loss', LOSSES, ids=str)
+each_loss = each('loss', LOSSES, ids=str)
 classwise = [loss for loss in LOSSES if isinstance(loss, ClasswiseLoss)]
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_hard_targets_match_numpy(loss, x, y):
     np.testing.assert_allclose(loss(x, y), expected(loss, x.numpy(), y.numpy()), rtol=tolerance)
     torch.testing.assert_close(loss.activation(x), torch.from_numpy(sigmoid(x.numpy())))
 
-@pytest.mark.parametrize('loss', classwise, ids=str)
+@each('loss', classwise, ids=str)
 def test_soft_targets_match_numpy(loss, x, soft):
     np.testing.assert_allclose(loss(x, soft), expected(loss, x.numpy(), soft.numpy()), rtol=1e-5 if isinstance(loss, AsymmetricLoss) else 1e-10)
 
@@ -160,7 +161,7 @@ def test_all_names_are_known():
     for name in multilabel_losses: assert type(create_loss(name)) is losses[name]
     with pytest.raises(ValueError, match="did you mean 'lovasz'"): create_loss('lovasz_hinge')
 
-@pytest.mark.parametrize('inp,targ,message', [
+@each('inp,targ,message', [
     (torch.zeros(2, 3), torch.tensor([0, 1]), r'shape \(2,\) and type torch.int64 does not fit scores of shape \(2, 3\): expected \(2, 3\) values from 0 to 1, or rows of -1'),
     (torch.zeros(2, 3), torch.zeros(2, 4), r'shape \(2, 4\)'), (torch.zeros(3), torch.zeros(3), r'expected \(B, K\)'),
     (torch.zeros(2, 3), torch.tensor([[0., 1, 0], [0, 0, 28]]), 'target 28 at row 1, class 2: expected a value from 0 to 1'),
@@ -169,7 +170,7 @@ def test_bad_input(inp, targ, message):
     for name in multilabel_losses:
         with pytest.raises(ValueError, match=message): create_loss(name)(inp, targ)
 
-@pytest.mark.parametrize('name,kwargs,message', [
+@each('name,kwargs,message', [
     ('multilabel_focal', {'gamma': -1}, 'gamma is -1'), ('multilabel_focal', {'alpha': 1.}, 'alpha is 1.0, expected 0 <= alpha < 1'),
     ('multilabel_focal', {'alpha': [.5, -.1]}, 'alpha is -0.1'), ('multilabel_focal', {'class_reduction': 'max'}, "class_reduction is 'max', expected 'mean' or 'sum'"),
     ('focal_lovasz', {'weight': 1.2}, 'weight is 1.2'), ('focal_lovasz', {'class_reduction': 'none'}, "class_reduction is 'none'"),

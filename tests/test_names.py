@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from PIL import Image
 from test_report import execute_here
 
@@ -89,7 +90,7 @@ def test_simulated_screen_in_such_a_folder(tmp_path):
     assert (read_site(packed.iloc[0]) == read_site(plain[packed.index[0]])).all()
 
 
-@pytest.mark.parametrize("files, expected", [
+@each("files, expected", [
     ("a/{channel}.png", ["a/1.png"]), ("{channel}/b.png", ["1/b.png"]), ("a{b}/{channel}.png", ["a{b}/1.png"]), ("{{channel}}/{channel}.png", ["{channel}/1.png"]),
     ("x{{{channel}}}.png", ["x{1}.png"]), ("a/b.png", ["a/b.png"]), ("{{channel}}.png", ["{channel}.png"]), ("}{channel}{", ["}1{"]),
 ])  # fmt: skip
@@ -98,13 +99,13 @@ def test_braces(files, expected):
     assert has_channels(files) == ("1" in expected[0])
 
 
-@pytest.mark.parametrize("text", ["a", "{", "}", "{{", "{channel}", "a{b}c", "}{", "{{}}", "{{channel}}"])
+@each("text", ["a", "{", "}", "{{", "{channel}", "a{b}c", "}{", "{{}}", "{{channel}}"])
 def test_escaped_braces_are_text(text):
     assert pattern_parts(escape_braces(text)) == [(text, "")]
     assert [p.as_posix() for p in site_files(escape_braces(text) + "{channel}", ["x"])] == [text + "x"]
 
 
-@pytest.mark.parametrize("files, expected", [
+@each("files, expected", [
     ("store#17", ("store", "17")), ("a#b/store#17", ("a#b/store", "17")), ("s#E#1_1_B03_2", ("s#E", "1_1_B03_2")), ("a#1/E/B03_s1_w{channel}.png", None),
     ("a/B03#1.png", None), ("a/b_1.png", None), ("s3://bucket/store#3", ("s3://bucket/store", "3")),
 ])  # fmt: skip
@@ -138,7 +139,7 @@ def test_patterns_with_braces_of_their_own(tmp_path):
 
 # Pictures
 
-@pytest.mark.parametrize("name", [*TREATMENTS, "$", "$$", "$a", r"\$x$", "$\\frac{1}$", "a_b^c", "$%$"])
+@each("name", [*TREATMENTS, "$", "$$", "$a", r"\$x$", "$\\frac{1}$", "a_b^c", "$%$"])
 def test_pictures_show_names_as_they_are(name):
     figures = [plot_plate(np.zeros((8, 12)), name), plot_map(np.random.rand(6, 2), [name] * 3 + ["other"] * 3, name),
                plot_intervals(pd.DataFrame(dict(accuracy=[.5], low=[.4], high=[.6]), index=[name]), title=name)]  # fmt: skip
@@ -180,7 +181,7 @@ def test_truth_of_a_treatment_that_is_new(own, own_run, tmp_path):
     assert len(new) == 1 and new.known.all() and not new.right.any() and c.class_name("never seen") == "never seen"
 
 
-@pytest.mark.parametrize("text, message", [
+@each("text, message", [
     ("id_code,compound\nx,y\n", "column 'sirna' is missing"), ("a,b\n1,2\n", "neither id_code nor well is among its columns, a, b"), ("id_code,treatment\nnowhere_1_B02,x\n", "none of its 1 wells"),
     ("well,treatment\nB02,x\n", "has several wells B02; columns for experiment"), ("experiment,well,treatment\nday #1,C02,x\n", "row 2: experiment day #1 well C02 is not in"),
     ("id_code,treatment\nday #1_1_B02,x\nday #1_1_B02,x\n", "row 3: well day #1_1_B02 occurs more than once"), ("", "truth.csv: the file is empty"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from cases import each
 import setuptools
 from fastcore.docments import docments
 from packaging.requirements import Requirement
@@ -132,7 +133,7 @@ def test_benchmarks_and_notebooks_that_are_named_exist():
 
 # Notebooks
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+@each("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
 def test_a_notebook_is_fit_to_read(path):
     nb = notebook(path)
     nbformat.validate(nb)
@@ -215,7 +216,7 @@ def test_a_room_has_numbers_of_its_own():
     assert all(a[1] < b[0] for a, b in zip(spans, spans[1:])), f"rooms share floors: {spans}"
 
 
-@pytest.mark.parametrize("name", [*MOVED, *(r for r in ("screen", "train", "run", "predict", "model", "data"))])
+@each("name", [*MOVED, *(r for r in ("screen", "train", "run", "predict", "model", "data"))])
 def test_names_of_the_release_before_are_found_where_they_are_now(name):
     old = importlib.import_module(f"rcic_fastai.{name}")
     with pytest.warns(FutureWarning, match="the old place leaves with the next release"):
@@ -235,7 +236,7 @@ def undocumented(name):
         yield from (f"{n}({p})" for p, doc in docments(o, returns=False).items() if p in own and not doc)
 
 
-@pytest.mark.parametrize("name", [m for m in MODULES if m not in NOT_EXPORTED])
+@each("name", [m for m in MODULES if m not in NOT_EXPORTED])
 def test_public_names_are_documented(name):
     tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
     defs = [d for d in tree.body if isinstance(d, ast.FunctionDef | ast.ClassDef) and not d.name.startswith("_")]
@@ -258,7 +259,7 @@ def test_the_readme_is_made_from_the_index(readme):
     assert stored == pictures, "run `make readme`"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md"])
+@each("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md"])
 def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```|`[^`\n]+`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
     links = [m.partition("#")[0] for m in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", m)]

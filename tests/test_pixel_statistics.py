@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 
 from rcic_fastai.labels.pixel_statistics import image_statistics, site_statistics
 
@@ -44,7 +45,7 @@ def test_statistics_of_files_keep_the_index_of_the_table(tmp_path):
     assert len(site_statistics([], progress=False)) == 0
 
 
-@pytest.mark.parametrize(
+@each(
     "x", [np.zeros((2, 2), np.uint8), np.zeros((1, 2, 4, 4)), np.zeros((1, 2, 0, 4), np.uint8), np.zeros((0, 2, 4, 4), np.int16)]
 )
 def test_what_is_no_image_is_refused(x):

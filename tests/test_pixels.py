@@ -5,6 +5,7 @@ import warnings
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from cases import each
 import torch
 from fastai.vision.all import (
     CategoryBlock,
@@ -78,13 +79,13 @@ def test_integers_become_floats_of_0_to_1(dtype, top):
     assert PixelsToFloat()(half).dtype == torch.float16
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.bool])
+@each("dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.bool])
 def test_other_integers_are_refused(dtype):
     with pytest.raises(ValueError, match=f"images are {dtype}, expected uint8, uint16 or float"):
         PixelsToFloat()(MultiChannelImage.create(torch.zeros(6, 4, 4).to(dtype)))
 
 
-@pytest.mark.parametrize("tfms,low,high", [
+@each("tfms,low,high", [
     ([], 0, 1), ([D4, lambda: RandomSquareCrop(32)], 0, 1), ([lambda: RandomResizedSquareCrop(24)], 0, 1), ([lambda: PerspectiveWarp(.1)], 0, 1),
     ([lambda: Standardize("image")], -60, 60), ([lambda: RandomResizedSquareCrop(24), lambda: Standardize("screen")], -60, 60)])  # fmt: skip
 def test_pixels_are_converted_once_whatever_ours_did_before(sites, tfms, low, high):
@@ -121,14 +122,14 @@ def test_pixels_of_16_bits_train_in_a_datablock():
 
 # Item transforms
 
-@pytest.mark.parametrize("tfm,shape", [
+@each("tfm,shape", [
     (lambda: Resize(20), (20, 20)), (lambda: Resize((20, 30)), (20, 30)), (lambda: Resize(20, ResizeMethod.Squish), (20, 20)),
     (lambda: Resize(70, ResizeMethod.Pad), (70, 70)), (lambda: Resize(20, ResizeMethod.Pad, pad_mode=PadMode.Zeros), (20, 20)),
     (lambda: RandomResizedCrop(24), (24, 24)), (lambda: RandomCrop(30), (30, 30)), (lambda: CropPad(80), (80, 80)), (lambda: CropPad((10, 80)), (10, 80)),
     (lambda: CropPad(200, pad_mode=PadMode.Reflection), (200, 200)), (lambda: RatioResize(24), None), (lambda: FlipItem(1.), (40, 56)),
     (lambda: DihedralItem(1.), None)])  # fmt: skip
-@pytest.mark.parametrize("split_idx", [0, 1])
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@each("split_idx", [0, 1])
+@each("dtype", [np.uint8, np.uint16])
 def test_item_transforms_do_to_each_channel_what_they_do_to_a_picture(tfm, shape, split_idx, dtype):
     smooth = np.clip(np.cumsum(np.random.default_rng(0).normal(0, 9, (6, 40, 56)), 2) + 128, 0, 255).astype(np.uint8)
     image = MultiChannelImage.create(smooth.astype(dtype) * (1 if dtype == np.uint8 else 257))
@@ -213,7 +214,7 @@ def test_learner_with_a_network_of_ones_own_and_with_ours(sites):
             assert learn.tta()[0].shape[1] == dls.c and np.isfinite(learn.validate()[0])
 
 
-@pytest.mark.parametrize("given", ["row", "pattern", "paths", "pixels", "tensor"])
+@each("given", ["row", "pattern", "paths", "pixels", "tensor"])
 def test_a_site_in_any_form(sites, given):
     row = sites.iloc[0]
     expected = MultiChannelImage.create(row.files)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from PIL import Image
 
 from rcic_fastai.screen.planes import read_channel
@@ -40,7 +41,7 @@ def write_images(folder, names, size=24, deep=True, seed=0):
 
 # Plate maps
 
-@pytest.mark.parametrize("text", ["Well,Compound\nB2,x\n", "Well;Compound\nB2;x\n", "Well\tCompound\nB2\tx\n", "\ufeffwell position, compound\nb02, x\n"])
+@each("text", ["Well,Compound\nB2,x\n", "Well;Compound\nB2;x\n", "Well\tCompound\nB2\tx\n", "\ufeffwell position, compound\nb02, x\n"])
 def test_tables_as_people_write_them(tmp_path, text):
     rows = read_plate_map(write_table(tmp_path, text))
     wells = plate_map_wells(rows)
@@ -48,12 +49,12 @@ def test_tables_as_people_write_them(tmp_path, text):
     assert wells.id_code.tolist() == ["experiment-1_1_B02"]
 
 
-@pytest.mark.parametrize("well, name", [("b2", "B02"), ("B02", "B02"), ("P 24", "P24"), ("r02c02", "B02"), ("R16C24", "P24")])
+@each("well, name", [("b2", "B02"), ("B02", "B02"), ("P 24", "P24"), ("r02c02", "B02"), ("R16C24", "P24")])
 def test_names_of_wells(tmp_path, well, name):
     assert plate_map_wells(read_plate_map(write_table(tmp_path, f"well,treatment\n{well},x\n"))).well.tolist() == [name]
 
 
-@pytest.mark.parametrize("text, columns, message", [
+@each("text, columns, message", [
     ("a,b\n1,2\n", None, "is known to name the well"),
     ("well,treatment\n", None, "the table is empty"),
     ("well,treatment\nQ1,x\n", None, "row 2: well 'Q01' is not on a plate"),
@@ -84,7 +85,7 @@ def test_plates_treatments_and_controls_are_numbered(tmp_path):
 
 # Names of files
 
-@pytest.mark.parametrize("names, pattern", [
+@each("names, pattern", [
     (["B02_DAPI.tif", "B02_DNA.tif", "B02_ER.tif"], "{well}_{channel}.tif"),
     (["B02_s1_w1.png", "B02_s1_w2.png", "B02_s2_w1.png", "B02_s2_w2.png"], "{well}_s{site}_w{channel}.png"),
     (["r02c02f01p01-ch1sk1fk1fl1.tiff", "r02c02f01p01-ch2sk1fk1fl1.tiff"], "{well}f{site}p01-ch{channel}sk1fk1fl1.tiff"),
@@ -289,7 +290,7 @@ def test_from_a_plate_map_to_a_submission(own, tmp_path):
     assert any("several wells within an experiment" in s for s in said)
 
 
-@pytest.mark.parametrize("headings, found", [
+@each("headings, found", [
     ("Position,Compound Name,batch,plate", True), ("well,Treatment_name", True), ("well,drug name,drug id", True), ("well,sample", True), ("well,compound,sample", True),
     ("well,sample,condition", False), ("well,dose,colour", False), ("well", False),
 ])  # fmt: skip
@@ -387,7 +388,7 @@ def test_a_run_knows_its_treatments_by_name(own, tmp_path):
     assert finished_run(screen, recipe, run)
 
 
-@pytest.mark.parametrize("word", ["#VALUE!", "#REF!", "#DIV/0!", "#N/A", "#NAME?", "NaT", "–", "—", "unknown", "TBD", "n.d."])
+@each("word", ["#VALUE!", "#REF!", "#DIV/0!", "#N/A", "#NAME?", "NaT", "–", "—", "unknown", "TBD", "n.d."])
 def test_words_of_programs_for_nothing_are_no_treatments(tmp_path, word):
     wells = plate_map_wells(read_plate_map(write_table(tmp_path, f"well,treatment\nA1,x\nA2,{word}\n")))
     assert wells.treatment.isna().tolist() == [False, True] and wells.split.tolist() == ["train", "test"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 import torch
 
 from rcic_fastai.predict import sites as predict
@@ -246,7 +247,7 @@ def test_embeddings_are_what_the_classifier_sees(learn, sites):
     np.testing.assert_allclose(logits, predict_sites(learn, sites, "domain", progress=False).logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", postprocess_names)
+@each("name", postprocess_names)
 def test_postprocessing_by_name(screen, learn, sites, name):
     "Scores of every class from class centres of labelled sites, the same as by hand on the embeddings"
     reference = select_sites(screen, "train").query("experiment!='HUVEC-03'").reset_index(drop=True)

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from pandas.testing import assert_frame_equal
 
 from rcic_fastai.predict.assign import assign_predictions
@@ -40,7 +41,7 @@ def pseudo_of(*rows): return pd.DataFrame([(i, i.rsplit('_', 2)[0], int(i.rsplit
 
 # How many
 
-@pytest.mark.parametrize('start, epochs, kwargs, expected', [
+@each('start, epochs, kwargs, expected', [
     (90, 121, {}, {0: 0, 89: 0, 90: .4, 105: .7, 120: 1}),
     (0, 3, dict(first=0, last=.5), {0: 0, 1: .25, 2: .5}),
     (2, 3, {}, {1: 0, 2: 1}),        # one epoch with pseudo-labels: it is the last
@@ -51,7 +52,7 @@ def test_share(start, epochs, kwargs, expected):
     assert {e: pseudo_share(e, start, epochs, **kwargs) for e in expected} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize('args, said', [((5, 0, 5), 'epoch is 5, expected 0 to 4'), ((-1, 0, 5), 'epoch is -1'), ((0, -1, 5), 'start is -1'),
+@each('args, said', [((5, 0, 5), 'epoch is 5, expected 0 to 4'), ((-1, 0, 5), 'epoch is -1'), ((0, -1, 5), 'start is -1'),
                                         ((0, 1, 5, 40), 'first is 40'), ((0, 1, 5, .4, 1.1), 'last is 1.1'), ((0, 1, 5, float('nan')), 'first is nan')])
 def test_share_refuses(args, said):
     with pytest.raises(ValueError, match=said): pseudo_share(*args)
@@ -59,9 +60,9 @@ def test_share_refuses(args, said):
 
 # Which
 
-@pytest.mark.parametrize('per', ['experiment', 'screen'])
-@pytest.mark.parametrize('share', [0, .1, .5, .77, 1])
-@pytest.mark.parametrize('min_margin', [-np.inf, 0., 1.])
+@each('per', ['experiment', 'screen'])
+@each('share', [0, .1, .5, .77, 1])
+@each('min_margin', [-np.inf, 0., 1.])
 def test_selection_is_what_a_plain_loop_selects(per, share, min_margin):
     p, truth, groups = screen_of(signal=1.5)
     table, expected = assign_predictions(p, groups), []
@@ -76,8 +77,8 @@ def test_selection_is_what_a_plain_loop_selects(per, share, min_margin):
     assert (labels[chosen.id_code].to_numpy() == chosen.sirna.to_numpy()).all()
 
 
-@pytest.mark.parametrize('seed', range(8))
-@pytest.mark.parametrize('grouped', [True, False])
+@each('seed', range(8))
+@each('grouped', [True, False])
 def test_no_sirna_twice_in_an_experiment(seed, grouped):
     p, _, groups = screen_of(seed, signal=.5)
     chosen = select_pseudo_labels(p, groups if grouped else None, share=1, min_margin=-np.inf)
@@ -110,7 +111,7 @@ def test_sites_are_averaged_and_controls_are_never_chosen():
     assert_frame_equal(select_pseudo_labels(sites, groups), select_pseudo_labels(p, groups), rtol=1e-4)  # class 18 has no group
 
 
-@pytest.mark.parametrize('change, said', [(dict(share=1.01), 'share is 1.01, expected a share from 0 to 1'), (dict(share=float('nan')), 'share is nan'),
+@each('change, said', [(dict(share=1.01), 'share is 1.01, expected a share from 0 to 1'), (dict(share=float('nan')), 'share is nan'),
                                           (dict(share=-.1), 'share is -0.1'), (dict(per='plate'), "per is 'plate', expected one of 'experiment', 'screen'"),
                                           (dict(p=Predictions([], np.arange(3), np.zeros((0, 3)))), 'hold no wells')])
 def test_selection_refuses(change, said):
@@ -122,13 +123,13 @@ def test_selection_refuses(change, said):
 PSEUDO = pseudo_of(('RPE-01_1_B03', 5, 3.), ('RPE-01_1_B04', 6, 2.), ('RPE-02_1_B03', 5, 2.), ('RPE-02_1_B05', 0, 1.))
 
 
-@pytest.mark.parametrize('truth, expected', [
+@each('truth, expected', [
     ([('RPE-02_1_B05', 0), ('RPE-01_1_B04', 7), ('RPE-01_1_B03', 5), ('RPE-09_1_B03', 8)], (1, 3, 1/3)),  # other order, one well more, one less
     ([('RPE-01_1_B03', pd.NA), ('RPE-01_1_B04', 7)], (1, 1, 1)),
     ([('RPE-01_1_B03', 5), ('RPE-01_1_B03', 5), ('RPE-01_1_B04', 7), ('RPE-01_1_B04', 7)], (1, 2, .5)),  # sites: wells count once
     ([('RPE-02_1_B05', 0)], (0, 1, 0)),
 ])
-@pytest.mark.parametrize('dtype', ['Int64', 'Float64', 'object'])
+@each('dtype', ['Int64', 'Float64', 'object'])
 def test_mislabel_rate(truth, expected, dtype):
     wells = pd.DataFrame(truth, columns=['id_code', 'target']).astype({'target': dtype})
     assert mislabel_rate(PSEUDO, wells, target='target') == pytest.approx(expected)
@@ -193,7 +194,7 @@ def test_a_checkpoint_gives_the_labels_back(pseudo):
     assert_frame_equal(pseudo_from_json(json.loads(stored)), pseudo, check_exact=True)
 
 
-@pytest.mark.parametrize('record', [{}, 'RPE-01_1_B03', {'id_code': 'RPE-01_1_B03', 'sirna': 1}, {'id_code': 'B03', 'sirna': 1, 'margin': 1.}])
+@each('record', [{}, 'RPE-01_1_B03', {'id_code': 'RPE-01_1_B03', 'sirna': 1}, {'id_code': 'B03', 'sirna': 1, 'margin': 1.}])
 def test_a_record_that_is_none(record):
     with pytest.raises(ValueError, match='record 1 is'): pseudo_from_json([{'id_code': 'RPE-01_1_B03', 'sirna': 1, 'margin': 1.}, record])
 

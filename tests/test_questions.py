@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 
 from rcic_fastai.recipe.settings import compare_recipes
 
@@ -44,7 +45,7 @@ def test_one_difference_and_one_budget_for_all(ask):
     assert methods["controls", "pretraining"][0].controls.epochs > 0
 
 
-@pytest.mark.parametrize("gain, said", [([0.1, 0.11, 0.12], "helps"), ([-0.1, -0.11, -0.12], "hurts"), ([0.01, 0.1, 0.2], "rather helps"),
+@each("gain, said", [([0.1, 0.11, 0.12], "helps"), ([-0.1, -0.11, -0.12], "hurts"), ([0.01, 0.1, 0.2], "rather helps"),
                                         ([-0.01, 0.1, 0.2], "not decided"), ([0.0, 0.1, 0.2], "not decided"), ([0.1], "not decided")])  # fmt: skip
 def test_what_counts_as_decided(ask, gain, said):
     assert ask.verdict(pd.Series(gain)) == said

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, fields, is_dataclass
 
 import pytest
+from cases import each
 import torch
 
 from rcic_fastai.model.batchnorm import batchnorm_modes
@@ -31,21 +32,21 @@ def leaves(settings, where=""):
             yield where + f.name, value
 
 
-@pytest.mark.parametrize("name", recipes)
+@each("name", recipes)
 def test_every_recipe_survives_json(name, tmp_path):
     path = tmp_path / "r.json"
     path.write_text(recipe_to_json(recipes[name]))
     assert get_recipe(path) == get_recipe(name) == recipes[name]
 
 
-@pytest.mark.parametrize("key, default", list(leaves(Recipe())))
+@each("key, default", list(leaves(Recipe())))
 def test_every_setting_can_be_set_and_wrong_types_are_named(key, default):
     assert compare_recipes(change_recipe(Recipe(), f"{key}={json.dumps(default)}"), change_recipe(Recipe())).empty
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
         change_recipe(Recipe(), f"{key}={json.dumps({'a': 1}) if not isinstance(default, dict) else [1]}")
 
 
-@pytest.mark.parametrize("text, message", [
+@each("text, message", [
     ('{"train": {"epoch": 3}}', r"train\.epoch is no setting; did you mean 'train\.epochs'\?"),
     ('{"epochs": 3}', r"epochs is no setting; did you mean 'train\.epochs'\?"),
     ('{"optimizer": "adam"}', r"did you mean 'train\.optimizer'\?"),
@@ -128,7 +129,7 @@ def test_every_number_of_a_recipe_has_a_range():
     assert checked > 600
 
 
-@pytest.mark.parametrize("table, setting, names", [
+@each("table, setting, names", [
     (LossSettings, "name", losses), (TrainSettings, "loss", losses), (TrainSettings, "optimizer", optimizers), (TrainSettings, "mix", mixes),
     (ModelSettings, "pool", pools), (ModelSettings, "head", set(head_kinds) - {"linear_cosine"}), (ModelSettings, "cell_type", cell_type_kinds), (ModelSettings, "classifier", classifiers), (ModelSettings, "first_conv", first_conv_inits),
     (InferenceSettings, "batchnorm", batchnorm_modes), (InferenceSettings, "postprocess", postprocess_names), (InferenceSettings, "thresholds", threshold_methods),
@@ -145,13 +146,13 @@ def test_every_setting_is_in_the_table_with_its_rule():
     assert table.loc["data.crop", "may_be"] == "int or null, 8 to 16,384" and table.loc["device.channels_last", "may_be"] == 'bool or "auto"'
 
 
-@pytest.mark.parametrize("schedule", _rule(TrainSettings, "schedule")[1])
+@each("schedule", _rule(TrainSettings, "schedule")[1])
 def test_every_schedule_can_be_made(schedule):
     if schedule != "one_cycle":  # which is fastai's
         assert schedule_function(TrainSettings(schedule=schedule, steps=[0.5]))(0) > 0
 
 
-@pytest.mark.parametrize("setting", ['loss.options={"m": 1, "m": 2}', 'loss.options={"m": "a"}', 'loss.options={"s": NaN}', 'loss.options={"reduction": "none"}', "train.steps=[2]",
+@each("setting", ['loss.options={"m": 1, "m": 2}', 'loss.options={"m": "a"}', 'loss.options={"s": NaN}', 'loss.options={"reduction": "none"}', "train.steps=[2]",
                                      'train.steps=["a"]', "inference.bagging=[1]", 'train.loss_options={"m": 1}', "inference.thresholds=best"])  # fmt: skip
 def test_lists_and_options_are_looked_into(setting):
     with pytest.raises(ValueError, match=setting.partition("=")[0]):
@@ -167,13 +168,13 @@ def test_no_setting_holds_a_password(setting):
     assert change_recipe(recipes["laptop"], "source=https://h/w?page=1#at@b").source
 
 
-@pytest.mark.parametrize("epochs", [0, -5, True, 10**9])
+@each("epochs", [0, -5, True, 10**9])
 def test_a_laptop_needs_epochs(epochs):
     with pytest.raises(ValueError, match="--laptop"):
         laptop_recipe(get_recipe("laptop"), epochs)
 
 
-@pytest.mark.parametrize("options", [dict(stem_width=-1), dict(channels=[0, 0, 0, 0]), dict(channels=[4096] * 4, layers=[9] * 4), dict(channels=["x"]),
+@each("options", [dict(stem_width=-1), dict(channels=[0, 0, 0, 0]), dict(channels=[4096] * 4, layers=[9] * 4), dict(channels=["x"]),
                                      dict(stem_width="x"), dict(nope=1)])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_options_that_make_no_network_are_named(options):

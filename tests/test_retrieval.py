@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from sklearn.base import clone
 from sklearn.metrics import average_precision_score
 
@@ -51,7 +52,7 @@ def test_length_does_not_count_and_zeros_are_near_to_nothing():
     assert (nearest_rows(u, u[:0])[1] == -1).all() and nearest_rows(u[:0], u)[0].shape == (0, 1)
 
 
-@pytest.mark.parametrize("f, message", [
+@each("f, message", [
     (lambda: unit_rows([1.0, 2.0]), r"embeddings have shape \(2,\)"), (lambda: unit_rows([[1.0], [np.inf]]), "row 1 has a value that is not finite"),
     (lambda: nearest_rows(np.ones((1, 2)), np.ones((1, 3))), "queries have 2 features and the gallery 3"), (lambda: nearest_rows(np.ones((1, 2)), np.ones((1, 2)), 0), "k is 0"),
     (lambda: apply_prior(np.ones((2, 3)), np.ones((2, 3)), 1.5, [True, True]), "weight is 1.5"),

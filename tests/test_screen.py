@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 
 from rcic_fastai.screen.tables import WELL_COLUMNS, metadata_sites, read_table, screen_layout
 from rcic_fastai.screen.groups import plate_groups, plate_rotations
@@ -226,9 +227,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD)
-def test_bad_table_is_named_with_file_and_row(root, fault):
-    file, damage, words = BAD[fault]
+@each("fault", BAD)
+def test_bad_table_is_named_with_file_and_row(tmp_path, fault):
+    root, (file, damage, words) = write_kaggle(tmp_path), BAD[fault]
     read_screen(root)  # the screen is good before
     damage(root / file)
     with pytest.raises((ValueError, FileNotFoundError)) as e:
@@ -250,7 +251,7 @@ BAD_METADATA = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD_METADATA)
+@each("fault", BAD_METADATA)
 def test_bad_metadata_is_named_with_file_and_row(tmp_path, fault):
     path = write_metadata(tmp_path / "metadata.csv", dict.fromkeys(TEST, "test"))
     cells, words = BAD_METADATA[fault]
@@ -475,7 +476,7 @@ def test_groups_of_part_of_a_screen(wells):
 # splits
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def many():
     "Wells of 33 experiments with the cell types of the real training set, four to an experiment."
     sizes = {"HEPG2": 7, "HUVEC": 16, "RPE": 7, "U2OS": 3}
@@ -493,8 +494,8 @@ def cell_counts(experiments):
     return pd.Series([e.split("-")[0] for e in experiments]).value_counts().to_dict()
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("how", [{}, {"valid_frac": 0.01}, {"valid_frac": 0.99}, {"n_valid": 4}, {"n_valid": 9}, {"n_valid": 29}])
+@each("seed", range(5))
+@each("how", [{}, {"valid_frac": 0.01}, {"valid_frac": 0.99}, {"n_valid": 4}, {"n_valid": 9}, {"n_valid": 29}])
 def test_split_is_disjoint_stratified_and_deterministic(many, how, seed):
     train, valid = split_experiments(many, seed=seed, **how)
     assert not set(train) & set(valid) and set(train) | set(valid) == set(many.experiment)
@@ -534,8 +535,8 @@ def test_impossible_splits(many):
             experiment_folds(many, n)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("n_folds", [2, 5, 16])
+@each("seed", range(4))
+@each("n_folds", [2, 5, 16])
 def test_folds(many, n_folds, seed):
     folds = experiment_folds(many, n_folds, seed)
     assert folds.index.tolist() == sorted(many.experiment.unique()) and set(folds) == set(range(n_folds))
@@ -600,7 +601,7 @@ def test_an_empty_part_of_wells_is_an_error(many):
     assert said and all("holds out none of the 6 wells" in s for s in said)
 
 
-@pytest.mark.parametrize(
+@each(
     "spec, words",
     {
         "experiment=HEPG2-77": ["'HEPG2-77'", "did you mean 'HEPG2-07'"],
@@ -739,7 +740,7 @@ def test_real_files(rcic):
 
 # Channels
 
-@pytest.mark.parametrize("text, parts", [
+@each("text, parts", [
     (3, ("3", "3", None, False)), ("yellow?", ("yellow", "yellow", None, True)), ("DAPI[100-3200]", ("DAPI", "DAPI", (100, 3200), False)),
     ("w1=DAPI", ("DAPI", "w1", None, False)), ("w1=DAPI[100-3200]?", ("DAPI", "w1", (100, 3200), True)), ("a[b]", ("a[b]", "a[b]", None, False)),
 ])  # fmt: skip
@@ -749,6 +750,6 @@ def test_a_channel_and_its_text(text, parts):
     assert str(channel) == str(text) and as_channel(channel) is channel and as_channel(str(channel)) == channel == Channel(*parts)
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "a\\b", "../a=b", "a\0"])
+@each("name", ["a/b", "..", "a\\b", "../a=b", "a\0"])
 def test_a_channel_stays_in_its_folder(name):
     with pytest.raises(ValueError, match="leads to another folder"): as_channel(name)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from PIL import Image
 from tqdm import tqdm
 
@@ -201,7 +202,7 @@ def test_fewer_plates(n_plates, tmp_path):
     assert set(screen.wells.plate) == set(range(1, n_plates + 1)) and plate_groups(screen.wells).nunique() == n_plates
 
 
-@pytest.mark.parametrize("size", [16, 37, 48, 100])
+@each("size", [16, 37, 48, 100])
 def test_any_image_size(size):
     x = simulate_site(Simulation(image_size=size, cell_radius=min(size / 8, 26)), well_row("HUVEC-01", sirna=4), 1)
     assert x.shape == (6, size, size) and all(x[c].std() > 0.5 for c in range(6))
@@ -258,9 +259,9 @@ def test_controls_are_where_the_real_ones_are():
     assert set(treatments(ours).well) == set(real.well)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("n_types", [1, 2, 4])
-@pytest.mark.parametrize("n_test", [1, 2, 3])
+@each("seed", range(3))
+@each("n_types", [1, 2, 4])
+@each("n_test", [1, 2, 3])
 def test_one_rotation_occurs_in_test_only(seed, n_types, n_test):
     wells = design_screen(n_sirnas=16, n_train=4, n_test=n_test, cell_types=["HEPG2", "HUVEC", "RPE", "U2OS"][:n_types], seed=seed)
     plates = plate_rotations(wells, plate_groups(wells)).apply(tuple, axis=1)
@@ -301,7 +302,7 @@ def test_1108_sirnas_take_seconds():
 # errors
 
 
-@pytest.mark.parametrize(
+@each(
     "settings, message",
     [
         (dict(n_sirnas=1109), "n_sirnas is 1109; 4 plates hold 4 to 1108 treatments"),
@@ -441,7 +442,7 @@ def test_a_phenotype_can_be_told_from_texture_alone():
 # grey values
 
 
-@pytest.mark.parametrize("cell_type", [*real_intensity, "A549"])
+@each("cell_type", [*real_intensity, "A549"])
 def test_intensities_without_a_batch_effect_are_the_real_ones(cell_type):
     sim = Simulation(image_size=48, cell_radius=6, batch_effect=0)
     x = np.stack([simulate_site(sim, well_row(f"{cell_type}-01", p), s) for p in (1, 2, 3, 4) for s in (1, 2)]).astype(float)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -119,7 +120,7 @@ def test_twins_and_their_agreement(design):
     assert (pairs.same_labels == [target[a] == target[b] for a, b in zip(pairs.Id, pairs.twin)]).all()
 
 
-@pytest.mark.parametrize(
+@each(
     "bad, message",
     [
         (dict(n_images=100), "100 images cannot hold 12 of each of 28 classes"),
@@ -256,7 +257,7 @@ def test_a_stain_belongs_to_its_antibody():
     assert isinstance(s, Stain) and max(s.weights) == 1 and min(s.weights) >= .5
 
 
-@pytest.mark.parametrize("bad, message", [(dict(image_size=8), "image_size is 8"), (dict(cell_radius=2.), "cell_radius is 2"), (dict(size_shift=0), "size_shift is 0"), (dict(noise=-1.), "noise is -1")])
+@each("bad, message", [(dict(image_size=8), "image_size is 8"), (dict(cell_radius=2.), "cell_radius is 2"), (dict(size_shift=0), "size_shift is 0"), (dict(noise=-1.), "noise is -1")])
 def test_settings_out_of_range(bad, message):
     with pytest.raises(ValueError, match=message):
         AtlasSimulation(**bad)

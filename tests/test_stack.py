@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from scipy.special import expit, logit
 from sklearn.metrics import average_precision_score
 
@@ -44,7 +45,7 @@ def mean_ap(y, p):
 
 
 # parameters
-@pytest.mark.parametrize(
+@each(
     "params,message",
     [
         (dict(num_leafs=3), "no parameter 'num_leafs': did you mean"),
@@ -261,7 +262,7 @@ def test_mean_and_vote(data):
         assert combine == "mean" or set(np.unique(s.oof_)) == {0, 0.5, 1}
 
 
-@pytest.mark.parametrize(
+@each(
     "change,message",
     [
         (dict(members={}), "no members"),
@@ -281,7 +282,7 @@ def test_bad_input(data, change, message):
         Stacker(**LINEAR).fit(**{**good, **change})
 
 
-@pytest.mark.parametrize(
+@each(
     "setting", [dict(n_folds=1), dict(repeats=0), dict(min_positives=math.nan), dict(combine="median"), dict(params=[])]
 )
 def test_bad_settings(data, setting):

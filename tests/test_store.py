@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 import torch
 from forked import locks_of_its_own
 
@@ -83,8 +84,8 @@ def test_every_bit_comes_back(screen, tmp_path, format, preset):
     assert (store.read(3, y=5) == store.read(3)[:, 5:]).all()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 33, 57), (6, 128, 64), (3, 640, 832)])
-@pytest.mark.parametrize("preset", ["default", "small", "fast", "windows"])
+@each("shape", [(1, 1, 1), (4, 33, 57), (6, 128, 64), (3, 640, 832)])
+@each("preset", ["default", "small", "fast", "windows"])
 def test_images_of_any_shape(shape, preset):
     codec, rng = codec_module._Blosc2(shape, preset), np.random.default_rng(1)
     x = (rng.normal(9, 3, shape).clip(0, 255) + np.arange(shape[2])).astype(np.uint8)

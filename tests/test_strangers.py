@@ -19,6 +19,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 import xxhash
 
 from rcic_fastai.cli.core import _say, one_line_errors, rcic_show
@@ -59,7 +60,7 @@ def keyword(node, name):
     return next((ast.unparse(k.value) for k in node.keywords if k.arg == name), None)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "rcic_fastai").rglob("*.py")), ids=lambda p: f"{p.parent.name}.{p.stem}")
+@each("path", sorted((ROOT / "rcic_fastai").rglob("*.py")), ids=lambda p: f"{p.parent.name}.{p.stem}")
 def test_nothing_that_is_read_can_be_a_program(path):
     "Every reader that could unpickle or execute is told not to; every Python that is started finds no module in the current folder"
     for name, node in calls(ast.parse(path.read_text(encoding="utf-8"))):
@@ -158,7 +159,7 @@ def test_a_kernel_installs_only_the_wheels_that_were_named(tmp_path, monkeypatch
 # Names
 
 
-@pytest.mark.parametrize("change", [dict(parts=["../other"]), dict(parts=["/other"]), dict(parts=[r"..\other"]), dict(channels=["../../x", 2, 3, 4, 5, 6])], ids=str)
+@each("change", [dict(parts=["../other"]), dict(parts=["/other"]), dict(parts=[r"..\other"]), dict(channels=["../../x", 2, 3, 4, 5, 6])], ids=str)
 def test_names_in_a_run_lead_nowhere(small_run, small_screen, tmp_path, change):
     theirs = shutil.copytree(small_run, tmp_path / "theirs")
     shutil.copytree(small_run, tmp_path / "other")
@@ -187,7 +188,7 @@ def described(own, to, **change):
     return theirs
 
 
-@pytest.mark.parametrize("name", ["../secret.csv", "/etc/passwd", r"..\secret.csv", "a/../../secret.csv"])
+@each("name", ["../secret.csv", "/etc/passwd", r"..\secret.csv", "a/../../secret.csv"])
 def test_a_table_lies_in_its_folder(own, tmp_path, name):
     (tmp_path / "secret.csv").write_text("well,password\nB02,hunter2\n")
     theirs = described(own, tmp_path / "theirs", table=name)
@@ -297,7 +298,8 @@ def stores(small_screen, tmp_path_factory):
 def forged(stores, tmp_path):
     "A copy of a store whose manifest, index and shards say something else, with the checksums that belong to it"
     def forge(format, manifest=None, index=None, chunk=None):
-        theirs = shutil.copytree(stores[format], tmp_path / "theirs", dirs_exist_ok=True)
+        shutil.rmtree(tmp_path / "theirs", ignore_errors=True)
+        theirs = shutil.copytree(stores[format], tmp_path / "theirs")
         m = {**json.loads((theirs / "manifest.json").read_text()), **(manifest or {})}
         m = {k: v for k, v in m.items() if v is not ...}
         table = pd.read_parquet(theirs / "sites.parquet")
@@ -330,7 +332,7 @@ def no_decoder(monkeypatch):
     return fail
 
 
-@pytest.mark.parametrize("change", [
+@each("change", [
     dict(shape=[6, 48, 47]), dict(shape=[6, 20000, 10000]), dict(shape=[6, 10**6, 10**6]), dict(shape=[6, -48, -48]), dict(shape=[6, 48]), dict(shape="648"), dict(shape=[6.0, 48, 48]),
     dict(shape=[3, 48, 48]), dict(channels=[1, 2, 3]), dict(channels=[1] * 6), dict(channels=[None] * 6), dict(channels={}), dict(format="pickle"), dict(format="raw"), dict(preset="fast"),
     dict(preset="best"), dict(n_sites=11), dict(n_sites=-1), dict(n_sites=True), dict(shard_sites=0), dict(shard_sites=3), dict(shard_sites=...), dict(kind="rcic_fastai store 2"),
@@ -346,7 +348,7 @@ def test_a_manifest_that_does_not_fit(forged, no_decoder, monkeypatch, change):
     assert not isinstance(e.value, DamagedSite)
 
 
-@pytest.mark.parametrize("change, message", [
+@each("change, message", [
     (lambda t: t.assign(length=t.length * 10**6), "bytes, expected"), (lambda t: t.assign(length=-t.length), "bytes, expected"), (lambda t: t.assign(offset=t.offset - 1), "row 0: offset -1"),
     (lambda t: t.assign(offset=0), "row 1: offset 0 is not where the site before it ends"), (lambda t: t.assign(offset=t.offset + 2**62), "offset"), (lambda t: t[:9], "9 sites, but the manifest counts 10"),
     (lambda t: t.drop(columns="checksum"), "column 'checksum' is missing"), (lambda t: t.assign(offset=t.offset.astype(float)), "column 'offset' is double"),
@@ -370,11 +372,11 @@ def test_an_index_that_is_none(forged):
         with pytest.raises(ValueError, match="manifest.json"): Store(theirs)
 
 
-@pytest.mark.parametrize("at, value, message", [
+@pytest.mark.parametrize("read", ["read", "window", "batch"])
+@each("at, value, message", [
     (slice(4, 8), np.frombuffer(np.int32(2**31 - 64).tobytes(), np.uint8), "it holds 2,147,483,584 bytes, not 13,824"), (slice(12, 16), np.uint8(255), "it has .* bytes, not"),
     (3, 8, "numbers of 8"), (slice(8, 12), np.uint8(1), "blocks of"), (2, 0b11010101, "its codec is 6"), (22, 36, "its codec is 4, 36"), (16, 160, "its filters are 160"), (17, 2, "its filters are 35, 2"),
     (31, 0b1000000, "flags that are unknown"), (31, 8, "flags that are unknown")])  # fmt: skip
-@pytest.mark.parametrize("read", ["read", "window", "batch"])
 def test_a_chunk_that_does_not_fit(forged, stranger, monkeypatch, at, value, message, read):
     "A bomb, another shape, and a codec for which Blosc2 would start a Python that looks for a module here"
     def change(part): part[at] = value
@@ -448,7 +450,7 @@ SECRET = "feed/Beef+cafe==1 @x"  # with all that has to be encoded
 TOKEN = "KGAT_0123456789feedBeef"
 
 
-@pytest.mark.parametrize("text", [
+@each("text", [
     "s3://AKEY:{raw}@bucket/store", "https://ada:{quoted}@host/a.zip", "https://ada:{lower}@host/a.zip", "s3:/AKEY:{quoted}@bucket", "ftp://{quoted}@host", "zip://a.zip::https://ada:{quoted}@host/x", "https%3A%2F%2Fada%3A{twice}%40host%2F",
     r"https:\/\/ada:{quoted}@host\/x", "https://host/a?X-Amz-Signature={quoted}&X-Amz-Date=1", "/a?sig={quoted} (Caused by", "https://host/a?page=1&amp;token={quoted}", "https://host/#access_token={quoted}",
     "https://host/a%3Ftoken%3D{twice}", "Authorization: Basic {basic}", "Authorization: Bearer {b64}", "{{'Authorization': 'Basic {basic}'}}", '{{"username": "ada", "key": {json}}}', "{{'password': {repr}}}", r'{{\"key\": \"{quoted}\"}}',
@@ -463,7 +465,7 @@ def test_no_spelling_of_a_password_is_shown(text):
     assert "***" in shown and not any(part in shown.lower() for part in ("feed", "beef", "cafe", basic[8:].lower(), "zwvkl0")), shown
 
 
-@pytest.mark.parametrize("spell", [str, lambda s: quote(s, safe=""), quote, json.dumps, repr, lambda s: base64.b64encode(s.encode()).decode(), lambda s: base64.urlsafe_b64encode(b"ada:" + s.encode()).decode(),
+@each("spell", [str, lambda s: quote(s, safe=""), quote, json.dumps, repr, lambda s: base64.b64encode(s.encode()).decode(), lambda s: base64.urlsafe_b64encode(b"ada:" + s.encode()).decode(),
                                    lambda s: base64.b64encode(json.dumps(dict(a=1, k=s)).encode()).decode(), lambda s: quote(quote(s, safe=""), safe="")])  # fmt: skip
 def test_a_known_password_is_hidden_anywhere(monkeypatch, spell):
     monkeypatch.setenv("MY_STORE_PASSWORD", SECRET)
@@ -555,7 +557,7 @@ OPTIONS = {  # what timm would do with them
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@each("name", OPTIONS)
 def test_options_of_a_network_are_plain(small_run, tmp_path, monkeypatch, name):
     "In a recipe that is trained and in a run that predicts"
     monkeypatch.setattr("timm.create_model", lambda *a, **k: pytest.fail("timm was asked"))
@@ -568,7 +570,7 @@ def test_options_of_a_network_are_plain(small_run, tmp_path, monkeypatch, name):
         assert "S3cretPw" not in str(e.value)
 
 
-@pytest.mark.parametrize("change", [dict(data=dict(read_size=10**6)), dict(data=dict(batch_size=10**9)), dict(model=dict(hidden=10**8)), dict(seed=-1), dict(inference=dict(bagging=[10**9]))], ids=str)
+@each("change", [dict(data=dict(read_size=10**6)), dict(data=dict(batch_size=10**9)), dict(model=dict(hidden=10**8)), dict(seed=-1), dict(inference=dict(bagging=[10**9]))], ids=str)
 def test_sizes_of_a_run_have_bounds(small_run, tmp_path, change):
     run = shutil.copytree(small_run, tmp_path / "run")
     recipe = json.loads((run / "recipe.json").read_text())
@@ -592,7 +594,7 @@ def test_an_error_without_a_word_gets_some():
         with pytest.raises(CliError, match=f"{type(error).__name__}"), one_line_errors(False): raise error
 
 
-@pytest.mark.parametrize("address", ["h.org/x?sig=S3cret", "x?token=S3cret", "https://h/x?token=S3c", "https://h/x?a=1&X-Amz-Signature=S3cret", "https://h/x#access_token=S3cret", "//h/x?sv=1&Signature=S3cret",
+@each("address", ["h.org/x?sig=S3cret", "x?token=S3cret", "https://h/x?token=S3c", "https://h/x?a=1&X-Amz-Signature=S3cret", "https://h/x#access_token=S3cret", "//h/x?sv=1&Signature=S3cret",
                                      "u:S3cret@h:/x", "u:S3cret@h.org:x", "https://h/x?api_key=S3cret"])  # fmt: skip
 def test_signatures_and_tokens_come_into_no_file(tmp_path, address):
     for build in (dict(values=dict(VALID=address)), dict(title=address)):

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 
 from rcic_fastai.screen.describe import describe_screen
 from rcic_fastai.screen.platemap import plate_map_wells, read_plate_map
@@ -33,7 +34,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@each("form", FORMS)
 def test_the_same_table_in_every_form(tmp_path, form):
     path = tmp_path / "t.csv"
     path.write_bytes(FORMS[form].encode())
@@ -60,7 +61,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@each("name", WRONG)
 def test_what_is_no_table_is_named(tmp_path, name):
     path, (data, words) = tmp_path / "t.csv", WRONG[name]
     path.write_bytes(data)
@@ -94,7 +95,7 @@ def test_notices_of_a_description(tmp_path):
     assert screen.wells.sirna.notna().sum() == 2
 
 
-@pytest.mark.parametrize("pair, how, shown", [
+@each("pair, how, shown", [
     (["Taxol", "taxol "], "capitals or blanks", "'Taxol' and 'taxol '"), (["Taxol", "Tax\u200bol"], "invisible characters or the coding of accents", r"'Taxol' and 'Tax\\u200bol'"),
     (["Caf\u00e9", "Cafe\u0301"], "invisible characters or the coding of accents", r"'Cafe\\u0301' and 'Caf\\xe9'"), (["5 uM", "5\u00a0uM"], "capitals or blanks", r"'5 uM' and '5\\xa0uM'"),
     (["\u00b5M", "\u03bcM"], "capitals or blanks", r"'\\xb5M' and '\\u03bcM'"), (["a\u00adb", "ab"], "invisible", r"'a\\xadb'"), (["x\ufe0f", "x"], "invisible", r"'x\\ufe0f'"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 from scipy.special import expit, logit
 from sklearn.base import clone
 
@@ -38,8 +39,8 @@ def every_cut(p):
 # The best cut
 
 
-@pytest.mark.parametrize("decimals", [None, 2, 1, 0])
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@each("decimals", [None, 2, 1, 0])
+@each("dtype", [np.float64, np.float32])
 def test_no_threshold_is_better_than_the_best(decimals, dtype):
     for seed in range(6):
         p, y, _ = draw(seed, n=150, decimals=decimals)
@@ -63,8 +64,8 @@ def test_a_threshold_parts_neighbouring_numbers(scale):
     assert _between(above, below) > below
 
 
-@pytest.mark.parametrize("decimals", [None, 1])
-@pytest.mark.parametrize("average", ["macro", "micro"])
+@each("decimals", [None, 1])
+@each("average", ["macro", "micro"])
 def test_no_common_threshold_is_better(average, decimals):
     for seed in range(4):
         p, y, _ = draw(seed, n=80, decimals=decimals)
@@ -87,7 +88,7 @@ def test_a_class_without_positives_gets_the_fallback():
 # Repeated folds
 
 
-@pytest.mark.parametrize("decimals, groups", [(None, 0), (1, 0), (None, 40), (2, 40)])
+@each("decimals, groups", [(None, 0), (1, 0), (None, 40), (2, 40)])
 def test_cuts_of_repeated_folds_are_those_of_each_training_part(decimals, groups):
     p, y, g = draw(1, decimals=decimals, groups=groups)
     codes = np.arange(len(p)) if g is None else pd.factorize(g)[0]
@@ -211,7 +212,7 @@ def test_an_empty_prediction_gets_the_class_that_comes_closest():
     assert t.predict(p).dtype == np.uint8
 
 
-@pytest.mark.parametrize("name", list(threshold_methods))
+@each("name", list(threshold_methods))
 def test_every_method_is_an_estimator_that_fits_adapts_and_predicts(name):
     p, y, g = draw(12, n=300, groups=50)
     e = create_threshold(name, empty="none")
@@ -313,7 +314,7 @@ def broken(file, **changes):
     return file
 
 
-@pytest.mark.parametrize(
+@each(
     "spoil, message",
     [
         (lambda f: f.write_text("{"), "thresholds.json: line 1"),
@@ -340,7 +341,7 @@ P, Y, _ = draw(16, n=20)
 NAN = np.where(np.arange(60).reshape(20, 3) == 4, np.nan, P)
 
 
-@pytest.mark.parametrize(
+@each(
     "act, message",
     [
         (lambda: F1Threshold().fit(logit(P), Y), "expected 0 to 1: apply a sigmoid"),

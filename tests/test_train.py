@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
@@ -145,7 +146,7 @@ def test_precision_auto_never_emulates(monkeypatch):
         assert fast_precision(cpu, depthwise) == "fp32"
 
 
-@pytest.mark.parametrize("arch, precision, setting, expected", [
+@each("arch, precision, setting, expected", [
     ("resnet10t", "fp32", "auto", True), ("efficientnet_lite0", "fp32", "auto", True), ("efficientnet_lite0", "bf16", "auto", False),
     ("efficientnet_lite0", "bf16", "true", True), ("resnet10t", "fp32", "false", False)])  # fmt: skip
 def test_memory_layout_per_architecture(sites, arch, precision, setting, expected):
@@ -449,7 +450,7 @@ def test_a_target_that_is_the_domain_switches_domain_batches_off(screen, tmp_pat
     assert any("batches are mixed" in s for s in said) and screen.wells.equals(wells)
 
 
-@pytest.mark.parametrize("standardize", ["image", "plate", "experiment", "screen"])
+@each("standardize", ["image", "plate", "experiment", "screen"])
 def test_every_standardisation_reaches_new_experiments(screen, tmp_path, standardize):
     run = tmp_path / "run"
     train_run(screen, change_recipe(laptop, f"data.standardize={standardize}", "model.arch=resnet10t"), run, say=quiet)

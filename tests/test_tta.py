@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from cases import each
 import torch
 from fastai.vision.augment import RandTransform
 from scipy.special import expit, log_softmax, softmax
@@ -25,7 +26,7 @@ def plain(x):
     return x.as_subclass(torch.Tensor)
 
 
-@pytest.mark.parametrize("name, n", [("none", 1), ("d4", 8), ("s4", 32), ("hpa_first_place", 32)])
+@each("name, n", [("none", 1), ("d4", 8), ("s4", 32), ("hpa_first_place", 32)])
 def test_presets_start_with_the_plain_view(name, n):
     views = tta_group(name).views()
     assert len(set(views)) == len(tta_group(name)) == n and views[0] == TTAView(share=tta_presets[name].crop_size)
@@ -36,7 +37,7 @@ def test_a_number_keeps_its_meaning():
     assert tta_group(11).views() == [TTAView(v % 8, v) for v in range(11)]
 
 
-@pytest.mark.parametrize("settings, message", [
+@each("settings, message", [
     (dict(d4=3), "d4 is 3, expected 1, 2, 4 or 8"), (dict(crops=0), "crops is 0"), (dict(seeds=65), "seeds is 65"), (dict(crop_size=1.5), "crop_size is 1.5"),
     (dict(combine="median"), "combine is 'median', expected 'mean' or 'max'"), (dict(plain_weight=-.1), "plain_weight is -0.1"), (dict(space="odds"), "space is 'odds'"),
     (dict(crop=2), "tta has no setting 'crop'")])  # fmt: skip
@@ -45,7 +46,7 @@ def test_bad_groups(settings, message):
         tta_group(settings)
 
 
-@pytest.mark.parametrize("activation, space, combine, weight", [*product(["softmax", "sigmoid"], ["logit", "probability"], ["mean", "max"], [0.0, 0.4, 1.0])])
+@each("activation, space, combine, weight", [*product(["softmax", "sigmoid"], ["logit", "probability"], ["mean", "max"], [0.0, 0.4, 1.0])])
 def test_combination_against_float64_by_hand(activation, space, combine, weight):
     y = np.random.default_rng(0).normal(0, 4, (8, 5, 6))
     z = y if space == "logit" else expit(y) if activation == "sigmoid" else softmax(y, -1)
@@ -143,7 +144,7 @@ def test_draws_leave_out_what_the_group_counts_off():
     assert check_views(TTA(seeds=4), ViewTransform([RandomResizedSquareCrop(32)])) is None
 
 
-@pytest.mark.parametrize("group, symmetries", [(TTA(), range(8)), (TTA(d4=4), range(4)), (TTA(d4=2), range(2)), (TTA(combine="max"), range(8))])
+@each("group, symmetries", [(TTA(), range(8)), (TTA(d4=4), range(4)), (TTA(d4=2), range(2)), (TTA(combine="max"), range(8))])
 def test_a_group_does_not_see_its_own_symmetries(group, symmetries):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 5), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(32, 4))

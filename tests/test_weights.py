@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from cases import each
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ShowGraphCallback
@@ -44,8 +45,8 @@ def fit(sites, recipe, *cbs, valid=None, seed=0, model=None):
     return learn
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 7])
-@pytest.mark.parametrize("ratio", [1, 3.5, 1e4])
+@each("n", [1, 2, 3, 7])
+@each("ratio", [1, 3.5, 1e4])
 def test_rates_are_geometric(n, ratio):
     rates = geometric_rates(2e-3, ratio, n)
     assert len(rates) == n and rates[-1] == pytest.approx(2e-3)
@@ -54,7 +55,7 @@ def test_rates_are_geometric(n, ratio):
         np.testing.assert_allclose(rates[1:] / rates[:-1], ratio ** (1 / (n - 1)))
 
 
-@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "steps", "exponential", "constant"])
+@each("schedule", ["one_cycle", "cosine", "steps", "exponential", "constant"])
 def test_each_group_follows_its_rate(sites, schedule):
     class Rates(Callback):
         order, run_valid = 100, False
@@ -77,7 +78,7 @@ def test_each_group_follows_its_rate(sites, schedule):
         assert seen[:, -1].max() == pytest.approx(1e-3, rel=0.05)
 
 
-@pytest.mark.parametrize("arch", ["efficientnet_lite0", "densenet121", "se_resnext50_32x4d", "resnet10t", "convnext_atto"])
+@each("arch", ["efficientnet_lite0", "densenet121", "se_resnext50_32x4d", "resnet10t", "convnext_atto"])
 def test_every_backbone_has_three_groups(arch):
     "Stem, later half, head: every weight once, so that learning rates and freezing reach all of them"
     model = recipe_model(replace(small, model=ModelSettings(arch=arch)), 4)
@@ -162,7 +163,7 @@ def test_means_end_a_stage_with_other_weights_and_statistics(sites, change):
     assert torch.isfinite(other.running_var).all()
 
 
-@pytest.mark.parametrize("settings, message", [
+@each("settings, message", [
     (["train.ema=1"], "train.ema is 1.0, expected a decay below 1"), (["train.ema=0.9", "train.average=2"], "choose one"),
     (["train.average=1", "train.keep=best"], "choose one"), (["train.average=2", "train.patience=1"], "train.patience may leave out"),
     (["train.freeze_epochs=99"], "expected at most the"), (["train.keep=first"], 'expected one of "last", "best"'),

@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from cases import each
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -73,7 +74,7 @@ def writes(module):
     return list(look(ast.parse(module.read_text(encoding="utf-8")), ""))
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda p: name_of(p))
+@each("module", MODULES, ids=lambda p: name_of(p))
 def test_one_function_writes(module):
     found = [(f, what) for f, what in writes(module) if (name_of(module), f) not in ALLOWED]
     assert not found, f"{module.name} writes or removes without `write_whole`: {found}"
@@ -101,7 +102,7 @@ def too_large_copy(path): raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "
 def no_encoder(path): raise OSError("encoder error -2 when writing image file")
 
 
-@pytest.mark.parametrize("fault, message", [(too_large, r"\[Errno 27\] .*a.txt'$"), (too_large_copy, r"\[Errno 27\] .*a.txt'$"), (cannot, r".*No space left on device: '.*a.txt'$"), (no_encoder, "a.txt cannot be written: encoder")])
+@each("fault, message", [(too_large, r"\[Errno 27\] .*a.txt'$"), (too_large_copy, r"\[Errno 27\] .*a.txt'$"), (cannot, r".*No space left on device: '.*a.txt'$"), (no_encoder, "a.txt cannot be written: encoder")])
 def test_a_failed_write_names_the_file(tmp_path, fault, message):
     with pytest.raises(OSError, match=message) as e: write_whole(tmp_path / "a.txt", fault)
     assert "None" not in str(e.value) and "rcic-part" not in str(e.value)
@@ -176,7 +177,7 @@ COMMANDS = {  # what it would have written over, and the message
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@each("name", COMMANDS)
 def test_what_is_read_stays(mine, name):
     command, message = COMMANDS[name]
     if name == "train over its recipe": (mine / "data" / "recipe.json").write_text(recipe_to_json(get_recipe("laptop")))
@@ -185,7 +186,7 @@ def test_what_is_read_stays(mine, name):
     assert tree(mine) == before
 
 
-@pytest.mark.parametrize("name", ["best.safetensors", "history.csv", "submission.csv", "predictions/test.npz", "recipe.json"])
+@each("name", ["best.safetensors", "history.csv", "submission.csv", "predictions/test.npz", "recipe.json"])
 def test_a_run_is_not_written_among_files_of_others(small_screen, tmp_path, name):
     (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).write_text("mine")
@@ -267,7 +268,7 @@ THROUGH_LINKS = {  # the link inside the run, and the command that would follow 
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
-@pytest.mark.parametrize("name", THROUGH_LINKS)
+@each("name", THROUGH_LINKS)
 def test_no_folder_inside_a_folder_of_ours_leads_out_of_it(mine, tmp_path, name):
     "Neither written nor deleted: what lies behind the link stays as it is"
     inside, command = THROUGH_LINKS[name]
@@ -304,7 +305,7 @@ OVER = {  # file, the command that would replace it, and what it is not
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", OVER)
+@each("name", OVER)
 def test_a_file_of_others_is_not_replaced(mine, tmp_path, name):
     "It is told before the work; what the same command has written before is replaced"
     file, command, what = OVER[name]
