@@ -1,9 +1,9 @@
 """Plate groups and one-to-one assignment: time and value of the library and of the other ways, on the same scores.
 
-Experiments of the real shape: 1,108 siRNAs in 4 groups of 277, 4 plates on which some wells are missing. The layouts are those of the 33
-training experiments where the real tables are at hand (`--data`), else made up alike; the scores are simulated either way. The library's
-answer is compared with that of the full problem, solved once for each of the 24 ways to put groups on plates: an answer of another value
-ends the benchmark with an error.
+Experiments of the real shape: 1,108 siRNAs in 4 groups of 277, 4 plates on which some wells are missing. The layouts
+are those of the 33 training experiments where the real tables are at hand (`--data`), else made up alike; the scores
+are simulated either way. The library's answer is compared with that of the full problem, solved once for each of the 24
+ways to put groups on plates: an answer of another value ends the benchmark with an error.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from scipy.optimize import linear_sum_assignment  # noqa: E402
 from rcic_fastai.predict.assign import assign_experiment  # noqa: E402
 
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
-# how far the true class stands out of the noise, in its standard deviations, and the share of the layouts that are solved
+# how far the true class stands out of the noise, in its standard deviations, and the share of the layouts that are
+# solved
 SIGNALS = {"hard": (2.2, 1 / 4), "middle": (3.0, 1.0), "easy": (4.5, 1 / 4)}
 OURS, FULL = "rcic_fastai", "scipy, 24 full problems"
 
@@ -44,7 +45,8 @@ class Experiment(NamedTuple):
 
 
 def simulated_layouts(n, group_size=277, n_plates=4, seed=0):
-    "(plates, truth, groups) of `n` experiments; one plate in six has lost one to five of its wells, as in the real screen"
+    """(plates, truth, groups) of `n` experiments; one plate in six has lost one to five of its wells, as in the real
+    screen"""
     rng = np.random.default_rng(seed)
     groups = rng.permutation(np.repeat(np.arange(n_plates), group_size))
     for _ in range(n):
@@ -68,7 +70,8 @@ def real_layouts(folder):
 
 
 def with_scores(layout, signal, seed):
-    "An `Experiment` with scores like logits: noise, the true class `signal` higher, classes that this experiment's batch effect favours"
+    """An `Experiment` with scores like logits: noise, the true class `signal` higher, classes that this experiment's
+    batch effect favours"""
     plates, truth, groups = layout
     rng = np.random.default_rng([seed, 1])
     scores = rng.standard_normal((len(plates), len(groups))) + 0.5 * rng.standard_normal(len(groups))
@@ -100,7 +103,8 @@ def value(e, labels):
 
 
 def full_problems(solve):
-    "For each way to put groups on plates all wells against all classes, those of other groups masked; the best of the 24"
+    """For each way to put groups on plates all wells against all classes, those of other groups masked; the best of
+    the 24"""
 
     def labels(e):
         found = [solve(e.scores.astype(float), allowed(e, m)) for m in mappings(e)]
@@ -138,7 +142,8 @@ def by_sparse(scores, mask):
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 
     # every well has one class, so a shift that keeps scores off zero, which means `no edge` here, changes no comparison
-    return min_weight_full_bipartite_matching(csr_matrix(np.where(mask, scores - scores.min() + 1, 0)), maximize=True)[1]
+    return min_weight_full_bipartite_matching(csr_matrix(np.where(mask, scores - scores.min() + 1, 0)),
+                                              maximize=True)[1]
 
 
 def by_lap(scores, mask):
@@ -176,7 +181,7 @@ def contestants():
     lap = {"lap, 24 full problems": full_problems(by_lap), "lap, 16 blocks": block_problems(by_lap)}
     found = {OURS: ours, FULL: full_problems(by_scipy), "scipy.sparse, 24 full problems": full_problems(by_sparse),
              "scipy, 16 blocks": block_problems(by_scipy), **(lap if find_spec("lap") else {}),
-             "vote, greedy": greedy, "vote, best of each well": best_of_each}  # fmt: skip
+             "vote, greedy": greedy, "vote, best of each well": best_of_each}
     return found, [] if find_spec("lap") else list(lap)
 
 
@@ -196,11 +201,13 @@ class InTurn:
 def quality(e, labels, best):
     "Value, whether it is the best there is, accuracy, and wells whose class another well has too"
     v = value(e, labels)
-    return dict(value=v, exact=abs(v - best) <= 1e-9 * abs(best), accuracy=(labels == e.truth).mean(), double=len(labels) - len(np.unique(labels)))
+    return dict(value=v, exact=abs(v - best) <= 1e-9 * abs(best), accuracy=(labels == e.truth).mean(),
+                double=len(labels) - len(np.unique(labels)))
 
 
 def measure(experiments, repeats=REPEATS):
-    """Seconds per experiment, a row per repeat, and the quality of each contestant, a row per contestant and experiment.
+    """Seconds per experiment, a row per repeat, and the quality of each contestant, a row per contestant and
+    experiment.
 
     Each repeat is another experiment as far as there are as many, the same for everybody.
     Raises: RuntimeError if the library's answer has not the value of the full problem."""
@@ -210,11 +217,13 @@ def measure(experiments, repeats=REPEATS):
     rows = []
     for i, e in enumerate(experiments):
         best = value(e, turns[FULL].labels[i])
-        rows += [dict(experiment=i, contestant=name, **quality(e, turn.labels[i], best)) for name, turn in turns.items()]
+        rows += [dict(experiment=i, contestant=name, **quality(e, turn.labels[i], best))
+                 for name, turn in turns.items()]
     qualities = pd.DataFrame(rows)
     wrong = qualities[(qualities.contestant == OURS) & ~(qualities.exact & (qualities.double == 0))]
     if len(wrong):
-        raise RuntimeError(f"experiment {wrong.experiment.iloc[0]}: the library's assignment has value {wrong.value.iloc[0]}, not that of the full problem")
+        raise RuntimeError(f"experiment {wrong.experiment.iloc[0]}: the library's assignment has value "
+                           f"{wrong.value.iloc[0]}, not that of the full problem")
     return seconds, qualities
 
 
@@ -231,10 +240,12 @@ def table(seconds, qualities):
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=REAL if REAL.exists() else None, help="folder of the real tables; default: ../shared/rcic where it is")
+    parser.add_argument("--data", type=Path, default=REAL if REAL.exists() else None,
+                        help="folder of the real tables; default: ../shared/rcic where it is")
     parser.add_argument("--simulated", type=int, default=0, help="so many simulated layouts instead of the real ones")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="at least; every layout is solved once")
-    parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/assignment.md, with --quick a temporary one")
+    parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/assignment.md, "
+                        "with --quick a temporary one")
     parser.add_argument("--quick", action="store_true", help="2 small experiments: that it runs, no result")
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp()) if args.quick else Path(__file__).parent / "results"
@@ -257,19 +268,26 @@ def main(argv=None):
         experiments = [with_scores(layout, signal, i) for i, layout in enumerate(chosen)]
         tables[name] = table(*measure(experiments, 2 if args.quick else args.repeats))
         alone = np.mean([(e.scores.argmax(1) == e.truth).mean() for e in experiments])
-        parts += [f"## {name.capitalize()}: {len(experiments)} experiments, {alone:.2f} of the wells right by their highest score alone", markdown(tables[name])]
+        parts += [f"## {name.capitalize()}: {len(experiments)} experiments, {alone:.2f} of the wells right by their "
+                  "highest score alone", markdown(tables[name])]
     missing = contestants()[1]
     n_wells, n_classes = [len(p) for p, *_ in layouts], len(layouts[0][2])
     write_report(
         args.out,
         "Plate groups and one-to-one assignment",
-        f"Milliseconds from the scores of one experiment to one siRNA per well, on {len(layouts)} {source} layouts of {min(n_wells)}-{max(n_wells)} wells and "
-        f"{n_classes:,} siRNAs in {len(np.unique(layouts[0][2]))} groups, with simulated scores. Contestants take turns on the same experiment; medians over "
+        f"Milliseconds from the scores of one experiment to one siRNA per well, on {len(layouts)} {source} layouts of "
+        f"{min(n_wells)}-{max(n_wells)} wells and "
+        f"{n_classes:,} siRNAs in {len(np.unique(layouts[0][2]))} groups, with simulated scores. Contestants take "
+        "turns on the same experiment; medians over "
         f"the experiments, ratios (`x {FULL}`) within each experiment, quartiles behind both. One thread.",
-        f"`{OURS}` is `assign_experiment`, which also returns the margin of every well and of the plate groups. `24 full problems` solves all wells against all "
-        "classes, other groups masked, for every way to put groups on plates: the plain exact answer. `16 blocks` solves each plate against each group. "
-        "`vote` takes the groups that agree with the most wells' best class; `greedy` then hands classes out from the highest score down. `exact`: experiments "
-        "in which the sum of the scores is that of the full problem; the benchmark ends with an error if the library misses one.",
+        f"`{OURS}` is `assign_experiment`, which also returns the margin of every well and of the plate groups. `24 "
+        "full problems` solves all wells against all "
+        "classes, other groups masked, for every way to put groups on plates: the plain exact answer. `16 blocks` "
+        "solves each plate against each group. "
+        "`vote` takes the groups that agree with the most wells' best class; `greedy` then hands classes out from the "
+        "highest score down. `exact`: experiments "
+        "in which the sum of the scores is that of the full problem; the benchmark ends with an error if the library "
+        "misses one.",
         *parts,
         *([f"Not installed here, so not measured: {', '.join(missing)} (pip install lapx)."] if missing else []),
         machine("numpy", "scipy", "lapx"),

@@ -1,9 +1,10 @@
 """Methods against the batch effect on simulated screens: one table over methods, seeds and strengths.
 
-`make bench NAME=batch_effect` runs it at its default size in less than 30 minutes on two cores. It can be stopped and started again: a
-training that has finished is kept in `--work`, and is done again only if one of its settings has changed. All methods have the same
-network and show it the same number of images. No setting was chosen by looking at test labels: learning rates come from `--select`,
-which holds training experiments of screens of other seeds out and never looks at their test split.
+`make bench NAME=batch_effect` runs it at its default size in less than 30 minutes on two cores. It can be stopped and
+started again: a training that has finished is kept in `--work`, and is done again only if one of its settings has
+changed. All methods have the same network and show it the same number of images. No setting was chosen by looking at
+test labels: learning rates come from `--select`, which holds training experiments of screens of other seeds out and
+never looks at their test split.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"})  # one thread per process, one process per core
+# one thread per process, one process per core
+os.environ.update({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"})
 warnings.filterwarnings("ignore")
 
 import pandas as pd  # noqa: E402
@@ -35,13 +37,17 @@ SELECT_SEEDS, RATES = (100,), (5e-4, 1.5e-3, 4e-3, 1.2e-2)
 def images_shown(recipe, design):
     "Images that pass through the network in all stages of training"
     types, plates = len(design["cell_types"]), 4
-    treated, controls = 2 * design["n_sirnas"] * types, 2 * (design["n_positive"] + 1) * plates * types  # sites of one experiment of each type
+    # sites of one experiment of each type
+    treated, controls = 2 * design["n_sirnas"] * types, 2 * (design["n_positive"] + 1) * plates * types
     sites, n_test = treated * design["n_train"], treated * design["n_test"]
-    extra = {None: 0, "train": controls * design["n_train"], "all": controls * (design["n_train"] + design["n_test"])}[recipe.data.control_classes]
+    extra = {None: 0, "train": controls * design["n_train"],
+             "all": controls * (design["n_train"] + design["n_test"])}[recipe.data.control_classes]
     beside = 1 + recipe.data.controls * recipe.data.domains_per_batch / recipe.data.batch_size
     p, n = recipe.pseudo, recipe.train.epochs
-    shares = [] if p.start is None else [p.first + (p.last - p.first) * (e - p.start) / max(1, n - 1 - p.start) for e in range(p.start, n)]
-    return round(beside * ((sites + extra) * (n + recipe.finetune.epochs) + sum(shares) * n_test) + controls * design["n_train"] * recipe.controls.epochs)
+    shares = [] if p.start is None else [p.first + (p.last - p.first) * (e - p.start) / max(1, n - 1 - p.start)
+                                         for e in range(p.start, n)]
+    return round(beside * ((sites + extra) * (n + recipe.finetune.epochs) + sum(shares) * n_test)
+                 + controls * design["n_train"] * recipe.controls.epochs)
 
 
 def within_budget(recipe, views, design):
@@ -57,7 +63,8 @@ def contestants(views, design, rates=None):
     from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
 
     rates = rates or {}  # None: those that `laptop_recipe` knows, which --select has found
-    s3 = change_recipe(laptop_recipe(get_recipe("densenet121_domain_bn"), 100, rates.get("44th place")), "per_cell_type=false")
+    s3 = change_recipe(laptop_recipe(get_recipe("densenet121_domain_bn"), 100, rates.get("44th place")),
+                       "per_cell_type=false")
     bare = change_recipe(s3, "finetune.epochs=0")
     single = change_recipe(bare, "train.accumulate=1", "controls.accumulate=1")
     first = laptop_recipe(get_recipe("densenet161_first_place"), 100, rates.get("1st place"))
@@ -71,9 +78,10 @@ def contestants(views, design, rates=None):
            "1st place, domain statistics": (first, dict(batchnorm="domain", domain="experiment"), both),
            "ours": (ours, {}, both),
            "ours, eval-mode BatchNorm, no centring": (ours, dict(batchnorm="running", postprocess=None), both),
-           "ours, no centring": (ours, dict(postprocess=None), both)}  # fmt: skip
+           "ours, no centring": (ours, dict(postprocess=None), both)}
     batches = change_recipe(laptop_recipe(get_recipe("laptop"), 100, rates.get("batches")), "data.standardize=image")
-    for domain, name in ((None, "random"), ("cell_type", "cell type"), ("experiment", "experiment"), ("plate", "plate")):
+    for domain, name in ((None, "random"), ("cell_type", "cell type"), ("experiment", "experiment"),
+                         ("plate", "plate")):
         recipe = change_recipe(batches, f"data.domain={json.dumps(domain)}", "data.epoch_sites=0", "data.crop=null")
         out[f"batches: {name}"] = (recipe, dict(batchnorm="domain", domain=domain or "screen"), ["default"])
     return {k: (within_budget(r, views, design), inference, strengths) for k, (r, inference, strengths) in out.items()}
@@ -129,7 +137,8 @@ def run_job(work, job):
     rows = []
     for name, inference in job["variants"].items():
         r = replace(recipe, inference=replace(recipe.inference, **inference))
-        p = predict_with(learn, sites, r, control_sites(screen) if needs_controls(r) else None, progress=False).only(groups.index)
+        p = predict_with(learn, sites, r, control_sites(screen) if needs_controls(r) else None,
+                         progress=False).only(groups.index)
         ladder = accuracy_ladder({"argmax": p}, truth[["id_code", "sirna"]], groups).accuracy
         rows.append(dict(method=name, argmax=ladder.iloc[0], assignment=ladder.iloc[1], groups=ladder.iloc[2]))
     out = dict(rows=rows, train_seconds=trained - start, predict_seconds=time.process_time() - trained)
@@ -167,7 +176,8 @@ def run_all(args, jobs):
         for n, future in enumerate(as_completed(futures), 1):
             key, out = futures[future], future.result()
             print(f"{n}/{len(futures)} {time.time() - start:5.0f} s  {', '.join(map(str, key))}: "
-                  + "; ".join(f"{r['argmax']:.3f} {r['assignment']:.3f} {r['groups']:.3f}" for r in out["rows"]), flush=True)  # fmt: skip
+                  + "; ".join(f"{r['argmax']:.3f} {r['assignment']:.3f} {r['groups']:.3f}" for r in out["rows"]),
+                  flush=True)
             yield key, jobs[key], out
 
 
@@ -178,20 +188,25 @@ def select(args, screens):
     "Validation accuracy of every system at every learning rate"
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    valid = [f"{c}-{i:02}" for c in args.design["cell_types"] for i in (args.design["n_train"] - 1, args.design["n_train"])]
+    valid = [f"{c}-{i:02}" for c in args.design["cell_types"]
+             for i in (args.design["n_train"] - 1, args.design["n_train"])]
     jobs = {}
     for rate in RATES:
-        methods = contestants(args.views, args.design, dict.fromkeys(("44th place", "1st place", "ours", "batches"), rate))
+        methods = contestants(args.views, args.design,
+                              dict.fromkeys(("44th place", "1st place", "ours", "batches"), rate))
         for name in args.select or ("44th place: + MixUp fine-tuning", "1st place", "ours", "batches: experiment"):
             recipe, inference, _ = methods[name]
             for seed in SELECT_SEEDS:
                 screen = {**args.design, **next(iter(screens.values())), "seed": seed}
-                jobs[name, rate, seed] = dict(screen=screen, recipe=asdict(replace(recipe, seed=seed)), valid="experiment=" + ",".join(valid),
-                                              valid_experiments=valid, variants={name: inference})  # fmt: skip
+                jobs[name, rate, seed] = dict(screen=screen, recipe=asdict(replace(recipe, seed=seed)),
+                                              valid="experiment=" + ",".join(valid),
+                                              valid_experiments=valid, variants={name: inference})
     for (name, rate, seed), _, out in run_all(args, jobs):
-        rows.append(dict(method=name, rate=rate, seed=seed, **next(iter(screens.values())), **{k: v for k, v in out["rows"][0].items() if k != "method"}))
+        rows.append(dict(method=name, rate=rate, seed=seed, **next(iter(screens.values())),
+                         **{k: v for k, v in out["rows"][0].items() if k != "method"}))
     pd.DataFrame(rows).to_csv(args.out / "batch_effect_rates.csv", index=False, float_format="%.4f")
-    print(pd.DataFrame(rows).groupby(["method", "rate"])[["argmax", "assignment", "groups"]].mean().round(3).to_string())
+    print(pd.DataFrame(rows).groupby(["method", "rate"])[["argmax", "assignment",
+                                                          "groups"]].mean().round(3).to_string())
 
 
 # Tables
@@ -212,20 +227,23 @@ def differences(table):
     rows = []
     for strength, t in table.groupby("strength", sort=False):
         wide = t.pivot(index="seed", columns="method")
-        for other in ("44th place: + MixUp fine-tuning", "44th place: batch statistics", "1st place", "1st place, domain statistics"):
+        for other in ("44th place: + MixUp fine-tuning", "44th place: batch statistics", "1st place",
+                      "1st place, domain statistics"):
             if other in t.method.values and "ours" in t.method.values:
                 gain = {s: wide[s]["ours"] - wide[s][other] for s in ("argmax", "assignment", "groups")}
                 rows.append({"strength": strength, "ours minus": other, **{k: spread(v) for k, v in gain.items()},
-                             "smallest": f"{min(v.min() for v in gain.values()):+.3f}"})  # fmt: skip
+                             "smallest": f"{min(v.min() for v in gain.values()):+.3f}"})
     return pd.DataFrame(rows)
 
 
 def gains(table):
     "What each step of the ladder of the 44th place brings, seed by seed, and in how many seeds it helped"
-    steps = [("eval-mode BatchNorm", "44th place: eval-mode BatchNorm", "argmax"), ("batch statistics", "44th place: batch statistics", "argmax"),
-             ("+ virtual batch", "44th place: + virtual batch", "argmax"), ("+ assignment", "44th place: + virtual batch", "assignment"),
+    steps = [("eval-mode BatchNorm", "44th place: eval-mode BatchNorm", "argmax"),
+             ("batch statistics", "44th place: batch statistics", "argmax"),
+             ("+ virtual batch", "44th place: + virtual batch", "argmax"),
+             ("+ assignment", "44th place: + virtual batch", "assignment"),
              ("+ plate groups", "44th place: + virtual batch", "groups"),
-             ("+ MixUp fine-tuning", "44th place: + MixUp fine-tuning", "groups")]  # fmt: skip
+             ("+ MixUp fine-tuning", "44th place: + MixUp fine-tuning", "groups")]
     t, rows, before = table[table.strength == table.strength.iloc[0]].set_index(["method", "seed"]), [], None
     for step, method, column in steps:
         if method not in t.index.get_level_values(0):
@@ -233,7 +251,8 @@ def gains(table):
         now = t.loc[method][column]
         gain = None if before is None else now - before
         helped = "" if gain is None else f"{(gain > 0).sum()} of {len(gain)}"
-        rows.append({"step": step, "accuracy": spread(now), "gain": "" if gain is None else spread(gain), "seeds it helped": helped})
+        rows.append({"step": step, "accuracy": spread(now), "gain": "" if gain is None else spread(gain),
+                     "seeds it helped": helped})
         before = now
     return pd.DataFrame(rows)
 
@@ -249,19 +268,26 @@ def report(args, table, methods, screens, seconds):
     args.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out / "batch_effect.csv", index=False, float_format="%.4f")
     budget = {k: images_shown(r, args.design) for k, (r, _, _) in methods.items()}
-    chosen = {"--seeds": args.seeds, "--strengths": args.strengths, "--views": [args.views], "--sirnas": [args.sirnas], "--methods": args.methods or []}
+    chosen = {"--seeds": args.seeds, "--strengths": args.strengths, "--views": [args.views], "--sirnas": [args.sirnas],
+              "--methods": args.methods or []}
     usual = vars(arguments([]))
-    options = " ".join(f"{k} {' '.join(map(str, v))}" for k, v in chosen.items() if v and v != usual[k[2:]] and v != [usual[k[2:]]])
+    options = " ".join(f"{k} {' '.join(map(str, v))}" for k, v in chosen.items() if v and v != usual[k[2:]]
+                       and v != [usual[k[2:]]])
     command = f'make bench NAME=batch_effect ARGS="{options}"' if options else "make bench NAME=batch_effect"
-    parts = ["# The batch effect on simulated screens", f"`{command}`, {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}), "
-             f"chance {1 / args.design['n_sirnas']:.3f}; mean ± standard deviation over the seeds (screen and training). "
-             f"{args.workers} processes of one thread, {seconds:.0f} s of computing on {platform.machine()}, Python {platform.python_version()}.",
-             "## Methods", markdown(summary(table)), "## Ours against the published systems", markdown(differences(table)),
+    parts = ["# The batch effect on simulated screens",
+             f"`{command}`, {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}), "
+             f"chance {1 / args.design['n_sirnas']:.3f}; mean ± standard deviation over the seeds (screen and "
+             "training). "
+             f"{args.workers} processes of one thread, {seconds:.0f} s of computing on {platform.machine()}, Python "
+             f"{platform.python_version()}.",
+             "## Methods", markdown(summary(table)), "## Ours against the published systems",
+             markdown(differences(table)),
              "## The ladder of the 44th place", markdown(gains(table)) if len(gains(table)) else "(not run)",
              "## Screens", "```json\n" + json.dumps({**args.design, **screens}, indent=1) + "\n```",
              "## Recipes", "Images shown in training: " + ", ".join(f"{k} {v:,}" for k, v in budget.items()) + ".",
-             *(f"<details><summary>{k}</summary>\n\n```json\n{json.dumps(dict(recipe=asdict(r), prediction=i))}\n```\n</details>"
-               for k, (r, i, _) in methods.items())]  # fmt: skip
+             *(f"<details><summary>{k}</summary>\n\n```json\n{json.dumps(dict(recipe=asdict(r), prediction=i))}\n```\n"
+               "</details>"
+               for k, (r, i, _) in methods.items())]
     (args.out / "batch_effect.md").write_text("\n\n".join(parts) + "\n")
 
 
@@ -269,13 +295,16 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of screens and trainings")
     parser.add_argument("--views", type=int, default=8000, help="images shown to the network in a training")
-    parser.add_argument("--strengths", nargs="+", default=list(SCREENS), help="default, hard, or EFFECT:BATCH_EFFECT such as .35:1.8")
+    parser.add_argument("--strengths", nargs="+", default=list(SCREENS),
+                        help="default, hard, or EFFECT:BATCH_EFFECT such as .35:1.8")
     parser.add_argument("--sirnas", type=int, default=DESIGN["n_sirnas"], help="treatment siRNAs of a screen")
     parser.add_argument("--methods", nargs="+", help="only contestants whose name begins so")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="screens and finished trainings")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the tables go")
-    parser.add_argument("--select", nargs="*", help="compare learning rates on held-out training experiments instead; names of contestants, by default the four families")
+    parser.add_argument("--select", nargs="*",
+                        help="compare learning rates on held-out training experiments instead; names of contestants, "
+                        "by default the four families")
     args = parser.parse_args(argv)
     args.design = {**DESIGN, "n_sirnas": args.sirnas}
     return args
@@ -283,19 +312,25 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    screens = {s: SCREENS[s] if s in SCREENS else dict(zip(("effect", "batch_effect"), map(float, s.split(":")))) for s in args.strengths}
+    screens = {s: SCREENS[s] if s in SCREENS else dict(zip(("effect", "batch_effect"), map(float, s.split(":"))))
+               for s in args.strengths}
     if args.select is not None:
         return select(args, screens)
-    methods = {k: v for k, v in contestants(args.views, args.design).items() if not args.methods or k.startswith(tuple(args.methods))}
+    methods = {k: v for k, v in contestants(args.views, args.design).items() if not args.methods
+               or k.startswith(tuple(args.methods))}
     # strengths that somebody else thinks of are for the whole systems
-    methods = {k: (r, i, [s for s in screens if s in strengths or s not in SCREENS and "hard" in strengths]) for k, (r, i, strengths) in methods.items()}
+    methods = {k: (r, i, [s for s in screens if s in strengths or s not in SCREENS and "hard" in strengths])
+               for k, (r, i, strengths) in methods.items()}
     rows, seconds = [], 0.0
     for (strength, seed, _), _, out in run_all(args, make_jobs(args, methods, screens)):
         seconds += out["train_seconds"] + out["predict_seconds"]
-        rows += [dict(strength=strength, seed=seed, **r, train_seconds=round(out["train_seconds"], 1)) for r in out["rows"]]
+        rows += [dict(strength=strength, seed=seed, **r, train_seconds=round(out["train_seconds"], 1))
+                 for r in out["rows"]]
     order = {k: i for i, k in enumerate(methods)}
-    table = pd.DataFrame(rows).sort_values(["strength", "method", "seed"], key=lambda c: c.map(order) if c.name == "method" else c, ignore_index=True)
-    table = table.sort_values("strength", key=lambda c: c.map({s: i for i, s in enumerate(screens)}), kind="stable", ignore_index=True)
+    table = pd.DataFrame(rows).sort_values(["strength", "method", "seed"],
+                                           key=lambda c: c.map(order) if c.name == "method" else c, ignore_index=True)
+    table = table.sort_values("strength", key=lambda c: c.map({s: i for i, s in enumerate(screens)}), kind="stable",
+                              ignore_index=True)
     report(args, table, methods, screens, seconds)
     print((args.out / "batch_effect.md").read_text().split("## Screens")[0])
 

@@ -1,8 +1,9 @@
-"""All pairs of perceptual hashes: time and peak memory of the library's search, of the plain one, and of an index by parts of the bits.
+"""All pairs of perceptual hashes: time and peak memory of the library's search, of the plain one, and of an index by
+parts of the bits.
 
-Each run is a fresh process with hashes of its own: random ones, `even` with all bits alike and `skewed` with bits that hang together as those of
-images do, 3 % of the first channel blank, and planted twins of known distances. A search that misses one of them or invents one ends the
-benchmark with an error.
+Each run is a fresh process with hashes of its own: random ones, `even` with all bits alike and `skewed` with bits that
+hang together as those of images do, 3 % of the first channel blank, and planted twins of known distances. A search that
+misses one of them or invents one ends the benchmark with an error.
 """
 
 import argparse
@@ -33,8 +34,10 @@ def random_hashes(n, n_channels, kind, rng):
     "uint64 (n, C) with all bits alike, or with those of 12 common factors, so that pairs are nearer than by chance"
     if kind == "even":
         return rng.integers(1, 2**64, (n, n_channels), dtype=np.uint64)
-    bits = np.stack([rng.standard_normal((n, 12), np.float32) @ rng.standard_normal((12, 64), np.float32) + 2 * rng.standard_normal((n, 64), np.float32) > 0
-                     for _ in range(n_channels)], 1)  # fmt: skip
+    bits = np.stack(
+        [rng.standard_normal((n, 12), np.float32) @ rng.standard_normal((12, 64), np.float32)
+         + 2 * rng.standard_normal((n, 64), np.float32) > 0
+         for _ in range(n_channels)], 1)
     return np.packbits(bits, axis=-1).view(">u8")[..., 0].astype(np.uint64)
 
 
@@ -44,7 +47,8 @@ def flipped(h, n, rng):
 
 
 def planted(n, n_channels, kind, seed=0, share=0.02):
-    "Hashes, and the pairs that are twins: 0 to 6 bits apart in every channel; as many are 7 bits apart in one, and no twins"
+    """Hashes, and the pairs that are twins: 0 to 6 bits apart in every channel; as many are 7 bits apart in one, and
+    no twins"""
     rng = np.random.default_rng(seed)
     h = random_hashes(n, n_channels, kind, rng)
     h[rng.random(n) < 0.03, 0] = 0
@@ -78,7 +82,8 @@ def plain(h):
 
 
 def index_of_parts(h):
-    "Twins agree in at least one of seven parts of the last channel (no blanks there): candidates are pairs of a bucket, the buckets one after the other"
+    """Twins agree in at least one of seven parts of the last channel (no blanks there): candidates are pairs of a
+    bucket, the buckets one after the other"""
     found, last = set(), h[:, -1]
     for part in np.array_split(np.arange(64, dtype=np.uint64), DISTANCE + 1):
         key = (last >> part[0]) & np.uint64(2 ** len(part) - 1)
@@ -100,7 +105,8 @@ def blocks(rows, size=1024):
             yield rows[a : a + size], rows[b : b + size]
 
 
-CONTESTANTS = {"rcic_fastai": ours, "rcic_fastai, 1 thread": lambda h: ours(h, 1), "each against all": plain, "index of parts": index_of_parts}
+CONTESTANTS = {"rcic_fastai": ours, "rcic_fastai, 1 thread": lambda h: ours(h, 1), "each against all": plain,
+               "index of parts": index_of_parts}
 
 
 # Measuring
@@ -109,7 +115,8 @@ CONTESTANTS = {"rcic_fastai": ours, "rcic_fastai, 1 thread": lambda h: ours(h, 1
 def peak():
     "Megabytes that this process has held at most; NaN where the system does not tell"
     try:
-        return next(int(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text().splitlines()
+                    if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return float("nan")
 
@@ -120,14 +127,16 @@ def run_one(n, n_channels, kind, contestant, seed):
     before, start, cpu = peak(), time.perf_counter(), time.process_time()
     found = CONTESTANTS[contestant](h)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return dict(seconds=seconds, cpu=cpu, peak=peak(), more=peak() - before, planted=len(twins), found=len(found & twins), invented=len(found - twins))
+    return dict(seconds=seconds, cpu=cpu, peak=peak(), more=peak() - before, planted=len(twins),
+                found=len(found & twins), invented=len(found - twins))
 
 
 def measure(n, n_channels, kind, contestant, repeats):
     "One row per fresh process"
     rows = []
     for seed in range(repeats):
-        command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps([n, n_channels, kind, contestant, seed])]
+        command = [sys.executable, "-W", "ignore", __file__, "--one",
+                   json.dumps([n, n_channels, kind, contestant, seed])]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     return pd.DataFrame(rows)
@@ -136,16 +145,20 @@ def measure(n, n_channels, kind, contestant, repeats):
 def row(t, n, n_channels, kind, contestant):
     "A line of the table; raises if a twin was missed or invented"
     if (t.found != t.planted).any() or t.invented.any():
-        raise RuntimeError(f"{contestant}, {n:,} {kind} hashes: found {t.found.tolist()} of {t.planted.tolist()} twins, invented {t.invented.tolist()}")
-    return {"images": f"{n:,} x {n_channels}", "hashes": kind, "search": contestant, "s": t.seconds.median(), "quartiles": spread(t[["seconds"]])["seconds"],
-            "CPU s": t.cpu.median(), "ns of CPU per pair": t.cpu.median() * 1e9 / (n * (n - 1) / 2), "peak MB": t.peak.max(), "of it for the search": t.more.max(),
-            "found": f"{t.found.sum()} of {t.planted.sum()}, {t.invented.sum()} invented"}  # fmt: skip
+        raise RuntimeError(f"{contestant}, {n:,} {kind} hashes: found {t.found.tolist()} of {t.planted.tolist()} "
+                           f"twins, invented {t.invented.tolist()}")
+    return {"images": f"{n:,} x {n_channels}", "hashes": kind, "search": contestant, "s": t.seconds.median(),
+            "quartiles": spread(t[["seconds"]])["seconds"],
+            "CPU s": t.cpu.median(), "ns of CPU per pair": t.cpu.median() * 1e9 / (n * (n - 1) / 2),
+            "peak MB": t.peak.max(), "of it for the search": t.more.max(),
+            "found": f"{t.found.sum()} of {t.planted.sum()}, {t.invented.sum()} invented"}
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=min(REPEATS, 3), help="fresh processes per row")
-    parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/duplicates.md, with --quick a temporary one")
+    parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/duplicates.md, "
+                        "with --quick a temporary one")
     parser.add_argument("--quick", action="store_true", help="2,000 images: that it runs, no result")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -161,24 +174,33 @@ def main(argv=None):
         print(json.dumps(run_one(*args.one)))
         return None
     if args.quick:
-        table = pd.DataFrame([row(pd.DataFrame([run_one(2000, 3, kind, name, 0)]), 2000, 3, kind, name) for kind in ("even", "skewed") for name in CONTESTANTS])
+        table = pd.DataFrame([row(pd.DataFrame([run_one(2000, 3, kind, name, 0)]), 2000, 3, kind, name)
+                              for kind in ("even", "skewed") for name in CONTESTANTS])
     else:
         jobs = [(n, 3 if n < 100_000 else 4, kind, "rcic_fastai") for kind in ("even", "skewed") for n in SIZES]
-        jobs += [(n, 3, kind, name) for n, names in ((8_000, CONTESTANTS), (62_000, ["rcic_fastai, 1 thread", "index of parts"]))
-                 for kind in ("even", "skewed") for name in names if (n, name) != (8_000, "rcic_fastai")]  # fmt: skip
+        jobs += [(n, 3, kind, name)
+                 for n, names in ((8_000, CONTESTANTS), (62_000, ["rcic_fastai, 1 thread", "index of parts"]))
+                 for kind in ("even", "skewed") for name in names if (n, name) != (8_000, "rcic_fastai")]
         table = pd.DataFrame([row(measure(*job, args.repeats), *job) for job in jobs])
         large = table[(table["images"] == "62,000 x 3") & (table["search"] == "rcic_fastai")]
         if (large["s"] > LIMITS["seconds"]).any() or (large["peak MB"] > LIMITS["megabytes"]).any():
-            raise RuntimeError(f"62,000 x 3 hashes took {large['s'].max():.0f} s and {large['peak MB'].max():.0f} MB, the limits are {LIMITS}")
+            raise RuntimeError(f"62,000 x 3 hashes took {large['s'].max():.0f} s and {large['peak MB'].max():.0f} MB, "
+                               f"the limits are {LIMITS}")
     write_report(
         args.out,
         "Twins among perceptual hashes",
-        f"Seconds to compare all pairs of N images by their hashes of C channels, at most {DISTANCE} bits apart in each; medians over {args.repeats} fresh process(es), the largest "
-        "peak of memory, which includes Python with its libraries. `CPU s` is the work of all threads, which other programs of the machine hardly change. The limit for 62,000 x 3 is 60 s and 2 GB on 2 cores. 1 % of the images are twins, 0 to 6 bits "
-        "apart in each channel, and 1 % are pairs 7 bits apart in the last; 3 % are blank in the first. Every search found the former and nothing else, or the "
+        f"Seconds to compare all pairs of N images by their hashes of C channels, at most {DISTANCE} bits apart in "
+        f"each; medians over {args.repeats} fresh process(es), the largest "
+        "peak of memory, which includes Python with its libraries. `CPU s` is the work of all threads, which other "
+        "programs of the machine hardly change. The limit for 62,000 x 3 is 60 s and 2 GB on 2 cores. 1 % of the "
+        "images are twins, 0 to 6 bits "
+        "apart in each channel, and 1 % are pairs 7 bits apart in the last; 3 % are blank in the first. Every search "
+        "found the former and nothing else, or the "
         "benchmark would have ended with an error.",
-        "`even`: all 64 bits are independent. `skewed`: they depend on 12 common factors, so that pairs are nearer than by chance. `rcic_fastai` is `find_twins`, "
-        "which compares everything in blocks; `each against all` is a loop over the images; `index of parts` compares only what agrees in one of seven parts of "
+        "`even`: all 64 bits are independent. `skewed`: they depend on 12 common factors, so that pairs are nearer "
+        "than by chance. `rcic_fastai` is `find_twins`, "
+        "which compares everything in blocks; `each against all` is a loop over the images; `index of parts` compares "
+        "only what agrees in one of seven parts of "
         "the last channel, which is exact up to 6 bits and depends on how even these are.",
         markdown(table.set_index("images")),
         machine("numpy"),

@@ -1,7 +1,8 @@
-"""Training steps on a GPU at the real size: precisions, memory layouts, torch.compile; our learner against a bare loop; feeding against the step.
+"""Training steps on a GPU at the real size: precisions, memory layouts, torch.compile; our learner against a bare loop;
+feeding against the step.
 
-`make bench NAME=gpu` on a machine with a CUDA GPU. `--torch-only` needs nothing but torch, timm, numpy and pandas and leaves out what needs the library.
-`--device cpu --quick` walks through everything in seconds; its numbers mean nothing.
+`make bench NAME=gpu` on a machine with a CUDA GPU. `--torch-only` needs nothing but torch, timm, numpy and pandas and
+leaves out what needs the library. `--device cpu --quick` walks through everything in seconds; its numbers mean nothing.
 """
 
 import argparse
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.update({"TQDM_DISABLE": "1"})
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # contestants of different needs share the memory
+# contestants of different needs share the memory
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 warnings.filterwarnings("ignore")
 
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from measure import REPEATS, interleave, machine, markdown, summary, write_report  # noqa: E402
 
-# name in the report: timm's network for the bare loops, settings of `ModelSettings` for the library; the SE-ResNeXts are the same network
-NETWORKS = {"SE-ResNeXt101": ("legacy_seresnext101_32x4d", dict(arch="se_resnext101_32x4d")), "DenseNet-161": ("densenet161", dict(arch="densenet161"))}
+# name in the report: timm's network for the bare loops, settings of `ModelSettings` for the library; the SE-ResNeXts
+# are the same network
+NETWORKS = {"SE-ResNeXt101": ("legacy_seresnext101_32x4d", dict(arch="se_resnext101_32x4d")),
+            "DenseNet-161": ("densenet161", dict(arch="densenet161"))}
 SMALL = {"small ResNet": ("test_resnet", dict(arch="test_resnet"))}
 CLASSES, CHANNELS = 1108, 6
 
@@ -137,7 +141,8 @@ def attempt(make):
 
 
 def bytes_needed(name, batch, size, device, others):
-    "Memory of a float32 step, the hungriest variant, beside `others` networks that wait with their optimisers and batches"
+    """Memory of a float32 step, the hungriest variant, beside `others` networks that wait with their optimisers and
+    batches"""
     allow_tf32(False)
     before = allocated(device)
     steps = BareSteps(timm_model(name), synthetic(batch, size, device), VARIANTS[PLAIN], 1)
@@ -158,12 +163,14 @@ def largest_batch(args, name, most=256, share=0.9):
 
 
 def warmed(name, batch, variant, args):
-    "A bare contestant after its first steps (kernel choice, compiling, state of the optimiser), and the bytes it needs at most"
+    """A bare contestant after its first steps (kernel choice, compiling, state of the optimiser), and the bytes it
+    needs at most"""
     allow_tf32(variant.tf32)
     before = allocated(args.device)
     steps = BareSteps(timm_model(name), batch, variant, args.steps, args.backend)
     steps.run(args.warmup)
-    shared = batch[0].nbytes if steps.x is batch[0] else 0  # counted for everybody, though only a channels-last copy is their own
+    # counted for everybody, though only a channels-last copy is their own
+    shared = batch[0].nbytes if steps.x is batch[0] else 0
     return steps, peak_memory(lambda: steps.run(1), args.device) - before + shared
 
 
@@ -177,7 +184,9 @@ def measure_steps(name, batch_size, args):
         except Exception as e:
             if not variant.compiled:
                 raise
-            done, why = None, f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"  # no compiler here, say
+            # no compiler here, say
+            done, why = (None,
+                         f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}")
         if done is None:
             failed[variant_name] = why
         else:
@@ -221,8 +230,10 @@ def bench_recipe(model, batch_size):
     from rcic_fastai.recipe.settings import DataSettings, DeviceSettings, LossSettings, ModelSettings, Recipe
     from rcic_fastai.recipe.settings import TrainSettings
 
-    return Recipe(name="gpu", data=DataSettings(domain="experiment", batch_size=batch_size), model=ModelSettings(**{"head": "linear", **model}),
-                  loss=LossSettings("cross_entropy"), train=TrainSettings(optimizer="adamw"), device=DeviceSettings("bf16", channels_last=True))  # fmt: skip
+    return Recipe(name="gpu", data=DataSettings(domain="experiment", batch_size=batch_size),
+                  model=ModelSettings(**{"head": "linear", **model}),
+                  loss=LossSettings("cross_entropy"), train=TrainSettings(optimizer="adamw"),
+                  device=DeviceSettings("bf16", channels_last=True))
 
 
 def make_store(folder, size, n_sirnas):
@@ -232,8 +243,10 @@ def make_store(folder, size, n_sirnas):
     from rcic_fastai.screen.simulate import simulate_screen
     from rcic_fastai.data.pack import pack_sites
 
-    screen = read_screen(simulate_screen(folder / "screen", n_sirnas=n_sirnas, n_train=2, n_test=0, cell_types=("HUVEC",), n_positive=1,
-                                         image_size=size, missing=0, progress=False, workers=1 if n_sirnas < 16 else None))  # fmt: skip
+    screen = read_screen(simulate_screen(folder / "screen", n_sirnas=n_sirnas, n_train=2, n_test=0,
+                                         cell_types=("HUVEC",), n_positive=1,
+                                         image_size=size, missing=0, progress=False,
+                                         workers=1 if n_sirnas < 16 else None))
     sites = select_sites(screen)
     return sites, pack_sites(sites, folder / "store", progress=False)
 
@@ -244,7 +257,8 @@ def store_loader(sites, store, batch_size, steps, args, **kwargs):
 
     repeats = max(1, round(steps * batch_size / len(sites)))
     bs = min(batch_size, len(sites) // 2 * repeats)  # each batch is of one of the two experiments
-    return screen_dataloaders(sites, source=store, bs=bs, num_workers=args.workers, repeats=repeats, device=args.device, **kwargs)
+    return screen_dataloaders(sites, source=store, bs=bs, num_workers=args.workers, repeats=repeats, device=args.device,
+                              **kwargs)
 
 
 def n_images(dls):
@@ -284,7 +298,8 @@ def measure_learner(model, batch_size, sites, store, args):
     contestants = {
         "bare loop, synthetic": BareSteps(network(), (x, y), VARIANTS[BEST_EAGER], args.steps),
         "learner, synthetic": epoch_of(screen_learner(same, recipe, network()), args.device),
-        f"learner, from the store ({args.workers} threads)": epoch_of(screen_learner(fed, recipe, network()), args.device),
+        f"learner, from the store ({args.workers} threads)": epoch_of(screen_learner(fed, recipe, network()),
+                                                                      args.device),
     }
     seconds = interleave(contestants, args.repeats, before=lambda name: synchronize(args.device))
     return seconds, pd.Series([args.steps * batch_size] * 2 + [n_images(fed)], index=seconds.columns)
@@ -293,7 +308,8 @@ def measure_learner(model, batch_size, sites, store, args):
 def measure_loading(batch_size, sites, store, args):
     "Seconds to bring batches to the device, as they are and after the batch transforms; images per run"
     kinds = {"uint8 on the device": dict(transforms=[]), "after the batch transforms": {}}
-    loaders = {name: store_loader(sites, store, batch_size, 4 * args.steps, args, **kwargs) for name, kwargs in kinds.items()}
+    loaders = {name: store_loader(sites, store, batch_size, 4 * args.steps, args, **kwargs)
+               for name, kwargs in kinds.items()}
 
     def drain(dls):
         def run():
@@ -304,7 +320,8 @@ def measure_loading(batch_size, sites, store, args):
 
         return run
 
-    seconds = interleave({name: drain(dls) for name, dls in loaders.items()}, args.repeats, before=lambda name: synchronize(args.device))
+    seconds = interleave({name: drain(dls) for name, dls in loaders.items()}, args.repeats,
+                         before=lambda name: synchronize(args.device))
     return seconds, pd.Series({name: n_images(dls) for name, dls in loaders.items()})
 
 
@@ -312,8 +329,9 @@ def verdict(feeding, steps):
     "Does feeding exceed the step? In words, from images per second"
     fastest = max(steps, key=steps.get)
     ratio = feeding / steps[fastest]
-    return (f"Feeding: {feeding:,.0f} images/s reach the device, {ratio:.2f} times what the fastest step here takes ({fastest}: {steps[fastest]:,.0f} images/s): "
-            + ("feeding exceeds the step." if ratio > 1 else "the step waits for its images."))  # fmt: skip
+    return (f"Feeding: {feeding:,.0f} images/s reach the device, {ratio:.2f} times what the fastest step here takes "
+            f"({fastest}: {steps[fastest]:,.0f} images/s): "
+            + ("feeding exceeds the step." if ratio > 1 else "the step waits for its images."))
 
 
 # The command
@@ -324,21 +342,25 @@ def arguments(argv=None):
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ... or cpu")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--batch", type=int, help="images per step; default: the largest power of two that trains in float32 (on a CPU 2)")
+    parser.add_argument("--batch", type=int,
+                        help="images per step; default: the largest power of two that trains in float32 (on a CPU 2)")
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--steps", type=int, default=5, help="steps per measurement")
     parser.add_argument("--warmup", type=int, default=4, help="steps before anything is measured")
     parser.add_argument("--workers", type=int, default=16, help="threads that read from the store")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--torch-only", action="store_true", help="bare loops with timm's networks only")
-    parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/gpu.md, with --quick a temporary one")
-    parser.add_argument("--quick", action="store_true", help="48 pixels, batches of 2, a small network: that it runs, no result")
+    parser.add_argument("--out", type=Path,
+                        help="file of the report; default: benchmarks/results/gpu.md, with --quick a temporary one")
+    parser.add_argument("--quick", action="store_true",
+                        help="48 pixels, batches of 2, a small network: that it runs, no result")
     args = parser.parse_args(argv)
     args.device, args.backend, args.sirnas = torch.device(args.device), "inductor", 64
     if args.device.type not in ("cuda", "cpu"):
         parser.error(f"--device is {args.device}, expected cuda, cuda:1 ... or cpu")
     if args.quick:  # the eager backend needs no compiler
-        args.size, args.steps, args.warmup, args.workers, args.backend, args.sirnas, args.batch = 48, 1, 1, 2, "eager", 4, args.batch or 2
+        args.size, args.steps, args.warmup, args.workers, args.backend, args.sirnas, args.batch = (
+            48, 1, 1, 2, "eager", 4, args.batch or 2)
         args.repeats = min(args.repeats, 2)
     folder = Path(tempfile.mkdtemp()) if args.quick else Path(__file__).parent / "results"
     args.out = args.out or folder / "gpu.md"
@@ -367,7 +389,8 @@ def network_parts(name, timm_name, model, data, args):
     clean(args.device)
     if data:
         seconds, units = measure_learner(model, batch_size, *data, args)
-        tables["learner"] = summary(seconds, baseline=seconds.columns[0], units=units, unit="image").rename_axis("bf16, channels-last")
+        tables["learner"] = summary(seconds, baseline=seconds.columns[0], units=units,
+                                    unit="image").rename_axis("bf16, channels-last")
         rates["learner"] = tables["learner"]["images/s"].iloc[1]
         parts.append(markdown(tables["learner"]))
     clean(args.device)
@@ -376,14 +399,20 @@ def network_parts(name, timm_name, model, data, args):
 
 def explanation(args, with_library):
     "The report in words"
-    text = [f"Forward, backward and optimiser step (AdamW, fused) on a synthetic batch that is on the device already; {args.repeats} repeats in turns of {args.steps} steps "
-            f"each, after a warm-up of {args.warmup}, the device synchronised before and after each measurement; medians, ratios within each repeat, quartiles behind both. "
-            "TF32 is switched as the name of a row says, for convolutions and matrix products alike, and is on for bf16; cudnn.benchmark is on. bf16 is autocast, weights stay "
-            "float32. Peak memory: tensors of the network, its optimiser and a step, without what the driver holds. The networks of this table are timm's."]  # fmt: skip
+    text = ["Forward, backward and optimiser step (AdamW, fused) on a synthetic batch that is on the device already; "
+            f"{args.repeats} repeats in turns of {args.steps} steps "
+            f"each, after a warm-up of {args.warmup}, the device synchronised before and after each measurement; "
+            "medians, ratios within each repeat, quartiles behind both. "
+            "TF32 is switched as the name of a row says, for convolutions and matrix products alike, and is on for "
+            "bf16; cudnn.benchmark is on. bf16 is autocast, weights stay "
+            "float32. Peak memory: tensors of the network, its optimiser and a step, without what the driver holds. "
+            "The networks of this table are timm's."]
     if with_library:
-        text.append("`learner`: `screen_learner` of rcic_fastai with its usual callbacks, as in a run without a validation set (accuracy on training batches), against a bare loop with the same "
-                    f"network. `from the store`: uint8 images of a simulated screen, packed, read by {args.workers} threads, transformed on the device. The files are in the "
-                    "system's cache, so a slow disk is not measured.")  # fmt: skip
+        text.append("`learner`: `screen_learner` of rcic_fastai with its usual callbacks, as in a run without a "
+                    "validation set (accuracy on training batches), against a bare loop with the same "
+                    f"network. `from the store`: uint8 images of a simulated screen, packed, read by {args.workers} "
+                    "threads, transformed on the device. The files are in the "
+                    "system's cache, so a slow disk is not measured.")
     return text
 
 
@@ -391,11 +420,13 @@ def main(argv=None):
     "Measure, write the report; returns tables by network, or None where there is nothing to measure on"
     args = arguments(argv)
     if args.device.type == "cuda" and not torch.cuda.is_available():
-        print("There is no CUDA GPU here, so nothing was measured and nothing was written; `--device cpu --quick` walks through the script without one.")
+        print("There is no CUDA GPU here, so nothing was measured and nothing was written; `--device cpu --quick` "
+              "walks through the script without one.")
         return None
     with_library = not args.torch_only and not library_missing()
     if not args.torch_only and not with_library:
-        print(f"{' and '.join(library_missing())} cannot be imported here: only the part that needs torch and timm is measured, as with --torch-only.")
+        print(f"{' and '.join(library_missing())} cannot be imported here: only the part that needs torch and timm is "
+              "measured, as with --torch-only.")
     if args.device.type == "cuda":
         torch.cuda.set_device(args.device.index or 0)
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
@@ -411,11 +442,14 @@ def main(argv=None):
             if data and rates:
                 seconds, units = measure_loading(max(batches), *data, args)
                 tables["loading"] = summary(seconds, units=units, unit="image").rename_axis("loading")
-                parts += [f"## Loading, batches of {max(batches)}", markdown(tables["loading"]), verdict(tables["loading"]["images/s"].iloc[0], rates)]
+                parts += [f"## Loading, batches of {max(batches)}", markdown(tables["loading"]),
+                          verdict(tables["loading"]["images/s"].iloc[0], rates)]
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark = before
-    cuda = f" CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}." if args.device.type == "cuda" else " Measured on the CPU, which shows only that the script runs."
-    write_report(args.out, "Training steps on a GPU", *explanation(args, with_library), *parts, machine("timm", "fastai", "numpy") + cuda)
+    cuda = (f" CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}." if args.device.type == "cuda"
+            else " Measured on the CPU, which shows only that the script runs.")
+    write_report(args.out, "Training steps on a GPU", *explanation(args, with_library), *parts,
+                 machine("timm", "fastai", "numpy") + cuda)
     return tables
 
 

@@ -1,8 +1,8 @@
 """Prediction by the library against bare PyTorch loops with the same network, images and batches, on the CPU.
 
-Every contestant starts from uint8 images in memory and ends with the logits of all sites: standardising each image, the network, one thread,
-float32. The library's logits are compared with those of the bare loop that computes the same thing, and a difference above 1e-4 ends the
-benchmark with an error.
+Every contestant starts from uint8 images in memory and ends with the logits of all sites: standardising each image, the
+network, one thread, float32. The library's logits are compared with those of the bare loop that computes the same
+thing, and a difference above 1e-4 ends the benchmark with an error.
 """
 
 import argparse
@@ -32,11 +32,15 @@ from rcic_fastai.train.precision import fast_precision  # noqa: E402
 from rcic_fastai.train.learner import screen_learner  # noqa: E402
 
 # network, side of the images in pixels, treatments (two sites each in both experiments), sites per batch
-SIZES = {"small ResNet, 64 pixels": (small_resnet, 64, 48, 32), "SE-ResNeXt50, 128 pixels": (dict(arch="se_resnext50_32x4d"), 128, 8, 8)}
+SIZES = {"small ResNet, 64 pixels": (small_resnet, 64, 48, 32),
+         "SE-ResNeXt50, 128 pixels": (dict(arch="se_resnext50_32x4d"), 128, 8, 8)}
 QUICK = {"small ResNet, 32 pixels": (small_resnet, 32, 4, 4)}
 TOLERANCE = 1e-4
-BARE, BARE_BATCH, BARE_ADABN, BARE_WHOLE = (f"bare, {name}" for name in ("running", "batch", "two passes per domain", "domain as one batch"))
-RUNNING, BATCH, DOMAIN, TTA, FAST = (f"rcic_fastai, {name}" for name in ("running", "batch", "domain", "running, 8 views", "running, recipe's precision"))
+BARE, BARE_BATCH, BARE_ADABN, BARE_WHOLE = (f"bare, {name}" for name in ("running", "batch", "two passes per domain",
+                                                                         "domain as one batch"))
+RUNNING, BATCH, DOMAIN, TTA, FAST = (f"rcic_fastai, {name}"
+                                     for name in ("running", "batch", "domain", "running, 8 views",
+                                                  "running, recipe's precision"))
 # what is compared with what: (of one, of the other, passes of the other, in words)
 PAIRS = [
     (RUNNING, BARE, 1, "running statistics: the library against the bare loop"),
@@ -54,14 +58,16 @@ PAIRS = [
 
 def make_screen(folder, n_sirnas, image_size):
     "Sites of two simulated experiments of equal size, on which no well is missing"
-    simulate_screen(folder, n_sirnas=n_sirnas, n_train=2, n_test=0, cell_types=("HUVEC",), n_positive=1, image_size=image_size, missing=0, workers=1, progress=False)
+    simulate_screen(folder, n_sirnas=n_sirnas, n_train=2, n_test=0, cell_types=("HUVEC",), n_positive=1,
+                    image_size=image_size, missing=0, workers=1, progress=False)
     return select_sites(read_screen(folder))
 
 
 def make_learner(sites, network, bs):
     "A learner with an untrained network whose running statistics are those of the sites"
-    recipe = Recipe(name="inference", data=DataSettings(domain="experiment", batch_size=bs, cache=True), model=ModelSettings(**{"head": "linear", **network}),
-                    loss=LossSettings("cross_entropy"), device=DeviceSettings("fp32", channels_last=False))  # fmt: skip
+    recipe = Recipe(name="inference", data=DataSettings(domain="experiment", batch_size=bs, cache=True),
+                    model=ModelSettings(**{"head": "linear", **network}),
+                    loss=LossSettings("cross_entropy"), device=DeviceSettings("fp32", channels_last=False))
     dls = recipe_dataloaders(sites, recipe, device=torch.device("cpu"))
     learn = screen_learner(dls, recipe)
     with torch.no_grad(), with_batch_statistics(learn.model, None):
@@ -87,7 +93,8 @@ def standardised(x):
 
 
 class with_batch_statistics:
-    "A model in eval mode but for its BatchNorms; `momentum=None` collects the plain average of the batches from here on"
+    """A model in eval mode but for its BatchNorms; `momentum=None` collects the plain average of the batches from
+    here on"""
 
     def __init__(self, model, momentum=0.1):
         self.model = model.eval()
@@ -137,7 +144,8 @@ def contestants(learn, fast, sites, bs):
     domains = [raw_batches(learn, part, bs) for _, part in sites.groupby("experiment")]
     batches, whole = [x for d in domains for x in d], [torch.cat(d) for d in domains]
     models = [deepcopy(learn.model) for _ in range(4)]
-    predict = lambda learn, **kwargs: torch.from_numpy(predict_sites(learn, sites, domain="experiment", bs=bs, progress=False, **kwargs).logits)
+    predict = lambda learn, **kwargs: torch.from_numpy(predict_sites(learn, sites, domain="experiment", bs=bs,
+                                                                     progress=False, **kwargs).logits)
     return {
         BARE: lambda: bare_running(models[0], batches),
         RUNNING: lambda: predict(learn, batchnorm="running"),
@@ -152,21 +160,24 @@ def contestants(learn, fast, sites, bs):
 
 
 def differences(found):
-    """Largest difference of logits from the bare loop that computes the same; of AdaBN, which approximates, from the exact domain statistics.
+    """Largest difference of logits from the bare loop that computes the same; of AdaBN, which approximates, from the
+    exact domain statistics.
 
     Raises: RuntimeError if the library computes something else."""
     same = {RUNNING: BARE, BATCH: BARE_BATCH, DOMAIN: BARE_WHOLE}
     out = {a: (found[a] - found[b]).abs().max().item() for a, b in {**same, BARE_ADABN: BARE_WHOLE, FAST: BARE}.items()}
     for name in same:
         if not out[name] <= TOLERANCE:
-            raise RuntimeError(f"{name}: logits differ by {out[name]:.2g} from those of {same[name]}, expected at most {TOLERANCE}")
+            raise RuntimeError(f"{name}: logits differ by {out[name]:.2g} from those of {same[name]}, expected at most "
+                               f"{TOLERANCE}")
     return pd.Series(out)
 
 
 def measure(network, image_size, n_sirnas, bs, repeats=REPEATS):
     "Seconds, a row per repeat and a column per contestant; differences of logits; number of sites"
     with tempfile.TemporaryDirectory() as folder:
-        sites = make_screen(Path(folder), n_sirnas, image_size).sort_values("experiment", kind="stable").reset_index(drop=True)
+        sites = make_screen(Path(folder), n_sirnas, image_size).sort_values("experiment",
+                                                                            kind="stable").reset_index(drop=True)
         learn, recipe = make_learner(sites, network, bs)
         fast = screen_learner(learn.dls, replace(recipe, device=DeviceSettings()), deepcopy(learn.model))
         functions = contestants(learn, fast, sites, bs)
@@ -191,7 +202,8 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/inference.md, with --quick a temporary one")
+    parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/inference.md, "
+                        "with --quick a temporary one")
     parser.add_argument("--quick", action="store_true", help="few small images: that it runs, no result")
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp()) if args.quick else Path(__file__).parent / "results"
@@ -209,22 +221,30 @@ def main(argv=None):
         for name, (network, image_size, n_sirnas, bs) in (QUICK if args.quick else SIZES).items():
             seconds, difference, n = measure(network, image_size, n_sirnas, bs, args.repeats)
             results[name] = table(seconds, difference, n), costs(seconds)
-            parts += [f"## {name}, {n} sites of 2 experiments, batches of {bs}", markdown(results[name][0]), markdown(results[name][1])]
+            parts += [f"## {name}, {n} sites of 2 experiments, batches of {bs}", markdown(results[name][0]),
+                      markdown(results[name][1])]
     finally:
         torch.set_num_threads(threads)
     write_report(
         args.out,
         "Inference",
-        "Time from uint8 images in memory to the logits of all sites: each image standardised, the network forward, no gradients. `rcic_fastai` is "
-        "`predict_sites` with cached images; `bare` is a PyTorch loop over ready-made batches with a copy of the same network. `running`: statistics kept in "
-        "training. `batch`: those of each batch. `domain`: pooled exactly over the sites of each experiment, in batches. The bare ways to adapt to a domain "
-        "are two passes per experiment, the first of which averages the statistics of batches, and each experiment as one batch.",
-        f"{args.threads} thread{'s' if args.threads > 1 else ''}, {len(seconds)} repeats in turns, medians; ratios within each repeat, quartiles behind both. "
-        f"`x {BARE}`: how many times faster than that loop. `logits differ by`: largest difference from the bare loop that computes the same thing (the two-pass way from the "
-        f"exact one, the recipe's precision, here {fast_precision(torch.device('cpu'))}, from float32); above {TOLERANCE:g} for a mode of the library the benchmark ends with an error.",
+        "Time from uint8 images in memory to the logits of all sites: each image standardised, the network forward, no "
+        "gradients. `rcic_fastai` is "
+        "`predict_sites` with cached images; `bare` is a PyTorch loop over ready-made batches with a copy of the same "
+        "network. `running`: statistics kept in "
+        "training. `batch`: those of each batch. `domain`: pooled exactly over the sites of each experiment, in "
+        "batches. The bare ways to adapt to a domain "
+        "are two passes per experiment, the first of which averages the statistics of batches, and each experiment as "
+        "one batch.",
+        f"{args.threads} thread{'s' if args.threads > 1 else ''}, {len(seconds)} repeats in turns, medians; ratios "
+        "within each repeat, quartiles behind both. "
+        f"`x {BARE}`: how many times faster than that loop. `logits differ by`: largest difference from the bare loop "
+        "that computes the same thing (the two-pass way from the "
+        f"exact one, the recipe's precision, here {fast_precision(torch.device('cpu'))}, from float32); above "
+        f"{TOLERANCE:g} for a mode of the library the benchmark ends with an error.",
         *parts,
         machine("fastai", "timm", "numpy"),
-    )  # fmt: skip
+    )
     return results
 
 

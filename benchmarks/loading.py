@@ -1,7 +1,8 @@
 """Reading sites: PNGs through five decoders, the packed store in every format, other file formats, and whole loaders.
 
-All contestants read the same sites in turns and hand over the same thing, uint8 of shape (channels, height, width); one that does not give the
-pixels of the PNGs bit by bit ends the benchmark with an error. The sites are the complete ones of `--data`, or those of a simulated screen.
+All contestants read the same sites in turns and hand over the same thing, uint8 of shape (channels, height, width); one
+that does not give the pixels of the PNGs bit by bit ends the benchmark with an error. The sites are the complete ones
+of `--data`, or those of a simulated screen.
 """
 
 import argparse
@@ -34,10 +35,12 @@ from rcic_fastai.data.store import Store  # noqa: E402
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
 SECTIONS = "single", "windows", "loaders"
 # name in the tables: what `pack_sites` is told
-STORES = {f"store, {preset}": dict(format="blosc2", preset=preset) for preset in ("default", "small", "fast", "windows")}
+STORES = {f"store, {preset}": dict(format="blosc2", preset=preset)
+          for preset in ("default", "small", "fast", "windows")}
 STORES |= {"store, zarr": dict(format="zarr"), "store, raw": dict(format="raw")}
 CV2 = "PNG, cv2"
-PEERS = "opencv-python-headless", "pillow", "scikit-image", "torchvision", "imagecodecs", "blosc2", "zarr", "h5py", "hdf5plugin", "tifffile"
+PEERS = ("opencv-python-headless", "pillow", "scikit-image", "torchvision", "imagecodecs", "blosc2", "zarr", "h5py",
+         "hdf5plugin", "tifffile")
 
 
 def library(name):
@@ -61,7 +64,8 @@ def real_sites(folder, n):
 
 def simulated_sites(folder, n, image_size):
     "Sites of a small simulated screen"
-    settings = dict(n_sirnas=4, n_train=1, n_test=0, cell_types=("HUVEC", "RPE"), n_positive=1, n_sites=1, missing=0, image_size=image_size)
+    settings = dict(n_sirnas=4, n_train=1, n_test=0, cell_types=("HUVEC", "RPE"), n_positive=1, n_sites=1, missing=0,
+                    image_size=image_size)
     simulate_screen(folder, **settings, progress=False)
     return real_sites(folder, n)
 
@@ -69,7 +73,8 @@ def simulated_sites(folder, n, image_size):
 def read_reference(sites):
     "Pixels of all sites, uint8 (N, C, H, W), and the bytes of their PNGs"
     files = [site_files(f) for f in sites.files]
-    return np.stack([np.stack([np.asarray(Image.open(f)) for f in fs]) for fs in files]), sum(f.stat().st_size for fs in files for f in fs)
+    return np.stack([np.stack([np.asarray(Image.open(f)) for f in fs]) for fs in files]), sum(
+        f.stat().st_size for fs in files for f in fs)
 
 
 def require_same(name, got, want, sites):
@@ -90,7 +95,9 @@ def disk_bytes(path):
 def png_readers():
     "Name -> function from a path to pixels (H, W), and the names of what is not installed"
     found, missing = {}, []
-    cv2, imagecodecs, skimage, torchvision, torchcodec = map(library, ("cv2", "imagecodecs", "skimage.io", "torchvision.io", "torchcodec.decoders"))
+    cv2, imagecodecs, skimage, torchvision, torchcodec = map(library,
+                                                             ("cv2", "imagecodecs", "skimage.io", "torchvision.io",
+                                                              "torchcodec.decoders"))
     if cv2:
         cv2.setNumThreads(1)
         found[CV2] = lambda f: cv2.imread(str(f), cv2.IMREAD_UNCHANGED)
@@ -103,7 +110,8 @@ def png_readers():
         found["PNG, imagecodecs"] = lambda f: imagecodecs.png_decode(Path(f).read_bytes())
     if hasattr(torchcodec, "decode_png"):
         found["PNG, torchcodec"] = lambda f: torchcodec.decode_png(str(f), mode="UNCHANGED")[0].numpy()
-    packages = {CV2: "opencv-python-headless", "PNG, scikit-image": "scikit-image", "PNG, torchcodec": "torchcodec>=0.16"}
+    packages = {CV2: "opencv-python-headless", "PNG, scikit-image": "scikit-image",
+                "PNG, torchcodec": "torchcodec>=0.16"}
     for name in (CV2, "PNG, scikit-image", "PNG, torchvision", "PNG, imagecodecs", "PNG, torchcodec"):
         if name not in found:
             missing.append((name, packages.get(name, name.removeprefix("PNG, "))))
@@ -222,7 +230,8 @@ def npy_peer():
 
 def open_peers(pixels, folder):
     "Name -> (read into, read a window, bytes) of each peer, and the names of what is not installed"
-    zarr, h5py, hdf5plugin, tifffile, imagecodecs = map(library, ("zarr", "h5py", "hdf5plugin", "tifffile", "imagecodecs"))
+    zarr, h5py, hdf5plugin, tifffile, imagecodecs = map(library,
+                                                        ("zarr", "h5py", "hdf5plugin", "tifffile", "imagecodecs"))
     peers, missing = {}, []
     if zarr:
         from zarr.codecs import BloscCodec, ZstdCodec
@@ -271,7 +280,8 @@ def single(sites, pixels, png_bytes, folder, args):
             read(i, x)
         require_same(name, out, pixels, sites.site_id)
 
-    # into memory that is used again, as a loader does it: what is compared is decoding, not getting memory from the system
+    # into memory that is used again, as a loader does it: what is compared is decoding, not getting memory from the
+    # system
     contestants = {name: lambda read=read: [read(i, one) for i in range(len(sites))] for name, read in reads.items()}
     seconds = interleave(contestants, 3 * args.repeats)
     baseline = CV2 if CV2 in readers else "PNG, PIL"
@@ -283,8 +293,10 @@ def single(sites, pixels, png_bytes, folder, args):
     table["packing, ms per site"] = [f"{packing[name].median():.3g}" if name in packing else "" for name in table.index]
     alone = packing["reading the PNGs alone"].median()
     note = (
-        f"`x` is the median over the repeats of the ratio to `{baseline}` within one repeat. MB/s counts pixels. `size / PNGs` is of the pixels' files, the index "
-        f"of the sites not counted. Every site is read into the same memory, as a loader does it. Packing is that of the store by one thread, from PNG to disk; reading the PNGs is {alone:.3g} ms of it."
+        f"`x` is the median over the repeats of the ratio to `{baseline}` within one repeat. MB/s counts pixels. `size "
+        "/ PNGs` is of the pixels' files, the index "
+        "of the sites not counted. Every site is read into the same memory, as a loader does it. Packing is that of "
+        f"the store by one thread, from PNG to disk; reading the PNGs is {alone:.3g} ms of it."
     )
     return table.rename_axis("contestant"), [note], missing + without + others
 
@@ -297,7 +309,8 @@ def windows(sites, pixels, png_bytes, folder, args):
     side = min(256, pixels.shape[-1] // 2)
     rng = np.random.default_rng(0)
     h, w = pixels.shape[2:]
-    where = [(int(i), int(rng.integers(h - side + 1)), int(rng.integers(w - side + 1)), side, side) for i in np.tile(np.arange(len(sites)), 2)]
+    where = [(int(i), int(rng.integers(h - side + 1)), int(rng.integers(w - side + 1)), side, side)
+             for i in np.tile(np.arange(len(sites)), 2)]
     stores, missing = packed_stores(sites, folder)
     peers, others = open_peers(pixels, folder)
     read = {}
@@ -306,10 +319,13 @@ def windows(sites, pixels, png_bytes, folder, args):
         read[name] = lambda i, *window, s=s, rows=rows: s.read(rows[i], *window)
     for name, (read_into, window, _) in peers.items():
         if window:
-            read[name] = lambda i, *place, r=read_into, w=window: w(i, *place) if place else whole(r, i, pixels.shape[1:])
+            read[name] = lambda i, *place, r=read_into, w=window: w(i,
+                                                                    *place) if place else whole(r, i, pixels.shape[1:])
     contestants = {}
     for name, f in read.items():
-        require_same(name, [f(*p) for p in where], [pixels[i, :, y : y + side, x : x + side] for i, y, x, _, _ in where], sites.site_id.iloc[[p[0] for p in where]])
+        require_same(name, [f(*p) for p in where],
+                     [pixels[i, :, y : y + side, x : x + side] for i, y, x, _, _ in where],
+                     sites.site_id.iloc[[p[0] for p in where]])
         contestants[name, "whole"] = lambda f=f: [f(i) for i, *_ in where]
         contestants[name, "window"] = lambda f=f: [f(*p) for p in where]
     seconds = interleave(contestants, 2 * args.repeats)
@@ -318,8 +334,10 @@ def windows(sites, pixels, png_bytes, folder, args):
         share = seconds[name, "window"] / seconds[name, "whole"]
         ms = {kind: seconds[name, kind].median() * 1e3 / len(where) for kind in ("whole", "window")}
         quartiles = spread(share.to_frame("x")).iloc[0]
-        rows[name] = {"ms per site": ms["whole"], "ms per window": ms["window"], "window / site": share.median(), "quartiles": quartiles}
-    note = f"Windows of {side}x{side} pixels, all channels, at random offsets, one thread, against the whole site by the same call; new memory for each."
+        rows[name] = {"ms per site": ms["whole"], "ms per window": ms["window"], "window / site": share.median(),
+                      "quartiles": quartiles}
+    note = (f"Windows of {side}x{side} pixels, all channels, at random offsets, one thread, against the whole site by "
+            "the same call; new memory for each.")
     return pd.DataFrame(rows).T.infer_objects().rename_axis("contestant"), [note], missing + others
 
 
@@ -348,8 +366,10 @@ def cv2_site(files):
 
 
 def loader(sites, bs, repeats, num_workers, source=None, cv2=None):
-    "Training loader of the library: batches of one experiment with context and target, no batch transforms; the target numbers the sites"
-    dls = screen_dataloaders(sites, target="number", domain="experiment", bs=bs, transforms=[], repeats=repeats, num_workers=num_workers, source=source, device="cpu")
+    """Training loader of the library: batches of one experiment with context and target, no batch transforms; the
+    target numbers the sites"""
+    dls = screen_dataloaders(sites, target="number", domain="experiment", bs=bs, transforms=[], repeats=repeats,
+                             num_workers=num_workers, source=source, device="cpu")
     pipe = dls.train.dataset.tls[0].tfms
     if cv2 == "processes":
         pipe.fs[-1] = Cv2Reader()
@@ -374,7 +394,8 @@ def require_same_batches(name, dl, pixels, sites, bs):
 class Ring:
     """The limit: processes that fill a ring of shared batches from the store, without fastai, contexts and targets.
 
-    Each takes every n-th batch, waits for a free slot and reads straight into it. They are running and wait when the clock starts."""
+    Each takes every n-th batch, waits for a free slot and reads straight into it. They are running and wait when the
+    clock starts."""
 
     SLOTS = 4
 
@@ -476,7 +497,8 @@ def loaders(sites, pixels, png_bytes, folder, args):
         contestants[ring], units[ring] = rings[ring].run, sum(map(len, batches))
     seconds = measure_loaders(contestants, rings, args.repeats)
     baseline = BASELINE if BASELINE in seconds else "PNG, rcic_fastai: 2"
-    return loader_table(seconds, units, baseline), [loader_note(bs, len(dls["PNG, rcic_fastai: 2"]), epochs, baseline)], missing
+    return (loader_table(seconds, units, baseline),
+            [loader_note(bs, len(dls["PNG, rcic_fastai: 2"]), epochs, baseline)], missing)
 
 
 def measure_loaders(contestants, rings, repeats):
@@ -490,7 +512,8 @@ def measure_loaders(contestants, rings, repeats):
             rings[name].start()
             last.append(rings[name])
 
-    seconds = interleave(contestants, repeats, warmup=0, before=before)  # all have been through their epoch when it was checked
+    # all have been through their epoch when it was checked
+    seconds = interleave(contestants, repeats, warmup=0, before=before)
     before(None)
     return seconds
 
@@ -501,21 +524,27 @@ BASELINE = "PNG, cv2, worker processes: 2"
 def loader_table(seconds, units, baseline):
     "Sites per second, against OpenCV in worker processes and in threads, and as a share of the ring of the same store"
     units, threads = pd.Series(units), "PNG, cv2, threads: 2"
-    table = summary(seconds, baseline, units, "site")[["sites/s", f"x {baseline}", "quartiles of x"]].rename(columns={f"x {baseline}": "x"})
+    table = summary(seconds, baseline, units, "site")[["sites/s", f"x {baseline}", "quartiles of x"]].rename(
+        columns={f"x {baseline}": "x"})
     rate = units / seconds
     if threads in seconds:
         table["x cv2 in threads"] = rate.div(rate[threads], axis=0).median()
     ring = {name: name.replace("store", "ring") for name in seconds if name.startswith("store")}
-    table["share of the ring"] = [f"{(rate[name] / rate[ring[name]]).median():.2f}" if ring.get(name) in rate else "" for name in table.index]
+    table["share of the ring"] = [f"{(rate[name] / rate[ring[name]]).median():.2f}" if ring.get(name) in rate else ""
+                                  for name in table.index]
     return table.rename_axis("contestant: workers")
 
 
 def loader_note(bs, n_batches, epochs, baseline):
     return (
-        f"An epoch is {n_batches} batches of {bs} sites of one experiment, uint8 with context and target, nothing done with them; the sites are repeated to fill it. "
-        f"Stores and rings are given {epochs} epochs per measurement, PNGs one. `x` is against `{baseline}`. `worker processes`: fastai's way, one item at a time in "
-        "processes that start with every epoch. `threads`: the same decoder in the threads that this library reads with. The ring is two processes that refill "
-        f"{Ring.SLOTS} batches of shared memory from the same store, without fastai, context, target or order, started before the clock."
+        f"An epoch is {n_batches} batches of {bs} sites of one experiment, uint8 with context and target, nothing done "
+        "with them; the sites are repeated to fill it. "
+        f"Stores and rings are given {epochs} epochs per measurement, PNGs one. `x` is against `{baseline}`. `worker "
+        "processes`: fastai's way, one item at a time in "
+        "processes that start with every epoch. `threads`: the same decoder in the threads that this library reads "
+        "with. The ring is two processes that refill "
+        f"{Ring.SLOTS} batches of shared memory from the same store, without fastai, context, target or order, started "
+        "before the clock."
     )
 
 
@@ -527,12 +556,15 @@ TITLES = {"single": "Whole sites, one thread", "windows": "Windows", "loaders": 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=REAL, help="folder of a screen; default: the real sites in ../shared/rcic, where they are")
+    parser.add_argument("--data", type=Path, default=REAL,
+                        help="folder of a screen; default: the real sites in ../shared/rcic, where they are")
     parser.add_argument("--simulated", action="store_true", help="a simulated screen instead")
     parser.add_argument("--image-size", type=int, default=512, help="side of simulated images, in pixels")
     parser.add_argument("--sites", type=int, default=16, help="how many sites")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="of the loaders; windows are measured twice as often, whole sites three times")
-    parser.add_argument("--only", choices=SECTIONS, help="one section; the report goes to a temporary file unless --out is given")
+    parser.add_argument("--repeats", type=int, default=REPEATS,
+                        help="of the loaders; windows are measured twice as often, whole sites three times")
+    parser.add_argument("--only", choices=SECTIONS,
+                        help="one section; the report goes to a temporary file unless --out is given")
     parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/loading.md")
     parser.add_argument("--quick", action="store_true", help="tiny images, two repeats: that it runs, no result")
     args = parser.parse_args(argv)
@@ -550,7 +582,8 @@ def main(argv=None):
     tables, parts, missing = {}, [], {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        sites = simulated_sites(folder / "screen", args.sites, args.image_size) if args.simulated else real_sites(args.data, args.sites)
+        sites = simulated_sites(folder / "screen", args.sites,
+                                args.image_size) if args.simulated else real_sites(args.data, args.sites)
         sites = sites.sort_values(["experiment", "plate", "well", "site"]).reset_index(drop=True)
         pixels, png_bytes = read_reference(sites)
         for section in SECTIONS if args.only is None else [args.only]:
@@ -558,14 +591,18 @@ def main(argv=None):
             tables[section], notes, absent = globals()[section](sites, pixels, png_bytes, folder / section, args)
             parts += [f"## {TITLES[section]}", markdown(tables[section]), *notes]
             missing |= dict(absent)
-        out = args.out or (Path(tempfile.mkdtemp()) if args.quick or args.only else Path(__file__).parent / "results") / "loading.md"
+        out = args.out or (Path(tempfile.mkdtemp()) if args.quick or args.only
+                           else Path(__file__).parent / "results") / "loading.md"
     n, c, h, w = pixels.shape
     write_report(
         out,
         "Reading sites",
-        f"{n} {'simulated' if args.simulated else 'real'} sites of {c} channels, {h}x{w} pixels, {png_bytes / n / 1e6:.3g} MB of PNG and {pixels[0].nbytes / 1e6:.3g} MB "
-        "of pixels each. All contestants read the same sites in turns, from files that the system holds in memory, so it is decoding that is measured and not the "
-        f"disk; medians over the repeats ({args.repeats} for loaders, twice as many for windows, three times for whole sites), lower and upper quartile behind "
+        f"{n} {'simulated' if args.simulated else 'real'} sites of {c} channels, {h}x{w} pixels, "
+        f"{png_bytes / n / 1e6:.3g} MB of PNG and {pixels[0].nbytes / 1e6:.3g} MB "
+        "of pixels each. All contestants read the same sites in turns, from files that the system holds in memory, so "
+        "it is decoding that is measured and not the "
+        f"disk; medians over the repeats ({args.repeats} for loaders, twice as many for windows, three times for whole "
+        "sites), lower and upper quartile behind "
         "them. Every site of every contestant was compared with its PNGs, bit by bit. One thread in each worker.",
         *parts,
         *[f"{name}: not installed (pip install {package})." for name, package in missing.items()],

@@ -1,4 +1,5 @@
-"""What all benchmarks share: contestants measured in turns, medians with their spread, Markdown, the machine they ran on."""
+"""What all benchmarks share: contestants measured in turns, medians with their spread, Markdown, the machine they ran
+on."""
 
 import platform
 import time
@@ -12,9 +13,11 @@ REPEATS = 7
 
 
 def interleave(contestants, repeats=REPEATS, warmup=1, clock=time.perf_counter, before=None):
-    """Seconds of each of `contestants`, functions by name, in turns: whatever else the machine does meets all of them alike.
+    """Seconds of each of `contestants`, functions by name, in turns: whatever else the machine does meets all of them
+    alike.
 
-    Returns a table with one column per contestant and one row per repeat. `before(name)` runs before each measurement, outside of it."""
+    Returns a table with one column per contestant and one row per repeat. `before(name)` runs before each measurement,
+    outside of it."""
     rows = []
     for repeat in range(-warmup, repeats):
         names = list(contestants)
@@ -33,8 +36,9 @@ def interleave(contestants, repeats=REPEATS, warmup=1, clock=time.perf_counter, 
 def summary(seconds, baseline=None, units=1, unit="item"):
     """Median, spread and ratio of each contestant of `interleave`.
 
-    `units`: how many a run handles, a number or one per contestant. `faster than BASELINE` is the median over the repeats of the ratio within
-    one repeat, so a slow moment of the machine touches both sides; its spread is the range from the lower to the upper quartile."""
+    `units`: how many a run handles, a number or one per contestant. `faster than BASELINE` is the median over the
+    repeats of the ratio within one repeat, so a slow moment of the machine touches both sides; its spread is the range
+    from the lower to the upper quartile."""
     n = pd.Series(units, index=seconds.columns) if not isinstance(units, pd.Series) else units
     ms = seconds * 1e3 / n
     table = pd.DataFrame({f"ms per {unit}": ms.median(), "quartiles": spread(ms), f"{unit}s/s": (1e3 / ms).median()})
@@ -53,16 +57,19 @@ def spread(table, digits=3):
 
 def markdown(table, digits=3):
     "A table with its index as the first column; numbers to `digits` significant digits, whole from 1,000 on"
-    cell = lambda v: (f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.{digits}g}") if isinstance(v, (float, np.floating)) else str(v)
+    cell = lambda v: (f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.{digits}g}") if isinstance(
+        v, (float, np.floating)) else str(v)
     head = [table.index.name or "", *map(str, table.columns)]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join([str(i), *map(cell, row)]) + " |" for i, row in zip(table.index, table.itertuples(index=False))])
+    return "\n".join(lines + ["| " + " | ".join([str(i), *map(cell, row)]) + " |"
+                              for i, row in zip(table.index, table.itertuples(index=False))])
 
 
 def processor():
     "Name of the processor, as the system tells it"
     try:
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")]
         return names[0]
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
@@ -82,7 +89,8 @@ def machine(*packages):
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"{package} not installed")
-    return f"Ran on {processor()}, {cores} cores{accelerator}, {platform.system()}, Python {platform.python_version()}, {', '.join(versions)}."
+    return (f"Ran on {processor()}, {cores} cores{accelerator}, {platform.system()}, Python "
+            f"{platform.python_version()}, {', '.join(versions)}.")
 
 
 def write_report(path, title, *parts):

@@ -1,8 +1,10 @@
-"""A real batch effect, measured: how well a linear probe tells plates and cell types of real control wells from embeddings.
+"""A real batch effect, measured: how well a linear probe tells plates and cell types of real control wells from
+embeddings.
 
-Wells B02 of four experiments (one per cell type), four plates each, two sites, the four stains that both sites have; every site in 16
-windows of 128 pixels. A small network learns the cell type from plates 1-3. The probe of the plate learns from one site of each of the 16
-plates and is asked about the other; that of the cell type learns from three plates and is asked about the fourth.
+Wells B02 of four experiments (one per cell type), four plates each, two sites, the four stains that both sites have;
+every site in 16 windows of 128 pixels. A small network learns the cell type from plates 1-3. The probe of the plate
+learns from one site of each of the 16 plates and is asked about the other; that of the cell type learns from three
+plates and is asked about the fourth.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
 WAYS = {"screen": dict(standardize="screen"), "image": dict(standardize="image"), "plate": dict(standardize="plate"),
-        "plate, histograms": dict(standardize="image", match_histograms="plate")}  # fmt: skip
+        "plate, histograms": dict(standardize="image", match_histograms="plate")}
 
 
 def windows(sites, channels, size=128):
@@ -29,7 +31,8 @@ def windows(sites, channels, size=128):
 
     x = np.stack([read_site(f, channels) for f in sites.files])
     n = x.shape[-1] // size
-    x = x.reshape(len(x), len(channels), n, size, n, size).transpose(0, 2, 4, 1, 3, 5).reshape(-1, len(channels), size, size)
+    x = x.reshape(len(x), len(channels), n, size, n, size).transpose(0, 2, 4, 1, 3,
+                                                                     5).reshape(-1, len(channels), size, size)
     return torch.from_numpy(x), np.repeat(np.arange(len(sites)), n * n)
 
 
@@ -47,12 +50,14 @@ def embed(learn, sites, channels, batchnorm, size=128):
     context = torch.tensor([[0, number[e], p - 1] for e, p in zip(sites.experiment, sites.plate)])[site]
     for tfm in (t for t in learn.dls.train.after_batch.fs if isinstance(t, (Standardize, MatchHistograms))):
         x, context = tfm((TensorImage(x), context))
-    out, keys = np.zeros((len(x), learn.model.n_features), np.float32), [site * 0] if batchnorm == "running" else [sites.plate.to_numpy()[site], sites.experiment.to_numpy()[site]]
+    out, keys = (np.zeros((len(x), learn.model.n_features), np.float32), [site * 0] if batchnorm == "running"
+                 else [sites.plate.to_numpy()[site], sites.experiment.to_numpy()[site]])
     domains = pd.Series(list(zip(*keys))).factorize()[0]
     for d in np.unique(domains):
         rows = np.flatnonzero(domains == d)
         with torch.no_grad():
-            y = BatchNormMode(learn.model, batchnorm).predict([(x[rows].as_subclass(torch.Tensor), context[rows])], forward=learn.model.embed)
+            y = BatchNormMode(learn.model, batchnorm).predict([(x[rows].as_subclass(torch.Tensor), context[rows])],
+                                                              forward=learn.model.embed)
         out[rows] = torch.cat(y).numpy()
     return out, site
 
@@ -62,7 +67,8 @@ def probes(x, site, sites):
     from rcic_fastai.profile.metrics import batch_probe
 
     plate = (sites.experiment + "_" + sites.plate.astype(str)).to_numpy()[site]
-    return batch_probe(x, plate, folds=2, groups=site), batch_probe(x, sites.cell_type.to_numpy()[site], folds=4, groups=plate)
+    return (batch_probe(x, plate, folds=2, groups=site),
+            batch_probe(x, sites.cell_type.to_numpy()[site], folds=4, groups=plate))
 
 
 def measure(data, epochs=6, seeds=(0, 1, 2), ways=WAYS, size=128):
@@ -78,15 +84,19 @@ def measure(data, epochs=6, seeds=(0, 1, 2), ways=WAYS, size=128):
     for name, data_settings in ways.items():
         for seed in seeds:
             recipe = laptop_recipe(get_recipe("laptop"), epochs, lr=4e-3)
-            recipe = change_recipe(recipe, "data.domain=null", "inference.batchnorm=running", f"data.crop={size}", "data.epoch_sites=128", f"seed={seed}")
+            recipe = change_recipe(recipe, "data.domain=null", "inference.batchnorm=running", f"data.crop={size}",
+                                   "data.epoch_sites=128", f"seed={seed}")
             recipe = replace(recipe, data=replace(recipe.data, **data_settings))
             with tempfile.TemporaryDirectory() as tmp:
-                learn = train_run(screen, recipe, Path(tmp) / "run", target="cell_type", wells="controls", valid="plate=4", present_only=True,
-                                  say=lambda *a: None)  # fmt: skip
+                learn = train_run(screen, recipe, Path(tmp) / "run", target="cell_type", wells="controls",
+                                  valid="plate=4", present_only=True,
+                                  say=lambda *a: None)
             for batchnorm in ("running", "domain"):
                 plate, cell_type = probes(*embed(learn, sites, screen.channels, batchnorm, size), sites)
-                rows.append(dict(standardise=name, batchnorm="running" if batchnorm == "running" else "of the plate", seed=seed,
-                                 plate=plate.accuracy, cell_type=cell_type.accuracy, chance_plate=plate.chance, chance_cell_type=cell_type.chance))  # fmt: skip
+                rows.append(dict(standardise=name, batchnorm="running" if batchnorm == "running" else "of the plate",
+                                 seed=seed,
+                                 plate=plate.accuracy, cell_type=cell_type.accuracy, chance_plate=plate.chance,
+                                 chance_cell_type=cell_type.chance))
     return pd.DataFrame(rows)
 
 
@@ -96,12 +106,17 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the table goes")
     args = parser.parse_args(argv)
     table = measure(args.data)
-    text = table.groupby(["standardise", "batchnorm"], sort=False)[["plate", "cell_type"]].agg(lambda v: f"{v.mean():.3f} ± {v.std(ddof=1):.3f}").reset_index()
+    text = table.groupby(["standardise", "batchnorm"], sort=False)[["plate", "cell_type"]].agg(
+        lambda v: f"{v.mean():.3f} ± {v.std(ddof=1):.3f}").reset_index()
     lines = [list(text.columns), ["---"] * len(text.columns), *text.astype(str).values.tolist()]
-    page = [__doc__.strip(), f"Mean ± standard deviation over 3 trainings; chance {table.chance_plate[0]:.3f} and {table.chance_cell_type[0]:.3f}. "
-            "Made by `python benchmarks/real_plates.py --data DIR`.", "\n".join("| " + " | ".join(line) + " |" for line in lines)]  # fmt: skip
+    page = [__doc__.strip(),
+            f"Mean ± standard deviation over 3 trainings; chance {table.chance_plate[0]:.3f} and "
+            f"{table.chance_cell_type[0]:.3f}. "
+            "Made by `python benchmarks/real_plates.py --data DIR`.",
+            "\n".join("| " + " | ".join(line) + " |" for line in lines)]
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "real_plates.md").write_text("# Plates and cell types of real control wells\n\n" + "\n\n".join(page) + "\n")
+    (args.out / "real_plates.md").write_text("# Plates and cell types of real control wells\n\n" + "\n\n".join(page)
+                                             + "\n")
     print("\n\n".join(page))
 
 

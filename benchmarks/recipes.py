@@ -1,9 +1,10 @@
-"""The published systems side by side: the same small network, the same number of images, simulated screens with known truth.
+"""The published systems side by side: the same small network, the same number of images, simulated screens with known
+truth.
 
-`make bench NAME=recipes` runs it in about 20 minutes on one core. It can be stopped and started again: a training that has finished is kept in
-`--work`, and is done again only if one of its settings has changed. What differs between the rows is what a recipe is about: batches, loss,
-optimiser, schedule, stages, BatchNorm statistics, the way from scores to labels. Learning rates come from `--select`, on a screen of another
-seed and its held-out training experiments.
+`make bench NAME=recipes` runs it in about 20 minutes on one core. It can be stopped and started again: a training that
+has finished is kept in `--work`, and is done again only if one of its settings has changed. What differs between the
+rows is what a recipe is about: batches, loss, optimiser, schedule, stages, BatchNorm statistics, the way from scores to
+labels. Learning rates come from `--select`, on a screen of another seed and its held-out training experiments.
 """
 
 import argparse
@@ -23,14 +24,18 @@ from batch_effect import job_key, ready_screen, spread
 from measure import machine, markdown, write_report
 
 FOUR = ("efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_crossentropy", "seresnext101_amsoftmax")
-SYSTEMS = {**dict.fromkeys(FOUR, "83rd place"), "densenet121_accumulate": "ten-day log", "resnext50_accumulate": "ten-day log", "densenet121_domain_bn": "44th place"}
+SYSTEMS = {**dict.fromkeys(FOUR, "83rd place"), "densenet121_accumulate": "ten-day log",
+           "resnext50_accumulate": "ten-day log", "densenet121_domain_bn": "44th place"}
 ORIGINALS = ("seresnext101_amsoftmax", "densenet121_accumulate")
-VIRTUAL_BATCH = {"resnext50_accumulate": 60}  # what sets it apart from densenet121_accumulate once both have the same network
-DESIGN = dict(n_sirnas=32, n_train=4, n_test=3, cell_types=("HUVEC", "RPE"), n_positive=3, image_size=64, effect=0.3, batch_effect=1.5)
+# what sets it apart from densenet121_accumulate once both have the same network
+VIRTUAL_BATCH = {"resnext50_accumulate": 60}
+DESIGN = dict(n_sirnas=32, n_train=4, n_test=3, cell_types=("HUVEC", "RPE"), n_positive=3, image_size=64, effect=0.3,
+              batch_effect=1.5)
 SELECT = dict(n_train=5, n_test=0, seed=100)
 RATES, SELECT_VIEWS = (1e-3, 4e-3, 1.2e-2, 3.6e-2), 1920
 QUICK = dict(n_sirnas=4, n_train=2, n_test=1, n_positive=1, image_size=32)
-SCORES = {"validation": "validation", "argmax": "test: argmax", "own": "test: its own way", "exact": "test: exact + plate groups"}
+SCORES = {"validation": "validation", "argmax": "test: argmax", "own": "test: its own way",
+          "exact": "test: exact + plate groups"}
 FORMS = {"exact": "exact + plate groups", "vote": "vote of the plates", "vote_zero": "vote, others 0"}
 
 
@@ -38,10 +43,12 @@ FORMS = {"exact": "exact + plate groups", "vote": "vote of the plates", "vote_ze
 
 
 def images_shown(recipe, design, held=1):
-    "Images that pass through the network, or through those of all cell types, in all stages; `held` experiments of each cell type are set aside, not their controls"
+    """Images that pass through the network, or through those of all cell types, in all stages; `held` experiments of
+    each cell type are set aside, not their controls"""
     types, n = len(design["cell_types"]), design["n_train"] - held
     sites, controls = 2 * design["n_sirnas"] * types * n, 2 * (design["n_positive"] + 1) * 4 * types * held
-    return batch_effect.images_shown(recipe, {**design, "n_train": n}) + sites * recipe.cell_type.epochs + controls * recipe.controls.epochs
+    return (batch_effect.images_shown(recipe, {**design, "n_train": n}) + sites * recipe.cell_type.epochs
+            + controls * recipe.controls.epochs)
 
 
 def within_budget(name, views, design, held=1, lr=None, faithful=False):
@@ -49,12 +56,14 @@ def within_budget(name, views, design, held=1, lr=None, faithful=False):
     from rcic_fastai.recipe.published import get_recipe, laptop_recipe
 
     recipe = get_recipe(name, faithful)
-    options = [replace(laptop_recipe(recipe, e, lr, VIRTUAL_BATCH.get(name, 32)), name=recipe.name) for e in range(2, 40)]
+    options = [replace(laptop_recipe(recipe, e, lr, VIRTUAL_BATCH.get(name, 32)), name=recipe.name)
+               for e in range(2, 40)]
     return min(options, key=lambda r: abs(images_shown(r, design, held) - views))
 
 
 def chosen_rates(path):
-    "Learning rates that were best on held-out experiments, by recipe: by the mean of both accuracies, because argmax alone is a matter of a few wells"
+    """Learning rates that were best on held-out experiments, by recipe: by the mean of both accuracies, because
+    argmax alone is a matter of a few wells"""
     if not path.exists():
         return {}
     table = pd.read_csv(path)
@@ -66,7 +75,8 @@ def contestants(args):
     "Name -> recipe"
     rates = chosen_rates(args.out / "recipe_rates.csv")  # missing ones: those of `laptop_rates`
     made = lambda n, faithful: within_budget(n, args.views, args.design, 1, rates.get(n), faithful)
-    return {n: made(n, False) for n in args.recipes} | {f"{n}-faithful": made(n, True) for n in ORIGINALS if n in args.recipes}
+    return {n: made(n, False) for n in args.recipes} | {f"{n}-faithful": made(n, True) for n in ORIGINALS
+                                                        if n in args.recipes}
 
 
 # One training and its predictions
@@ -117,7 +127,8 @@ def run_job(work, job):
     trained = time.process_time()
     for split in ("valid", "test") if job["screen"]["n_test"] else ("valid",):
         predict_run(run, screen, split, progress=False, **quiet).wells().save(folder / f"{split}.npz")
-    result = dict(images=count.images, steps=count.steps, train_seconds=trained - start, predict_seconds=time.process_time() - trained)
+    result = dict(images=count.images, steps=count.steps, train_seconds=trained - start,
+                  predict_seconds=time.process_time() - trained)
     shutil.rmtree(run, ignore_errors=True)
     partial_file = folder / f".result.{os.getpid()}"
     partial_file.write_text(json.dumps(result))
@@ -161,7 +172,7 @@ def scores(work, job, predictions, method):
     known = screen.wells[screen.wells.split == "train"]
     p, groups = predictions["test"], plate_groups(known)
     return dict(validation=share(predictions["valid"], known[["id_code", "sirna"]]), argmax=share(p, truth),
-                own=share(p, truth, groups, method), exact=share(p, truth, groups))  # fmt: skip
+                own=share(p, truth, groups, method), exact=share(p, truth, groups))
 
 
 def blends(work, job, members):
@@ -170,32 +181,40 @@ def blends(work, job, members):
 
     valid, test = ({n: p[s] for n, p in members.items()} for s in ("valid", "test"))
     screen = opened(ready_screen(work, job["screen"]))[0]
-    for name, weights in (("equal weights", None), ("weights chosen on validation", blend_weights(valid, screen.wells))):
+    for name, weights in (("equal weights", None),
+                          ("weights chosen on validation", blend_weights(valid, screen.wells))):
         both = dict(valid=blend_predictions(valid, weights), test=blend_predictions(test, weights))
         used = both["test"].made["weights"]
-        yield dict(recipe=f"blend, {name}", weights=" ".join(f"{used[n]:.2f}" for n in members), **scores(work, job, both, job["recipe"]["inference"]["assignment"]))
+        yield dict(recipe=f"blend, {name}", weights=" ".join(f"{used[n]:.2f}" for n in members),
+                   **scores(work, job, both, job["recipe"]["inference"]["assignment"]))
 
 
 def compare(args, methods):
     "All trainings and blends: a row per method and seed"
     n = args.design["n_train"]
     last = "experiment=" + ",".join(f"{c}-{n:02}" for c in args.design["cell_types"])
-    # an original sets single wells of all experiments aside, here as many as there are in one experiment of each cell type
+    # an original sets single wells of all experiments aside, here as many as there are in one experiment of each cell
+    # type
     valid = lambda recipe: f"well=0/{n}" if recipe.valid else last
-    jobs = {(name, seed): dict(screen={**args.design, "seed": seed}, recipe=asdict(replace(recipe, seed=seed)), valid=valid(recipe))
-            for seed in args.seeds for name, recipe in methods.items()}  # fmt: skip
+    jobs = {(name, seed): dict(screen={**args.design, "seed": seed}, recipe=asdict(replace(recipe, seed=seed)),
+                               valid=valid(recipe))
+            for seed in args.seeds for name, recipe in methods.items()}
     rows, members = [], {}
     for (name, seed), job, folder in run_all(args, jobs):
         predictions = loaded(folder)
         row = scores(args.work, job, predictions, methods[name].inference.assignment)
-        rows.append(dict(system=SYSTEMS[name.removesuffix("-faithful")], recipe=name, seed=seed, **row, **json.loads((folder / "result.json").read_text())))
+        rows.append(dict(system=SYSTEMS[name.removesuffix("-faithful")], recipe=name, seed=seed, **row,
+                         **json.loads((folder / "result.json").read_text())))
         if name in FOUR:
             members.setdefault(seed, {})[name] = predictions
     for seed, those in members.items():
         if len(those) > 1:
-            rows += [dict(system="83rd place", seed=seed, **r) for r in blends(args.work, jobs[next(iter(those)), seed], those)]
-    order = [*[n for n in methods if n in FOUR], "blend, equal weights", "blend, weights chosen on validation", *[n for n in methods if n not in FOUR]]
-    return pd.DataFrame(rows).sort_values(["recipe", "seed"], key=lambda c: c.map(order.index) if c.name == "recipe" else c, ignore_index=True)
+            rows += [dict(system="83rd place", seed=seed, **r)
+                     for r in blends(args.work, jobs[next(iter(those)), seed], those)]
+    order = [*[n for n in methods if n in FOUR], "blend, equal weights", "blend, weights chosen on validation",
+             *[n for n in methods if n not in FOUR]]
+    return pd.DataFrame(rows).sort_values(["recipe", "seed"], key=lambda c: c.map(order.index) if c.name == "recipe"
+                                          else c, ignore_index=True)
 
 
 # Learning rates, on held-out training experiments of another screen
@@ -211,13 +230,15 @@ def select(args):
     for name in args.recipes:
         for rate in RATES if SYSTEMS[name] != "44th place" else ():
             recipe = within_budget(name, args.select_views, screen, 2, rate)
-            jobs[name, rate] = dict(screen=screen, recipe=asdict(replace(recipe, seed=SELECT["seed"])), valid="experiment=" + ",".join(held))
+            jobs[name, rate] = dict(screen=screen, recipe=asdict(replace(recipe, seed=SELECT["seed"])),
+                                    valid="experiment=" + ",".join(held))
     for (name, rate), job, folder in run_all(args, jobs):
         wells = opened(ready_screen(args.work, job["screen"]))[0].wells
         p, result = loaded(folder)["valid"], json.loads((folder / "result.json").read_text())
         groups = plate_groups(wells[~wells.experiment.isin(held)])
         rows.append(dict(recipe=name, rate=rate, seed=SELECT["seed"], argmax=share(p, wells[["id_code", "sirna"]]),
-                         exact=share(p, wells[["id_code", "sirna"]], groups), images=result["images"], steps=result["steps"]))  # fmt: skip
+                         exact=share(p, wells[["id_code", "sirna"]], groups), images=result["images"],
+                         steps=result["steps"]))
     args.out.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame(rows)
     table.to_csv(args.out / "recipe_rates.csv", index=False, float_format="%.4f")
@@ -250,7 +271,8 @@ def blend_gains(table):
     best = t.sort_values("validation", ascending=False, kind="stable").groupby("seed").first()
     for name, b in table[table.recipe.str.startswith("blend")].groupby("recipe", sort=False):
         gain = b.set_index("seed")[list(SCORES)] - best[list(SCORES)]
-        rows.append({"": name.removeprefix("blend, "), **{SCORES[k]: spread(gain[k]) for k in SCORES}, "smallest on validation": f"{gain.validation.min():+.3f}"})
+        rows.append({"": name.removeprefix("blend, "), **{SCORES[k]: spread(gain[k]) for k in SCORES},
+                     "smallest on validation": f"{gain.validation.min():+.3f}"})
     return pd.DataFrame(rows).set_index("") if rows else None
 
 
@@ -261,7 +283,8 @@ def corrections(table):
         new, old = (table[table.recipe == n].set_index("seed")[list(SCORES)] for n in (name, f"{name}-faithful"))
         if len(new):
             gain, gap = new - old, {"corrected": new.validation - new.argmax, "original": old.validation - old.argmax}
-            rows.append({"": name, **{SCORES[k]: spread(gain[k]) for k in SCORES}, **{f"validation minus test, {k}": spread(v) for k, v in gap.items()}})
+            rows.append({"": name, **{SCORES[k]: spread(gain[k]) for k in SCORES},
+                         **{f"validation minus test, {k}": spread(v) for k, v in gap.items()}})
     return pd.DataFrame(rows).set_index("") if rows else None
 
 
@@ -270,7 +293,8 @@ def rates_table(path):
     if not path.exists():
         return None
     t = pd.read_csv(path)
-    wide = t.assign(both=[f"{a:.3f} / {b:.3f}" for a, b in zip(t.argmax, t.exact)]).pivot(index="recipe", columns="rate", values="both")
+    wide = t.assign(both=[f"{a:.3f} / {b:.3f}" for a, b in zip(t.argmax, t.exact)]).pivot(
+        index="recipe", columns="rate", values="both")
     return wide.reindex([n for n in SYSTEMS if n in wide.index]).rename(columns="{:g}".format)
 
 
@@ -280,28 +304,42 @@ def report(args, table, methods):
     table.round(4).to_csv(args.out / "recipes.csv", index=False)
     d, seconds = args.design, table[["train_seconds", "predict_seconds"]].sum().sum()
     wells = {s: n * d["n_sirnas"] * len(d["cell_types"]) for s, n in (("validation", 1), ("test", d["n_test"]))}
-    parts = [f"`make bench NAME=recipes`, {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}: each its own screen and training), chance {1 / d['n_sirnas']:.3f}; "
-             f"mean ± standard deviation over the seeds. {machine('fastai', 'timm')} {seconds:.0f} s of computing in one thread.",
-             "All recipes have the same small network in place of their own (`laptop_recipe`) and are shown about the same number of images, all stages together; "
-             f"one training experiment of each cell type is set aside (up to {wells['validation']} wells), {d['n_test']} test experiments of each are scored with "
-             f"the known truth (up to {wells['test']} wells a seed). `images` and `steps` were counted while training. So the table compares losses, batches, schedules and "
-             "stages, not the published networks, and a recipe with large virtual batches takes few steps at this budget.",
-             "## Recipes", markdown(summary(table, methods))]  # fmt: skip
+    parts = [f"`make bench NAME=recipes`, {len(args.seeds)} seeds ({', '.join(map(str, args.seeds))}: each its own "
+             f"screen and training), chance {1 / d['n_sirnas']:.3f}; "
+             f"mean ± standard deviation over the seeds. {machine('fastai', 'timm')} {seconds:.0f} s of computing in "
+             "one thread.",
+             "All recipes have the same small network in place of their own (`laptop_recipe`) and are shown about the "
+             "same number of images, all stages together; "
+             f"one training experiment of each cell type is set aside (up to {wells['validation']} wells), "
+             f"{d['n_test']} test experiments of each are scored with "
+             f"the known truth (up to {wells['test']} wells a seed). `images` and `steps` were counted while training. "
+             "So the table compares losses, batches, schedules and "
+             "stages, not the published networks, and a recipe with large virtual batches takes few steps at this "
+             "budget.",
+             "## Recipes", markdown(summary(table, methods))]
     if (gains := blend_gains(table)) is not None:
         parts += ["## The blend of the 83rd place against its best member",
-                  "Best on validation, seed by seed; differences. Weights that were chosen on the wells they are reported on flatter the blend there, and so does calling the "
-                  "member with the highest of four validation figures the best: the columns of the test experiments are the ones to go by.", markdown(gains)]  # fmt: skip
+                  "Best on validation, seed by seed; differences. Weights that were chosen on the wells they are "
+                  "reported on flatter the blend there, and so does calling the "
+                  "member with the highest of four validation figures the best: the columns of the test experiments "
+                  "are the ones to go by.", markdown(gains)]
     if (gains := corrections(table)) is not None:
         parts += ["## What the corrections bring",
-                  "Corrected minus original (`get_recipe(name, faithful=True)`): batches of one experiment instead of mixed ones, statistics of that experiment instead of running ones, "
-                  "groups masked instead of set to 0 (83rd place), a first convolution that is no copy (here of random weights), and whole experiments for validation instead of single wells. The column `validation` therefore compares "
-                  "different wells; the last two show how far either validation is from the test.", markdown(gains)]  # fmt: skip
+                  "Corrected minus original (`get_recipe(name, faithful=True)`): batches of one experiment instead of "
+                  "mixed ones, statistics of that experiment instead of running ones, "
+                  "groups masked instead of set to 0 (83rd place), a first convolution that is no copy (here of random "
+                  "weights), and whole experiments for validation instead of single wells. The column `validation` "
+                  "therefore compares "
+                  "different wells; the last two show how far either validation is from the test.", markdown(gains)]
     if (rates := rates_table(args.out / "recipe_rates.csv")) is not None:
         parts += ["## Learning rates",
-                  f"`--select`: a screen of seed {SELECT['seed']}, about {SELECT_VIEWS:,} images, argmax / exact assignment with plate groups on two held-out training experiments of "
-                  "each cell type. The highest mean of the two was taken; the 44th place keeps the rate of `laptop_rates`.", markdown(rates)]  # fmt: skip
+                  f"`--select`: a screen of seed {SELECT['seed']}, about {SELECT_VIEWS:,} images, argmax / exact "
+                  "assignment with plate groups on two held-out training experiments of "
+                  "each cell type. The highest mean of the two was taken; the 44th place keeps the rate of "
+                  "`laptop_rates`.", markdown(rates)]
     parts += ["## Screens", "```json\n" + json.dumps(d, indent=1) + "\n```",
-              "## Settings", *(f"<details><summary>{n}</summary>\n\n```json\n{json.dumps(asdict(r))}\n```\n</details>" for n, r in methods.items())]  # fmt: skip
+              "## Settings", *(f"<details><summary>{n}</summary>\n\n```json\n{json.dumps(asdict(r))}\n```\n</details>"
+                               for n, r in methods.items())]
     write_report(args.out / "recipes.md", "The published systems at an equal budget", *parts)
 
 
@@ -310,9 +348,11 @@ def arguments(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of screens and trainings")
     parser.add_argument("--views", type=int, default=3500, help="images shown to the network in a training")
     parser.add_argument("--recipes", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), help="only these")
-    parser.add_argument("--select", action="store_true", help="compare learning rates on held-out training experiments instead")
+    parser.add_argument("--select", action="store_true",
+                        help="compare learning rates on held-out training experiments instead")
     parser.add_argument("--work", type=Path, default=Path("runs/bench-recipes"), help="screens and finished trainings")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the tables go; with --quick a temporary folder")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results",
+                        help="where the tables go; with --quick a temporary folder")
     parser.add_argument("--quick", action="store_true", help="tiny screens and trainings: that it runs, no result")
     args = parser.parse_args(argv)
     args.design, args.select_views = dict(DESIGN), SELECT_VIEWS
@@ -320,7 +360,8 @@ def arguments(argv=None):
         folder = Path(tempfile.mkdtemp())
         args.design.update(QUICK)
         args.seeds, args.views, args.select_views = args.seeds[:1], 1, 1
-        args.work, args.out = (folder / k if getattr(args, k) == parser.get_default(k) else getattr(args, k) for k in ("work", "out"))
+        args.work, args.out = (folder / k if getattr(args, k) == parser.get_default(k) else getattr(args, k)
+                               for k in ("work", "out"))
     return args
 
 

@@ -1,10 +1,11 @@
 """What thresholds lose on images that did not choose them: ways to choose, numbers of positives, shrinking.
 
-The scores are simulated. For a class of n positives among N images, z is normal with variance 1 and `d` higher in positives; the log odds of
-being positive are then d*z + log(n/(N-n)) exactly. The score is the one that minimises focal loss (gamma 2) for these odds, its logit moved
-by an offset of the class, because networks do not mean the same by the same score in all classes. `d` is set so that the best threshold
-there is has the F1 asked for. F1 on endless fresh images is then a formula, and no test set adds its noise. Methods that look at the
-scores of the test set see those of another sample of N images.
+The scores are simulated. For a class of n positives among N images, z is normal with variance 1 and `d` higher in
+positives; the log odds of being positive are then d*z + log(n/(N-n)) exactly. The score is the one that minimises focal
+loss (gamma 2) for these odds, its logit moved by an offset of the class, because networks do not mean the same by the
+same score in all classes. `d` is set so that the best threshold there is has the F1 asked for. F1 on endless fresh
+images is then a formula, and no test set adds its noise. Methods that look at the scores of the test set see those of
+another sample of N images.
 """
 
 import argparse
@@ -31,8 +32,9 @@ from rcic_fastai.labels.threshold import F1Threshold, GlobalThreshold, create_th
 from rcic_fastai.labels.threshold import share_thresholds  # noqa: E402
 
 N = 31_072  # images of the competition's training set, and the positives of its 28 classes
-COUNTS = np.array([12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530, 210, 902, 1482, 172, 3777, 802, 2965,
-                   322, 8228, 328, 11])  # fmt: skip
+COUNTS = np.array([12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530, 210, 902,
+                   1482, 172, 3777, 802, 2965,
+                   322, 8228, 328, 11])
 POSITIVES = (11, 50, 200, 500, 2000)
 ALONE = ("f1", "repeated_f1", "soft_f1", "share", "em_share")
 TOGETHER = ("constant", "global", *ALONE, "f1_shrunk", "repeated_f1_shrunk", "f1_to_share", "repeated_f1_to_share")
@@ -48,7 +50,8 @@ _LOG_ODDS = np.log((_Q**2 / (1 - _Q) - 2 * _Q * np.log1p(-_Q)) / ((1 - _Q) ** 2 
 
 
 class Classes(NamedTuple):
-    "K classes: share of the images, distance of positives from negatives, offset of the logits, F1 of the best threshold"
+    """K classes: share of the images, distance of positives from negatives, offset of the logits, F1 of the best
+    threshold"""
 
     share: np.ndarray
     d: np.ndarray
@@ -72,7 +75,8 @@ def classes(counts, best, offset=0.0, n=N):
     counts = np.asarray(counts)
     best = np.broadcast_to(best, counts.shape)
     d = np.array([brentq(lambda d, c=c, f=f: best_f1(c / n, d) - f, 0.01, 7, xtol=1e-3) for c, f in zip(counts, best)])
-    return Classes(counts / n, d, np.broadcast_to(offset, counts.shape), np.array([best_f1(c / n, x) for c, x in zip(counts, d)]))
+    return Classes(counts / n, d, np.broadcast_to(offset, counts.shape),
+                   np.array([best_f1(c / n, x) for c, x in zip(counts, d)]))
 
 
 def scores(y, c, rng):
@@ -103,7 +107,8 @@ def draw_labels(counts, rng, n=N):
 
 
 def samples(c, rng, n=N):
-    "Labels and scores that thresholds are chosen on; labels and scores of as many fresh images, whose counts scatter by chance"
+    """Labels and scores that thresholds are chosen on; labels and scores of as many fresh images, whose counts
+    scatter by chance"""
     counts = np.round(c.share * n).astype(int)
     y, fresh = draw_labels(counts, rng, n), draw_labels(np.maximum(rng.poisson(counts), 1), rng, n)
     return y, scores(y, c, rng), fresh, scores(fresh, c, rng)
@@ -125,24 +130,28 @@ def written(mean, error, digits=3):
 
 
 def one_class(n_pos, seed, best=0.6, methods=ALONE, n=N):
-    "One sample of one class: in-sample F1 of the best cut, what it promises too much, what each method loses to the best threshold"
+    """One sample of one class: in-sample F1 of the best cut, what it promises too much, what each method loses to
+    the best threshold"""
     rng = np.random.default_rng([seed, n_pos])
     c = classes([n_pos], best, n=n)
     y, p, _, q = samples(c, rng, n)
     inside = f1_scores(y, p >= F1Threshold().fit(p, y).thresholds_)[0]
     outside = {m: exact_f1(create_threshold(m).fit(p, y).adapt(q).thresholds_, c)[0] for m in methods}
-    return pd.Series({"best possible": c.best[0], "in sample": inside, "out of sample": outside["f1"], "optimism": inside - outside["f1"],
-                      **{f"lost, {m}": c.best[0] - f for m, f in outside.items()}})  # fmt: skip
+    return pd.Series({"best possible": c.best[0], "in sample": inside, "out of sample": outside["f1"],
+                      "optimism": inside - outside["f1"],
+                      **{f"lost, {m}": c.best[0] - f for m, f in outside.items()}})
 
 
 def by_positives(repeats, positives=POSITIVES, methods=ALONE, n=N):
     "Means and standard errors, a row per number of positives; a column per quantity of `one_class`"
-    found = {k: mean_and_error([one_class(k, seed, methods=methods, n=n) for seed in range(repeats)]) for k in positives}
+    found = {k: mean_and_error([one_class(k, seed, methods=methods, n=n) for seed in range(repeats)])
+             for k in positives}
     return tuple(pd.DataFrame({k: v[i] for k, v in found.items()}).T.rename_axis("positives") for i in range(2))
 
 
 def all_classes(seed, spread=SPREAD, counts=COUNTS, n=N):
-    "28 classes of the real counts; F1 of the best threshold .4 to .8, and at least .15 more than that of predicting every image"
+    """28 classes of the real counts; F1 of the best threshold .4 to .8, and at least .15 more than that of
+    predicting every image"""
     rng = np.random.default_rng([seed, 28])
     best = np.maximum(rng.uniform(0.4, 0.8, len(counts)), 2 * counts / (n + counts) + 0.15)
     return classes(counts, best, spread * rng.standard_normal(len(counts)), n), rng
@@ -150,11 +159,13 @@ def all_classes(seed, spread=SPREAD, counts=COUNTS, n=N):
 
 def per_group(values, counts=COUNTS):
     "Mean over all classes and over those of each size"
-    return pd.Series({"all": values.mean(), **{g: values[(counts > low) & (counts <= high)].mean() for g, (low, high) in GROUPS.items()}})
+    return pd.Series({"all": values.mean(),
+                      **{g: values[(counts > low) & (counts <= high)].mean() for g, (low, high) in GROUPS.items()}})
 
 
 def together(repeats, methods=TOGETHER, seconds=None):
-    "F1 lost to the best thresholds, by size of the class: means and standard errors, a row per method; the same for losses less those of `f1`"
+    """F1 lost to the best thresholds, by size of the class: means and standard errors, a row per method; the same
+    for losses less those of `f1`"""
     lost = {m: [] for m in methods}
     for seed in range(repeats):
         c, rng = all_classes(seed)
@@ -166,11 +177,13 @@ def together(repeats, methods=TOGETHER, seconds=None):
                 seconds.setdefault(m, []).append(time.perf_counter() - start)
             lost[m].append(per_group(c.best - exact_f1(t, c)))
     against = {m: [a - b for a, b in zip(rows, lost["f1"])] for m, rows in lost.items()}
-    return [tuple(pd.DataFrame({m: mean_and_error(rows)[i] for m, rows in x.items()}).T for i in range(2)) for x in (lost, against)]
+    return [tuple(pd.DataFrame({m: mean_and_error(rows)[i] for m, rows in x.items()}).T for i in range(2))
+            for x in (lost, against)]
 
 
 def shrinking(repeats, spreads=SPREADS, strengths=STRENGTHS, counts=COUNTS):
-    "F1 lost by classes of at most 60 positives, a row per spread of the offsets and strength: best cuts drawn to the common threshold, to share matching"
+    """F1 lost by classes of at most 60 positives, a row per spread of the offsets and strength: best cuts drawn to
+    the common threshold, to share matching"""
     rows = {}
     for spread in spreads:
         found = []
@@ -179,7 +192,8 @@ def shrinking(repeats, spreads=SPREADS, strengths=STRENGTHS, counts=COUNTS):
             y, p, _, q = samples(c, rng)
             n_pos, own = y.sum(0), F1Threshold().fit(p, y).thresholds_
             towards = {"common": GlobalThreshold().fit(p, y).thresholds_, "share": share_thresholds(q, y.mean(0))}
-            mixed = {f"{name}, {s}": (n_pos * own + s * t) / (n_pos + s) for name, t in towards.items() for s in strengths}
+            mixed = {f"{name}, {s}": (n_pos * own + s * t) / (n_pos + s) for name, t in towards.items()
+                     for s in strengths}
             mixed |= {f"{name}, only": t for name, t in towards.items()}
             found.append(pd.Series({key: (c.best - exact_f1(t, c))[n_pos <= 60].mean() for key, t in mixed.items()}))
         rows[spread] = mean_and_error(found)
@@ -187,7 +201,8 @@ def shrinking(repeats, spreads=SPREADS, strengths=STRENGTHS, counts=COUNTS):
 
 
 def empty_rules(repeats):
-    "Macro-F1 of best cuts on fresh images, by what an image gets that reaches no threshold: means and standard errors of differences to `none`"
+    """Macro-F1 of best cuts on fresh images, by what an image gets that reaches no threshold: means and standard
+    errors of differences to `none`"""
     found = []
     for seed in range(repeats):
         c, rng = all_classes(seed)
@@ -212,8 +227,9 @@ def nested(repeats, method="f1"):
         e = create_threshold(method)
         n = nested_macro_f1(e, p, y, n_repeats=1, n_bootstrap=100)
         value = macro_f1(fresh, e.fit(p, y).adapt(q).predict(q))
-        found.append(pd.Series({"in sample": n.in_sample, "nested folds": n.macro_f1, "on fresh images": value, "width of the interval": n.high - n.low,
-                                "interval holds it": float(n.low <= value <= n.high)}))  # fmt: skip
+        found.append(pd.Series({"in sample": n.in_sample, "nested folds": n.macro_f1, "on fresh images": value,
+                                "width of the interval": n.high - n.low,
+                                "interval holds it": float(n.low <= value <= n.high)}))
     return mean_and_error(found)
 
 
@@ -229,12 +245,15 @@ def line_of(mean, error):
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=60, help="samples of each single class; of all classes together a fifth as many")
-    parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/thresholds.md, with --quick a temporary one")
+    parser.add_argument("--repeats", type=int, default=60,
+                        help="samples of each single class; of all classes together a fifth as many")
+    parser.add_argument("--out", type=Path, help="file of the report; default: benchmarks/results/thresholds.md, "
+                        "with --quick a temporary one")
     parser.add_argument("--quick", action="store_true", help="2 samples of each: that it runs, no result")
     args = parser.parse_args(argv)
     args.repeats = 2 if args.quick else args.repeats
-    args.out = args.out or (Path(tempfile.mkdtemp()) if args.quick else Path(__file__).parent / "results") / "thresholds.md"
+    args.out = args.out or (Path(tempfile.mkdtemp()) if args.quick
+                            else Path(__file__).parent / "results") / "thresholds.md"
     return args
 
 
@@ -253,37 +272,49 @@ def main(argv=None):
         args.out,
         "Thresholds",
         *__doc__.strip().split("\n\n"),
-        f"Figures are means over simulated samples, in parentheses the standard error in units of the last digit. N = {N:,}. Methods by their names in "
+        "Figures are means over simulated samples, in parentheses the standard error in units of the last digit. N = "
+        f"{N:,}. Methods by their names in "
         "`threshold_methods`, with their defaults.",
         "## One class",
-        f"The best threshold has an F1 of .6. {many} samples for each number of positives. `in sample`: F1 of the best cut on the images that chose it; "
-        "`out of sample`: of the same threshold on fresh images; `optimism` is the difference. `lost` is F1 of the best threshold there is, less that of "
-        "the chosen one, both on fresh images: what another method could win back at most. What best cuts of 11, 50 and 500 positives have been said to lose, "
+        f"The best threshold has an F1 of .6. {many} samples for each number of positives. `in sample`: F1 of the best "
+        "cut on the images that chose it; "
+        "`out of sample`: of the same threshold on fresh images; `optimism` is the difference. `lost` is F1 of the "
+        "best threshold there is, less that of "
+        "the chosen one, both on fresh images: what another method could win back at most. What best cuts of 11, 50 "
+        "and 500 positives have been said to lose, "
         ".101, .043 and .006, is of the kind of `optimism`.",
         markdown(table_of(*best_cuts, name="positives").rename(columns={"lost, f1": "lost"})),
         f"What other methods lose, the first {args.repeats} of these samples:",
-        markdown(table_of(*[t.filter(like="lost, ").rename(columns=lambda c: c.removeprefix("lost, ")) for t in single], name="positives")),
+        markdown(table_of(*[t.filter(like="lost, ").rename(columns=lambda c: c.removeprefix("lost, ")) for t in single],
+                          name="positives")),
         "## The 28 classes",
-        f"Real counts, F1 of the best thresholds .4 to .8, offsets with a standard deviation of {SPREAD}, {few} samples. F1 lost to the best thresholds, averaged "
-        "over all classes and over those with so many positives. `less than f1`: the loss less that of best cuts on the same samples, below 0 where a method "
+        f"Real counts, F1 of the best thresholds .4 to .8, offsets with a standard deviation of {SPREAD}, {few} "
+        "samples. F1 lost to the best thresholds, averaged "
+        "over all classes and over those with so many positives. `less than f1`: the loss less that of best cuts on "
+        "the same samples, below 0 where a method "
         "is better. `seconds`: median time of one fit.",
         markdown(group(lost, lost_error).join(differences).join(speed)),
         "## How far to shrink",
-        f"F1 lost by the classes of at most 60 positives, {few} samples. Columns: standard deviation of the offsets of the classes, that is of how far scores mean "
-        "different things. Rows: best cuts drawn to the common threshold (`common`) or to share matching (`share`), with so many positives as strength; "
+        f"F1 lost by the classes of at most 60 positives, {few} samples. Columns: standard deviation of the offsets of "
+        "the classes, that is of how far scores mean "
+        "different things. Rows: best cuts drawn to the common threshold (`common`) or to share matching (`share`), "
+        "with so many positives as strength; "
         "0 is no shrinking, `only` the other threshold alone.",
         markdown(table_of(*shrunk, name="towards, strength")),
         "## Empty predictions",
-        f"Best cuts, {few} samples, every image with a label at least. `empty`: share of images that reach no threshold; `none`: macro-F1 on fresh images if they "
+        f"Best cuts, {few} samples, every image with a label at least. `empty`: share of images that reach no "
+        "threshold; `none`: macro-F1 on fresh images if they "
         "stay so; the others: what is gained if they get the class with the highest of these. The library takes p/t.",
         markdown(line_of(*empties)),
         "## Nested folds",
-        f"Best cuts, {max(2, few // 2)} samples: macro-F1 in sample, by `nested_macro_f1`, and of the thresholds of all images on as many fresh ones.",
+        f"Best cuts, {max(2, few // 2)} samples: macro-F1 in sample, by `nested_macro_f1`, and of the thresholds of "
+        "all images on as many fresh ones.",
         markdown(line_of(*folds)),
         f"{time.time() - start:.0f} s in all.",
         machine("numpy", "scipy", "scikit-learn"),
-    )  # fmt: skip
-    return dict(best_cuts=best_cuts, one_class=single, all_classes=(lost, lost_error), against=(against, against_error), shrinking=shrunk, empty=empties, nested=folds)
+    )
+    return dict(best_cuts=best_cuts, one_class=single, all_classes=(lost, lost_error), against=(against, against_error),
+                shrinking=shrunk, empty=empties, nested=folds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""An epoch of our learner against a bare PyTorch loop, each switch of the recipe on and off, and training from the packed store against a naive pipeline.
+"""An epoch of our learner against a bare PyTorch loop, each switch of the recipe on and off, and training from the
+packed store against a naive pipeline.
 
-`make bench NAME=training` (ARGS="--sections loop switches" for a part of it). Images are simulated; nothing is downloaded.
+`make bench NAME=training` (ARGS="--sections loop switches" for a part of it). Images are simulated; nothing is
+downloaded.
 """
 
 import argparse
@@ -89,7 +91,8 @@ def make_recipe(case, *settings):
     "Domain batches, every batch transform that the recipe `laptop` has, images kept in memory, float32"
     recipe = replace(get_recipe("laptop"), model=case.model, train=TrainSettings(epochs=1, lr=LR, optimizer="adamw"))
     sites = case.steps * case.batch
-    return change_recipe(recipe, f"data.batch_size={case.batch}", f"data.epoch_sites={sites}", "data.crop=null", "data.cache=true", "device.precision=fp32", *settings)
+    return change_recipe(recipe, f"data.batch_size={case.batch}", f"data.epoch_sites={sites}", "data.crop=null",
+                         "data.cache=true", "device.precision=fp32", *settings)
 
 
 def make_loaders(case, recipe, folder):
@@ -121,7 +124,8 @@ class Rewound:
 
 
 class PlainTransforms:
-    "The batch transforms of the recipe, written for plain tensors: symmetries, mean and deviation of the screen, gain and offset"
+    """The batch transforms of the recipe, written for plain tensors: symmetries, mean and deviation of the screen,
+    gain and offset"""
 
     def __init__(self, stats, intensity):
         self.mean, self.std = (t[:, None, None] for t in stats)
@@ -138,7 +142,8 @@ class PlainTransforms:
 
 
 def batches_in_memory(dls, transforms):
-    "Functions that yield the training and the validation batches without anything of fastai: uint8 in memory, transformed on the way"
+    """Functions that yield the training and the validation batches without anything of fastai: uint8 in memory,
+    transformed on the way"""
     raw = [[tuple(map(plain, b)) for b in dl.new(after_batch=lambda b: b)] for dl in dls.loaders]
 
     def batches(i):
@@ -196,7 +201,8 @@ def fastai_learner(dls, recipe, folder, model):
     "What fastai offers: its own AdamW, every callback asked for every event"
     cbs = [CSVLogger("fastai.csv"), BatchNormModeCallback(), fastai.callback.channelslast.ChannelsLast()]
     loss_func = screen_learner(dls, recipe, model).loss_func
-    return quiet(Learner(dls, model, loss_func=loss_func, opt_func=fastai.optimizer.Adam, metrics=known_accuracy, splitter=param_groups, path=folder, cbs=cbs))
+    return quiet(Learner(dls, model, loss_func=loss_func, opt_func=fastai.optimizer.Adam, metrics=known_accuracy,
+                         splitter=param_groups, path=folder, cbs=cbs))
 
 
 def epoch_of(learn, stage):
@@ -214,7 +220,8 @@ def loop_contestants(case, folder):
     ours = our_learner(dls, recipe, folder, models[OURS])
     theirs = fastai_learner(dls, recipe, folder, models[BEFORE])
     transforms = PlainTransforms(dls.stats, recipe.data.intensity)
-    bare = partial(bare_epoch, loss_func=ours.loss_func, steps=len(dls.train), log=log, optimizer=partial(torch.optim.AdamW, fused=True))
+    bare = partial(bare_epoch, loss_func=ours.loss_func, steps=len(dls.train), log=log,
+                   optimizer=partial(torch.optim.AdamW, fused=True))
     return {
         BARE: partial(bare, models[BARE], batches=batches_in_memory(dls, transforms)),
         SAME: partial(bare, models[SAME], batches=same_batches(dls)),
@@ -228,15 +235,20 @@ def table_of(seconds, baseline, units, unit="step"):
     table = summary(seconds, units=units, unit=unit).drop(columns=f"{unit}s/s")
     ratio = seconds.div(seconds[baseline], axis=0)
     low, high = ratio.quantile(0.25), ratio.quantile(0.75)
-    return table.assign(**{f"time relative to {baseline}": ratio.median(), "quartiles of that": [f"{a:.3f}-{b:.3f}" for a, b in zip(low, high)]})
+    return table.assign(**{f"time relative to {baseline}": ratio.median(),
+                           "quartiles of that": [f"{a:.3f}-{b:.3f}" for a, b in zip(low, high)]})
 
 
 def loop_section(args, cases, folder):
     parts = [
-        "## Epochs of the loop\n\nOne epoch, training and validation, with the same weights, batches of one experiment, batch transforms (symmetries, standardising, intensity), AM-Softmax, "
-        "one-cycle and AdamW in PyTorch's fused kernel (but for the last row); float32, channels-last, images in memory as uint8. "
-        f"*{BARE}*: nothing of fastai, batches cut before, transforms written for plain tensors. *{SAME}*: the same loop fed by the loaders of the library. "
-        f"*{OURS}*: `screen_learner` and `fit_stage` with Recorder, CSVLogger and a line per epoch. *{BEFORE}*: the same with the Learner and the optimiser of fastai, fed alike."
+        "## Epochs of the loop\n\nOne epoch, training and validation, with the same weights, batches of one "
+        "experiment, batch transforms (symmetries, standardising, intensity), AM-Softmax, "
+        "one-cycle and AdamW in PyTorch's fused kernel (but for the last row); float32, channels-last, images in "
+        "memory as uint8. "
+        f"*{BARE}*: nothing of fastai, batches cut before, transforms written for plain tensors. *{SAME}*: the same "
+        "loop fed by the loaders of the library. "
+        f"*{OURS}*: `screen_learner` and `fit_stage` with Recorder, CSVLogger and a line per epoch. *{BEFORE}*: the "
+        "same with the Learner and the optimiser of fastai, fed alike."
     ]
     found = {}
     for case in [*cases, *([] if args.quick else [LOOP])]:
@@ -245,7 +257,8 @@ def loop_section(args, cases, folder):
         table = table_of(seconds, BARE, steps)
         ratio = float((seconds[OURS] / seconds[SAME]).median())
         found[case.name] = ratio
-        parts.append(f"### {case.name}\n\n{markdown(table, 4)}\n\nAn epoch of {steps} steps. Ours relative to *{SAME}*: {ratio:.3f}.")
+        parts.append(f"### {case.name}\n\n{markdown(table, 4)}\n\nAn epoch of {steps} steps. Ours relative to "
+                     f"*{SAME}*: {ratio:.3f}.")
     return parts, found
 
 
@@ -268,13 +281,15 @@ def switch_contestants(case, args, folder):
         "AdamW, foreach": with_optimizer(adamw, foreach=True),
         "AdamW, loop of fastai": fastai.optimizer.Adam,
     }
-    recipes = {"defaults (RAdam in a fused kernel, channels-last)": recipe, "contiguous": change_recipe(recipe, "device.channels_last=false")}
+    recipes = {"defaults (RAdam in a fused kernel, channels-last)": recipe,
+               "contiguous": change_recipe(recipe, "device.channels_last=false")}
     if fast_precision(CPU) == "bf16":
         recipes["bf16"] = change_recipe(recipe, "device.precision=bf16")
     if args.compile and shutil.which("c++") and case.model.arch == small_resnet["arch"]:
         recipes["compiled"] = change_recipe(recipe, "device.compile=true")
     before = Rewound(dls, recipe, (*recipes, *optimizers))
-    learners = {name: our_learner(dls, recipes.get(name, recipe), folder, model) for name, model in before.models.items()}
+    learners = {name: our_learner(dls, recipes.get(name, recipe), folder, model)
+                for name, model in before.models.items()}
     for name, learn in learners.items():
         learn.opt_func = optimizers.get(name, learn.opt_func)
         learn.add_cb(WithoutValidation())
@@ -304,7 +319,8 @@ def emulated_bf16(model, pixels, repeats):
 
 
 def switch_section(args, cases, folder):
-    parts = ["## Switches\n\nTraining epochs of our learner, each with one thing different from its defaults; ratios above 1 are slower."]
+    parts = ["## Switches\n\nTraining epochs of our learner, each with one thing different from its defaults; ratios "
+             "above 1 are slower."]
     for case in cases:
         contestants, before, steps = switch_contestants(case, args, folder)
         default, text = next(iter(contestants)), ""
@@ -314,11 +330,13 @@ def switch_section(args, cases, folder):
         table.columns = [c.replace(default, "the defaults") for c in table.columns]
         parts.append(f"### {case.name}\n\n{markdown(table, 4)}\n\nAn epoch of {steps} steps.{text}")
     if not args.compile or not shutil.which("c++"):
-        parts.append("`torch.compile` was left out: " + ("it was not asked for." if not args.compile else "there is no C++ compiler."))
+        parts.append("`torch.compile` was left out: " + ("it was not asked for." if not args.compile
+                                                         else "there is no C++ compiler."))
     if fast_precision(CPU) != "bf16":
         ratio = emulated_bf16(cases[0].model, cases[0].pixels, args.repeats)
         parts.append(
-            "bfloat16 was left out of the table: this processor has no instructions for it, so PyTorch emulates it, and `precision='auto'` stays with float32. "
+            "bfloat16 was left out of the table: this processor has no instructions for it, so PyTorch emulates it, "
+            "and `precision='auto'` stays with float32. "
             f"Forward and backward of the first network, two images: {ratio:.1f} times the time of float32."
         )
     return parts
@@ -371,8 +389,10 @@ def pipeline_contestants(args, folder):
     store = pack_sites(sites, folder / f"store-{pixels}", progress=False)
     n = len(sites) if args.quick else 4 * len(sites)
     settings = dict(model=ModelSettings(**small_resnet, head="linear"), loss=LossSettings("cross_entropy", {}))
-    recipe = replace(get_recipe("laptop"), train=TrainSettings(epochs=1, lr=LR, optimizer="adam", weight_decay=0.0), **settings)
-    data = f"data.crop={window}", f"data.workers={args.workers}", "data.intensity=0", f"data.batch_size={batch}", f"data.epoch_sites={n}"
+    recipe = replace(get_recipe("laptop"), train=TrainSettings(epochs=1, lr=LR, optimizer="adam", weight_decay=0.0),
+                     **settings)
+    data = (f"data.crop={window}", f"data.workers={args.workers}", "data.intensity=0", f"data.batch_size={batch}",
+            f"data.epoch_sites={n}")
     recipe = change_recipe(recipe, *data, "device.precision=fp32")
     dls = recipe_dataloaders(sites, recipe, path=folder, device=CPU, source=store)
     ours = our_learner(dls, recipe, folder)
@@ -384,7 +404,8 @@ def pipeline_contestants(args, folder):
         "ours, from the PNGs": partial(epoch_of, from_png, recipe.train),
         "ours": partial(epoch_of, ours, recipe.train),
     }
-    return epochs, pd.Series({"naive": len(own), "ours, from the PNGs": shown(from_png), "ours": shown(ours)}), (pixels, window, batch)
+    return (epochs, pd.Series({"naive": len(own), "ours, from the PNGs": shown(from_png), "ours": shown(ours)}),
+            (pixels, window, batch))
 
 
 def shown(learn):
@@ -400,9 +421,12 @@ def pipeline_section(args, cases, folder):
     seconds = interleave(epochs, args.repeats)
     table = summary(seconds, "naive", units=sites, unit="site")
     text = (
-        f"## From files to weights\n\nThe small ResNet on random windows of {window} pixels in sites of 6x{pixels}x{pixels}, batches of {batch}, Adam and cross entropy, float32. "
-        f"*naive* (as in the ten-day log): six PNGs through PIL, float32 from there on, each image transformed by itself, a plain DataLoader with {args.workers} processes. "
-        f"*ours*: the packed store, {args.workers} threads that read ahead, uint8 until the windows are cut, everything else in batches. Files are in the page cache."
+        f"## From files to weights\n\nThe small ResNet on random windows of {window} pixels in sites of "
+        f"6x{pixels}x{pixels}, batches of {batch}, Adam and cross entropy, float32. "
+        "*naive* (as in the ten-day log): six PNGs through PIL, float32 from there on, each image transformed by "
+        f"itself, a plain DataLoader with {args.workers} processes. "
+        f"*ours*: the packed store, {args.workers} threads that read ahead, uint8 until the windows are cut, "
+        "everything else in batches. Files are in the page cache."
     )
     return [text, markdown(table)], dict(pipeline=float(table.loc["ours", "x naive"]))
 
@@ -410,12 +434,17 @@ def pipeline_section(args, cases, folder):
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=REPEATS, help="how often each contestant runs")
-    parser.add_argument("--quick", action="store_true", help="tiny settings, to see that it works; writes nothing unless --out is given")
-    parser.add_argument("--out", type=Path, help="Markdown file to write; default: results/training.md beside this script")
+    parser.add_argument("--quick", action="store_true",
+                        help="tiny settings, to see that it works; writes nothing unless --out is given")
+    parser.add_argument("--out", type=Path,
+                        help="Markdown file to write; default: results/training.md beside this script")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts to measure")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="of the loops and switches, which run in one thread: 'processor' does not count what others do")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall",
+                        help="of the loops and switches, which run in one thread: 'processor' does not count what "
+                        "others do")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that read")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--no-compile", dest="compile", action="store_false",
+                        help="leave torch.compile out, which takes minutes")
     parser.add_argument("--work", type=Path, help="folder for screens and stores, kept; default: a temporary one")
     args = parser.parse_args(argv)
     if args.repeats < 1:
@@ -447,7 +476,8 @@ def main(argv=None):
         folder = args.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         parts, ratios = measure_all(args, folder)
-    intro = f"{args.repeats} repeats in turns; medians and quartiles. {THREADS} thread for PyTorch, {args.clock} clock. {machine('fastai', 'timm', 'pillow')}"
+    intro = (f"{args.repeats} repeats in turns; medians and quartiles. {THREADS} thread for PyTorch, {args.clock} "
+             f"clock. {machine('fastai', 'timm', 'pillow')}")
     write_report(out, "Training", intro, *parts)
     return ratios
 

@@ -1,4 +1,5 @@
-"""Hundreds of bad inputs, generated from a seed, against the commands: each must end with a line that names what is wrong, and not with 0.
+"""Hundreds of bad inputs, generated from a seed, against the commands: each must end with a line that names what is
+wrong, and not with 0.
 
 `python tests/bad_inputs.py [--seed 0] [--number 400] [--kind tables]` prints each that does not, and the count.
 """
@@ -31,18 +32,22 @@ def made(root):
     from rcic_fastai.data.pack import pack_screen
 
     quiet = lambda *a: None
-    screen = read_screen(simulate_screen(root / "screen", n_sirnas=8, n_train=2, n_test=1, cell_types=("HUVEC",), image_size=32, progress=False))
+    screen = read_screen(simulate_screen(root / "screen", n_sirnas=8, n_train=2, n_test=1, cell_types=("HUVEC",),
+                                         image_size=32, progress=False))
     pack_screen(screen, root / "store", say=quiet)
-    recipe = laptop_recipe(get_recipe("laptop"), 1, arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8))
+    recipe = laptop_recipe(get_recipe("laptop"), 1, arch="resnet10t",
+                           arch_options=dict(channels=[8, 8, 8, 8], stem_width=8))
     train_run(screen, recipe, root / "run", valid="experiment=HUVEC-02", say=quiet)
     for split in ("test", "valid"):
         predict_run(root / "run", screen, split, progress=False)
     submit_run(root / "run", screen, say=quiet)
     (root / "own").mkdir()
-    rows = [(f"{r}{c:02}", t) for r, t in zip("BCDEFG", ("DMSO", "Taxol", "Latrunculin", "DMSO", "Taxol", "")) for c in (2, 3)]
+    rows = [(f"{r}{c:02}", t) for r, t in zip("BCDEFG", ("DMSO", "Taxol", "Latrunculin", "DMSO", "Taxol", ""))
+            for c in (2, 3)]
     for i, (w, _) in enumerate(rows):
         for c in ("DAPI", "ER"):
-            Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)).save(root / "own" / f"{w}_{c}.png")
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32), dtype=np.uint8)).save(
+                root / "own" / f"{w}_{c}.png")
     pd.DataFrame(rows, columns=["well", "treatment"]).to_csv(root / "own" / "map.csv", index=False)
     describe_screen(root / "own", files="{well}_{channel}.png", negative=["DMSO"], say=quiet)
     return root
@@ -64,7 +69,8 @@ def bad_table(rng, text):
         "header alone": lambda: join(rows[:1]),
         "no header": lambda: join(rows[1:]),
         "a column twice": lambda: join([[*r, r[column]] for r in rows]),
-        "a column almost twice": lambda: join([[*r, (r[column].upper() + " ") if i == 0 else r[column]] for i, r in enumerate(rows)]),
+        "a column almost twice": lambda: join([[*r, (r[column].upper() + " ") if i == 0 else r[column]]
+                                               for i, r in enumerate(rows)]),
         "a column gone": lambda: join([r[1:] for r in rows]),
         "a long row": lambda: changed(lambda r: [*r, "1", "2"]),
         "a short row": lambda: changed(lambda r: r[:-1]),
@@ -138,7 +144,8 @@ def bad_arrays(rng, path):
     name = names[int(rng.integers(len(names)))]
     np.savez(out, **faults.get(name, d), allow_pickle=True) if name != "pickled" else np.savez(out, **faults[name])
     data = out.getvalue()
-    return name, dict(cut=data[: len(data) // 2], empty=b"", noise=bytes(rng.integers(0, 255, 400, dtype=np.uint8))).get(name, data)
+    return name, dict(cut=data[: len(data) // 2], empty=b"",
+                      noise=bytes(rng.integers(0, 255, 400, dtype=np.uint8))).get(name, data)
 
 
 def bad_weights(rng, path, out):
@@ -149,7 +156,8 @@ def bad_weights(rng, path, out):
     key = list(state)[int(rng.integers(len(state)))]
     while not state[key].is_floating_point() or not state[key].numel():
         key = list(state)[int(rng.integers(len(state)))]
-    names = ["NaN", "infinite", "a weight gone", "another weight", "another shape", "cut", "empty", "noise", "a long header", "pickled"]
+    names = ["NaN", "infinite", "a weight gone", "another weight", "another shape", "cut", "empty", "noise",
+             "a long header", "pickled"]
     name = names[int(rng.integers(len(names)))]
     data = Path(path).read_bytes()
     if name in ("NaN", "infinite"):
@@ -162,7 +170,8 @@ def bad_weights(rng, path, out):
         state[key] = torch.zeros(7, 7)
     else:
         noise = bytes(rng.integers(0, 255, 400, dtype=np.uint8))
-        Path(out).write_bytes({"cut": data[: len(data) // 3], "empty": b"", "noise": noise, "a long header": b"\xff" * 8 + data[8:], "pickled": b"\x80\x04K\x01."}[name])
+        Path(out).write_bytes({"cut": data[: len(data) // 3], "empty": b"", "noise": noise,
+                               "a long header": b"\xff" * 8 + data[8:], "pickled": b"\x80\x04K\x01."}[name])
         return f"{name} {key}"
     Path(out).unlink(missing_ok=True)
     save_file({k: v.clone() for k, v in state.items()}, out)
@@ -173,7 +182,8 @@ def bad_image(rng, path):
     from PIL import Image
 
     data, out = Path(path).read_bytes(), io.BytesIO()
-    name = ["cut", "empty", "text", "noise", "other size", "RGB", "16 bits", "float", "two pages", "one pixel", "a folder", "palette"][int(rng.integers(12))]
+    name = ["cut", "empty", "text", "noise", "other size", "RGB", "16 bits", "float", "two pages", "one pixel",
+            "a folder", "palette"][int(rng.integers(12))]
     make = {
         "other size": lambda: Image.new("L", (int(rng.integers(1, 300)), 7)),
         "RGB": lambda: Image.new("RGB", (32, 32)),
@@ -186,7 +196,8 @@ def bad_image(rng, path):
         make[name]().save(out, "TIFF" if name == "float" else "PNG")
     elif name == "two pages":
         Image.new("L", (32, 32)).save(out, "TIFF", save_all=True, append_images=[Image.new("L", (9, 9))])
-    known = dict(cut=data[: len(data) // 2], empty=b"", text=b"no image", noise=bytes(rng.integers(0, 255, 300, dtype=np.uint8)))
+    known = dict(cut=data[: len(data) // 2], empty=b"", text=b"no image",
+                 noise=bytes(rng.integers(0, 255, 300, dtype=np.uint8)))
     return name, None if name == "a folder" else known.get(name, out.getvalue())
 
 
@@ -214,27 +225,48 @@ def changed(path, data):
 
 
 OPTIONS = {
-    "rcic_train": dict(laptop=[0, -5, 10**12, float("nan")], wells=["x", "", "all "], target=["nothing", ""], recipe=["lapto", "no.json", "", "laptop.json", "."], log=["x"],
-                       valid=["", "=", "plate", "plate=9", "fold=9", "fold=1/0", "well=-1", "experiment=HUVEC", "run=nowhere", "x=1", "fold=nan"], start=["nowhere", "/dev/null"], data=["nowhere", "/dev/null", ""],
-                       set=[["train.lr=NaN"], ["train.lr=-1"], ["train.epochs=0"], ["x"], ["train.x=1"], ["data.size=0"], ["model.arch=resnet"], ["data.batch_size=0"], ["data.workers=-1"],
-                            ["model.arch_options={\"channels\": \"a\"}"], ["model.arch_options={\"x\": 1}"], ["model.pretrained=nowhere.pth"], ["data={}x"], ["=1"], ["train.lr"], ["model.head=x"], ["device.precision=fp8"]]),
-    "rcic_find_lr": dict(steps=[0, -1, 19, 10**12], laptop=[0, -1], data=["nowhere"], recipe=["x"], set=[["data.crop=-1"]], target=["nothing"]),
-    "rcic_predict": dict(split=["x", "", "Test"], batchnorm=["x", ""], domain=["well", ""], bagging=["", "0", "-1", "a", "8,,8", "1e3", "1"], postprocess=["x"], tta=["0", "-1", "65", "x", "nan", "1.5"],
+    "rcic_train": dict(laptop=[0, -5, 10**12, float("nan")], wells=["x", "", "all "], target=["nothing", ""],
+                       recipe=["lapto", "no.json", "", "laptop.json", "."], log=["x"],
+                       valid=["", "=", "plate", "plate=9", "fold=9", "fold=1/0", "well=-1", "experiment=HUVEC",
+                              "run=nowhere", "x=1", "fold=nan"], start=["nowhere", "/dev/null"], data=["nowhere",
+                                                                                                       "/dev/null", ""],
+                       set=[["train.lr=NaN"], ["train.lr=-1"], ["train.epochs=0"], ["x"], ["train.x=1"],
+                            ["data.size=0"], ["model.arch=resnet"], ["data.batch_size=0"], ["data.workers=-1"],
+                            ["model.arch_options={\"channels\": \"a\"}"], ["model.arch_options={\"x\": 1}"],
+                            ["model.pretrained=nowhere.pth"], ["data={}x"], ["=1"], ["train.lr"], ["model.head=x"],
+                            ["device.precision=fp8"]]),
+    "rcic_find_lr": dict(steps=[0, -1, 19, 10**12], laptop=[0, -1], data=["nowhere"], recipe=["x"],
+                         set=[["data.crop=-1"]], target=["nothing"]),
+    "rcic_predict": dict(split=["x", "", "Test"], batchnorm=["x", ""], domain=["well", ""],
+                         bagging=["", "0", "-1", "a", "8,,8", "1e3", "1"], postprocess=["x"],
+                         tta=["0", "-1", "65", "x", "nan", "1.5"],
                          run=["nowhere", ""], data=["nowhere", "/dev/null"]),
-    "rcic_embed": dict(split=["x"], batchnorm=["x"], out=["e.txt", "e", ""], truth=["nowhere.csv", "/dev/null", "."], run=["nowhere"], data=["nowhere"]),
-    "rcic_submit": dict(assignment=["x", ""], thresholds=["f1"], sample=["nowhere.csv", "/dev/null"], run=["nowhere"], data=["nowhere"]),
+    "rcic_embed": dict(split=["x"], batchnorm=["x"], out=["e.txt", "e", ""], truth=["nowhere.csv", "/dev/null", "."],
+                       run=["nowhere"], data=["nowhere"]),
+    "rcic_submit": dict(assignment=["x", ""], thresholds=["f1"], sample=["nowhere.csv", "/dev/null"], run=["nowhere"],
+                        data=["nowhere"]),
     "rcic_blend": dict(weights=["x", "1", "nan,1", "-1,2", "inf,1", "0,0", "1,2,3", ""], space=["x"], data=["nowhere"]),
-    "rcic_pack": dict(format=["x", ""], preset=["x"], size=[0, -1, 10**9, 33], workers=[0, -1, 10**9], data=["nowhere", "/dev/null"]),
-    "rcic_simulate": dict(sirnas=[0, -1, 10**12], train_experiments=[0, -1], test_experiments=[-1], image_size=[0, -1, 15, 10**9], sites=[0, 3], effect=[float("nan"), -1, float("inf")], batch_effect=[float("nan"), -1],
+    "rcic_pack": dict(format=["x", ""], preset=["x"], size=[0, -1, 10**9, 33], workers=[0, -1, 10**9],
+                      data=["nowhere", "/dev/null"]),
+    "rcic_simulate": dict(sirnas=[0, -1, 10**12], train_experiments=[0, -1], test_experiments=[-1],
+                          image_size=[0, -1, 15, 10**9], sites=[0, 3], effect=[float("nan"), -1, float("inf")],
+                          batch_effect=[float("nan"), -1],
                           seed=[-1], workers=[0, -1], cell_types=["", "a/b", "../x", "HUVEC,HUVEC"]),
     "rcic_show": dict(well=["Z99", "", "../x"], site=[-1, 9, 10**12], data=["nowhere"], out=["x.xyz"]),
-    "rcic_describe": dict(table=["nowhere.csv", "/dev/null"], files=["x", "{well}", "{wel}_{channel}.png", "{well}_{channel}.tif"], channels=["x", "", "DAPI,DAPI", "a=b=c"], column=[["x"], ["x=y"], ["well=x"]],
+    "rcic_describe": dict(table=["nowhere.csv", "/dev/null"],
+                          files=["x", "{well}", "{wel}_{channel}.png", "{well}_{channel}.tif"],
+                          channels=["x", "", "DAPI,DAPI", "a=b=c"], column=[["x"], ["x=y"], ["well=x"]],
                           negative=[["x"]], positive=[["x"]], like=["nowhere"], data=["nowhere"]),
-    "rcic_hpa_simulate": dict(images=[0, -1, 10**12], test=[-1], external=[-1], image_size=[0], size_shift=[0.0, float("nan"), -1.0], contrast=[0.0, float("nan")], seed=[-1], workers=[0]),
+    "rcic_hpa_simulate": dict(images=[0, -1, 10**12], test=[-1], external=[-1], image_size=[0],
+                              size_shift=[0.0, float("nan"), -1.0], contrast=[0.0, float("nan")], seed=[-1],
+                              workers=[0]),
     "rcic_score": dict(submission=["nowhere.csv", "/dev/null", "."], truth=["nowhere.csv", "/dev/null", "."]),
-    "rcic_report": dict(folder=["nowhere", "/dev/null"], truth=["nowhere.csv"], template=["nowhere.ipynb"], data=["nowhere"]),
-    "rcic_kaggle": dict(laptop=[0, -1], hours=[0.0, -1.0, float("nan"), float("inf")], kind=["x"], recipe=["x"], title=["x", "", "y" * 99], user=["", "a b", "../x"], dataset=[["x"], ["a/b/c/d"]], weights=["x"]),
-}  # fmt: skip
+    "rcic_report": dict(folder=["nowhere", "/dev/null"], truth=["nowhere.csv"], template=["nowhere.ipynb"],
+                        data=["nowhere"]),
+    "rcic_kaggle": dict(laptop=[0, -1], hours=[0.0, -1.0, float("nan"), float("inf")], kind=["x"], recipe=["x"],
+                        title=["x", "", "y" * 99], user=["", "a b", "../x"], dataset=[["x"], ["a/b/c/d"]],
+                        weights=["x"]),
+}
 
 
 def command(name):
@@ -244,12 +276,20 @@ def command(name):
 
 
 def cases(root, rng):
-    "Endless: kind, what is wrong, words one of which the line must have, and a context in which to call a command with options"
-    good = dict(rcic_train=dict(data=root / "screen", run=root / "new"), rcic_find_lr=dict(data=root / "screen", out=root / "lr.png"), rcic_predict=dict(run=root / "run"), rcic_embed=dict(run=root / "run", out=root / "e.npz"),
-                rcic_submit=dict(run=root / "run", out=root / "s.csv"), rcic_blend=dict(run=[root / "run", root / "run2"], out=root / "blend"), rcic_pack=dict(data=root / "screen", out=root / "packed"),
-                rcic_simulate=dict(out=root / "simulated"), rcic_show=dict(data=root / "screen", out=root / "w.png"), rcic_describe=dict(data=root / "own", out=root / "described", files="{well}_{channel}.png"),
-                rcic_hpa_simulate=dict(out=root / "atlas"), rcic_score=dict(submission=root / "run/submission.csv", truth=root / "screen/truth.csv"), rcic_report=dict(folder=root / "run", out=root / "r.html"),
-                rcic_kaggle=dict(action="build", folder=root / "kernel", user="somebody"))  # fmt: skip
+    """Endless: kind, what is wrong, words one of which the line must have, and a context in which to call a command
+    with options"""
+    good = dict(rcic_train=dict(data=root / "screen", run=root / "new"),
+                rcic_find_lr=dict(data=root / "screen", out=root / "lr.png"), rcic_predict=dict(run=root / "run"),
+                rcic_embed=dict(run=root / "run", out=root / "e.npz"),
+                rcic_submit=dict(run=root / "run", out=root / "s.csv"),
+                rcic_blend=dict(run=[root / "run", root / "run2"], out=root / "blend"),
+                rcic_pack=dict(data=root / "screen", out=root / "packed"),
+                rcic_simulate=dict(out=root / "simulated"), rcic_show=dict(data=root / "screen", out=root / "w.png"),
+                rcic_describe=dict(data=root / "own", out=root / "described", files="{well}_{channel}.png"),
+                rcic_hpa_simulate=dict(out=root / "atlas"),
+                rcic_score=dict(submission=root / "run/submission.csv", truth=root / "screen/truth.csv"),
+                rcic_report=dict(folder=root / "run", out=root / "r.html"),
+                rcic_kaggle=dict(action="build", folder=root / "kernel", user="somebody"))
     paths = ("data", "start", "run", "out", "truth", "table", "like", "sample", "submission", "folder", "template")
     flat = [(n, o, v) for n, d in OPTIONS.items() for o, values in d.items() for v in values]
     order, treated = iter(rng.permutation(len(flat))), list(pd.read_csv(root / "screen/test.csv").itertuples())
@@ -258,27 +298,36 @@ def cases(root, rng):
             n, o, v = flat[i]
             value = Path(v) if o in paths and isinstance(v, str) else v
             yield "options", f"{n} {o}={v!r}", None, contextlib.nullcontext(), n, {**good[n], o: value}
-        tables = [("screen/train.csv", "rcic_train"), ("screen/train_controls.csv", "rcic_show"), ("screen/test.csv", "rcic_predict"), ("run/submission.csv", "rcic_score"), ("screen/truth.csv", "rcic_score"),
-                  ("own/map.csv", "rcic_describe"), ("store/train.csv", "rcic_show"), ("screen/sample_submission.csv", "rcic_submit"), ("screen/truth.csv", "rcic_embed")]  # fmt: skip
+        tables = [("screen/train.csv", "rcic_train"), ("screen/train_controls.csv", "rcic_show"),
+                  ("screen/test.csv", "rcic_predict"), ("run/submission.csv", "rcic_score"),
+                  ("screen/truth.csv", "rcic_score"),
+                  ("own/map.csv", "rcic_describe"), ("store/train.csv", "rcic_show"),
+                  ("screen/sample_submission.csv", "rcic_submit"), ("screen/truth.csv", "rcic_embed")]
         file, n = tables[int(rng.integers(len(tables)))]
         fault, data = bad_table(rng, (root / file).read_text())
-        more = dict(data=root / "store") if file.startswith("store") else dict(truth=root / file) if n == "rcic_embed" else {}
+        more = dict(data=root / "store") if file.startswith("store") else dict(
+            truth=root / file) if n == "rcic_embed" else {}
         if n == "rcic_submit":
             more = dict(sample=root / file)
         yield "tables", f"{file} {fault} {n}", Path(file).name, changed(root / file, data), n, {**good[n], **more}
-        jsons = [("run/recipe.json", "rcic_predict"), ("run/run.json", "rcic_submit"), ("run/run.json", "rcic_predict"), ("store/manifest.json", "rcic_show"), ("own/screen.json", "rcic_show"), ("my.json", "rcic_train")]
+        jsons = [("run/recipe.json", "rcic_predict"), ("run/run.json", "rcic_submit"), ("run/run.json", "rcic_predict"),
+                 ("store/manifest.json", "rcic_show"), ("own/screen.json", "rcic_show"), ("my.json", "rcic_train")]
         file, n = jsons[int(rng.integers(len(jsons)))]
         fault, data = bad_json(rng, (root / file).read_text())
-        more = dict(data=(root / file).parent) if n == "rcic_show" else dict(recipe=str(root / file)) if n == "rcic_train" else {}
+        more = dict(data=(root / file).parent) if n == "rcic_show" else dict(
+            recipe=str(root / file)) if n == "rcic_train" else {}
         yield "json", f"{file} {fault} {n}", Path(file).name, changed(root / file, data), n, {**good[n], **more}
         fault, data = bad_arrays(rng, root / "run/predictions/test.npz")
-        yield "arrays", fault, "test.npz", changed(root / "run/predictions/test.npz", data), "rcic_submit", good["rcic_submit"]
+        yield "arrays", fault, "test.npz", changed(root / "run/predictions/test.npz",
+                                                   data), "rcic_submit", good["rcic_submit"]
         weights = root / "run/model.safetensors"
         fault = bad_weights(rng, weights, root / "bad.safetensors")
         yield "weights", fault, "model.safetensors", changed(weights, (root / "bad.safetensors").read_bytes()), *(
-            ("rcic_predict", good["rcic_predict"]) if rng.integers(2) else ("rcic_train", {**good["rcic_train"], "start": root / "run"})
+            ("rcic_predict", good["rcic_predict"]) if rng.integers(2)
+            else ("rcic_train", {**good["rcic_train"], "start": root / "run"})
         )
-        images = [p for w in treated for p in sorted((root / "screen/test").glob(f"{w.experiment}/Plate{w.plate}/{w.well}_*.png"))]
+        images = [p for w in treated
+                  for p in sorted((root / "screen/test").glob(f"{w.experiment}/Plate{w.plate}/{w.well}_*.png"))]
         image = images[int(rng.integers(len(images)))]
         fault, data = bad_image(rng, image)
         n = ("rcic_predict", "rcic_pack")[int(rng.integers(2))]

@@ -34,7 +34,8 @@ def run_case(test, values, fixtures, folder):
 
 
 def each(names, cases, ids=None):
-    """Takes what `pytest.mark.parametrize` takes, for cases that need no test each: it runs all of them, then names those that fail.
+    """Takes what `pytest.mark.parametrize` takes, for cases that need no test each: it runs all of them, then names
+    those that fail.
 
     `ids` is a function of a value. A fixture is made once for all cases; `tmp_path` is a new folder for each.
     """
@@ -51,10 +52,12 @@ def each(names, cases, ids=None):
                 except (Exception, pytest.fail.Exception) as e: failed[name_of(case, ids, values)] = e
             if not failed: return
             lines = [f"{name}: {type(e).__name__}: {str(e)[:500]}" for name, e in failed.items()]
-            raise AssertionError("\n".join([f"{len(failed)} of {len(cases)} cases failed", *lines])) from next(iter(failed.values()))
+            raise AssertionError("\n".join([f"{len(failed)} of {len(cases)} cases failed", *lines])) from next(
+                iter(failed.values()))
 
         signature = inspect.signature(test)
-        all_cases.__signature__ = signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in names])
+        all_cases.__signature__ = (
+            signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in names]))
         return all_cases
 
     return decorate

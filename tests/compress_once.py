@@ -1,4 +1,5 @@
-"The same bytes are compressed once per test session: a kernel holds the wheel of this library, which takes seconds each time."
+"""The same bytes are compressed once per test session: a kernel holds the wheel of this library, which takes seconds
+each time."""
 import hashlib
 import lzma
 import os

@@ -1,6 +1,8 @@
-"""Fresh processes without the seconds that imports take: a process that has imported everything and computed nothing forks for each command.
+"""Fresh processes without the seconds that imports take: a process that has imported everything and computed nothing
+forks for each command.
 
-    python tests/fork_server.py    reads lines of JSON, {"argv": [...], "cwd": ..., "out": FILE, "err": FILE}; answers with exit statuses
+    python tests/fork_server.py    reads lines of JSON, {"argv": [...], "cwd": ..., "out": FILE, "err": FILE}; answers
+    with exit statuses
 """
 import importlib
 import json
@@ -16,7 +18,8 @@ from compress_once import compress_once
 from test_report import execute_here
 
 # what commands import late; a module that a command needs and that is missing here is imported in the fork
-HEAVY = ("blend", "run", "recipe", "report", "kaggle", "wheels", "hpa", "hpa_stack", "simulate_hpa", "platemap", "store", "folds", "train", "predict", "judge", "page")
+HEAVY = ("blend", "run", "recipe", "report", "kaggle", "wheels", "hpa", "hpa_stack", "simulate_hpa", "platemap",
+         "store", "folds", "train", "predict", "judge", "page")
 
 
 def run_command(argv):

@@ -4,7 +4,8 @@ import threading
 
 
 def locks_of_its_own():
-    "tqdm's lock is shared with the parent: a child killed while it holds it would stop every later progress bar of the others"
+    """tqdm's lock is shared with the parent: a child killed while it holds it would stop every later progress bar of
+    the others"""
     from tqdm import tqdm
     from tqdm.auto import tqdm as automatic
 

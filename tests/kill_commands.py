@@ -1,7 +1,8 @@
 """Commands that are killed while they write, and two at once: `python kill_commands.py FOLDER` prints JSON.
 
-Run by test_writing.py in a process of its own: each attempt is a fork, which kills itself with SIGKILL before or after a file gets its name.
-With `all` after the folder it is every moment of `SERIES`, each in a folder of its own, and the report is made from the library's template.
+Run by test_writing.py in a process of its own: each attempt is a fork, which kills itself with SIGKILL before or after
+a file gets its name. With `all` after the folder it is every moment of `SERIES`, each in a folder of its own, and the
+report is made from the library's template.
 """
 
 import io
@@ -36,27 +37,35 @@ from rcic_fastai.recipe.check import recipe_to_json  # noqa: E402
 from rcic_fastai.report.core import make_report  # noqa: E402, F401
 from rcic_fastai.screen.simulate_atlas import simulate_hpa  # noqa: E402
 from rcic_fastai.data.pack import pack_screen  # noqa: E402, F401
-from rcic_fastai.recipe.settings import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe  # noqa: E402
+from rcic_fastai.recipe.settings import CheckpointSettings, DataSettings, LossSettings, ModelSettings  # noqa: E402
+from rcic_fastai.recipe.settings import Recipe  # noqa: E402
 from rcic_fastai.recipe.settings import TrainSettings  # noqa: E402
 
 POINTS = dict(
     simulate=["simulation.json", "test.csv", "HUVEC-01/Plate2/B02_s2_w1.png", "HUVEC-02/Plate2/C11_s2_w1.png+"],
     train=["model.safetensors", "run.json", "run.json+", "test.npz", "submission.csv", "submission.csv+"],
-    embed=["train.npz"], report=["page.ipynb+", "page.html"], stack=["statistics-valid", "fold2-class05", "test.npz", "run.json"],
-)  # fmt: skip
+    embed=["train.npz"], report=["page.ipynb+", "page.html"],
+    stack=["statistics-valid", "fold2-class05", "test.npz", "run.json"],
+)
 
-# a file that gets its name: before that, + after that, ~ after that share of the time from there (or from the start) to the end
+# a file that gets its name: before that, + after that, ~ after that share of the time from there (or from the start) to
+# the end
 SERIES = dict(
-    simulate=["simulation.json", "test.csv", "truth.csv+", "~.2", "HUVEC-01/Plate2/B02_s2_w1.png", "HUVEC-01/Plate2/B02_s2_w1.png+", "~.6", "HUVEC-02/Plate2/C11_s2_w1.png+"],
-    train=["model.safetensors", "model.safetensors+", "recipe.json+", "run.json", "run.json+", "run.json~.2", "valid.npz", "valid.npz+", "valid.npz~.5", "test.npz", "test.npz+",
+    simulate=["simulation.json", "test.csv", "truth.csv+", "~.2", "HUVEC-01/Plate2/B02_s2_w1.png",
+              "HUVEC-01/Plate2/B02_s2_w1.png+", "~.6", "HUVEC-02/Plate2/C11_s2_w1.png+"],
+    train=["model.safetensors", "model.safetensors+", "recipe.json+", "run.json", "run.json+", "run.json~.2",
+           "valid.npz", "valid.npz+", "valid.npz~.5", "test.npz", "test.npz+",
            "submission.csv", "submission.csv+"],
     embed=["~.2", "~.5", "~.8", "train.npz", "train.npz+"],
     report=["~.1", "~.4", "~.8", "page.ipynb", "page.ipynb+", "page.html", "page.html+"],
-    stack=["stack.json", "statistics-valid", "statistics-test+", "settings.json", "fold1-class05", "fold2-class05+", "~.7", "test.npz", "test.npz+", "run.json", "run.json+"],
-)  # fmt: skip
+    stack=["stack.json", "statistics-valid", "statistics-test+", "settings.json", "fold1-class05", "fold2-class05+",
+           "~.7", "test.npz", "test.npz+", "run.json", "run.json+"],
+)
 
-TINY = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)), data=DataSettings(batch_size=8, cache=True),
-               loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)), train=TrainSettings(epochs=1, lr=1e-3), checkpoint=CheckpointSettings(steps=2))  # fmt: skip
+TINY = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)),
+               data=DataSettings(batch_size=8, cache=True),
+               loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)), train=TrainSettings(epochs=1, lr=1e-3),
+               checkpoint=CheckpointSettings(steps=2))
 ORPHANS = Path(sys.argv[1], "orphans") if len(sys.argv) > 1 else None
 PAGE = """import warnings
 import matplotlib.pyplot as plt
@@ -77,7 +86,8 @@ def kill_in(seconds):
 
 
 def kill_at(name, after=False, seconds=None):
-    "SIGKILL when a file of that name is renamed into place, before, after or some time after that; in a worker of a pool it is the parent that dies"
+    """SIGKILL when a file of that name is renamed into place, before, after or some time after that; in a worker of
+    a pool it is the parent that dies"""
     replace_, parent = os.replace, os.getpid()
     if not name: return kill_in(seconds)
 
@@ -115,7 +125,8 @@ def attempt(what, at=None):
 
 def content(path):
     "What is compared: tensors of networks, arrays of archives, bytes of all else"
-    if path.suffix == ".safetensors": return [(k, v.shape, v.numpy().tobytes()) for k, v in sorted(load_file(path).items())]
+    if path.suffix == ".safetensors":
+        return [(k, v.shape, v.numpy().tobytes()) for k, v in sorted(load_file(path).items())]
     if path.suffix == ".npz": return [(k, v.tobytes()) for k, v in np.load(path).items()]
     if path.name == "history.csv": return path.read_text().split(",time")[0]
     return path.read_bytes().replace(b"/killed/", b"/whole/")
@@ -123,12 +134,14 @@ def content(path):
 
 def same(folder, a="whole", b="killed"):
     "Files that differ; nothing hidden may be left"
-    trees = [{p.relative_to(folder / n).as_posix(): content(p) for p in sorted((folder / n).rglob("*")) if p.is_file()} for n in (a, b)]
+    trees = [{p.relative_to(folder / n).as_posix(): content(p) for p in sorted((folder / n).rglob("*")) if p.is_file()}
+             for n in (a, b)]
     return [k for k in sorted({*trees[0], *trees[1]}) if trees[0].get(k) != trees[1].get(k) or "rcic-" in k]
 
 
 def killed(folder, make, *points):
-    "Files that differ after a command was killed at each point (before a file gets its name, with a + after that) and run to its end, and how it ended each time"
+    """Files that differ after a command was killed at each point (before a file gets its name, with a + after that)
+    and run to its end, and how it ended each time"""
     assert (done := attempt(lambda: make(folder / "whole")))[0] == 0, done
     ends = [attempt(lambda: make(folder / "killed"), (p.rstrip("+"), "+" in p))[0] for p in points]
     done = attempt(lambda: make(folder / "killed"))
@@ -153,7 +166,8 @@ def times(make, answer):
 
 
 def each(folder, make, points):
-    "Rows: what came of a kill at each moment, in a folder of its own: how it ended, how the same command ended after that, and which files differ"
+    """Rows: what came of a kill at each moment, in a folder of its own: how it ended, how the same command ended
+    after that, and which files differ"""
     when, rows = times(lambda: make(folder / "whole"), folder.with_suffix(".json")), []
     for point in points:
         name, timed, share = point.partition("~")
@@ -197,22 +211,26 @@ def at_once(make):
 
 def atlas_and_runs(root):
     "An atlas, and two runs whose networks were never trained"
-    atlas = read_hpa(simulate_hpa(root / "atlas", n_images=150, n_test=30, n_external=0, image_size=24, min_positives=3, workers=1, progress=False))
+    atlas = read_hpa(simulate_hpa(root / "atlas", n_images=150, n_test=30, n_external=0, image_size=24, min_positives=3,
+                                  workers=1, progress=False))
     train, test = (atlas.wells.id_code[atlas.wells.split == s].tolist() for s in ("train", "test"))
     rng = np.random.default_rng(0)
     for k in range(2):
         run, y = root / f"net{k}", label_truth(atlas, train)[0]
         for split, ids in (("valid", train), ("test", test)):
             logits = rng.normal(0, 1, (len(ids), y.shape[1])) + (2 * y - 1 if split == "valid" else 0)
-            Predictions([f"{i}_1" for i in ids], atlas.classes, logits, dict(activation="sigmoid")).save(run / "predictions" / f"{split}.npz")
+            Predictions([f"{i}_1" for i in ids], atlas.classes, logits, dict(activation="sigmoid")).save(
+                run / "predictions" / f"{split}.npz")
         write_json(run / "recipe.json", asdict(Recipe(loss=LossSettings("multilabel_focal"))))
-        write_json(run / "run.json", dict(target="labels", wells="treatments", valid="fold=0/5", present_only=False, data=str(atlas.path), valid_wells=train, blend=["a network"]))
+        write_json(run / "run.json", dict(target="labels", wells="treatments", valid="fold=0/5", present_only=False,
+                                          data=str(atlas.path), valid_wells=train, blend=["a network"]))
     return [root / "net0", root / "net1"]
 
 
 def main(folder, series=False):
     torch.set_num_threads(1)
-    found, screen, recipe, template = {}, folder / "simulate" / "whole" / "screen", folder / "recipe.json", folder / "template.ipynb"
+    found, screen, recipe, template = ({}, folder / "simulate" / "whole" / "screen", folder / "recipe.json",
+                                       folder / "template.ipynb")
     recipe.write_text(recipe_to_json(TINY))
     cells = [nbformat.v4.new_markdown_cell("# A run", id="a"), nbformat.v4.new_code_cell(PAGE, id="b")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), template)
@@ -220,10 +238,12 @@ def main(folder, series=False):
     run, runs = folder / "train" / "whole" / "run", []
     made = dict(
         simulate=lambda out: cli.rcic_simulate(out=out / "screen", workers=2, **SCREEN),
-        train=lambda out: cli.rcic_train(data=screen, recipe=str(recipe), run=out / "run", valid="experiment=HUVEC-03", submit=True),
+        train=lambda out: cli.rcic_train(data=screen, recipe=str(recipe), run=out / "run", valid="experiment=HUVEC-03",
+                                         submit=True),
         embed=lambda out: cli.rcic_embed(run=run, split="train", out=out / "train.npz"),
         report=lambda out: cli.rcic_report(run, out=out / "page.html", template=None if series else template),
-        stack=lambda out: hpa_cli.rcic_hpa_stack(run=runs, out=out / "stack", data=folder / "stack" / "atlas", min_positives=10**6, no_statistics=False),
+        stack=lambda out: hpa_cli.rcic_hpa_stack(run=runs, out=out / "stack", data=folder / "stack" / "atlas",
+                                                 min_positives=10**6, no_statistics=False),
     )
     for name, make in made.items():
         if name == "stack": runs += atlas_and_runs(folder / "stack")
@@ -233,7 +253,7 @@ def main(folder, series=False):
     both = folder / "both"
     for name, make in dict(simulate=lambda: cli.rcic_simulate(out=both / "simulate", workers=2, **SCREEN),
                            pack=lambda: cli.rcic_pack(data=screen, out=both / "pack", workers=1),
-                           train=lambda: cli.rcic_train(data=screen, recipe=str(recipe), run=both / "train")).items():  # fmt: skip
+                           train=lambda: cli.rcic_train(data=screen, recipe=str(recipe), run=both / "train")).items():
         found[f"two at once: {name}"] = at_once(make)
     found["simulated"] = same(folder, "simulate/whole/screen", "both/simulate")
     found["orphans"] = ORPHANS.read_text() if ORPHANS.exists() else ""

@@ -1,6 +1,8 @@
-"""A training with everything on, uninterrupted and killed at random moments: `python kill_training.py FOLDER KILLS` prints JSON.
+"""A training with everything on, uninterrupted and killed at random moments: `python kill_training.py FOLDER KILLS`
+prints JSON.
 
-Run by test_checkpoint.py in a process of its own: each attempt is a fork, which is killed with SIGKILL by a callback of its own.
+Run by test_checkpoint.py in a process of its own: each attempt is a fork, which is killed with SIGKILL by a callback of
+its own.
 """
 
 import json
@@ -26,7 +28,8 @@ from rcic_fastai.recipe.check import check_recipe  # noqa: E402
 from rcic_fastai.run.train import train_run  # noqa: E402
 from rcic_fastai.screen.read import read_screen  # noqa: E402
 from rcic_fastai.screen.simulate import simulate_screen  # noqa: E402
-from rcic_fastai.recipe.settings import CheckpointSettings, DataSettings, LossSettings, ModelSettings, PseudoSettings  # noqa: E402
+from rcic_fastai.recipe.settings import CheckpointSettings, DataSettings, LossSettings, ModelSettings  # noqa: E402
+from rcic_fastai.recipe.settings import PseudoSettings  # noqa: E402
 from rcic_fastai.recipe.settings import Recipe, TrainSettings  # noqa: E402
 
 MOMENTS = "before_batch", "after_pred", "before_backward", "after_step", "after_batch", "within a checkpoint"
@@ -41,8 +44,9 @@ def everything():
         controls=stage(epochs=1, lr=1e-3, lr_ratio=10), pseudo=PseudoSettings(start=1, first=0.5),
         train=stage(epochs=3, lr=1e-3, accumulate=3, ema=0.9, mix="cutmix", freeze_epochs=1),
         finetune=stage(epochs=2, lr=1e-4, mix="mixup", average=2, optimizer="adam", schedule="cosine"),
-        cell_type=stage(epochs=2, lr=1e-4, keep="best", validate_steps=2, accumulate=2, optimizer="adamw", schedule="exponential"),
-        checkpoint=CheckpointSettings(steps=2, keep=2)))  # fmt: skip
+        cell_type=stage(epochs=2, lr=1e-4, keep="best", validate_steps=2, accumulate=2, optimizer="adamw",
+                        schedule="exponential"),
+        checkpoint=CheckpointSettings(steps=2, keep=2)))
 
 
 class Steps(Callback):
@@ -56,7 +60,8 @@ class Steps(Callback):
     def _at(self, moment):
         if not self.learn.training:
             return
-        stage, step = [self.learn.path.name, self.learn.checkpoint.stage], self.learn.train_iter + (moment != "after_batch")
+        stage, step = [self.learn.path.name,
+                       self.learn.checkpoint.stage], self.learn.train_iter + (moment != "after_batch")
         if moment == "after_batch":
             self.seen.append([*stage, step])
         if self.where is None or self.where[:2] != stage or step < self.where[2]:
@@ -109,7 +114,8 @@ def equal(a, b):
 def main(folder, kills):
     torch.set_num_threads(1)
     if not (folder / "screen").exists():
-        simulate_screen(folder / "screen", n_sirnas=6, n_train=3, n_test=1, cell_types=("HUVEC", "RPE"), image_size=32, n_positive=2, progress=False)
+        simulate_screen(folder / "screen", n_sirnas=6, n_train=3, n_test=1, cell_types=("HUVEC", "RPE"), image_size=32,
+                        n_positive=2, progress=False)
     screen, answer, rng = read_screen(folder / "screen"), folder / "steps.json", random.Random(0)
     assert attempt(screen, folder / "whole", None, answer)
     steps = json.loads(answer.read_text())
@@ -127,8 +133,10 @@ def main(folder, kills):
         assert attempt(screen, folder / "killed", None, answer)
     found = weights(folder / "killed")
     same = {k: equal(v, found[k]) for k, v in weights(folder / "whole").items()}
-    histories = [[p.read_text().split(",time")[0] for p in sorted((folder / n).glob("*/history.csv"))] for n in ("whole", "killed")]
-    print(json.dumps(dict(killed=killed, stages=stages, same=same, histories=histories[0] == histories[1], steps=len(steps))))
+    histories = [[p.read_text().split(",time")[0] for p in sorted((folder / n).glob("*/history.csv"))]
+                 for n in ("whole", "killed")]
+    print(json.dumps(dict(killed=killed, stages=stages, same=same, histories=histories[0] == histories[1],
+                          steps=len(steps))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"Adversarial validation: AUC with intervals, what tells training from test images, validation sets that look like the test set."
+"""Adversarial validation: AUC with intervals, what tells training from test images, validation sets that look like
+the test set."""
 
 import numpy as np
 import pandas as pd
@@ -57,7 +58,8 @@ def test_equal_sets_cannot_be_told_apart_and_shifted_ones_can():
     assert same.low.iloc[0] < 0.5 < same.high.iloc[0] and abs(same.auc.iloc[0] - 0.5) < 0.08
     far = adversarial_report(a, b + [0, 8, 0, -1], list("wxyz"), groups)
     assert (
-        far.index[:3].tolist() == ["logistic regression", "x", "z"] and far.auc.iloc[0] > 0.99 and far.auc["x"] > 0.99 > 0.4 > far.auc["z"]
+        far.index[:3].tolist() == ["logistic regression", "x", "z"] and far.auc.iloc[0] > 0.99
+        and far.auc["x"] > 0.99 > 0.4 > far.auc["z"]
     )
     assert far.differs[["logistic regression", "x", "z"]].all() and far["mean test"]["x"] > far["mean train"]["x"] + 6
     assert far.kind.tolist() == ["model"] + ["feature"] * 4
@@ -67,7 +69,8 @@ def test_any_classifier_may_judge_and_sees_no_row_of_its_groups():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(100), 4)
     x = rng.normal(size=(100, 3))[groups]  # all rows of a group alike: a tree would know them again
-    table = adversarial_report(x[:200], x[200:], groups=groups, models=dict(linear=None, tree=DecisionTreeClassifier(random_state=0)))
+    table = adversarial_report(x[:200], x[200:], groups=groups,
+                               models=dict(linear=None, tree=DecisionTreeClassifier(random_state=0)))
     assert table.kind.tolist()[:2] == ["model", "model"] and abs(table.auc["tree"] - 0.5) < 0.15
     leaky = probability_of_test(x[:200], x[200:], None, DecisionTreeClassifier(random_state=0))
     assert roc_auc_score(np.arange(400) >= 200, leaky) > 0.95
@@ -76,7 +79,8 @@ def test_any_classifier_may_judge_and_sees_no_row_of_its_groups():
 def test_a_chosen_validation_set_is_closer_to_the_test_set():
     a, b, groups, shifted = draw(shift=2.0, share=0.3, n=800)
     c = choose_validation(a, b, 0.2, groups)
-    assert c.rows.sum() == 160 and c.table.index.tolist() == ["weighted", "top", "random"] and c.how in ("weighted", "top")
+    assert c.rows.sum() == 160 and c.table.index.tolist() == ["weighted", "top", "random"]
+    assert c.how in ("weighted", "top")
     assert abs(c.table.auc[c.how] - 0.5) < abs(c.table.auc["random"] - 0.5) - 0.1
     assert shifted[c.rows].mean() > shifted.mean() + 0.25
     assert not set(groups[:800][c.rows]) & set(groups[:800][~c.rows])

@@ -15,7 +15,8 @@ from rcic_fastai.predict.assign import plate_group_votes, vote_plate_groups
 from rcic_fastai.predict.core import Predictions
 
 SHARED = Path(__file__).resolve().parents[1].parent/'shared'
-needs_rcic = pytest.mark.skipif(not (SHARED/'rcic'/'train.csv').exists(), reason='the real tables (../shared/rcic/train.csv) are not here')
+needs_rcic = pytest.mark.skipif(not (SHARED/'rcic'/'train.csv').exists(),
+                                reason='the real tables (../shared/rcic/train.csv) are not here')
 SEEDS = range(12)
 
 
@@ -80,7 +81,8 @@ def test_bad_scores_are_explained(scores, allowed, message):
 
 def test_argmax_needs_an_allowed_class():
     allowed = np.array([[True, True], [False, False]])
-    with pytest.raises(ValueError, match='row 1 of scores has no allowed class'): argmax_classes(np.zeros((2, 2)), allowed)
+    with pytest.raises(ValueError, match='row 1 of scores has no allowed class'):
+        argmax_classes(np.zeros((2, 2)), allowed)
 
 
 def small_experiment(seed, n_plates=3, n_groups=3, free=0, per_group=3):
@@ -185,13 +187,15 @@ def test_a_screen_is_its_experiments_in_the_order_of_the_input(one_to_one):
         rows = experiments == e
         a = assign_experiment(scores[rows], plates[rows], groups, known.get(e), one_to_one)
         assert (table.label[rows] == a.labels).all() and np.allclose(table.margin[rows], a.margin)
-        assert (table.group[rows] == [a.mapping[p] for p in plates[rows]]).all() and np.allclose(table.mapping_margin[rows], a.mapping_margin)
+        assert (table.group[rows] == [a.mapping[p] for p in plates[rows]]).all()
+        assert np.allclose(table.mapping_margin[rows], a.mapping_margin)
     assert assign_screen(scores[:, :0].reshape(0, 9), [], [], groups).shape == (0, 6)
     assert assign_screen(scores, experiments, plates, one_to_one=False).group.isna().all()
 
 
 def test_a_screen_names_the_experiment_of_an_error():
-    with pytest.raises(ValueError, match='experiment RPE-08: 2 plates but 1 groups'): assign_screen(np.zeros((2, 2)), ['RPE-08']*2, [1, 2], [0, 0])
+    with pytest.raises(ValueError, match='experiment RPE-08: 2 plates but 1 groups'):
+        assign_screen(np.zeros((2, 2)), ['RPE-08']*2, [1, 2], [0, 0])
 
 
 # The published vote
@@ -201,27 +205,35 @@ def test_the_vote_by_hand():
                        [.1, .2, .3, .9], [.9, .1, .2, .3]])  # plate 2 for 1, 0
     plates, groups = [1, 1, 1, 2, 2], [0, 0, 1, 1]
     assert plate_group_votes(scores, plates, groups).to_numpy().tolist() == [[2, 1], [1, 1]]
-    assert vote_plate_groups(scores, plates, groups) == ({1: 0, 2: 1}, 1)  # 2 + 1 votes against 1 + 1, however sure well 1 is
+    # 2 + 1 votes against 1 + 1, however sure well 1 is
+    assert vote_plate_groups(scores, plates, groups) == ({1: 0, 2: 1}, 1)
     a, zero = (assign_experiment(scores, plates, groups, method=m) for m in ('vote', 'vote_zero'))
     assert a.labels.tolist() == [0, 1, 1, 3, 3] and a.mapping_margin == 1  # not one-to-one, whatever `one_to_one` is
     assert a.margin == pytest.approx([.8, .1, .7, .6, .1]) and a.value == pytest.approx(.9-.1+.9+.9+.3)
-    assert zero.labels.tolist() == [0, 2, 1, 3, 3] and zero.mapping == a.mapping  # well 1: the zero of class 2 beats -.2 and -.1
+    # well 1: the zero of class 2 beats -.2 and -.1
+    assert zero.labels.tolist() == [0, 2, 1, 3, 3]
+    assert zero.mapping == a.mapping
     assert zero.margin == pytest.approx([.8, 0, .7, .6, .1])
     assert assign_experiment(scores, plates, groups, known=[3], method='vote').labels.tolist() == [0, 1, 1, 2, 2]
     assert assign_experiment(scores, plates, groups, known=[2], method='vote_zero').labels.tolist() == [0, 3, 1, 3, 3]
-    with pytest.raises(ValueError, match=r'the plates have \[3, 2\] wells, the groups \[2, 2\]'): assign_experiment(scores, plates, groups)
+    with pytest.raises(ValueError, match=r'the plates have \[3, 2\] wells, the groups \[2, 2\]'):
+        assign_experiment(scores, plates, groups)
 
 
 def test_equal_votes_are_decided_by_the_scores_and_only_equal_ones():
-    assert vote_plate_groups([[3, 2], [3, 0]], [1, 2], [0, 1]) == ({1: 1, 2: 0}, 0)  # one vote each; 2 + 3 against 3 + 0
+    # one vote each; 2 + 3 against 3 + 0
+    assert vote_plate_groups([[3, 2], [3, 0]], [1, 2], [0, 1]) == ({1: 1, 2: 0}, 0)
     sure = np.array([[1, 0, -9], [1, 0, -9], [0, 1e9, -9], [0, 0, 1]])  # the class without group does not vote
     assert plate_group_votes(sure, [1, 1, 1, 2], [0, 1, -1]).to_numpy().tolist() == [[2, 1], [0, 0]]
     assert vote_plate_groups(sure, [1, 1, 1, 2], [0, 1, -1]) == ({1: 0, 2: 1}, 1)
     assert vote_plate_groups(np.zeros((3, 2)), [1, 1, 1], [0, 0]) == ({1: 0}, np.inf)
-    assert vote_plate_groups([[5., 1], [5, 1]], [1, 1], [0, 1], known=[0]) == ({1: 1}, np.inf)  # nothing is left of group 0
-    assert vote_plate_groups(np.zeros((0, 2)), [], [0, 1]) == infer_plate_groups(np.zeros((0, 2)), [], [0, 1]) == ({}, np.inf)
+    # nothing is left of group 0
+    assert vote_plate_groups([[5., 1], [5, 1]], [1, 1], [0, 1], known=[0]) == ({1: 1}, np.inf)
+    assert vote_plate_groups(np.zeros((0, 2)), [], [0, 1]) == infer_plate_groups(np.zeros((0, 2)), [],
+                                                                                 [0, 1]) == ({}, np.inf)
     with pytest.raises(ValueError, match='2 plates but 1 groups'): vote_plate_groups(np.zeros((2, 2)), [1, 2], [0, 0])
-    with pytest.raises(ValueError, match=r'the groups \[0, 1\] usable'): vote_plate_groups(np.zeros((2, 2)), [1, 2], [0, 1], known=[0])
+    with pytest.raises(ValueError, match=r'the groups \[0, 1\] usable'):
+        vote_plate_groups(np.zeros((2, 2)), [1, 2], [0, 1], known=[0])
 
 
 LAYOUTS = [{}, {"n_plates": 2, "n_groups": 4}, {"n_plates": 4, "n_groups": 4, "per_group": 4}, {"free": 3}]
@@ -235,15 +247,18 @@ def test_the_vote_against_all_permutations(layout):
         voted, best = groups[scores.argmax(1)], {}
         for perm in itertools.permutations(np.unique(groups[groups >= 0]).tolist(), len(np.unique(plates))):
             mapping = dict(zip(np.unique(plates).tolist(), perm))
-            best[perm] = (sum(v == mapping[p] for v, p in zip(voted, plates)), value(scores, argmax_classes(scores, allowed_classes(plates, groups, mapping))))
+            best[perm] = (sum(v == mapping[p] for v, p in zip(voted, plates)),
+                          value(scores, argmax_classes(scores, allowed_classes(plates, groups, mapping))))
         first, second = sorted(best.values(), reverse=True)[:2]
         mapping, margin = vote_plate_groups(scores, plates, groups)
         assert best[tuple(mapping[p] for p in sorted(mapping))] == pytest.approx(first) and margin == first[0]-second[0]
         assert all(type(p) is int and type(g) is int for p, g in mapping.items())
         ties += margin == 0
         allowed = allowed_classes(plates, groups, mapping)
-        assert assign_experiment(scores, plates, groups, method='vote').labels.tolist() == np.where(allowed, scores, -np.inf).argmax(1).tolist()
-        assert assign_experiment(scores, plates, groups, method='vote_zero').labels.tolist() == np.where(allowed, scores, 0).argmax(1).tolist()
+        assert assign_experiment(scores, plates, groups, method='vote').labels.tolist() == np.where(
+            allowed, scores, -np.inf).argmax(1).tolist()
+        assert assign_experiment(scores, plates, groups, method='vote_zero').labels.tolist() == np.where(
+            allowed, scores, 0).argmax(1).tolist()
     assert 0 < ties < len(SEEDS)
 
 
@@ -272,8 +287,10 @@ def test_the_method_reaches_screens_and_predictions(method):
     table, sirna = assign_predictions(p, groups, method=method), {}
     screen = assign_screen(p.logits[:, :4], experiments, plates, groups.to_numpy(), method=method)
     for e in ('HUVEC-17', 'RPE-08'):
-        a = assign_experiment(p.logits[experiments == e, :4], plates[experiments == e], groups.to_numpy(), method=method)
-        assert (screen.label[experiments == e] == a.labels).all() and (screen.mapping_margin[experiments == e] == a.mapping_margin).all()
+        a = assign_experiment(p.logits[experiments == e, :4], plates[experiments == e], groups.to_numpy(),
+                              method=method)
+        assert (screen.label[experiments == e] == a.labels).all()
+        assert (screen.mapping_margin[experiments == e] == a.mapping_margin).all()
         sirna |= dict(zip(np.array(ids)[experiments == e], classes[a.labels]))
     assert dict(zip(table.id_code, table.sirna)) == sirna
     if method == 'exact': assert table.equals(assign_predictions(p, groups, True))
@@ -284,19 +301,23 @@ def test_the_method_reaches_screens_and_predictions(method):
     lambda groups, method: assign_experiment(np.zeros((2, 2)), [1, 1], groups, method=method),
     lambda groups, method: assign_screen(np.zeros((2, 2)), ['A-01']*2, [1, 1], groups, method=method),
     lambda groups, method: assign_predictions(Predictions(['A-01_1_B03'], [0, 1], np.zeros((1, 2)), {"level": 'well'}),
-                                              None if groups is None else pd.Series(groups), one_to_one=False, method=method)])
+                                              None if groups is None else pd.Series(groups), one_to_one=False,
+                                              method=method)])
 def test_bad_methods_are_explained(call):
-    with pytest.raises(ValueError, match="^method is 'hungarian', expected one of exact, vote, vote_zero$"): call([0, 0], 'hungarian')
+    with pytest.raises(ValueError, match="^method is 'hungarian', expected one of exact, vote, vote_zero$"):
+        call([0, 0], 'hungarian')
     for method in ('vote', 'vote_zero'):
         for groups in (None, [-1, -1]):
-            with pytest.raises(ValueError, match=f"^method '{method}' votes on plate groups, but there are none"): call(groups, method)
+            with pytest.raises(ValueError, match=f"^method '{method}' votes on plate groups, but there are none"):
+                call(groups, method)
 
 
 # The real size. Signal and hubs make raw argmax right for about 60% of the wells.
 
 def noisy_scores(truth, n_classes, seed, signal=3.9, hubs=.5):
     rng = np.random.default_rng(seed)
-    scores = rng.normal(size=(len(truth), n_classes)).astype(np.float32) + (hubs*rng.normal(size=n_classes)).astype(np.float32)
+    scores = rng.normal(size=(len(truth), n_classes)).astype(np.float32) + (
+        hubs*rng.normal(size=n_classes)).astype(np.float32)
     scores[range(len(truth)), truth] += signal
     return scores
 
@@ -310,10 +331,12 @@ def check_real_size(experiments, n_classes=1108):
         a = assign_experiment(scores, plates, groups)
         seconds = time.process_time()-start
         true_mapping = dict(zip(plates.tolist(), groups[truth].tolist()))
-        rows.append({"experiment": name, "raw": (scores.argmax(1) == truth).mean(), "assigned": (a.labels == truth).mean(), "found": a.mapping == true_mapping,
+        rows.append({"experiment": name, "raw": (scores.argmax(1) == truth).mean(),
+                     "assigned": (a.labels == truth).mean(), "found": a.mapping == true_mapping,
                          "unique": len(set(a.labels)) == len(a.labels), "seconds": seconds})
     table = pd.DataFrame(rows)
-    print('\n', table.describe().loc[['count', 'mean', 'min', 'max']].round(3), f'\ngroups recovered: {table.found.sum()} of {len(table)}')
+    print('\n', table.describe().loc[['count', 'mean', 'min', 'max']].round(3),
+          f'\ngroups recovered: {table.found.sum()} of {len(table)}')
     assert table.found.all() and table.unique.all()
     assert .55 < table.raw.mean() < .65 and table.assigned.min() > .85 and table.seconds.max() < 1
     return table
@@ -322,13 +345,15 @@ def check_real_size(experiments, n_classes=1108):
 @needs_rcic
 def test_real_layout_of_all_training_experiments():
     wells = pd.read_csv(SHARED/'rcic'/'train.csv')
-    plates_of = wells.pivot(index='sirna', columns='experiment', values='plate')  # which plate holds a siRNA, experiment by experiment
+    # which plate holds a siRNA, experiment by experiment
+    plates_of = wells.pivot(index='sirna', columns='experiment', values='plate')
     experiments = plates_of.columns.tolist()
     assert len(experiments) == 33
 
     def layouts():
         for i, name in enumerate(experiments):
-            # groups come from the other experiments, so that this one's rotation is hidden: the plates of the first are the groups,
+            # groups come from the other experiments, so that this one's rotation is hidden: the plates of the first are
+            # the groups,
             # and each further one says in which group the siRNAs are that were missing so far
             first, *others = (plates_of[e] for e in experiments[:i] + experiments[i+1:])
             groups = first - 1
@@ -348,7 +373,8 @@ def test_synthetic_layout_of_real_size():
             rng = np.random.default_rng(seed)
             order = rng.permutation(4)
             truth = [rng.permutation(np.flatnonzero(groups == g))[:rng.integers(272, 278)] for g in order]
-            yield f'synthetic-{seed:02}', np.repeat([1, 2, 3, 4], [len(t) for t in truth]), np.concatenate(truth), groups
+            yield f'synthetic-{seed:02}', np.repeat([1, 2, 3, 4],
+                                                    [len(t) for t in truth]), np.concatenate(truth), groups
 
     check_real_size(layouts())
 
@@ -366,14 +392,17 @@ def sample(tmp_path):
 
 def test_submission_has_the_order_of_the_sample(sample, tmp_path):
     order = [2, 0, 3, 1]
-    out = write_submission(np.array(IDS)[order], np.array([10, 11, 12, 13])[order], sample, tmp_path/'new'/'submission.csv')
+    out = write_submission(np.array(IDS)[order], np.array([10, 11, 12, 13])[order], sample,
+                           tmp_path/'new'/'submission.csv')
     assert out.read_text() == 'id_code,sirna\n' + ''.join(f'{i},{s}\n' for i, s in zip(IDS, [10, 11, 12, 13]))
     assert [p.name for p in out.parent.iterdir()] == ['submission.csv']
 
 
 def test_submission_takes_whole_numbers_of_any_type(sample, tmp_path):
-    for labels in ([1, 2, 3, 4], np.array([1., 2, 3, 4]), pd.Series([1, 2, 3, 4], dtype='Int64', index=[9, 8, 7, 6]), list('1234')):
-        assert pd.read_csv(write_submission(pd.Series(IDS, index=[4, 3, 2, 1]), labels, pd.read_csv(sample), tmp_path/'s.csv')).sirna.tolist() == [1, 2, 3, 4]
+    for labels in ([1, 2, 3, 4], np.array([1., 2, 3, 4]), pd.Series([1, 2, 3, 4], dtype='Int64', index=[9, 8, 7, 6]),
+                   list('1234')):
+        assert pd.read_csv(write_submission(pd.Series(IDS, index=[4, 3, 2, 1]), labels, pd.read_csv(sample),
+                                            tmp_path/'s.csv')).sirna.tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize('ids,labels,message', [
@@ -392,7 +421,8 @@ def test_bad_submissions_are_refused_and_leave_the_old_file(sample, tmp_path, id
     old = tmp_path/'submission.csv'
     old.write_text('old')
     with pytest.raises(ValueError, match=message): write_submission(ids, labels, sample, old)
-    assert old.read_text() == 'old' and sorted(p.name for p in tmp_path.iterdir()) == ['sample_submission.csv', 'submission.csv']
+    assert old.read_text() == 'old'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['sample_submission.csv', 'submission.csv']
 
 
 def test_an_interrupted_write_leaves_the_old_file(sample, tmp_path, monkeypatch):
@@ -403,7 +433,8 @@ def test_an_interrupted_write_leaves_the_old_file(sample, tmp_path, monkeypatch)
         raise KeyboardInterrupt
     monkeypatch.setattr(pd.DataFrame, 'to_csv', killed)
     with pytest.raises(KeyboardInterrupt): write_submission(IDS, range(4), sample, old)
-    assert old.read_text() == 'old' and sorted(p.name for p in tmp_path.iterdir()) == ['sample_submission.csv', 'submission.csv']
+    assert old.read_text() == 'old'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['sample_submission.csv', 'submission.csv']
 
 
 def test_score_and_its_table(sample, tmp_path):
@@ -414,25 +445,30 @@ def test_score_and_its_table(sample, tmp_path):
     assert score_submission(pd.read_csv(submission), truth.sample(frac=1, random_state=1)) == .5
     by_experiment, by_cell = score_table(submission, truth), score_table(submission, truth, by='cell_type')
     assert by_experiment.accuracy.to_dict() == {'HUVEC-17': 1, 'HUVEC-18': 0, 'U2OS-04': 0, 'all': .5}
-    assert by_cell.wells.to_dict() == {'HUVEC': 3, 'U2OS': 1, 'all': 4} and by_cell.right.to_dict() == {'HUVEC': 2, 'U2OS': 0, 'all': 2}
+    assert by_cell.wells.to_dict() == {'HUVEC': 3, 'U2OS': 1, 'all': 4}
+    assert by_cell.right.to_dict() == {'HUVEC': 2, 'U2OS': 0, 'all': 2}
     with pytest.raises(ValueError, match="by is 'plate'"): score_table(submission, truth, by='plate')
 
 
 @each('submission,message', [
-    ('id_code,sirna\nHUVEC-17_1_B03,0\n', r'submission.csv: 3 wells of truth are missing: HUVEC-17_2_B04, HUVEC-18_1_B03, U2OS-04_1_B03'),
+    ('id_code,sirna\nHUVEC-17_1_B03,0\n',
+     r'submission.csv: 3 wells of truth are missing: HUVEC-17_2_B04, HUVEC-18_1_B03, U2OS-04_1_B03'),
     ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+['X-01_1_B03']), '1 wells are not in truth: X-01_1_B03'),
-    ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+IDS[:1]), 'submission.csv: HUVEC-17_1_B03 occurs more than once'),
+    ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+IDS[:1]),
+     'submission.csv: HUVEC-17_1_B03 occurs more than once'),
     ('id_code,sirna\n' + ''.join(f'{i},\n' for i in IDS), r'submission.csv: row 2 \(HUVEC-17_1_B03\) has no sirna'),
     ('id,sirna\na,0\n', 'submission.csv: neither id_code nor well is among its columns, id, sirna'),
     ('', 'submission.csv: the file is empty'),
 ])
 def test_a_submission_that_cannot_be_scored_is_explained(tmp_path, submission, message):
     (tmp_path/'submission.csv').write_text(submission)
-    with pytest.raises(ValueError, match=message): score_submission(tmp_path/'submission.csv', pd.DataFrame({'id_code': IDS, 'sirna': range(4)}))
+    with pytest.raises(ValueError, match=message):
+        score_submission(tmp_path/'submission.csv', pd.DataFrame({'id_code': IDS, 'sirna': range(4)}))
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nothing.csv does not exist'): score_submission(tmp_path/'nothing.csv', tmp_path/'truth.csv')
+    with pytest.raises(FileNotFoundError, match='nothing.csv does not exist'):
+        score_submission(tmp_path/'nothing.csv', tmp_path/'truth.csv')
     empty = pd.DataFrame({'id_code': [], 'sirna': []})
     with pytest.raises(ValueError, match='truth: there are no wells'): score_submission(empty, empty)
 
@@ -441,5 +477,6 @@ def test_a_missing_file_is_named(tmp_path):
 def test_the_real_sample_submission_can_be_written(tmp_path):
     sample = pd.read_csv(SHARED/'rcic'/'sample_submission.csv')
     shuffled = sample.sample(frac=1, random_state=0)
-    out = write_submission(shuffled.id_code, shuffled.sirna, SHARED/'rcic'/'sample_submission.csv', tmp_path/'submission.csv')
+    out = write_submission(shuffled.id_code, shuffled.sirna, SHARED/'rcic'/'sample_submission.csv',
+                           tmp_path/'submission.csv')
     assert out.read_bytes() == (SHARED/'rcic'/'sample_submission.csv').read_bytes().replace(b'\r\n', b'\n')

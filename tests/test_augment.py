@@ -44,7 +44,9 @@ def test_the_symmetries_form_the_dihedral_group():
     views = [dihedral(x, k) for k in range(8)]
     names = {v.numpy().tobytes(): k for k, v in enumerate(views)}
     assert len(names) == 8 and names[x.numpy().tobytes()] == 0
-    table = {(a, b): names[dihedral(views[a], b).contiguous().numpy().tobytes()] for a, b in itertools.product(range(8), repeat=2)}  # closed
+    # closed
+    table = {(a, b): names[dihedral(views[a], b).contiguous().numpy().tobytes()]
+             for a, b in itertools.product(range(8), repeat=2)}
     assert all(table[a, D4_INVERSE[a]] == table[D4_INVERSE[a], a] == 0 for a in range(8))
     assert all(table[table[a, b], c] == table[a, table[b, c]] for a, b, c in itertools.product(range(8), repeat=3))
     order = [next(n for n in range(1, 9) if not (k_to_the_n(table, k, n))) for k in range(8)]
@@ -72,7 +74,8 @@ def test_a_symmetry_moves_pixels_and_has_an_inverse(k, shape, dtype):
 
 def test_a_ninth_symmetry_is_refused():
     for k in (-1, 8):
-        with pytest.raises(ValueError, match=f'k is {k}, expected a symmetry from 0 to 7'): dihedral(torch.zeros(2, 2), k)
+        with pytest.raises(ValueError, match=f'k is {k}, expected a symmetry from 0 to 7'):
+            dihedral(torch.zeros(2, 2), k)
 
 
 def test_each_image_has_its_own_symmetry():
@@ -81,7 +84,8 @@ def test_each_image_has_its_own_symmetry():
     y = dihedral_batch(x, ks)
     for i in range(40): assert torch.equal(y[i], dihedral(x[i], int(ks[i])))
     assert torch.equal(dihedral_batch(y, torch.tensor(D4_INVERSE)[ks]), x)
-    with pytest.raises(ValueError, match='images of 4x6 are not square'): dihedral_batch(torch.zeros(1, 1, 4, 6), torch.tensor([4]))
+    with pytest.raises(ValueError, match='images of 4x6 are not square'):
+        dihedral_batch(torch.zeros(1, 1, 4, 6), torch.tensor([4]))
 
 
 def test_d4_draws_all_symmetries_equally_and_keeps_rectangles():
@@ -103,7 +107,8 @@ def by_hand(x, context, by):
     x, context = numpy(x).astype(np.float64), numpy(context)
     out = np.empty_like(x)
     for i in range(len(x)):
-        same = {'image': np.arange(len(x)) == i, 'screen': np.full(len(x), True), 'experiment': context[:, 1] == context[i, 1],
+        same = {'image': np.arange(len(x)) == i, 'screen': np.full(len(x), True),
+                'experiment': context[:, 1] == context[i, 1],
                 'plate': (context[:, 1:] == context[i, 1:]).all(1)}[by]
         out[i] = (x[i]-x[same].mean((0, 2, 3))[:, None, None])/x[same].std((0, 2, 3))[:, None, None]
     return out
@@ -122,25 +127,31 @@ def test_standardising_agrees_with_numpy(by, c, dtype):
     np.testing.assert_allclose(numpy(y), by_hand(x, context, by), atol=2e-5)
     assert rest[0] is context and rest[1] is target
     assert torch.equal(tfm((before, context))[0], y) and isinstance(tfm((before, context)), tuple)
-    role = TensorBase(torch.cat([context, torch.full((len(context), 1), 2)], 1))  # a fourth column, the kind of well, changes nothing
+    # a fourth column, the kind of well, changes nothing
+    role = TensorBase(torch.cat([context, torch.full((len(context), 1), 2)], 1))
     assert torch.equal(tfm((before, role))[0], y)
     if by != 'image':
         shown = tfm.decode((y, context, target))
-        assert shown[0].dtype == torch.uint8 and type(shown[0]) is SomeImage and torch.equal(shown[0], x) and shown[1] is context
+        assert shown[0].dtype == torch.uint8 and type(shown[0]) is SomeImage
+        assert torch.equal(shown[0], x) and shown[1] is context
 
 
 def test_images_alone_can_be_standardised_by_image_and_screen():
     x, context, _ = batch()
     assert torch.equal(Standardize()(x), Standardize()((x, context))[0])
     y = Standardize('screen')(x)
-    np.testing.assert_allclose(numpy(y), (numpy(x)-rcic_stats.mean.numpy()[:, None, None])/rcic_stats.std.numpy()[:, None, None], atol=1e-4)
-    with pytest.raises(ValueError, match=r'context integers \(B, 3\) or wider, got nothing'): Standardize('plate', torch.zeros(1, 1, 6), torch.ones(1, 1, 6))(x)
+    np.testing.assert_allclose(numpy(y),
+                               (numpy(x)-rcic_stats.mean.numpy()[:, None, None])/rcic_stats.std.numpy()[:, None, None],
+                               atol=1e-4)
+    with pytest.raises(ValueError, match=r'context integers \(B, 3\) or wider, got nothing'):
+        Standardize('plate', torch.zeros(1, 1, 6), torch.ones(1, 1, 6))(x)
 
 
 def test_blank_channels_stay_finite():
     x = TensorImage(torch.full((2, 3, 8, 8), 7, dtype=torch.uint8))
     assert torch.equal(Standardize()(x), TensorImage(torch.zeros(2, 3, 8, 8)))
-    assert Standardize('screen', *channel_stats([(x, torch.zeros(2, 3, dtype=torch.long))], 'screen'))(x).abs().max() == 0
+    assert Standardize('screen',
+                       *channel_stats([(x, torch.zeros(2, 3, dtype=torch.long))], 'screen'))(x).abs().max() == 0
 
 
 @pytest.mark.parametrize('c', [2, 6])
@@ -160,8 +171,10 @@ def test_statistics_are_pooled_exactly_however_the_batches_are_cut(by):
     for cut in (1, 5, 11):
         parts = channel_stats(((x[i:i+cut], context[i:i+cut]) for i in range(0, 12, cut)), by)
         assert all(torch.equal(a, b) for a, b in zip(whole, parts))
-    assert whole.mean.shape == {'plate': (2, 2, 6), 'experiment': (2, 6), 'screen': (6,)}[by] and whole.mean.dtype == torch.float32
-    first = numpy(x)[{'plate': (numpy(context)[:, 1:] == 0).all(1), 'experiment': numpy(context)[:, 1] == 0, 'screen': slice(None)}[by]].astype(np.float64)
+    assert whole.mean.shape == {'plate': (2, 2, 6), 'experiment': (2, 6), 'screen': (6,)}[by]
+    assert whole.mean.dtype == torch.float32
+    first = numpy(x)[{'plate': (numpy(context)[:, 1:] == 0).all(1), 'experiment': numpy(context)[:, 1] == 0,
+                      'screen': slice(None)}[by]].astype(np.float64)
     index = {'plate': (0, 0), 'experiment': 0, 'screen': slice(None)}[by]
     np.testing.assert_allclose(whole.mean[index], first.mean((0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(whole.std[index], first.std((0, 2, 3)), rtol=1e-6)
@@ -180,15 +193,19 @@ def test_missing_statistics_and_wrong_tables_are_explained():
     tfm = Standardize('experiment', *stats)
     with pytest.raises(ValueError, match='no statistics for experiment 0 '): tfm((x, context))
     with pytest.raises(ValueError, match='no statistics for experiment 3 '): tfm((x, context + torch.tensor([0, 3, 0])))
-    with pytest.raises(ValueError, match='no statistics for experiment -1 '): tfm((x, context - torch.tensor([0, 1, 0])))
+    with pytest.raises(ValueError, match='no statistics for experiment -1 '):
+        tfm((x, context - torch.tensor([0, 1, 0])))
     with pytest.raises(ValueError, match=r'got \(8, 3\) torch.float32'): tfm((x, context.float()))
-    with pytest.raises(ValueError, match=r'integers \(B, 3\) or wider, got \(8, 2\) torch.int64'): tfm((x, context[:, :2]))
+    with pytest.raises(ValueError, match=r'integers \(B, 3\) or wider, got \(8, 2\) torch.int64'):
+        tfm((x, context[:, :2]))
     with pytest.raises(ValueError, match='statistics of 6 channels for images of 4'): tfm((x[:, :4], context))
-    with pytest.raises(ValueError, match=r'mean \(3, 6\).*expected \(experiments, plates, channels\)'): Standardize('plate', *stats)
+    with pytest.raises(ValueError, match=r'mean \(3, 6\).*expected \(experiments, plates, channels\)'):
+        Standardize('plate', *stats)
     with pytest.raises(ValueError, match='both mean and std'): Standardize('screen', stats.mean[1])
     with pytest.raises(ValueError, match="by='plate'"): Standardize('plate')
     with pytest.raises(ValueError, match="by is 'well', expected one of 'image'"): Standardize('well')
-    with pytest.raises(ValueError, match="by is 'image', expected one of 'screen'"): channel_stats([(x, context)], 'image')
+    with pytest.raises(ValueError, match="by is 'image', expected one of 'screen'"):
+        channel_stats([(x, context)], 'image')
     with pytest.raises(ValueError, match='got no images'): channel_stats([])
     with pytest.raises(ValueError, match='got torch.float32'): channel_stats([(x.float(), context)])
 
@@ -200,10 +217,13 @@ def test_a_crop_is_a_slice(size, shape):
     x, context, target = batch(64, 3, shape)
     crop = RandomSquareCrop(size, seed=0)
     y, c, t = crop((x, context, target), split_idx=0)
-    assert y.shape == (64, 3, size, size) and y.dtype == torch.uint8 and type(y) is SomeImage and c is context and t is target
+    assert y.shape == (64, 3, size, size) and y.dtype == torch.uint8
+    assert type(y) is SomeImage and c is context and t is target
     corners = crop.corners.T.tolist()
     for i, (top, left) in enumerate(corners): assert torch.equal(y[i], x[i, :, top:top+size, left:left+size])
-    for axis in (0, 1): assert {c[axis] for c in corners} <= set(range(shape[axis]-size+1)) and (shape[axis] == size or len({c[axis] for c in corners}) > 3)
+    for axis in (0, 1):
+        assert {c[axis] for c in corners} <= set(range(shape[axis]-size+1))
+        assert (shape[axis] == size or len({c[axis] for c in corners}) > 3)
     top, left = (shape[0]-size)//2, (shape[1]-size)//2
     for split_idx in (1, None): assert torch.equal(crop(x, split_idx=split_idx), x[:, :, top:top+size, left:left+size])
     assert torch.equal(RandomSquareCrop(size, p=0)(x, split_idx=0), crop(x, split_idx=1))
@@ -221,7 +241,9 @@ def test_the_whole_image_is_resized_like_torch_does(n, size):
     x, *_ = batch(4, 3, (n, n))
     y = RandomResizedSquareCrop(size)(x, split_idx=1)
     assert y.dtype == torch.float32 and type(y) is SomeImage
-    torch.testing.assert_close(y.as_subclass(torch.Tensor), F.interpolate(x.as_subclass(torch.Tensor).float(), (size, size), mode='bilinear', antialias=True))
+    torch.testing.assert_close(y.as_subclass(torch.Tensor),
+                               F.interpolate(x.as_subclass(torch.Tensor).float(), (size, size), mode='bilinear',
+                                             antialias=True))
 
 
 @each('seed', range(4))
@@ -235,7 +257,8 @@ def test_windows_of_a_ramp_show_where_they_are(seed):
     assert (tops >= 0).all() and (lefts >= 0).all() and (tops+sides <= 64).all() and (lefts+sides <= 80).all()
     for i in range(16):
         centres = (torch.arange(16)+.5)*sides[i]/16-.5  # in pixels of the window
-        inner = slice(2, -2)  # at the border the filter is cut; inside, a sampled triangle is linear to a few hundredths
+        # at the border the filter is cut; inside, a sampled triangle is linear to a few hundredths
+        inner = slice(2, -2)
         assert torch.allclose(y[i, 0, inner, 5].as_subclass(torch.Tensor), tops[i]+centres[inner], atol=.06)
         assert torch.allclose(y[i, 1, 5, inner].as_subclass(torch.Tensor), lefts[i]+centres[inner], atol=.06)
 
@@ -250,7 +273,8 @@ def test_windows_at_native_scale_are_not_blurred():
     x, *_ = batch(size=(32, 32))
     tfm = RandomResizedSquareCrop(16, scale=(.25, .25), seed=0)
     y = tfm(x, split_idx=0)
-    for i, (top, left) in enumerate(tfm.corners.T.tolist()): assert torch.equal(y[i], x[i, :, top:top+16, left:left+16].float())
+    for i, (top, left) in enumerate(tfm.corners.T.tolist()):
+        assert torch.equal(y[i], x[i, :, top:top+16, left:left+16].float())
 
 
 def test_validation_windows_are_centred():
@@ -266,7 +290,8 @@ SQUARE = torch.tensor([[-1., -1], [1, -1], [-1, 1], [1, 1]])
 
 
 def test_a_perspective_takes_the_corners_where_they_should_go():
-    corners = SQUARE + torch.rand(50, 4, 2, generator=torch.Generator().manual_seed(0))*.98-.49  # up to just below a quarter of the side
+    # up to just below a quarter of the side
+    corners = SQUARE + torch.rand(50, 4, 2, generator=torch.Generator().manual_seed(0))*.98-.49
     m = perspective_matrices(corners)
     at = torch.cat([SQUARE, torch.ones(4, 1)], 1).double() @ m.transpose(1, 2)
     torch.testing.assert_close(at[..., :2]/at[..., 2:], corners.double())
@@ -287,7 +312,8 @@ def test_a_warp_agrees_with_scipy(shape):
         moved = (source[:, :2]/source[:, 2:]).numpy()
         assert (abs(moved-SQUARE.numpy()) <= .4+1e-6).all()  # .2 of a side of 2
         px = lambda p: (p+1)*size/2-.5  # pixel centres, the border at -.5
-        rows = [r for (u, v), (a, b) in zip(px(SQUARE.numpy()), px(moved)) for r in ([u, v, 1, 0, 0, 0, -u*a, -v*a, -a], [0, 0, 0, u, v, 1, -u*b, -v*b, -b])]
+        rows = [r for (u, v), (a, b) in zip(px(SQUARE.numpy()), px(moved))
+                for r in ([u, v, 1, 0, 0, 0, -u*a, -v*a, -a], [0, 0, 0, u, v, 1, -u*b, -v*b, -b])]
         m = np.linalg.svd(rows)[2][-1].reshape(3, 3)  # the map in pixels, from the four pairs
         q = m @ np.stack([*np.meshgrid(np.arange(w), np.arange(h)), np.ones(shape)]).reshape(3, -1)
         at = (q[:2]/q[2])[::-1]
@@ -307,7 +333,8 @@ def test_warps_differ_reach_their_limit_and_leave_the_rest_untouched():
     at = torch.cat([SQUARE, torch.ones(4, 1)], 1).double() @ warp.matrices.transpose(1, 2)
     steps = at[..., :2]/at[..., 2:]-SQUARE
     assert steps.abs().max() <= .2+1e-6 and (steps.amax(0) > .18).all() and (steps.amin(0) < -.18).all()
-    torch.testing.assert_close(PerspectiveWarp(0.)(x, split_idx=0).as_subclass(torch.Tensor), x.as_subclass(torch.Tensor).float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(PerspectiveWarp(0.)(x, split_idx=0).as_subclass(torch.Tensor),
+                               x.as_subclass(torch.Tensor).float(), atol=1e-3, rtol=0)
     half = x.half()
     assert PerspectiveWarp(seed=0)(half, split_idx=0).dtype == torch.float16 and torch.equal(half, x.half())
     assert torch.equal(PerspectiveWarp(p=0)(x, split_idx=0), x.float())
@@ -322,7 +349,8 @@ def test_brightness_is_shared_by_the_channels_of_an_image():
     a, b = tfm.a, tfm.b
     assert a.shape == b.shape == (500, 1, 1, 1)
     torch.testing.assert_close(y.as_subclass(torch.Tensor), x.as_subclass(torch.Tensor)*a+b)
-    for u in (a.log(), b): assert u.abs().max() <= .3 and u.std().item() == pytest.approx(.3/3**.5, rel=.06) and abs(u.mean().item()) < .02
+    for u in (a.log(), b):
+        assert u.abs().max() <= .3 and u.std().item() == pytest.approx(.3/3**.5, rel=.06) and abs(u.mean().item()) < .02
     assert abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < .1
     half = ImageBrightness(p=.5, seed=0)(x, split_idx=0)
     assert (half == x).all((1, 2, 3)).float().mean().item() == pytest.approx(.5, abs=.07)
@@ -338,7 +366,8 @@ def test_each_channel_of_each_image_gets_its_own_gain_and_offset():
     torch.testing.assert_close(y.as_subclass(torch.Tensor), x.as_subclass(torch.Tensor)*a+b)
     assert a.mean().item() == pytest.approx(1, abs=.01) and a.std().item() == pytest.approx(.1, rel=.06)
     assert b.mean().item() == pytest.approx(0, abs=.02) and b.std().item() == pytest.approx(.2, rel=.06)
-    assert abs(np.corrcoef(a[:, 0, 0, 0], a[:, 1, 0, 0])[0, 1]) < .15 and abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < .1
+    assert abs(np.corrcoef(a[:, 0, 0, 0], a[:, 1, 0, 0])[0, 1]) < .15
+    assert abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < .1
     half = ChannelIntensity(p=.5, seed=0)(x, split_idx=0)
     assert (half == x).all((1, 2, 3)).float().mean().item() == pytest.approx(.5, abs=.07)
     assert ChannelIntensity()(x.half(), split_idx=0).dtype == torch.float16
@@ -355,14 +384,17 @@ def test_cutout_covers_rectangles_in_all_channels():
     assert heights.min() == 4 and heights.max() == 20 and widths.min() == 2 and widths.max() == 10
     assert gone[:, 0].any(2).any(0).all() and gone[:, 0].any(1).any(0).all()  # up to every border
     assert (Cutout(4, seed=0)(x, split_idx=0) == 0).sum() > 2*gone.sum()/3
-    assert (Cutout(1, p=.5, seed=0)(x, split_idx=0) == x).all((1, 2, 3)).float().mean().item() == pytest.approx(.5, abs=.1)
+    assert (Cutout(1, p=.5, seed=0)(x, split_idx=0) == x).all(
+        (1, 2, 3)).float().mean().item() == pytest.approx(.5, abs=.1)
     assert Cutout(1, value=9)(batch()[0], split_idx=0).dtype == torch.uint8
 
 
 # Rules that hold for all of them
 
-MAKE = {"D4": lambda **k: D4(**k), "RandomSquareCrop": lambda **k: RandomSquareCrop(20, **k), "RandomResizedSquareCrop": lambda **k: RandomResizedSquareCrop(20, **k),
-            "ChannelIntensity": lambda **k: ChannelIntensity(**k), "Cutout": lambda **k: Cutout(**k), "PerspectiveWarp": lambda **k: PerspectiveWarp(**k), "ImageBrightness": lambda **k: ImageBrightness(**k)}
+MAKE = {"D4": lambda **k: D4(**k), "RandomSquareCrop": lambda **k: RandomSquareCrop(20, **k),
+        "RandomResizedSquareCrop": lambda **k: RandomResizedSquareCrop(20, **k),
+            "ChannelIntensity": lambda **k: ChannelIntensity(**k), "Cutout": lambda **k: Cutout(**k),
+        "PerspectiveWarp": lambda **k: PerspectiveWarp(**k), "ImageBrightness": lambda **k: ImageBrightness(**k)}
 
 
 @each('name', MAKE)
@@ -399,7 +431,8 @@ def test_only_images_are_touched(name):
     x, context, target = batch()
     mask = torch.rand(8, 6, 32, 32)
     assert MAKE[name]()((context, mask, target), split_idx=0)[1] is mask
-    with pytest.raises(ValueError, match=rf'{name} works on batches \(B, C, H, W\), got \(6, 32, 32\)'): MAKE[name]()(x[0], split_idx=None if 'Crop' in name else 0)
+    with pytest.raises(ValueError, match=rf'{name} works on batches \(B, C, H, W\), got \(6, 32, 32\)'):
+        MAKE[name]()(x[0], split_idx=None if 'Crop' in name else 0)
 
 
 @each('make,message', [
@@ -409,7 +442,8 @@ def test_only_images_are_touched(name):
     (lambda: RandomResizedSquareCrop(8, val_scale=0), 'val_scale is 0'),
     (lambda: Cutout(size=(0, .5)), r'size is \(0, 0.5\)'),
     (lambda: ChannelIntensity()(batch()[0], split_idx=0), 'got torch.uint8; Standardize comes first'),
-    (lambda: ImageBrightness()(batch()[0], split_idx=0), 'ImageBrightness changes standardised float images, got torch.uint8'),
+    (lambda: ImageBrightness()(batch()[0], split_idx=0),
+     'ImageBrightness changes standardised float images, got torch.uint8'),
     (lambda: ImageBrightness(-.1), 'max_change is -0.1'),
     (lambda: PerspectiveWarp(.25), 'magnitude is 0.25, expected a share of the side, 0 <= magnitude < .25'),
 ])
@@ -421,7 +455,8 @@ def test_wrong_settings_are_explained(make, message):
 
 def loaders(tfms, n=24, c=6):
     x, context, _ = batch(n, c, (48, 48))
-    dsets = Datasets(range(n), [[lambda i: SomeImage(x[i])], [lambda i: TensorBase(context[i])], [lambda i: TensorCategory(i)]],
+    dsets = Datasets(range(n), [[lambda i: SomeImage(x[i])], [lambda i: TensorBase(context[i])],
+                                [lambda i: TensorCategory(i)]],
                      splits=[range(16), range(16, n)], n_inp=2)
     return dsets.dataloaders(bs=8, after_batch=tfms, device='cpu', num_workers=0, shuffle=False), x, context
 
@@ -430,17 +465,21 @@ def names(tfms): return [type(t).__name__ for t in sorted(tfms, key=lambda t: t.
 
 
 def test_the_orders_put_bytes_first():
-    assert names(screen_transforms(size=32, crop=40, cutout=1)) == ['RandomSquareCrop', 'D4', 'RandomResizedSquareCrop', 'Standardize', 'ChannelIntensity', 'Cutout']
+    assert names(screen_transforms(size=32, crop=40, cutout=1)) == ['RandomSquareCrop', 'D4', 'RandomResizedSquareCrop',
+                                                                    'Standardize', 'ChannelIntensity', 'Cutout']
     assert names(screen_transforms()) == ['D4', 'Standardize', 'ChannelIntensity']
     assert screen_transforms(d4=False, intensity=0, standardize=None) == []
     assert len({t.seed for t in screen_transforms(size=32, crop=40, cutout=1, seed=10) if hasattr(t, 'seed')}) == 5
     every = screen_transforms(size=32, crop=40, cutout=1, seed=10, warp=.1, brightness=.2)
-    assert names(every) == ['RandomSquareCrop', 'D4', 'RandomResizedSquareCrop', 'PerspectiveWarp', 'Standardize', 'ImageBrightness', 'ChannelIntensity', 'Cutout']
+    assert names(every) == ['RandomSquareCrop', 'D4', 'RandomResizedSquareCrop', 'PerspectiveWarp', 'Standardize',
+                            'ImageBrightness', 'ChannelIntensity', 'Cutout']
     seeds = {type(t).__name__: t.seed for t in every if hasattr(t, 'seed')}
     assert len(set(seeds.values())) == 7
-    for t in screen_transforms(size=32, crop=40, cutout=1, seed=10):  # the new ones leave the draws of the old ones alone
+    # the new ones leave the draws of the old ones alone
+    for t in screen_transforms(size=32, crop=40, cutout=1, seed=10):
         if hasattr(t, 'seed'): assert seeds[type(t).__name__] == t.seed
-    assert screen_transforms(size=32, crop=40)[2].scale == (1, 1) and screen_transforms(size=32, scale=(.2, .4))[1].scale == (.2, .4)
+    assert screen_transforms(size=32, crop=40)[2].scale == (1, 1)
+    assert screen_transforms(size=32, scale=(.2, .4))[1].scale == (.2, .4)
 
 
 @each('c', [1, 4, 6])
@@ -448,7 +487,8 @@ def test_the_orders_put_bytes_first():
 def test_a_real_loader(standardize, c):
     _, x, context = loaders(None, c=c)
     stats = None if standardize == 'image' else channel_stats([(x, context)], standardize)
-    dls, x, context = loaders(screen_transforms(size=24, crop=40, cutout=2, standardize=standardize, stats=stats, seed=0), c=c)
+    dls, x, context = loaders(screen_transforms(size=24, crop=40, cutout=2, standardize=standardize, stats=stats,
+                                                seed=0), c=c)
     for dl in dls:
         for image, ctx, target in dl:
             assert type(image) is SomeImage and image.dtype == torch.float32 and image.shape == (8, c, 24, 24)
@@ -476,7 +516,9 @@ def test_symmetries_and_crops_reach_the_standardising_as_bytes():
 
 
 def test_a_loader_of_images_and_context_alone_and_its_test_set():
-    dls, _, context = loaders(screen_transforms(standardize='experiment', stats=channel_stats([(batch(24, 6, (48, 48))[0], batch(24)[1])], 'experiment')))
+    dls, _, context = (
+        loaders(screen_transforms(standardize='experiment',
+                                  stats=channel_stats([(batch(24, 6, (48, 48))[0], batch(24)[1])], 'experiment'))))
     image, ctx = dls.test_dl(list(range(16, 24))).one_batch()
     assert torch.equal(image, dls.valid.one_batch()[0]) and torch.equal(ctx, context[16:])
 
@@ -484,7 +526,8 @@ def test_a_loader_of_images_and_context_alone_and_its_test_set():
 def test_statistics_can_be_computed_from_a_loader_without_batch_transforms():
     dls, x, context = loaders(None)
     stats = channel_stats(dls.valid, 'experiment')
-    assert isinstance(stats, ChannelStats) and all(torch.equal(a, b) for a, b in zip(stats, channel_stats([(x[16:], context[16:])], 'experiment')))
+    assert isinstance(stats, ChannelStats)
+    assert all(torch.equal(a, b) for a, b in zip(stats, channel_stats([(x[16:], context[16:])], 'experiment')))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
@@ -495,7 +538,9 @@ def test_the_same_seed_gives_the_same_augmentation_on_the_gpu():
         out = []
         for device in ('cpu', 'cuda'):
             b = (x.to(device), context.to(device), target.to(device))
-            for tfm in sorted(screen_transforms(size=24, crop=40, cutout=2, standardize=standardize, stats=stats, seed=0), key=lambda t: t.order): b = tfm(b, split_idx=0)
+            for tfm in sorted(screen_transforms(size=24, crop=40, cutout=2, standardize=standardize, stats=stats,
+                                                seed=0), key=lambda t: t.order):
+                b = tfm(b, split_idx=0)
             out.append(b[0].cpu())
         torch.testing.assert_close(*out, atol=1e-4, rtol=1e-4)
     x = x.float()

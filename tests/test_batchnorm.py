@@ -1,4 +1,5 @@
-"Pooled and sliced statistics against float64 by hand and against training-mode batches; restoration; threads that neither hang nor leak."
+"""Pooled and sliced statistics against float64 by hand and against training-mode batches; restoration; threads that
+neither hang nor leak."""
 import _thread
 import copy
 import signal
@@ -11,7 +12,8 @@ from cases import each
 import timm
 import torch
 import torchvision
-from fastai.basics import CancelBatchException, CancelEpochException, CancelFitException, CancelValidException, Learner, OptimWrapper
+from fastai.basics import CancelBatchException, CancelEpochException, CancelFitException, CancelValidException, Learner
+from fastai.basics import OptimWrapper
 from fastai.callback.core import Callback
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import nn
@@ -29,7 +31,8 @@ def one_thread():
     assert not [t for t in threading.enumerate() if t.name.startswith('batchnorm-')]
 
 def small_net(dtype=torch.float64):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)).to(dtype)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3),
+                        nn.BatchNorm2d(5)).to(dtype)
     for bn in batchnorm_layers(net).values():
         for p in (bn.weight, bn.bias): nn.init.normal_(p)
         nn.init.normal_(bn.running_mean); nn.init.uniform_(bn.running_var, .5, 2)
@@ -58,7 +61,8 @@ def assert_unchanged(model, before):
     assert flags == [m.training for m in model.modules()]
     assert len(list(model.buffers())) == len(buffers)
     assert all(now is then and torch.equal(now, value) for now,(then,value) in zip(model.buffers(), buffers))
-    assert list(state) == list(model.state_dict()) and all(torch.equal(state[k], v) for k,v in model.state_dict().items())
+    assert list(state) == list(model.state_dict())
+    assert all(torch.equal(state[k], v) for k,v in model.state_dict().items())
 
 # --- numbers
 
@@ -89,7 +93,8 @@ def test_domain_matches_numpy(dtype, rtol):
 
 def test_controls_match_numpy():
     net,x = small_net(),shifted()
-    with torch.no_grad(): out = torch.cat(BatchNormMode(net, 'controls').predict(x[6:].split(3), controls=x[:6].split(4)))
+    with torch.no_grad():
+        out = torch.cat(BatchNormMode(net, 'controls').predict(x[6:].split(3), controls=x[:6].split(4)))
     np.testing.assert_allclose(out, by_hand(net, x, slice(6))[6:], rtol=1e-10)
 
 def test_batch_matches_numpy():
@@ -109,9 +114,11 @@ def test_independent_of_batch_size_and_order(cut):
     net,x = small_net(),shifted()
     whole = training_forward(net, x)
     with torch.no_grad():
-        torch.testing.assert_close(torch.cat(BatchNormMode(net, 'domain').pool(x.split(cut))), whole, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(torch.cat(BatchNormMode(net, 'domain').pool(x.split(cut))), whole, rtol=1e-10,
+                                   atol=1e-10)
         order = torch.randperm(len(x))
-        torch.testing.assert_close(torch.cat(BatchNormMode(net, 'domain').pool(x[order].split(cut))), whole[order], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(torch.cat(BatchNormMode(net, 'domain').pool(x[order].split(cut))), whole[order],
+                                   rtol=1e-10, atol=1e-10)
 
 def test_averaging_variances_would_be_noticed():
     "The tests above can fail: batches differ enough for the wrong pooling to be far off"
@@ -119,8 +126,10 @@ def test_averaging_variances_would_be_noticed():
     assert ((sum(b.var for b in s)/3)/pool_stats(s).var < .8).all()
 
 NETWORKS = {'resnet18': lambda: torchvision.models.resnet18(num_classes=4),
-            'efficientnet': lambda: timm.create_model('test_efficientnet', num_classes=4), # BatchNorms with an activation inside
-            'densenet': lambda: timm.create_model('densenet121', growth_rate=4, num_classes=4, block_config=(2,2,2,2), drop_rate=.5)}
+            # BatchNorms with an activation inside
+            'efficientnet': lambda: timm.create_model('test_efficientnet', num_classes=4),
+            'densenet': lambda: timm.create_model('densenet121', growth_rate=4, num_classes=4, block_config=(2,2,2,2),
+                                                  drop_rate=.5)}
 
 @pytest.mark.parametrize('make', NETWORKS.values(), ids=NETWORKS)
 def test_deep_networks_equal_one_training_batch(make):
@@ -135,11 +144,13 @@ def test_deep_networks_equal_one_training_batch(make):
         torch.testing.assert_close(BatchNormMode(model, 'batch').predict([x])[0], whole, rtol=1e-8, atol=1e-8)
     assert_unchanged(model, before)
 
-LAYERS = {'1d': (nn.BatchNorm1d(3), (8, 3)), '1d length': (nn.BatchNorm1d(3), (8, 3, 5)), '3d': (nn.BatchNorm3d(3), (8, 3, 2, 4, 2)),
+LAYERS = {'1d': (nn.BatchNorm1d(3), (8, 3)), '1d length': (nn.BatchNorm1d(3), (8, 3, 5)),
+          '3d': (nn.BatchNorm3d(3), (8, 3, 2, 4, 2)),
           'sync': (nn.SyncBatchNorm(3), (8, 3, 4, 4)), 'no affine': (nn.BatchNorm2d(3, affine=False), (8, 3, 4, 4)),
           'untracked': (nn.BatchNorm2d(3, track_running_stats=False), (8, 3, 4, 4)),
           'neither': (nn.BatchNorm1d(3, affine=False, track_running_stats=False), (8, 3)),
-          'cumulative': (nn.BatchNorm2d(3, momentum=None), (8, 3, 4, 4)), 'channels last': (nn.BatchNorm2d(3), (8, 3, 4, 4))}
+          'cumulative': (nn.BatchNorm2d(3, momentum=None), (8, 3, 4, 4)),
+          'channels last': (nn.BatchNorm2d(3), (8, 3, 4, 4))}
 
 @each('dtype', [torch.float32, torch.float64], ids=str)
 @each('kind', LAYERS)
@@ -149,7 +160,8 @@ def test_kinds_of_layer(kind, dtype):
     x = (torch.randn(shape, dtype=dtype)*3 + 5) * torch.arange(1, 9, dtype=dtype).view(8, *[1]*(len(shape)-1))
     if kind == 'channels last': x = x.to(memory_format=torch.channels_last)
     dims = [0, *range(2, x.ndim)]
-    want = (x.double()-x.double().mean(dims, keepdim=True))/(x.double().var(dims, correction=0, keepdim=True)+layer.eps).sqrt()
+    want = (x.double()-x.double().mean(dims, keepdim=True))/(
+        x.double().var(dims, correction=0, keepdim=True)+layer.eps).sqrt()
     before = snapshot(layer)
     with torch.no_grad():
         bn = BatchNormMode(layer, 'domain')
@@ -163,7 +175,8 @@ def test_kinds_of_layer(kind, dtype):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_large_mean_does_not_cancel(dtype):
     x = (1e3 + .1*torch.randn(64, 2, 8, 8)).to(dtype)
-    if dtype != torch.float32: x = (x.float() + torch.randint(0, 8, x.shape)).to(dtype) # half precision has steps of .5 and 4 here
+    if dtype != torch.float32:
+        x = (x.float() + torch.randint(0, 8, x.shape)).to(dtype) # half precision has steps of .5 and 4 here
     s,exact = pool_stats([layer_stats(b) for b in x.split(7)]),x.double()
     assert s.mean.dtype == s.var.dtype == torch.float64 and s.n == 64*64
     torch.testing.assert_close(s.mean, exact.mean((0,2,3)), rtol=1e-9, atol=0)
@@ -180,7 +193,8 @@ def test_large_mean_through_a_layer():
     layer,x = nn.BatchNorm2d(2),1e3 + .1*torch.randn(64, 2, 8, 8)
     with torch.no_grad(): out = torch.cat(BatchNormMode(layer, 'domain').pool(x.split(7))).double()
     torch.testing.assert_close(out.mean((0,2,3)), torch.zeros(2).double(), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.var((0,2,3)), torch.ones(2).double(), rtol=2e-3, atol=0) # eps is .001 of the variance
+    # eps is .001 of the variance
+    torch.testing.assert_close(out.var((0,2,3)), torch.ones(2).double(), rtol=2e-3, atol=0)
 
 def test_pool_stats_of_unequal_sizes():
     parts = [torch.randn(n, 2, dtype=torch.float64)*n for n in (1, 2, 50)]
@@ -191,7 +205,8 @@ def test_pool_stats_of_unequal_sizes():
 
 class Shared(nn.Module):
     "One BatchNorm called twice, at different scales, and a head that `embed` leaves out"
-    def __init__(self): super().__init__(); self.bn,self.conv,self.head = nn.BatchNorm2d(3),nn.Conv2d(3, 3, 1),nn.BatchNorm1d(3)
+    def __init__(self):
+        super().__init__(); self.bn,self.conv,self.head = nn.BatchNorm2d(3),nn.Conv2d(3, 3, 1),nn.BatchNorm1d(3)
     def embed(self, x, scale=1.): return self.bn(self.conv(10*self.bn(x)*scale).relu()).mean((2,3))
     def forward(self, x, scale=1.): return self.head(self.embed(x, scale))
 
@@ -293,7 +308,8 @@ def test_error_in_a_thread_is_raised_in_the_caller(place, error):
     net = nn.Sequential(*layers)
     before,bn = snapshot(net),BatchNormMode(net, 'domain')
     with pytest.raises(type(error)) as info: bn.pool(shifted().split([5, 3, 5]))
-    assert info.value is error and any(e.name == 'forward' for e in info.traceback), 'the traceback must lead to where it happened'
+    assert info.value is error and any(e.name == 'forward'
+                                       for e in info.traceback), 'the traceback must lead to where it happened'
     assert_unchanged(net, before)
     assert not bn.stats
     assert len(bn.pool(shifted().split(5)[:2])) == 2, 'and the object works again'
@@ -318,13 +334,15 @@ def test_threads_that_cannot_start(monkeypatch):
         start(self)
     net = small_net(); before = snapshot(net)
     monkeypatch.setattr(threading.Thread, 'start', limited)
-    with pytest.raises(RuntimeError, match="can't start new thread"): BatchNormMode(net, 'domain').pool(shifted().split(2))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        BatchNormMode(net, 'domain').pool(shifted().split(2))
     assert_unchanged(net, before)
 
 def test_batches_that_walk_differently():
     a,b = nn.BatchNorm2d(3).double(),nn.BatchNorm2d(3).double()
     both = nn.ModuleList([a, b])
-    cases = [(lambda x: b(a(x)) if len(x) == 5 else a(b(x)), "batch 0 calls BatchNorm '0' where batch 2 calls BatchNorm '1'"),
+    cases = [(lambda x: b(a(x)) if len(x) == 5 else a(b(x)), "batch 0 calls BatchNorm '0' where batch 2 calls "
+              "BatchNorm '1'"),
              (lambda x: b(a(x)) if len(x) == 5 else a(x), "batch 0 calls BatchNorm '1' where batch 2 is through"),
              (lambda x: b(a(x)) if len(x) != 5 else a(x), "batch 0 is through where batch 2 calls BatchNorm '1'")]
     for forward,message in cases:
@@ -336,8 +354,10 @@ def test_batches_that_walk_differently():
 
 def test_one_value_per_channel():
     net,x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double(),torch.randn(3, 3).double()
-    for run in (lambda: BatchNormMode(net, 'domain').pool([x[:1]]), lambda: BatchNormMode(net, 'batch').predict([x, x[:1]])):
-        with pytest.raises(ValueError, match=r"BatchNorm '1' has one value per channel \(input of shape \(1, 4\)\)"): run()
+    for run in (lambda: BatchNormMode(net, 'domain').pool([x[:1]]),
+                lambda: BatchNormMode(net, 'batch').predict([x, x[:1]])):
+        with pytest.raises(ValueError, match=r"BatchNorm '1' has one value per channel \(input of shape \(1, 4\)\)"):
+            run()
     out = torch.cat(BatchNormMode(net, 'domain').pool(x.split(1))) # single images are fine if the domain has more
     torch.testing.assert_close(out.detach(), training_forward(net, x))
 
@@ -375,7 +395,8 @@ def test_reestimate():
     assert reestimate_batchnorm(untracked, [shifted()])[0].running_mean is None
 
 class Batches:
-    def __init__(self, train, valid): self.both,self.train,self.valid,self.device = (train, valid),train,valid,torch.device('cpu')
+    def __init__(self, train, valid):
+        self.both,self.train,self.valid,self.device = (train, valid),train,valid,torch.device('cpu')
     def __getitem__(self, i): return self.both[i]
 
 def make_learner(*cbs):
@@ -419,7 +440,8 @@ def test_interrupted_validation_leaves_complete_buffers(error):
     with pytest.raises(type(error)): quiet_fit(learn)
     assert list(learn.model.state_dict()) == keys and not any(m._forward_pre_hooks for m in learn.model.modules())
     learn.dls.valid.pop(); quiet_fit(learn)
-    assert 'forward' not in learn.model.__dict__ and all(bn.running_mean is not None for bn in batchnorm_layers(learn.model).values())
+    assert 'forward' not in learn.model.__dict__
+    assert all(bn.running_mean is not None for bn in batchnorm_layers(learn.model).values())
 
 # --- shown by: a residual net, float32, against float64 with the whole domain in one batch
 
@@ -427,7 +449,8 @@ class Residual(nn.Module):
     "Three BatchNorms, the last on the sum of two paths"
     def __init__(self):
         super().__init__()
-        self.conv1,self.bn1,self.conv2,self.bn2,self.bn3 = nn.Conv2d(3, 4, 3, padding=1),nn.BatchNorm2d(4),nn.Conv2d(4, 4, 3, padding=1),nn.BatchNorm2d(4),nn.BatchNorm2d(4)
+        self.conv1,self.bn1,self.conv2,self.bn2,self.bn3 = nn.Conv2d(3, 4, 3, padding=1),nn.BatchNorm2d(4),nn.Conv2d(
+            4, 4, 3, padding=1),nn.BatchNorm2d(4),nn.BatchNorm2d(4)
     def forward(self, x):
         x = self.bn1(self.conv1(x)).relu()
         return self.bn3(x + self.bn2(self.conv2(x)))
@@ -436,7 +459,8 @@ def float64_stats(model, x):
     "Means and standard deviations of every BatchNorm's input, and the outputs, for all of `x` in one float64 batch"
     model,seen = copy.deepcopy(model).double().train(),{}
     for name,layer in batchnorm_layers(model).items():
-        layer.register_forward_pre_hook(lambda m, args, name=name: seen.update({name: (args[0].mean((0,2,3)), args[0].std((0,2,3), correction=0))}))
+        layer.register_forward_pre_hook(lambda m, args, name=name: seen.update(
+            {name: (args[0].mean((0,2,3)), args[0].std((0,2,3), correction=0))}))
     with torch.no_grad(): return model(x.double()),seen
 
 @each('bf16,rtol', [(False, 1e-5), (True, 1e-2)])
@@ -449,17 +473,20 @@ def test_pooled_statistics_equal_float64(bs, bf16, rtol):
     is_control = torch.arange(66) % 4 == 0
     for mode,pooled in (('domain', x), ('controls', x[is_control])):
         bn = BatchNormMode(model, mode)
-        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bf16): out = torch.cat(bn.pool(pooled.split(bs)))
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            out = torch.cat(bn.pool(pooled.split(bs)))
         assert_unchanged(model, before)
         whole,stats = float64_stats(model, pooled)
         for name,(mean,std) in stats.items():
             (s,) = bn.stats[name]
-            assert ((s.mean-mean).abs() <= rtol*(mean.abs()+std)).all() and ((s.var.sqrt()-std).abs() <= rtol*std).all(), name
+            assert ((s.mean-mean).abs() <= rtol*(mean.abs()+std)).all() and (
+                (s.var.sqrt()-std).abs() <= rtol*std).all(), name
         assert (out-whole).norm() <= rtol*whole.norm()
 
 def test_domain_of_one_image_is_its_own_content():
     net,x = small_net(),shifted(1)
-    with torch.no_grad(): torch.testing.assert_close(BatchNormMode(net, 'domain').pool([x])[0], training_forward(net, x))
+    with torch.no_grad():
+        torch.testing.assert_close(BatchNormMode(net, 'domain').pool([x])[0], training_forward(net, x))
 
 # --- several domains in one batch
 
@@ -496,7 +523,8 @@ def test_slices_match_the_formula(kind, domains, reference):
     torch.testing.assert_close(out, want)
     if kind == 'channels last': assert out.is_contiguous(memory_format=torch.channels_last)
     inputs,weights = [x, *layer.parameters()],torch.randn_like(out)
-    for a,b in zip(*(torch.autograd.grad((o*weights).sum(), inputs) for o in (out, want))): torch.testing.assert_close(a, b)
+    for a,b in zip(*(torch.autograd.grad((o*weights).sum(), inputs) for o in (out, want))):
+        torch.testing.assert_close(a, b)
     if layer.running_mean is None: return
     m = 1. if layer.momentum is None else layer.momentum
     torch.testing.assert_close(layer.running_mean, m*mean); torch.testing.assert_close(layer.running_var, 1-m + m*var)
@@ -517,7 +545,8 @@ def test_slices_of_deep_networks(make):
     assert (hooks, flags) == snapshot(model)[:2] and not any('forward' in m.__dict__ for m in model.modules())
     for i in (1, 2):
         torch.testing.assert_close(out[d==i], training_forward(model, x[d==i]), rtol=1e-8, atol=1e-8)
-        with torch.no_grad(): want, = BatchNormMode(model, 'controls').predict([x[d==i]], controls=[x[(d==i) & control]])
+        with torch.no_grad():
+            want, = BatchNormMode(model, 'controls').predict([x[d==i]], controls=[x[(d==i) & control]])
         torch.testing.assert_close(by_controls[d==i], want, rtol=1e-8, atol=1e-8)
     assert all(bn.num_batches_tracked == 2 for bn in batchnorm_layers(model).values())
     out.sum().backward() # after closing
@@ -542,7 +571,8 @@ def test_slices_of_a_layer_called_twice_and_of_two_graphs():
     first = model.embed(x).sum()
     with domain_slices(model, [0,0,0,1,1,1]): out = model.embed(x)
     assert model.bn.num_batches_tracked == 4
-    for part,rows in zip(out.split(3), x.split(3)): torch.testing.assert_close(part, training_forward_embed(model, rows, 1.))
+    for part,rows in zip(out.split(3), x.split(3)):
+        torch.testing.assert_close(part, training_forward_embed(model, rows, 1.))
     (first + out.square().sum()).backward()
 
 def test_eval_mode_has_nothing_to_slice():
@@ -556,7 +586,8 @@ def test_eval_mode_has_nothing_to_slice():
 
 class Frozen(nn.BatchNorm2d):
     "Uses its running statistics in training too"
-    def forward(self, x): return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
 
 def test_frozen_subclass_has_nothing_to_slice():
     layer,x = Frozen(3).train(),shifted(4).float()
@@ -566,7 +597,8 @@ class Silent(nn.BatchNorm2d):
     def forward(self, x): return x
 
 @each('run,message', [
-    (lambda net, x: net(x[1:]), r"BatchNorm '1' got 3 rows \(input of shape \(3, 4, 7, 7\)\), but domains were given for 4"),
+    (lambda net, x: net(x[1:]),
+     r"BatchNorm '1' got 3 rows \(input of shape \(3, 4, 7, 7\)\), but domains were given for 4"),
     (lambda net, x: net(x).sum().missing, 'missing'),
     (lambda net, x: domain_slices(net, [0,0,1,1]).__enter__(), 'open on this model already')])
 @each('domains', [[0,0,5,5], [0]*4], ids=str)
@@ -580,7 +612,8 @@ def test_errors_inside_leave_the_model_whole(domains, run, message):
     (([0,0,5,5], torch.tensor([1,0,0,0]).bool()), 'domain 5 has no reference rows, none of its 2'),
     (([[1,0],[1,0],[1,3],[1,3]], torch.tensor([1,0,0,0]).bool()), r'domain \(1, 3\) has no reference rows'),
     ((torch.zeros(4),), 'expected integers'), (([],), 'expected integers'),
-    (([0,0,1,1], torch.ones(3).bool()), r'expected bool of shape \(4,\)'), (([0,0,1,1], torch.ones(4)), 'expected bool')])
+    (([0,0,1,1], torch.ones(3).bool()), r'expected bool of shape \(4,\)'),
+    (([0,0,1,1], torch.ones(4)), 'expected bool')])
 def test_readable_errors_of_slices(args, message):
     net = small_net()
     with pytest.raises(ValueError, match=message):
@@ -589,18 +622,24 @@ def test_readable_errors_of_slices(args, message):
 
 def test_one_value_silent_layers_and_models_without_batchnorm():
     for domains in ([0,0,3], [3]):
-        with pytest.raises(ValueError, match=r"BatchNorm 'BatchNorm1d' has one value per channel \(input of shape \(1, 4\)\) for domain 3"):
+        with pytest.raises(ValueError,
+                           match=r"BatchNorm 'BatchNorm1d' has one value per channel \(input of shape \(1, 4\)\) for "
+                           r"domain 3"):
             layer = nn.BatchNorm1d(4)
             with domain_slices(layer, domains): layer(torch.randn(len(domains), 4))
-    with pytest.raises(RuntimeError, match=r'\(Silent\) did not call'), domain_slices(layer := Silent(3), [0,1]): layer(shifted(2))
-    with pytest.raises(ValueError, match='compiled'), domain_slices(torch.compile(small_net(), backend='eager'), [0]): pass
-    with pytest.warns(UserWarning, match='no BatchNorm') as w, domain_slices(linear := nn.Linear(2, 2), [0,1]): linear(torch.randn(2, 2))
+    with pytest.raises(RuntimeError, match=r'\(Silent\) did not call'), domain_slices(layer := Silent(3), [0,1]):
+        layer(shifted(2))
+    with pytest.raises(ValueError, match='compiled'), domain_slices(torch.compile(small_net(), backend='eager'), [0]):
+        pass
+    with pytest.warns(UserWarning, match='no BatchNorm') as w, domain_slices(linear := nn.Linear(2, 2), [0,1]):
+        linear(torch.randn(2, 2))
     assert w[0].filename == __file__
 
 # --- in a Learner
 
 class Context(nn.Module):
-    def __init__(self): super().__init__(); self.net = nn.Sequential(small_net(torch.float32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def __init__(self):
+        super().__init__(); self.net = nn.Sequential(small_net(torch.float32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     def forward(self, x, context): return self.net(x)
 
 CONTEXT = torch.tensor([[0,5,0,0],[0,5,0,2],[0,5,1,0],[0,5,1,1],[1,6,0,0],[1,6,0,1],[1,6,0,0],[1,6,0,2]])
@@ -612,7 +651,8 @@ def context_learner(*cbs, context=CONTEXT):
     dls = Batches(data[:2], data[2:]); dls.n_inp = 2
     return Learner(dls, model, loss_func=nn.CrossEntropyLoss(), cbs=cbs)
 
-@each('by,domains', [('cell_type', [0]*4+[1]*4), ('experiment', [5]*4+[6]*4), ('plate', [0,0,1,1,2,2,2,2]), (None, [0]*8)])
+@each('by,domains', [('cell_type', [0]*4+[1]*4), ('experiment', [5]*4+[6]*4), ('plate', [0,0,1,1,2,2,2,2]),
+                     (None, [0]*8)])
 @each('reference', ['all', 'controls'])
 def test_callback_slices_training_and_validation(by, domains, reference):
     "The same as a loop by hand, and in either order with the callback for batch statistics"
@@ -622,8 +662,10 @@ def test_callback_slices_training_and_validation(by, domains, reference):
     for x,context,y in hand.dls.train:
         with domain_slices(model.train(), domains, marks): nn.functional.cross_entropy(model(x, context), y).backward()
         opt.step(); opt.zero_grad()
-    with torch.no_grad(), BatchNormMode(model, 'batch'), domain_slices(model, domains, marks): want = [model(x, c) for x,c,_ in hand.dls.valid]
-    for cbs in ([BatchNormModeCallback(), DomainSlices(by, reference)], [DomainSlices(by, reference), BatchNormModeCallback()]):
+    with torch.no_grad(), BatchNormMode(model, 'batch'), domain_slices(model, domains, marks):
+        want = [model(x, c) for x,c,_ in hand.dls.valid]
+    for cbs in ([BatchNormModeCallback(), DomainSlices(by, reference)],
+                [DomainSlices(by, reference), BatchNormModeCallback()]):
         learn,watch = context_learner(*cbs),Watch()
         learn.opt_func = lambda params, lr: OptimWrapper(params, torch.optim.SGD, lr=lr)
         quiet_fit(learn, watch)
@@ -634,12 +676,15 @@ def test_callback_slices_training_and_validation(by, domains, reference):
 def test_callback_reads_mixed_context_and_says_what_is_missing():
     class MixedContext:
         def __init__(self, context): self.context,self.other,self.weight = context,context.flip(0),torch.ones(8)
-    a,b = context_learner(DomainSlices('plate', 'controls')),context_learner(DomainSlices('plate', 'controls'), context=MixedContext(CONTEXT))
+    a,b = (context_learner(DomainSlices('plate', 'controls')),
+           context_learner(DomainSlices('plate', 'controls'), context=MixedContext(CONTEXT)))
     for learn in (a, b): quiet_fit(learn)
     assert all(torch.equal(v, w) for v,w in zip(a.model.state_dict().values(), b.model.state_dict().values()))
-    with pytest.raises(ValueError, match=r'domain \(5,\) has no reference rows'): quiet_fit(context_learner(DomainSlices('experiment', 'controls'), context=CONTEXT[:,:3]))
+    with pytest.raises(ValueError, match=r'domain \(5,\) has no reference rows'):
+        quiet_fit(context_learner(DomainSlices('experiment', 'controls'), context=CONTEXT[:,:3]))
     with pytest.raises(ValueError, match='no context'): quiet_fit(make_learner(DomainSlices()))
-    with pytest.raises(ValueError, match="by is 'well', expected one of None, 'cell_type', 'experiment', 'plate'"): DomainSlices('well')
+    with pytest.raises(ValueError, match="by is 'well', expected one of None, 'cell_type', 'experiment', 'plate'"):
+        DomainSlices('well')
     with pytest.raises(ValueError, match="reference is 'positive'"): DomainSlices(reference='positive')
 
 @each('event', ['before_batch', 'after_pred'])

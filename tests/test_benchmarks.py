@@ -40,7 +40,8 @@ def job(name, *settings, variants=None):
 
 @pytest.mark.parametrize("name", ["densenet121_domain_bn", "densenet161_first_place", "densenet161_domain_batches"])
 def test_the_budget_is_what_the_network_is_shown(bench, work, name, monkeypatch):
-    "`images_shown` counts the images of all stages, pseudo-labelled wells and controls included (to a well or two that has a negative margin)"
+    """`images_shown` counts the images of all stages, pseudo-labelled wells and controls included (to a well or two
+    that has a negative margin)"""
     import rcic_fastai.model.core as model
 
     shown, forward = [], model.ScreenModel.forward
@@ -88,14 +89,17 @@ def test_variants_of_one_training_share_it(bench):
     methods = bench.contestants(args.views, args.design)
     jobs = bench.make_jobs(args, methods, bench.SCREENS)
     assert sum(len(j["variants"]) for j in jobs.values()) == 2 * sum(len(s) for _, _, s in methods.values())
-    assert all(j["recipe"]["seed"] == j["screen"]["seed"] for j in jobs.values()) and len({bench.job_key(j) for j in jobs.values()}) == len(jobs)
+    assert all(j["recipe"]["seed"] == j["screen"]["seed"] for j in jobs.values())
+    assert len({bench.job_key(j) for j in jobs.values()}) == len(jobs)
 
 
 def test_tables(bench):
     "Means, spreads and differences are those of the rows"
     rng, rows = np.random.default_rng(0), []
-    for method in ("44th place: eval-mode BatchNorm", "44th place: batch statistics", "44th place: + virtual batch", "44th place: + MixUp fine-tuning", "1st place", "ours"):
-        rows += [dict(strength="default", seed=s, method=method, **dict(zip(("argmax", "assignment", "groups"), rng.random(3)))) for s in range(3)]
+    for method in ("44th place: eval-mode BatchNorm", "44th place: batch statistics", "44th place: + virtual batch",
+                   "44th place: + MixUp fine-tuning", "1st place", "ours"):
+        rows += [dict(strength="default", seed=s, method=method,
+                      **dict(zip(("argmax", "assignment", "groups"), rng.random(3)))) for s in range(3)]
     table = pd.DataFrame(rows)
     ours, first = (table[table.method == m] for m in ("ours", "1st place"))
     s = bench.summary(table).set_index("method")
@@ -105,7 +109,8 @@ def test_tables(bench):
     assert d["groups"] == f"{gain.mean():.3f} ± {gain.std(ddof=1):.3f}"
     steps = bench.gains(table)
     virtual = table[table.method == "44th place: + virtual batch"]
-    assert steps.set_index("step").loc["+ assignment", "gain"] == bench.spread(virtual.assignment.reset_index().assignment - virtual.argmax.reset_index().argmax)
+    assert steps.set_index("step").loc["+ assignment", "gain"] == bench.spread(
+        virtual.assignment.reset_index().assignment - virtual.argmax.reset_index().argmax)
     assert steps["seeds it helped"].iloc[1:].str.fullmatch(r"[0-3] of 3").all()
     assert bench.markdown(steps).count("\n") == len(steps) + 1
 

@@ -13,14 +13,17 @@ from rcic_fastai.predict.core import Predictions, well_accuracy
 def draw(seed=0, signal=(2.5, 2.0, 1.5), scale=(1.0, 8.0, 3.0), n=60, k=12, common=0.3, classes=None):
     "Members of a noisy truth, and the table of wells."
     rng = np.random.default_rng(seed)
-    classes, truth, shared = np.arange(k) if classes is None else np.asarray(classes), rng.integers(k, size=n), rng.normal(size=(n, k))
+    classes, truth, shared = np.arange(k) if classes is None else np.asarray(classes), rng.integers(
+        k, size=n), rng.normal(size=(n, k))
     ids = [f"RPE-0{i % 3 + 1}_{i % 4 + 1}_{'BCDEF'[i % 5]}{i % 22 + 2:02}" for i in range(n)]
     members = {
         name: Predictions(ids, classes, s * (d * np.eye(k)[truth] + noise), dict(level="well", run=name))
         for name, d, s, noise in zip("abc", signal, scale, common * shared + rng.normal(size=(3, n, k)))
     }
     assert len(set(ids)) == n
-    return members, pd.DataFrame(dict(id_code=ids, sirna=pd.Series(classes[truth], dtype="Int64" if classes.dtype.kind == "i" else object)))
+    return members, pd.DataFrame(dict(id_code=ids,
+                                      sirna=pd.Series(classes[truth], dtype="Int64" if classes.dtype.kind == "i"
+                                                      else object)))
 
 
 def changed(p, rows=None, cols=None, **made):
@@ -46,7 +49,8 @@ def test_a_mean_of_probabilities(weights):
     blend = blend_predictions(members, weights)
     np.testing.assert_allclose(softmax64(blend.logits), expected, rtol=1e-5, atol=1e-12)
     np.testing.assert_array_equal(blend.labels, blend.classes[expected.argmax(1)])
-    assert blend.made["weights"] == pytest.approx(dict(zip("abc", w))) and blend.made["level"] == "well" and "run" not in blend.made
+    assert blend.made["weights"] == pytest.approx(dict(zip("abc", w)))
+    assert blend.made["level"] == "well" and "run" not in blend.made
 
 
 def test_a_mean_of_logits_is_blind_to_scale_and_offset():
@@ -54,7 +58,8 @@ def test_a_mean_of_logits_is_blind_to_scale_and_offset():
     blend = blend_predictions(members, [1, 2, 3], "logit")
     x = [p.logits.astype(np.float64) for p in members.values()]
     x = [a - a.mean(1, keepdims=True) for a in x]
-    expected = sum(w * a / a.std() for w, a in zip((1, 2, 3), x)) / 6 * sum(w * a.std() for w, a in zip((1, 2, 3), x)) / 6
+    expected = sum(w * a / a.std() for w, a in zip((1, 2, 3), x)) / 6 * sum(
+        w * a.std() for w, a in zip((1, 2, 3), x)) / 6
     np.testing.assert_allclose(blend.logits, expected, rtol=1e-5, atol=1e-4)
     offset = np.random.default_rng(0).normal(size=(len(blend.ids), 1))
     b = members["b"]
@@ -63,8 +68,10 @@ def test_a_mean_of_logits_is_blind_to_scale_and_offset():
     np.testing.assert_array_equal(again.labels, blend.labels)
     ratio = again.logits / blend.logits
     np.testing.assert_allclose(ratio, np.median(ratio), rtol=1e-2)
-    same = {n: Predictions(p.ids, p.classes, p.logits * 4, p.made) for n, p in members.items()}  # as large as its members
-    np.testing.assert_allclose(blend_predictions(same, [1, 2, 3], "logit").logits, 4 * blend.logits, rtol=1e-4, atol=1e-4)
+    # as large as its members
+    same = {n: Predictions(p.ids, p.classes, p.logits * 4, p.made) for n, p in members.items()}
+    np.testing.assert_allclose(blend_predictions(same, [1, 2, 3], "logit").logits, 4 * blend.logits, rtol=1e-4,
+                               atol=1e-4)
 
 
 @each("space", ["probability", "logit"])
@@ -110,10 +117,12 @@ def test_weights_by_name_by_order_and_from_a_report():
 
 @each("weights, message", [
     ([1, 2], r"weights have shape \(2,\), expected one for each of 'a', 'b', 'c'"), (1.0, r"weights have shape \(\)"),
-    (dict(a=1, b=1), "weights are for 'a', 'b', expected one for each of 'a', 'b', 'c'"), (dict(a=1, b=1, d=1), "weights are for 'a', 'b', 'd'"),
-    ([1, -0.1, 1], "the weight of 'b' is -0.1"), ([1, 1, np.nan], "the weight of 'c' is nan"), (dict(a=np.inf, b=1, c=1), "the weight of 'a' is inf"),
+    (dict(a=1, b=1), "weights are for 'a', 'b', expected one for each of 'a', 'b', 'c'"),
+    (dict(a=1, b=1, d=1), "weights are for 'a', 'b', 'd'"),
+    ([1, -0.1, 1], "the weight of 'b' is -0.1"), ([1, 1, np.nan], "the weight of 'c' is nan"),
+    (dict(a=np.inf, b=1, c=1), "the weight of 'a' is inf"),
     ([0, 0, 0], "all weights are 0"),
-])  # fmt: skip
+])
 def test_bad_weights(weights, message):
     with pytest.raises(ValueError, match=message):
         blend_predictions(draw()[0], weights)
@@ -127,13 +136,17 @@ def with_a_nan(p):
 
 @each("change, message", [
     (lambda p: changed(p, range(1, 60)), r"ids differ: 1 of the 60 of 'a' are not in 'b', such as 'RPE-01_1_B02'$"),
-    (lambda p: Predictions(["x_1", *p.ids[1:]], p.classes, p.logits, p.made), r"ids differ: 1 of .* 'RPE-01_1_B02'; 1 of the 60 of 'b' .* such as 'x_1'"),
+    (lambda p: Predictions(["x_1", *p.ids[1:]], p.classes, p.logits, p.made),
+     r"ids differ: 1 of .* 'RPE-01_1_B02'; 1 of the 60 of 'b' .* such as 'x_1'"),
     (lambda p: changed(p, cols=range(9)), r"classes differ: 3 of the 12 of 'a' are not in 'b', such as 9$"),
-    (lambda p: Predictions(p.ids, [str(c) for c in p.classes], p.logits, p.made), r"classes differ: 12 .*, such as 0; 12 .*, such as '0'$"),
-    (lambda p: changed(p, split="test"), "'a' has split 'valid' and 'b' 'test'$"), (lambda p: changed(p, target="cell_type"), "target 'sirna' and 'b' 'cell_type'"),
-    (lambda p: changed(p, level=None), "'b' does not say whether its ids are sites or wells"), (lambda p: changed(p, []), "'b' is empty: 0 ids and 12 classes"),
+    (lambda p: Predictions(p.ids, [str(c) for c in p.classes], p.logits, p.made),
+     r"classes differ: 12 .*, such as 0; 12 .*, such as '0'$"),
+    (lambda p: changed(p, split="test"), "'a' has split 'valid' and 'b' 'test'$"),
+    (lambda p: changed(p, target="cell_type"), "target 'sirna' and 'b' 'cell_type'"),
+    (lambda p: changed(p, level=None), "'b' does not say whether its ids are sites or wells"),
+    (lambda p: changed(p, []), "'b' is empty: 0 ids and 12 classes"),
     (with_a_nan, "'b' has a score of nan for RPE-01_4_E05, class 2"),
-])  # fmt: skip
+])
 def test_members_that_do_not_fit_together(change, message):
     members, wells = draw()
     members = {n: changed(p, split="valid", target="sirna") for n, p in members.items()}
@@ -202,9 +215,11 @@ def test_chosen_weights_are_never_worse_than_the_best_member(space):
         members, wells = draw(seed, rng.uniform(0.5, 3, 3), np.exp(rng.uniform(-2, 4, 3)), common=rng.uniform(0, 2))
         wells.loc[rng.random(60) < 0.2 * (seed % 2), "sirna"] = pd.NA
         weights = blend_weights(members, wells, steps=10, space=space)
-        assert list(weights) == list(members) and sum(weights.values()) == pytest.approx(1) and min(weights.values()) >= 0
+        assert list(weights) == list(members) and sum(weights.values()) == pytest.approx(1)
+        assert min(weights.values()) >= 0
         assert weights == blend_weights(members, wells, steps=10, space=space)
-        gains.append(accuracy(blend_predictions(members, weights, space), wells) - max(accuracy(p, wells) for p in members.values()))
+        gains.append(accuracy(blend_predictions(members, weights, space),
+                              wells) - max(accuracy(p, wells) for p in members.values()))
     assert min(gains) >= 0 and np.mean(np.array(gains) > 0) > 0.5
 
 
@@ -220,7 +235,8 @@ def test_a_member_much_better_than_the_rest_gets_the_weight():
 def test_equally_right_blends_are_told_apart_by_log_loss():
     "Both members are right everywhere; the one that is more certain of it starts, and the mean cannot beat it"
     ids, truth = ["w1", "w2", "w3"], pd.DataFrame(dict(id_code=["w1", "w2", "w3"], sirna=[0, 1, 2]))
-    members = {n: Predictions(ids, range(3), s * np.eye(3), dict(level="well")) for n, s in (("doubtful", 1), ("certain", 5))}
+    members = {n: Predictions(ids, range(3), s * np.eye(3), dict(level="well"))
+               for n, s in (("doubtful", 1), ("certain", 5))}
     assert blend_weights(members, truth) == dict(doubtful=0.0, certain=1.0)
 
 
@@ -236,8 +252,10 @@ def test_the_best_blend_on_the_way_is_kept():
 
 def test_weights_need_known_wells():
     members, wells = draw()
-    for table, message in ((wells.assign(sirna=pd.NA), "none of the 60 wells has a known sirna"), (wells.drop(columns="sirna"), "no column 'sirna'"),
-                           (wells.assign(id_code="x"), "none of the 60 wells"), (wells.assign(sirna=wells.sirna.astype(str)), "no known sirna, such as")):  # fmt: skip
+    for table, message in ((wells.assign(sirna=pd.NA), "none of the 60 wells has a known sirna"),
+                           (wells.drop(columns="sirna"), "no column 'sirna'"),
+                           (wells.assign(id_code="x"), "none of the 60 wells"),
+                           (wells.assign(sirna=wells.sirna.astype(str)), "no known sirna, such as")):
         with pytest.raises(ValueError, match=message):
             blend_weights(members, table)
     with pytest.raises(ValueError, match="steps is 0, expected 1 or more"):
@@ -257,9 +275,11 @@ def test_a_report_by_hand(tmp_path):
     report = blend_report(members, blend, wells)
     assert list(report.index) == ["a", "b", "c", "blend"] and list(blend.labels) == rows["b"]
     assert list(report.columns) == ["weight", "right", "known", "accuracy", "agreement"]
-    assert report.weight.tolist() == [0.25, 0.5, 0.25, 1] and report.right.tolist() == [3, 2, 1, 2] and report.known.tolist() == [3] * 4
+    assert report.weight.tolist() == [0.25, 0.5, 0.25, 1] and report.right.tolist() == [3, 2, 1, 2]
+    assert report.known.tolist() == [3] * 4
     np.testing.assert_allclose(report.accuracy, [1, 2 / 3, 1 / 3, 2 / 3])
-    np.testing.assert_allclose(report.agreement, [(0.75 + 0.5) / 2, (0.75 + 0.75) / 2, (0.5 + 0.75) / 2, (0.75 + 1 + 0.75) / 3])
+    np.testing.assert_allclose(report.agreement,
+                               [(0.75 + 0.5) / 2, (0.75 + 0.75) / 2, (0.5 + 0.75) / 2, (0.75 + 1 + 0.75) / 3])
     np.testing.assert_allclose(agreement(members), [[1, 0.75, 0.5], [0.75, 1, 0.75], [0.5, 0.75, 1]])
     unknown = blend_report(members, blend, wells.assign(sirna=pd.array([None] * 4, "Int64")))
     assert unknown.known.tolist() == [0] * 4 and unknown.accuracy.isna().all() and unknown.agreement.notna().all()

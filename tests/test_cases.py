@@ -25,7 +25,8 @@ def test_all_cases_run_and_those_that_fail_are_named():
 
     lines = failed(check)
     assert seen == [1, 3, 5] and lines[0] == "2 of 3 cases failed"
-    assert re.match("a=1, b=2: Failed: DID NOT RAISE", lines[1]) and lines[2].startswith("the last: AssertionError: not equal")
+    assert re.match("a=1, b=2: Failed: DID NOT RAISE", lines[1])
+    assert lines[2].startswith("the last: AssertionError: not equal")
 
 
 def test_one_above_the_other_is_the_product():
@@ -37,7 +38,8 @@ def test_one_above_the_other_is_the_product():
         seen.append((a, b))
         assert (a, b) != (2, "y")
 
-    assert failed(check)[:3] == ["1 of 2 cases failed", "a=2: AssertionError: 1 of 2 cases failed", "Y: AssertionError: " + failed(check)[2][19:]]
+    assert failed(check)[:3] == ["1 of 2 cases failed", "a=2: AssertionError: 1 of 2 cases failed",
+                                 "Y: AssertionError: " + failed(check)[2][19:]]
     assert sorted(set(seen)) == [(1, "x"), (1, "y"), (2, "x"), (2, "y")]
 
 

@@ -35,7 +35,7 @@ from rcic_fastai.run.folder import load_run
 
 tiny = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)),
                data=DataSettings(batch_size=8, cache=True), loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)),
-               train=TrainSettings(epochs=3, lr=1e-3), checkpoint=CheckpointSettings(steps=2))  # fmt: skip
+               train=TrainSettings(epochs=3, lr=1e-3), checkpoint=CheckpointSettings(steps=2))
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +82,15 @@ def same(run, weights):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which this system does not have")
 @pytest.mark.timeout(400)
 def test_killed_at_twenty_moments_the_weights_are_the_same(tmp_path):
-    "SIGKILL in every stage of every network, with accumulation, EMA, mixing, pseudo-labels, domain batches and controls in them"
+    """SIGKILL in every stage of every network, with accumulation, EMA, mixing, pseudo-labels, domain batches and
+    controls in them"""
     script = Path(__file__).with_name("kill_training.py")
     done = subprocess.run([sys.executable, script, tmp_path, "20"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found["killed"]) == 20 and {tuple(k[:2]) for k in found["killed"]} == set(map(tuple, found["stages"]))
-    assert len(found["stages"]) == 5 and found["same"] == dict.fromkeys(("all", "HUVEC", "RPE"), True) and found["histories"]
+    assert len(found["stages"]) == 5 and found["same"] == dict.fromkeys(("all", "HUVEC", "RPE"), True)
+    assert found["histories"]
     assert not list(tmp_path.glob("killed/**/.*"))  # temporary files of the killed
 
 
@@ -96,7 +98,8 @@ def test_killed_at_twenty_moments_the_weights_are_the_same(tmp_path):
 def test_signals_save_first_and_say_so(screen, whole, tmp_path, monkeypatch, capsys, signum, code):
     "Through the command: the exit status is 128 plus the signal, and the same command goes on"
     (tmp_path / "recipe.json").write_text(recipe_to_json(tiny))
-    command = dict(data=screen.path, recipe=str(tmp_path / "recipe.json"), run=tmp_path / "run", valid="experiment=HUVEC-03")
+    command = dict(data=screen.path, recipe=str(tmp_path / "recipe.json"), run=tmp_path / "run",
+                   valid="experiment=HUVEC-03")
     monkeypatch.setattr("rcic_fastai.run.train.logger", lambda *a: At(6, lambda learn: os.kill(os.getpid(), signum)))
     inherited = signal.signal(signum, signal.default_int_handler)  # a job in the background begins with SIGINT ignored
     try:
@@ -107,7 +110,8 @@ def test_signals_save_first_and_say_so(screen, whole, tmp_path, monkeypatch, cap
         signal.signal(signum, inherited)
     assert e.value.code == code
     message = capsys.readouterr().err
-    assert f"stopped by {signal.Signals(signum).name}, saved as {checkpoint_files(tmp_path / 'run/checkpoints')[-1]}" in message
+    saved = checkpoint_files(tmp_path / 'run/checkpoints')[-1]
+    assert f"stopped by {signal.Signals(signum).name}, saved as {saved}" in message
     assert "the same command goes on" in message
     state = latest_checkpoint(tmp_path / "run/checkpoints")
     assert state["train_iter"] == 6
@@ -144,8 +148,9 @@ def test_a_damaged_checkpoint_is_told_and_left_out(screen, whole, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ("train.lr=0.01", "train.lr was 0.001 and is 0.01"), ("loss.options.m=0.3", r"loss.options was .*0.2.* and is .*0.3"),
-    ("seed=1", "seed was 0 and is 1")])  # fmt: skip
+    ("train.lr=0.01", "train.lr was 0.001 and is 0.01"),
+    ("loss.options.m=0.3", r"loss.options was .*0.2.* and is .*0.3"),
+    ("seed=1", "seed was 0 and is 1")])
 def test_another_recipe_is_refused(screen, tmp_path, change, message):
     with pytest.raises(RuntimeError, match="power cut"):
         train(screen, tmp_path / "run", At(3, fail))
@@ -160,7 +165,8 @@ def test_another_recipe_is_refused(screen, tmp_path, change, message):
 def test_what_changes_nothing_may_change(screen, whole, tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         train(screen, tmp_path / "run", At(5, fail))
-    train(screen, tmp_path / "run", recipe=change_recipe(tiny, "checkpoint.steps=1", "data.workers=1", "data.cache=false"))
+    train(screen, tmp_path / "run", recipe=change_recipe(tiny, "checkpoint.steps=1", "data.workers=1",
+                                                         "data.cache=false"))
     assert same(tmp_path / "run", whole)
 
 
@@ -180,7 +186,8 @@ def test_a_full_disk_while_saving(screen, whole, tmp_path, monkeypatch):
         train(screen, tmp_path / "run", At(9, fail), say=said.append)
     assert any("not written (No space left on device); the training goes on" in s for s in said)
     folder = tmp_path / "run/checkpoints"
-    assert latest_checkpoint(folder)["stage"] == "train" and len(checkpoint_files(folder)) == len(list(folder.iterdir()))
+    assert latest_checkpoint(folder)["stage"] == "train"
+    assert len(checkpoint_files(folder)) == len(list(folder.iterdir()))
     train(screen, tmp_path / "run")
     assert same(tmp_path / "run", whole)
 
@@ -194,9 +201,11 @@ def test_a_loss_that_is_no_number(screen, tmp_path, monkeypatch):
     (tmp_path / "recipe.json").write_text(recipe_to_json(change_recipe(tiny, "train.schedule=constant")))
     monkeypatch.setattr("rcic_fastai.run.train.logger", lambda *a: At(5, poison))
     with pytest.raises(CliError) as e:
-        cli.rcic_train(data=screen.path, recipe=str(tmp_path / "recipe.json"), run=tmp_path / "run", log="poison", valid="experiment=HUVEC-03")
+        cli.rcic_train(data=screen.path, recipe=str(tmp_path / "recipe.json"), run=tmp_path / "run", log="poison",
+                       valid="experiment=HUVEC-03")
     last = checkpoint_files(tmp_path / "run/checkpoints")[-1]
-    assert f"error: the loss is nan at step 6 of stage train (epoch 1), learning rate 0.001; the last good checkpoint is {last}" in str(e.value)
+    assert ("error: the loss is nan at step 6 of stage train (epoch 1), learning rate 0.001; the last good checkpoint "
+            f"is {last}" in str(e.value))
     assert all(torch.isfinite(v).all() for v in read_checkpoint(last)["model"].values() if v.is_floating_point())
 
 
@@ -253,7 +262,8 @@ def test_no_stage_validates_on_what_another_has_trained_on(two_types, tmp_path, 
         return fit(self)
 
     monkeypatch.setattr(checkpoint.Checkpoint, "before_fit", spy)
-    recipe = change_recipe(replace(tiny, train=TrainSettings(epochs=1), finetune=TrainSettings(epochs=1), cell_type=TrainSettings(epochs=1)))
+    recipe = change_recipe(replace(tiny, train=TrainSettings(epochs=1), finetune=TrainSettings(epochs=1),
+                                   cell_type=TrainSettings(epochs=1)))
     train_run(two_types, recipe, tmp_path / "run", valid=valid, say=lambda *a: None)
     assert [s[0] for s in stages] == ["all", "all", "HUVEC", "RPE"] and stages[0][2] == stages[2][2] | stages[3][2]
     check_no_leak(set.union(*(s[1] for s in stages)), set.union(*(s[2] for s in stages)), "all")
@@ -264,16 +274,20 @@ def test_no_stage_validates_on_what_another_has_trained_on(two_types, tmp_path, 
     (tmp_path / "run/all/run.json").write_text(json.dumps(info))
     for name in ("run.json", "RPE/run.json"):
         (tmp_path / "run" / name).unlink()
-    with pytest.raises(ValueError, match=f"stage train: 1 wells are validated on whose labels are trained on, such as {planted}"):
+    with pytest.raises(ValueError,
+                       match=f"stage train: 1 wells are validated on whose labels are trained on, such as {planted}"):
         train_run(two_types, recipe, tmp_path / "run", valid=valid, say=lambda *a: None)
 
 
 def test_held_out_controls_are_left_out_of_pretraining(two_types, tmp_path, monkeypatch):
     "Where controls are validated on, they are not what is pretrained on"
     seen, fit = [], checkpoint.Checkpoint.before_fit
-    monkeypatch.setattr(checkpoint.Checkpoint, "before_fit", lambda self: (seen.append(set(self.learn.dls.train_ds.items.id_code)), fit(self))[1])
-    recipe = replace(tiny, train=TrainSettings(epochs=1), controls=TrainSettings(epochs=1), data=DataSettings(batch_size=8, domain=None))
-    learn = train_run(two_types, recipe, tmp_path / "run", wells="all", valid="experiment=HUVEC-02", say=lambda *a: None)
+    monkeypatch.setattr(checkpoint.Checkpoint, "before_fit",
+                        lambda self: (seen.append(set(self.learn.dls.train_ds.items.id_code)), fit(self))[1])
+    recipe = replace(tiny, train=TrainSettings(epochs=1), controls=TrainSettings(epochs=1),
+                     data=DataSettings(batch_size=8, domain=None))
+    learn = train_run(two_types, recipe, tmp_path / "run", wells="all", valid="experiment=HUVEC-02",
+                      say=lambda *a: None)
     assert len(seen) == 2 and not seen[0] & set(learn.dls.valid_ds.items.id_code)
 
 
@@ -284,7 +298,8 @@ def test_a_run_starts_with_the_network_of_another(two_types, tmp_path):
     say = lambda *a: None  # noqa: E731
     recipe = replace(tiny, train=TrainSettings(epochs=1, lr=1e-9, weight_decay=0.0))
     train_run(two_types, recipe, tmp_path / "first", valid="experiment=HUVEC-02", say=say)
-    learn = train_run(two_types, recipe, tmp_path / "second", valid="experiment=HUVEC-02", say=say, start=tmp_path / "first")
+    learn = train_run(two_types, recipe, tmp_path / "second", valid="experiment=HUVEC-02", say=say,
+                      start=tmp_path / "first")
     first = load_file(tmp_path / "first/model.safetensors")
     assert all(torch.allclose(v, first[k], atol=1e-6) for k, v in learn.model.named_parameters())
     with pytest.raises(ValueError, match="stage train: .* wells are validated on"):

@@ -1,7 +1,9 @@
-"""What every loss, head, pool and first convolution promises: a check is a function of the object, and a test holds all to it.
+"""What every loss, head, pool and first convolution promises: a check is a function of the object, and a test holds all
+to it.
 
 In the spirit of scikit-learn's `check_estimator`. What only one of them promises is tested with it (`test_loss`,
-`test_multilabel_loss`, `test_model`). A new loss, head, pool or rule is added to a list here and is held to all of it."""
+`test_multilabel_loss`, `test_model`). A new loss, head, pool or rule is added to a list here and is held to all of
+it."""
 import copy
 import math
 import pickle
@@ -62,7 +64,8 @@ def targets(loss):
 def masked(loss, target, rows):
     "The target with `rows` masked, one way after the other"
     target = target.clone()
-    if isinstance(loss, MultiLabelLoss): target[rows,torch.arange(int(rows.sum())) % K] = -1 # one value masks the whole row
+    if isinstance(loss, MultiLabelLoss):
+        target[rows,torch.arange(int(rows.sum())) % K] = -1 # one value masks the whole row
     else: target[rows] = MASKED if target.ndim == 1 else 0
     return target
 
@@ -81,7 +84,9 @@ def check_types_of_targets(loss):
     x,hard = scores(loss),targets(loss)[0]
     same = [hard.to(t) for t in (torch.int8, torch.uint8, torch.int32)]
     if isinstance(loss, MultiLabelLoss): same += [hard.bool(), hard.half()]
-    else: same += [nn.functional.one_hot(hard, K).to(t) for t in (torch.int64, torch.float64, torch.float32, torch.float16)]
+    else:
+        same += [nn.functional.one_hot(hard, K).to(t) for t in (torch.int64, torch.float64, torch.float32,
+                                                                torch.float16)]
     for target in same: torch.testing.assert_close(loss(x, target), loss(x, hard), rtol=1e-12, atol=1e-12)
 
 def check_gradient(loss):
@@ -120,7 +125,8 @@ def extremes(loss):
         weights = torch.tensor([[1., 0, 0], [.5, .5, 0], [.2, .3, .5], [0, 0, 1], [0, 0, 0]])
         for scale in (1., 1e4): yield from ((scale*x, t) for t in (torch.zeros(5, dtype=torch.long), weights))
         return
-    y = torch.tensor([[0., 0, 0, 0, 1], [1, 1, 1, 0, 1], [0, 1, 0, 0, 1], [1, 1, 1, 1, 1], [.5, .5, .5, .5, .5], [.3, .7, 0, 0, 1]])
+    y = torch.tensor([[0., 0, 0, 0, 1], [1, 1, 1, 0, 1], [0, 1, 0, 0, 1], [1, 1, 1, 1, 1], [.5, .5, .5, .5, .5],
+                      [.3, .7, 0, 0, 1]])
     for t in (y, y[:1], y[3:4], torch.zeros(6, 5), torch.ones(6, 5), torch.full((6, 5), .5), torch.full((6, 5), -1.)):
         yield from ((x, t) for x in (100*(2*t-1), -100*(2*t-1), torch.zeros(t.shape), torch.full(t.shape, 100.)))
 
@@ -211,7 +217,8 @@ def check_scores_are_the_classifier_of_the_embedding(kw):
 def check_training_gives_every_parameter_a_gradient(kw):
     head,(x,c) = head_of(kw),rows()
     out = head(x, c)
-    sum((o*torch.randn(o.shape, generator=rand(1))).sum() for o in (out if isinstance(out, tuple) else (out,))).backward()
+    sum((o*torch.randn(o.shape, generator=rand(1))).sum()
+        for o in (out if isinstance(out, tuple) else (out,))).backward()
     assert [n for n,p in head.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 def check_the_configuration_makes_it_again(kw):
@@ -250,7 +257,8 @@ def check_copies(kw):
 
 HEAD_CHECKS = [check_scores_are_the_classifier_of_the_embedding, check_training_gives_every_parameter_a_gradient,
                check_the_configuration_makes_it_again, check_dropout_acts_in_training_alone,
-               check_cell_types_matter_if_it_knows_them, check_low_precision_stays_finite, check_double_precision, check_copies]
+               check_cell_types_matter_if_it_knows_them, check_low_precision_stays_finite, check_double_precision,
+               check_copies]
 
 @pytest.mark.parametrize("check", HEAD_CHECKS)
 @each("settings", HEADS, ids=str)
@@ -291,7 +299,8 @@ def check_pool_gradient(name):
     body = ScreenBody(Maps(), name).double()
     assert torch.autograd.gradcheck(body, (maps(3, 2).double().requires_grad_(),))
 
-POOL_CHECKS = [check_any_size, check_positions_do_not_matter, check_equal_maps_keep_their_value, check_stronger_maps_give_more,
+POOL_CHECKS = [check_any_size, check_positions_do_not_matter, check_equal_maps_keep_their_value,
+               check_stronger_maps_give_more,
                check_pool_in_low_precision, check_pool_gradient]
 
 @pytest.mark.parametrize("check", POOL_CHECKS)
@@ -301,7 +310,8 @@ def test_pool(name, check): check(name)
 
 # First convolutions
 
-def conv(channels=3, **kw): return nn.Sequential(nn.Conv2d(channels, 8, 5, **{**dict(stride=2, padding=1, dilation=2), **kw}))
+def conv(channels=3, **kw):
+    return nn.Sequential(nn.Conv2d(channels, 8, 5, **{**dict(stride=2, padding=1, dilation=2), **kw}))
 
 def patched(init, n, old): return patch_first_conv(copy.deepcopy(old), n, init)
 
@@ -309,7 +319,8 @@ def check_grey_images_stay(init):
     "But for new kernels"
     old,x = conv(),torch.randn(2, 1, 20, 20, generator=rand(0))
     for n in (3, 4, 5, 6, 9):
-        same = torch.allclose(patched(init, n, old)(x.expand(-1, n, -1, -1)), old(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+        same = torch.allclose(patched(init, n, old)(x.expand(-1, n, -1, -1)), old(x.expand(-1, 3, -1, -1)), rtol=1e-4,
+                              atol=1e-5)
         assert same == (init != 'random' or n == 3)
 
 def check_any_number_of_channels(init):
@@ -336,11 +347,13 @@ def check_copies_of_a_patched_one(init):
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))): assert torch.equal(twin(x), net(x))
 
 def check_what_cannot_be_patched(init):
-    with pytest.raises(ValueError, match='groups=3, expected 1'): patch_first_conv(nn.Conv2d(3, 6, 3, groups=3), 6, init)
+    with pytest.raises(ValueError, match='groups=3, expected 1'):
+        patch_first_conv(nn.Conv2d(3, 6, 3, groups=3), 6, init)
     with pytest.raises(ValueError, match='n_channels is 0'): patch_first_conv(conv(), 0, init)
     with pytest.raises(ValueError, match='no nn.Conv2d'): patch_first_conv(nn.Linear(3, 4), 6, init)
 
-CONV_CHECKS = [check_grey_images_stay, check_any_number_of_channels, check_the_convolution_stays, check_enough_channels_keep_their_weights,
+CONV_CHECKS = [check_grey_images_stay, check_any_number_of_channels, check_the_convolution_stays,
+               check_enough_channels_keep_their_weights,
                check_dtype_stays, check_copies_of_a_patched_one, check_what_cannot_be_patched]
 
 @pytest.mark.parametrize("check", CONV_CHECKS)

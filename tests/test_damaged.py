@@ -1,4 +1,5 @@
-"Every file of ours, damaged in every way that a disk, an editor or another version can think of, is named in the message."
+"""Every file of ours, damaged in every way that a disk, an editor or another version can think of, is named in the
+message."""
 import json
 import os
 import shutil
@@ -38,7 +39,9 @@ def quiet(*args):
 
 def damages(data):
     "Ways to damage a file"
-    yield from dict(empty=b"", half=data[: len(data) // 2], list=b"[]", dict=b"{}", null=b"null", number=b"7", bytes=np.random.default_rng(0).bytes(999), zeros=bytes(len(data)), text="größer".encode("latin-1")).items()
+    yield from dict(empty=b"", half=data[: len(data) // 2], list=b"[]", dict=b"{}", null=b"null", number=b"7",
+                    bytes=np.random.default_rng(0).bytes(999), zeros=bytes(len(data)),
+                    text="größer".encode("latin-1")).items()
     try:
         whole = json.loads(data)
     except ValueError:
@@ -153,7 +156,8 @@ def test_screens(small_screen, tmp_path):
     for name in ("train.csv", "test.csv", "train_controls.csv", "test_controls.csv"):
         shutil.copy(small_screen / name, tmp_path / name)
     for name in ("train.csv", "test.csv", "train_controls.csv", "test_controls.csv"):
-        assert not faults(tmp_path / name, lambda: read_screen(tmp_path), names=("train.csv", "train_controls.csv", "test.csv", "test_controls.csv", "HUVEC")), name
+        assert not faults(tmp_path / name, lambda: read_screen(tmp_path),
+                          names=("train.csv", "train_controls.csv", "test.csv", "test_controls.csv", "HUVEC")), name
 
 
 def test_screen_of_ones_own(tmp_path):
@@ -164,7 +168,9 @@ def test_screen_of_ones_own(tmp_path):
     describe_screen(tmp_path, say=quiet)
     assert not faults(tmp_path / "screen.json", lambda: read_platemap(tmp_path), names=("map.csv", "no image fits"))
     assert not faults(tmp_path / "map.csv", lambda: read_platemap(tmp_path), names=("no image",))
-    assert not faults(tmp_path / "screen.json", lambda: describe_screen(tmp_path, out=tmp_path / "new", like=tmp_path, say=quiet), names=("map.csv", "has no images", "channel"))
+    assert not faults(tmp_path / "screen.json", lambda: describe_screen(tmp_path, out=tmp_path / "new", like=tmp_path,
+                                                                        say=quiet), names=("map.csv", "has no images",
+                                                                                           "channel"))
 
 
 def test_stores(small_screen, tmp_path):
@@ -183,14 +189,18 @@ def test_stores(small_screen, tmp_path):
     assert not faults(store / "shards" / "00000.bin", read)
     (tmp_path / "begun").mkdir()
     plan = json.loads((store / "manifest.json").read_text())
-    (tmp_path / "begun" / "packing.json").write_text(json.dumps({k: v for k, v in plan.items() if k not in ("files", "versions")}))
-    assert not faults(tmp_path / "begun" / "packing.json", lambda: (shutil.rmtree(tmp_path / "copy", ignore_errors=True), shutil.copytree(tmp_path / "begun", tmp_path / "copy"),
-                      pack_screen(part, tmp_path / "copy", say=quiet, progress=False)), names=("unfinished store",))  # fmt: skip
+    (tmp_path / "begun" / "packing.json").write_text(
+        json.dumps({k: v for k, v in plan.items() if k not in ("files", "versions")}))
+    assert not faults(tmp_path / "begun" / "packing.json",
+                      lambda: (shutil.rmtree(tmp_path / "copy", ignore_errors=True),
+                               shutil.copytree(tmp_path / "begun", tmp_path / "copy"),
+                      pack_screen(part, tmp_path / "copy", say=quiet, progress=False)), names=("unfinished store",))
 
 
 def test_simulation(tmp_path):
     (tmp_path / "simulation.json").write_text('{"n_sirnas": 3}')
-    assert not faults(tmp_path / "simulation.json", lambda: simulate_screen(tmp_path, n_sirnas=4, progress=False), names=("other settings",))
+    assert not faults(tmp_path / "simulation.json", lambda: simulate_screen(tmp_path, n_sirnas=4, progress=False),
+                      names=("other settings",))
 
 
 def test_thresholds(tmp_path):
@@ -201,11 +211,13 @@ def test_thresholds(tmp_path):
 def test_later_versions_are_named(run):
     info, settings = (json.loads((run / n).read_text()) for n in ("run.json", "recipe.json"))
     (run / "run.json").write_text(json.dumps({**info, "format": 3, "version": "0.9.1"}))
-    with pytest.raises(ValueError, match="run.json has format 3, written by rcic_fastai 0.9.1; this is .* reads formats up to 2"):
+    with pytest.raises(ValueError,
+                       match="run.json has format 3, written by rcic_fastai 0.9.1; this is .* reads formats up to 2"):
         read_run(run)
     (run / "run.json").write_text(json.dumps({**info, "version": "0.9.1"}))
     (run / "recipe.json").write_text(json.dumps({**settings, "train": {**settings["train"], "swing": 1}}))
-    with pytest.raises(ValueError, match=r"recipe.json: train.swing is no setting.*; written by rcic_fastai 0.9.1, and this is "):
+    with pytest.raises(ValueError,
+                       match=r"recipe.json: train.swing is no setting.*; written by rcic_fastai 0.9.1, and this is "):
         read_run(run)
 
 
@@ -214,16 +226,20 @@ def test_runs_of_the_first_version_are_read(run, small_screen, monkeypatch):
     monkeypatch.chdir(small_screen.parent)
     old = {k: v for k, v in info.items() if k not in ("format", "version")} | {"data": "screen"}
     (run / "run.json").write_text(json.dumps(old))
-    (run / "recipe.json").write_text(json.dumps({**settings, "inference": {"batchnorm": "domain"}}))  # a setting that came later keeps its default
+    # a setting that came later keeps its default
+    (run / "recipe.json").write_text(json.dumps({**settings, "inference": {"batchnorm": "domain"}}))
     recipe, found = read_run(run)
     assert found["data"] == "screen" and found["format"] == 1 and recipe.inference.batchnorm == "domain"
     assert Predictions.load(run / "predictions" / "test.npz").ids is not None and len(pd.read_csv(run / "history.csv"))
 
 
 WRONG = {  # value of run.json, and whether `rcic-submit`, which has the predictions, cannot know
-    "channels": [..., [1, 2, 3], list("abcdef"), [1] * 6, [True] * 6, "123456", []], "classes": [..., [], "ab", list("abcdefgh"), [9000 + i for i in range(8)], [1] * 8, list(range(7)), [0.5] + list(range(1, 8)), ["a"] + list(range(1, 8)), [[1]] * 8],
-    "target": [..., None, 7, "nothing", "labels", "cell_type"], "cell_types": [..., ["HUVEC"] * 2, "HUVEC"], "experiments": [..., ["HUVEC-01"] * 2],
-}  # fmt: skip
+    "channels": [..., [1, 2, 3], list("abcdef"), [1] * 6, [True] * 6, "123456", []],
+    "classes": [..., [], "ab", list("abcdefgh"), [9000 + i for i in range(8)], [1] * 8, list(range(7)),
+                [0.5] + list(range(1, 8)), ["a"] + list(range(1, 8)), [[1]] * 8],
+    "target": [..., None, 7, "nothing", "labels", "cell_type"], "cell_types": [..., ["HUVEC"] * 2, "HUVEC"],
+    "experiments": [..., ["HUVEC-01"] * 2],
+}
 
 
 @pytest.mark.parametrize("key", WRONG)
@@ -232,12 +248,16 @@ def test_run_json_that_does_not_fit_is_named_by_every_command(run, small_screen,
     from rcic_fastai.report.core import run_context
 
     screen, info = read_screen(small_screen), json.loads((run / "run.json").read_text())
-    tell = dict(predict=lambda: predict_run(run, screen, "test", progress=False, say=quiet), embed=lambda: embed_run(run, screen, "test", progress=False, say=quiet), submit=lambda: submit_run(run, screen, tmp_path / "s.csv", say=quiet),
-                report=lambda: run_context(run, small_screen, say=quiet), kaggle=lambda: build_kernel(tmp_path / "k", "infer", run=run, user="ada", lacking=()))  # fmt: skip
+    tell = dict(predict=lambda: predict_run(run, screen, "test", progress=False, say=quiet),
+                embed=lambda: embed_run(run, screen, "test", progress=False, say=quiet),
+                submit=lambda: submit_run(run, screen, tmp_path / "s.csv", say=quiet),
+                report=lambda: run_context(run, small_screen, say=quiet),
+                kaggle=lambda: build_kernel(tmp_path / "k", "infer", run=run, user="ada", lacking=()))
     for value in WRONG[key]:
         (run / "run.json").write_text(json.dumps({k: v for k, v in {**info, key: value}.items() if v is not ...}))
         for name, do in tell.items():
-            if name == "embed" and isinstance(value, list) and value[:1] == [9000]: continue  # a network may look at a screen with other treatments
+            if name == "embed" and isinstance(value, list) and value[:1] == [9000]:
+                continue  # a network may look at a screen with other treatments
             with pytest.raises((ValueError, FileNotFoundError), match="run.json") as e: do()
             assert key in str(e.value), (name, value, str(e.value))
 
@@ -248,7 +268,8 @@ def test_models_of_a_stack(tmp_path):
     rng = np.random.default_rng(0)
     y = (rng.random((240, 2)) < [0.5, 0.05]).astype(int)
     members = dict(a=np.clip(y * 0.4 + rng.random(y.shape) * 0.6, 0, 1), b=rng.random(y.shape))
-    fit = lambda: Stacker(n_folds=2, n_inner=2, max_rounds=4, min_positives=30, folder=tmp_path, progress=False).fit(members, y)
+    fit = lambda: Stacker(n_folds=2, n_inner=2, max_rounds=4, min_positives=30, folder=tmp_path,
+                          progress=False).fit(members, y)
     fit()
     kinds = {json.loads(p.read_text())["kind"]: p for p in sorted(tmp_path.glob("*/repeat*.json"))}
     assert set(kinds) == {"boosted", "linear"}
@@ -262,11 +283,13 @@ def test_parameters_of_a_stack(small_run, small_screen):
     from rcic_fastai.cli.script import CliError
 
     with pytest.raises(CliError, match="--params: line 1: Expecting"): rcic_hpa_stack(run=[small_run], params="{bad")
-    with pytest.raises(CliError, match="--params: .* where an object in braces is expected"): rcic_hpa_stack(run=[small_run], params="[1]")
+    with pytest.raises(CliError, match="--params: .* where an object in braces is expected"):
+        rcic_hpa_stack(run=[small_run], params="[1]")
     pytest.importorskip("lightgbm", reason="stacking needs LightGBM (pip install rcic_fastai[stack])")
     y = (np.random.default_rng(0).random((90, 1)) < 0.5).astype(int)
     for params in (dict(learning_rate="x"), dict(num_leaves=-1), dict(monotone_constraints={"a": 1})):
-        with pytest.raises(ValueError, match=f"params .*{next(iter(params))}.*: LightGBM refuses them"): Stacker(n_folds=2, n_inner=2, min_positives=2, params=params, progress=False).fit(dict(a=y * 0.5), y)
+        with pytest.raises(ValueError, match=f"params .*{next(iter(params))}.*: LightGBM refuses them"):
+            Stacker(n_folds=2, n_inner=2, min_positives=2, params=params, progress=False).fit(dict(a=y * 0.5), y)
 
 
 def test_tables_of_a_store_are_compared_when_it_is_read(small_screen, tmp_path):
@@ -282,8 +305,9 @@ def test_tables_of_a_store_are_compared_when_it_is_read(small_screen, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", ["run.json", "recipe.json", "predictions/test.npz", "model.safetensors", "histograms.npz", "history.csv", "manifest.json", "sites.parquet", "shards/00000.bin",
-                                  "train.csv", "image", "checkpoint", "template"])  # fmt: skip
+@pytest.mark.parametrize("name", ["run.json", "recipe.json", "predictions/test.npz", "model.safetensors",
+                                  "histograms.npz", "history.csv", "manifest.json", "sites.parquet", "shards/00000.bin",
+                                  "train.csv", "image", "checkpoint", "template"])
 def test_a_pipe_is_not_waited_for(run, small_screen, tmp_path, name):
     "Nobody writes into it, so that a reader would wait for ever"
     screen, store = read_screen(small_screen), tmp_path / "store"
@@ -296,10 +320,16 @@ def test_a_pipe_is_not_waited_for(run, small_screen, tmp_path, name):
     else: path = run / name
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    reads = {"predictions/test.npz": lambda: submit_run(run, screen, say=quiet), "model.safetensors": lambda: load_run(run, screen.sites().head(4)), "histograms.npz": lambda: Run(run).histograms,
-             "history.csv": lambda: read_history(run), "image": lambda: read_channel(path), "checkpoint": lambda: read_checkpoint(path), "run.json": lambda: read_run(run), "recipe.json": lambda: read_run(run),
-             "template": lambda: make_report(run, tmp_path / "page.html", small_screen, template=path, say=quiet)}  # fmt: skip
-    with pytest.raises(EXPECTED, match=f"{path.name}.*(is a pipe, expected a regular file|does not exist|no such file|is missing|looked for)|looked for train.csv"):
+    reads = {"predictions/test.npz": lambda: submit_run(run, screen, say=quiet),
+             "model.safetensors": lambda: load_run(run, screen.sites().head(4)),
+             "histograms.npz": lambda: Run(run).histograms,
+             "history.csv": lambda: read_history(run), "image": lambda: read_channel(path),
+             "checkpoint": lambda: read_checkpoint(path), "run.json": lambda: read_run(run),
+             "recipe.json": lambda: read_run(run),
+             "template": lambda: make_report(run, tmp_path / "page.html", small_screen, template=path, say=quiet)}
+    with pytest.raises(EXPECTED,
+                       match=f"{path.name}.*(is a pipe, expected a regular file|does not exist|no such file|is "
+                       "missing|looked for)|looked for train.csv"):
         reads.get(name, lambda: (read_screen(store), Store(store).read(0)))()
 
 
@@ -308,9 +338,12 @@ def test_a_manifest_does_not_say_how_long_something_takes(small_screen, tmp_path
         store = tmp_path / format
         pack_screen(read_screen(small_screen), store, progress=False, format=format)
         manifest = json.loads((store / "manifest.json").read_text())
-        (store / "manifest.json").write_text(json.dumps({k: v for k, v in {**manifest, "n_sites": 10**12}.items() if k != "digest"}))
+        (store / "manifest.json").write_text(
+            json.dumps({k: v for k, v in {**manifest, "n_sites": 10**12}.items() if k != "digest"}))
         for use in (lambda s: s.check(), verify_store, lambda s: s.read(0), lambda s: s.read_batch([0])):
-            with pytest.raises(ValueError, match="sites.parquet: [0-9]+ sites, but the manifest counts 1,000,000,000,000"): use(Store(store))
+            with pytest.raises(ValueError,
+                               match="sites.parquet: [0-9]+ sites, but the manifest counts 1,000,000,000,000"):
+                use(Store(store))
 
 
 def test_predictions_are_of_the_sites_of_the_screen(run, small_screen, tmp_path):
@@ -322,8 +355,9 @@ def test_predictions_are_of_the_sites_of_the_screen(run, small_screen, tmp_path)
     other = p.ids.copy().astype(object)
     other[0] = p.ids[0].rpartition("_")[0] + "_01"
     more = np.append(p.ids, p.ids[0].rpartition("_")[0] + "_9")
-    cases = [(changed(0, other), "site .*_01 is not in"), (changed(0, more, np.concatenate([p.logits, p.logits[:1]])), "site .*_9 is not in"),
-             (changed(0, p.ids[1:], p.logits[1:]), f"site {p.ids[0]} is missing")]  # fmt: skip
+    cases = [(changed(0, other), "site .*_01 is not in"),
+             (changed(0, more, np.concatenate([p.logits, p.logits[:1]])), "site .*_9 is not in"),
+             (changed(0, p.ids[1:], p.logits[1:]), f"site {p.ids[0]} is missing")]
     wells = p.wells()
     unknown = wells.ids.copy().astype(object)
     unknown[0] = "HUVEC-99_1_B02"
@@ -331,20 +365,25 @@ def test_predictions_are_of_the_sites_of_the_screen(run, small_screen, tmp_path)
     for bad, message in cases:
         bad.save(path)
         with pytest.raises(ValueError, match=f"test.npz: {message}"): submit_run(run, screen, say=quiet)
-        with pytest.raises(ValueError, match=f"test.npz: {message}"): blend_runs([second, run], screen, tmp_path / "blend", say=quiet)
+        with pytest.raises(ValueError, match=f"test.npz: {message}"):
+            blend_runs([second, run], screen, tmp_path / "blend", say=quiet)
     assert not (run / "submission.csv").exists()
     wells.save(path)
     assert submit_run(run, screen, say=quiet).exists()
 
 
-@pytest.mark.parametrize("change, message", [(dict(classes=[0.5, float("nan")], target="x"), "classes has NaN"), (dict(classes=[1, 1]), "classes has 1 twice"), *((dict(parts=p), "parts is ") for p in ([""], ["."], ["a", "a"], ["../x"], ["a/b"]))], ids=str)
+@pytest.mark.parametrize("change, message", [(dict(classes=[0.5, float("nan")], target="x"), "classes has NaN"),
+                                             (dict(classes=[1, 1]), "classes has 1 twice"),
+                                             *((dict(parts=p), "parts is ")
+                                               for p in ([""], ["."], ["a", "a"], ["../x"], ["a/b"]))], ids=str)
 def test_names_and_classes_of_a_run(run, change, message):
     info = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**info, **change}))
     with pytest.raises(ValueError, match=f"run.json: {message}"): read_run(run)
 
 
-@each("change", [dict(level="x"), dict(level=[]), dict(activation={}), dict(split=3), dict(weights=3), dict(weights=dict(a="x")), dict(run=[])], ids=str)
+@each("change", [dict(level="x"), dict(level=[]), dict(activation={}), dict(split=3), dict(weights=3),
+                 dict(weights=dict(a="x")), dict(run=[])], ids=str)
 def test_what_predictions_say_of_themselves(tmp_path, change):
     p = Predictions(["a_1"], [0, 1], [[0.0, 1.0]], change)
     p.save(tmp_path / "x.npz")
@@ -361,10 +400,12 @@ def with_index(store, change):
 
 
 def test_an_index_that_is_not_ours(small_screen, tmp_path):
-    for name, change in dict(once=lambda t: t.assign(site_id=t.site_id.iloc[0]), files=lambda t: t.assign(files="x")).items():
+    for name, change in dict(once=lambda t: t.assign(site_id=t.site_id.iloc[0]),
+                             files=lambda t: t.assign(files="x")).items():
         pack_screen(read_screen(small_screen), store := tmp_path / name, progress=False)
         with_index(store, change)
-        with pytest.raises(ValueError, match="sites.parquet: (site .* twice|column 'files')"): (read_screen(store), Store(store).check())
+        with pytest.raises(ValueError, match="sites.parquet: (site .* twice|column 'files')"):
+            (read_screen(store), Store(store).check())
 
 
 def test_an_array_with_an_entry_that_must_be_understood(small_screen, tmp_path):

@@ -46,7 +46,8 @@ def quiet():
 @pytest.fixture(scope="module")
 def screen(tmp_path_factory):
     path = tmp_path_factory.mktemp("screen")
-    return read_screen(simulate_screen(path, n_sirnas=8, n_positive=1, n_train=2, n_test=1, image_size=16, seed=1, workers=1, progress=False))
+    return read_screen(simulate_screen(path, n_sirnas=8, n_positive=1, n_train=2, n_test=1, image_size=16, seed=1,
+                                       workers=1, progress=False))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,8 @@ def test_select_sites_errors(screen, args, message):
 
 
 def test_missing_files_are_an_error_or_are_left_out_and_reported(tmp_path):
-    screen = read_screen(simulate_screen(tmp_path, n_sirnas=4, n_train=1, n_test=0, cell_types="RPE", image_size=16, workers=1, progress=False))
+    screen = read_screen(simulate_screen(tmp_path, n_sirnas=4, n_train=1, n_test=0, cell_types="RPE", image_size=16,
+                                         workers=1, progress=False))
     n = len(select_sites(screen))
     lost = select_sites(screen).files[2].format(channel=5)
     Path(lost).unlink()
@@ -145,15 +147,18 @@ def test_real_controls_that_are_present():
     said = []
     sites = select_sites(read_screen(REAL), wells="controls", present_only=True, warn=said.append)
     assert len(sites) == 16 and said[0].startswith("16 of 8,194 train sites")
-    dls = screen_dataloaders(sites, "plate=4", target="cell_type", domain=None, bs=4, transforms=[], device="cpu", repeats=3)
+    dls = screen_dataloaders(sites, "plate=4", target="cell_type", domain=None, bs=4, transforms=[], device="cpu",
+                             repeats=3)
     x, context, y = dls.one_batch()
-    assert x.shape == (4, 6, 512, 512) and x.dtype == torch.uint8 and list(dls.vocab) == ["HEPG2", "HUVEC", "RPE", "U2OS"]
+    assert x.shape == (4, 6, 512, 512) and x.dtype == torch.uint8
+    assert list(dls.vocab) == ["HEPG2", "HUVEC", "RPE", "U2OS"]
     assert (context[:, 0] == y).all() and len(dls.train) == 9
     assert dls.valid.one_batch()[1][:, 2].tolist() == [3] * 4
 
 
 def test_a_file_that_vanishes_is_named_while_reading(tmp_path):
-    screen = read_screen(simulate_screen(tmp_path, n_sirnas=4, n_train=1, n_test=0, cell_types="RPE", image_size=16, workers=1, progress=False))
+    screen = read_screen(simulate_screen(tmp_path, n_sirnas=4, n_train=1, n_test=0, cell_types="RPE", image_size=16,
+                                         workers=1, progress=False))
     dls = screen_dataloaders(select_sites(screen), bs=4, transforms=[], device="cpu", num_workers=0)
     for p in Path(tmp_path, "train").rglob("*_w6.png"):
         p.unlink()
@@ -172,7 +177,8 @@ def test_context_there_and_back():
     assert encode(["U2OS", "U2OS-01", 2]).tolist() == [-1, -1, 1, 0]
     roles = [encode(["RPE", "HUVEC-01", 4, w]) for w in ("treatment", "positive_control", "negative_control")]
     assert [r.tolist() for r in roles] == [[1, 0, 3, i] for i in range(3)]
-    assert [encode.describe(r) for r in roles] == [f"RPE, HUVEC-01, plate 4{c}" for c in ("", ", positive control", ", negative control")]
+    assert [encode.describe(r) for r in roles] == [f"RPE, HUVEC-01, plate 4{c}"
+                                                   for c in ("", ", positive control", ", negative control")]
     with pytest.raises(ValueError, match="well_type is 'empty', expected one of 'treatment'"):
         encode(["RPE", "HUVEC-01", 4, "empty"])
     assert encode.describe([-1, -1, 1]) == "new cell type, new experiment, plate 2"
@@ -249,9 +255,11 @@ def test_shuffled_domains_follow_seed_and_epoch():
 
 def test_domain_keys(sites):
     some = sites.sample(frac=1, random_state=1)
-    for domain, columns in {"plate": ["experiment", "plate"], "experiment": ["experiment"], "cell_type": ["cell_type"]}.items():
+    for domain, columns in {"plate": ["experiment", "plate"], "experiment": ["experiment"],
+                            "cell_type": ["cell_type"]}.items():
         keys = domain_keys(some, domain)
-        assert keys.dtype == np.int64 and len(set(zip(keys, some[columns].itertuples(index=False, name=None)))) == len(some.groupby(columns))
+        assert keys.dtype == np.int64
+        assert len(set(zip(keys, some[columns].itertuples(index=False, name=None)))) == len(some.groupby(columns))
     assert (domain_keys(some, None) == 0).all()
     with pytest.raises(ValueError, match="domain is 'well', expected one of None, 'cell_type', 'experiment', 'plate'"):
         domain_keys(some, "well")
@@ -359,7 +367,8 @@ def test_repeats(sites):
     table = dls.train_ds.items
     rows = pd.Series(dls.train.get_idxs()).value_counts()
     assert rows.min() >= 3 and len(rows) == len(table)
-    assert len(dls.train) == len(list(dls.train)) == sum(-(-3 * n // 2) for n in table.groupby(["experiment", "plate"]).size())
+    assert len(dls.train) == len(list(dls.train)) == sum(-(-3 * n // 2)
+                                                         for n in table.groupby(["experiment", "plate"]).size())
     assert sorted(dls.valid.get_idxs()) == list(range(len(dls.valid_ds)))  # validation takes each once
 
 
@@ -372,7 +381,8 @@ def test_new_keeps_what_a_domain_loader_is(sites):
     assert sorted(still.get_idxs()) == list(range(len(dls.train_ds))) and len(list(still)) == len(still)
     mixed = dls.valid.new(domain=None)
     assert mixed.get_idxs() == list(range(len(dls.valid_ds)))
-    assert [len(b[0]) for b in dls.train.new(drop_last=True, bs=5, domain="experiment", repeats=1, shuffle=False)][0] == 5
+    assert [len(b[0]) for b in dls.train.new(drop_last=True, bs=5, domain="experiment", repeats=1,
+                                             shuffle=False)][0] == 5
 
 
 # controls beside the sites
@@ -400,14 +410,16 @@ def test_controls_follow_the_sites_of_their_domain(sites, controls, domain, work
         assert [r for r in rows if r < n] == without.new().get_idxs() and len(first) == len(dl) == len(bare)
         for b, w in zip(first, bare):
             treated = np.concatenate([t for t, _ in in_parts(b)])
-            assert torch.equal(b[0][treated], w[0]) and torch.equal(b[2][treated], w[2])  # the same sites in the same order
+            # the same sites in the same order
+            assert torch.equal(b[0][treated], w[0]) and torch.equal(b[2][treated], w[2])
             for t, c in in_parts(b):
                 roles = b[1][c, 3].tolist()
                 assert len(c) == 3 and {1, 2} == set(roles) and (b[2][c] == MASKED).all() and (b[2][t] >= 0).all()
                 assert len(set(map(tuple, b[1][np.append(t, c)][:, domain_columns(domain)].tolist()))) == 1
                 assert len(b[0][c].flatten(1).unique(dim=0)) == 3  # all different
         again = dl.new(num_workers=0)
-        assert all(torch.equal(x, y) for p, q in zip(first, again) for x, y in zip(p, q))  # the same epoch again, without workers
+        # the same epoch again, without workers
+        assert all(torch.equal(x, y) for p, q in zip(first, again) for x, y in zip(p, q))
     assert dls.valid.get_idxs() == dls.valid.get_idxs()  # validation is the same each time
     dls.train.epoch = 0
     drawn = [[r for r in dls.train.get_idxs() if r >= dls.train.n] for _ in range(2)]
@@ -436,7 +448,8 @@ def test_targets_of_controls_are_masked_whatever_the_target(sites, controls):
 
 def test_a_plate_without_controls_borrows_those_of_its_experiment(sites, controls):
     few = controls[(controls.experiment != "RPE-01") | (controls.plate != 2)]
-    with pytest.warns(UserWarning, match="plate 2 of RPE-01 has no controls; those of the whole experiment are used") as caught:
+    with pytest.warns(UserWarning,
+                      match="plate 2 of RPE-01 has no controls; those of the whole experiment are used") as caught:
         dls = loaders(sites, domain="plate", controls=few, n_controls=2)
         dls.train.new(bs=4), list(dls.train)
     assert len([w for w in caught if "has no controls" in str(w.message)]) == 1
@@ -465,19 +478,22 @@ def test_new_sites_have_no_controls_unless_asked_for(sites, controls, test_sites
     dls = loaders(sites, domain="plate", controls=controls, n_controls=2, domains_per_batch=2)
     plain = dls.test_dl(test_sites)
     assert plain.n_controls == 0 and plain.controls is None and sorted(plain.get_idxs()) == list(range(len(test_sites)))
-    for dl in (dls.test_dl(test_sites, n_controls=3), dls.test_dl(test_sites, n_controls=3, controls=controls, with_labels=True)):
+    for dl in (dls.test_dl(test_sites, n_controls=3),
+               dls.test_dl(test_sites, n_controls=3, controls=controls, with_labels=True)):
         for b in dl:
             (t, c), = in_parts(b)
             assert len(c) == 3 and len(b[1][:, 1:3].unique(dim=0)) == 1 and (len(b) == 2 or (b[2][c] == MASKED).all())
     own, mixed = dls.train.new(shuffle=False), dls.train.new(domain=None)
-    assert own.n_controls == 2 and own.controls is dls.train.controls and mixed.controls.pools[0].tolist() == list(range(len(controls)))
+    assert own.n_controls == 2 and own.controls is dls.train.controls
+    assert mixed.controls.pools[0].tolist() == list(range(len(controls)))
     learn = learner(dls, path=tmp_path)
     learn.loss_func = CrossEntropyLossFlat(ignore_index=MASKED)
     with learn.no_logging():
         learn.fit(1, 1e-3)
     assert np.isfinite(learn.recorder.values[0]).all()
     preds, targets = learn.get_preds(ds_idx=1, reorder=True)  # the sites in their order, then the controls
-    assert targets[: len(dls.valid_ds)].tolist() == dls.valid_ds.items.sirna.tolist() and (targets[len(dls.valid_ds) :] == MASKED).all()
+    assert targets[: len(dls.valid_ds)].tolist() == dls.valid_ds.items.sirna.tolist()
+    assert (targets[len(dls.valid_ds) :] == MASKED).all()
     learn.export("learner.pkl")
     assert load_learner(tmp_path / "learner.pkl").dls.train.n_controls == 0
 
@@ -512,7 +528,8 @@ def test_batches_of_two_experiments(sites):
         e = b[1][:, 1]
         assert len(e) == 6 and len(set(e[:3].tolist())) == len(set(e[3:].tolist())) == 1 and e[0] != e[3]
     assert all(len(b[1][:, 1].unique()) == 1 for b in dls.test_dl(sites))
-    lone = loaders(sites[sites.experiment == "RPE-01"], valid=None, bs=6, domains_per_batch=2).train  # as far as there are two
+    # as far as there are two
+    lone = loaders(sites[sites.experiment == "RPE-01"], valid=None, bs=6, domains_per_batch=2).train
     assert {len(b[0]) for b in list(lone)[:1]} <= {3, 6} and len(lone) == len(list(lone))
 
 
@@ -551,13 +568,15 @@ def test_batches_of_pairs(sites, controls, domain, workers, k):
         for t, c in in_parts(b):
             context, y = b[1][t].numpy(), b[2][t].numpy()
             assert len(t) == 8 // k and len(c) == n_controls and (y[::2] == y[1::2]).all()
-            lone = (y[::2] == 6) & (domain is not None)  # the only siRNA with a well in one experiment of each cell type alone
+            # the only siRNA with a well in one experiment of each cell type alone
+            lone = (y[::2] == 6) & (domain is not None)
             assert ((context[::2, 1] != context[1::2, 1]) != lone).all()
             if domain:
                 assert len(set(context[:, 0])) == 1
     dl.epoch = 0
     seen = np.bincount([i for i in dl.get_idxs() if i < len(sites)], minlength=len(sites))
-    assert seen.min() == 1 and seen.sum() - len(sites) <= 8 // k * 2  # once, but for what fills the last batch of a domain
+    # once, but for what fills the last batch of a domain
+    assert seen.min() == 1 and seen.sum() - len(sites) <= 8 // k * 2
 
 
 # images in memory
@@ -568,7 +587,8 @@ def test_images_are_read_once(tmp_path, workers):
     settings = dict(n_sirnas=4, n_train=1, n_test=1, cell_types="RPE", image_size=16, workers=1, progress=False)
     screen = read_screen(simulate_screen(tmp_path, **settings))
     sites, controls = select_sites(screen), select_sites(screen, wells="controls")
-    settings = dict(valid=(sites.site == 2).to_numpy(), controls=controls, n_controls=len(controls), domain="cell_type", bs=32)
+    settings = (dict(valid=(sites.site == 2).to_numpy(), controls=controls, n_controls=len(controls),
+                     domain="cell_type", bs=32))
     dls = loaders(sites, cache=True, num_workers=workers, **settings)
     dl = dls.test_dl(select_sites(screen, "test"))
     first = [x for loader in (dls.valid, dls.train.new(shuffle=False), dl) for x, *_ in loader]
@@ -593,7 +613,8 @@ def test_a_batch(sites):
     dls = screen_dataloaders(sites, VALID, bs=6, device="cpu")
     x, context, y = dls.one_batch()
     assert type(x) is MultiChannelImage and x.dtype == torch.float32 and x.shape == (6, 6, 16, 16)
-    assert type(context) is ScreenContext and context.dtype == y.dtype == torch.int64 and context.shape == (6, 4) and y.shape == (6,)
+    assert type(context) is ScreenContext and context.dtype == y.dtype == torch.int64
+    assert context.shape == (6, 4) and y.shape == (6,)
     assert dls.n_inp == dls.valid.n_inp == 2 and dls.c == 8
     assert set(dls.valid_ds.items.experiment) == {"HUVEC-02", "RPE-02"} and dls.valid.bs == 64
 
@@ -612,7 +633,8 @@ def test_context_and_target_of_each_site(sites):
     context, y = torch.cat([b[1] for b in dl]), torch.cat([b[2] for b in dl])
     table = sites.iloc[dl.get_idxs()]
     numbers = {"RPE-02": 0, "HUVEC-01": 1, "RPE-01": 2, "HUVEC-02": -1}
-    expected = [(int(c == "HUVEC"), numbers[e], p - 1) for c, e, p in zip(table.cell_type, table.experiment, table.plate)]
+    expected = [(int(c == "HUVEC"), numbers[e], p - 1) for c, e, p in zip(table.cell_type, table.experiment,
+                                                                          table.plate)]
     assert context.tolist() == [[*e, 0] for e in expected] and y.tolist() == table.sirna.tolist()
 
 
@@ -651,7 +673,8 @@ def test_classes_may_be_given(sites):
         (dict(domains_per_batch=0), "domains_per_batch is 0, expected 1 or more"),
         (dict(domains_per_batch=4), "a batch of 6 sites cannot be cut into 4 equal parts"),
         (dict(pairs=True, domain="plate"), "pairs with domain 'plate': an experiment has no siRNA twice"),
-        (dict(pairs=True, domain=None, domains_per_batch=2), "pairs need an even number of sites per domain in a batch, not 3"),
+        (dict(pairs=True, domain=None, domains_per_batch=2),
+         "pairs need an even number of sites per domain in a batch, not 3"),
     ],
 )
 def test_settings_that_cannot_be(sites, settings, message):
@@ -665,7 +688,8 @@ def test_masks_and_labels_that_cannot_be(sites, test_sites):
     one = sites[sites.sirna == 3].id_code.iloc[0]
     with pytest.raises(ValueError, match=f"sirna 3 of well {one} is in the validation set but in no training well"):
         loaders(sites, valid=(sites.sirna == 3).to_numpy())
-    with pytest.raises(ValueError, match=rf"sirna is unknown for all {len(test_sites)} training sites; choose other wells"):
+    with pytest.raises(ValueError,
+                       match=rf"sirna is unknown for all {len(test_sites)} training sites; choose other wells"):
         loaders(test_sites, valid=None)
 
 
@@ -681,7 +705,8 @@ def test_four_channels(sites):
 @pytest.mark.parametrize("layout", ["rxrx1", "wilds"])
 def test_the_other_layouts(tmp_path, layout):
     rows, rng = [], np.random.default_rng(0)
-    for e, dataset in (("HUVEC-01", "train"), ("HUVEC-02", "train"), ("HUVEC-03", "val" if layout == "wilds" else "test")):
+    for e, dataset in (("HUVEC-01", "train"), ("HUVEC-02", "train"),
+                       ("HUVEC-03", "val" if layout == "wilds" else "test")):
         for well, kind, sirna in (("B02", "negative_control", 1138), ("B03", "treatment", 5), ("B04", "treatment", 9)):
             for site in (1, 2):
                 i = f"{e}_1_{well}"
@@ -689,10 +714,12 @@ def test_the_other_layouts(tmp_path, layout):
                 folder = tmp_path / "images" / e / "Plate1"
                 folder.mkdir(parents=True, exist_ok=True)
                 if layout == "wilds":
-                    Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{well}_s{site}.png")
+                    Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+                        folder / f"{well}_s{site}.png")
                 else:
                     for c in range(1, 7):
-                        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{well}_s{site}_w{c}.png")
+                        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(
+                            folder / f"{well}_s{site}_w{c}.png")
     columns = "site_id,well_id,cell_type,dataset,experiment,plate,well,site,well_type,sirna,sirna_id".split(",")
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "metadata.csv", index=False)
     screen = read_screen(tmp_path)
@@ -766,14 +793,16 @@ def test_controls_are_titled_as_controls(sites, controls):
     dls = loaders(sites, controls=controls, n_controls=2, bs=4)
     dls.show_batch(max_n=6)
     assert all(t.startswith("siRNA ") and "control" not in t for t in titles()[:4])
-    assert sorted(t.split("\n")[0] for t in titles()[4:]) == ["negative control", "positive control"] and "plate" in titles()[4]
+    assert sorted(t.split("\n")[0] for t in titles()[4:]) == ["negative control", "positive control"]
+    assert "plate" in titles()[4]
     dls.show_batch(max_n=3, unique=True)
     assert len(set(titles())) == 1
     b = dls.valid.one_batch()
     dls.valid.show_results(b, TensorCategory(b[2].clamp(min=0)), max_n=len(b[0]))
     assert "control\n" in titles()[-1] and "siRNA" not in titles()[-1] and "wrong" not in "".join(titles())
     everything = pd.concat([sites, controls[controls.experiment.isin(sites.experiment)]])
-    dl = loaders(everything, valid=None, bs=200, domain=None).train  # controls that are to be predicted keep their siRNA
+    # controls that are to be predicted keep their siRNA
+    dl = loaders(everything, valid=None, bs=200, domain=None).train
     assert any(t.startswith("siRNA 9, negative control\n") for t in dl.titles(dl.decode(dl.one_batch())))
 
 
@@ -792,7 +821,8 @@ def test_show_batch_says_what_a_person_wants_to_know(sites):
     assert titles() == expected
     rows = dls.valid.get_idxs()[:4]
     table = dls.valid_ds.items.iloc[rows]
-    assert [f"siRNA {s}\n{c}, {e}, plate {p}" for s, c, e, p in zip(table.sirna, table.cell_type, table.experiment, table.plate)] == expected
+    assert [f"siRNA {s}\n{c}, {e}, plate {p}" for s, c, e, p in zip(table.sirna, table.cell_type, table.experiment,
+                                                                    table.plate)] == expected
 
 
 def test_show_batch_of_standardised_and_unlabelled_sites(sites, test_sites):
@@ -865,7 +895,8 @@ def test_whole_batches_are_those_of_the_items(small_screen, packed, kind, worker
         settings["channels"] = (5, 1)
     if kind == "controls":
         settings.update(domain="experiment", controls=select_sites(screen, wells="controls"), n_controls=3)
-    of_kind = dict(cache=dict(cache=True), store=dict(source=packed), channels=dict(source=packed.path), controls=dict(source=packed)).get(kind, {})
+    of_kind = dict(cache=dict(cache=True), store=dict(source=packed), channels=dict(source=packed.path),
+                   controls=dict(source=packed)).get(kind, {})
     sites = select_sites(screen)
     ours, theirs = (screen_dataloaders(sites, num_workers=w, **settings, **k) for w, k in ((workers, of_kind), (0, {})))
     assert ours.train._batch_source() is not None
@@ -879,13 +910,15 @@ def test_whole_batches_are_those_of_the_items(small_screen, packed, kind, worker
 
 
 def test_a_packed_screen_needs_no_source(packed, small_screen):
-    ours, theirs = (screen_dataloaders(select_sites(read_screen(s)), bs=8, transforms=[]) for s in (packed.path, small_screen))
+    ours, theirs = (screen_dataloaders(select_sites(read_screen(s)), bs=8, transforms=[])
+                    for s in (packed.path, small_screen))
     assert ours.train._batch_source().store is not None and theirs.train._batch_source().store is None
     assert_same_batches(ours.train, theirs.train)
 
 
 def test_batches_that_are_kept_stay_what_they_are(small_screen, packed):
-    dl = screen_dataloaders(select_sites(read_screen(small_screen)), bs=8, transforms=[], source=packed, num_workers=2).train
+    dl = screen_dataloaders(select_sites(read_screen(small_screen)), bs=8, transforms=[], source=packed,
+                            num_workers=2).train
     kept = [(b[0], b[0].clone()) for b in dl for _ in range(1)]
     list(dl)
     assert all((a == b).all() for a, b in kept) and len({a.data_ptr() for a, _ in kept}) == len(kept)
@@ -918,7 +951,8 @@ def test_images_of_two_shapes(small_screen, tmp_path):
         Image.new("L", (40, 48)).save(odd.format(channel=c))
     with pytest.raises(ValueError, match=r"has 48 x 40, and a batch holds images of one size: read_size=40"):
         screen_dataloaders(sites, bs=8, transforms=[], num_workers=2)
-    few = screen_dataloaders(sites[sites.files != odd], bs=8, transforms=[], num_workers=2).test_dl(sites)  # not seen when they were made
+    # not seen when they were made
+    few = screen_dataloaders(sites[sites.files != odd], bs=8, transforms=[], num_workers=2).test_dl(sites)
     with pytest.raises(ValueError, match=r"shape \(6, 48, 40\), but the first site \(6, 48, 48\)"):
         list(few)
 
@@ -941,7 +975,8 @@ def test_memory_a_gpu_still_copies_is_not_used_again(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     moves = []
-    monkeypatch.setattr(data, "to_device", lambda b, device, non_blocking=False: moves.append(non_blocking) or [o.clone() for o in b])
+    monkeypatch.setattr(data, "to_device", lambda b, device, non_blocking=False: moves.append(non_blocking)
+                        or [o.clone() for o in b])
     copies, cuda = data._HostCopies(), torch.device("cuda")
     batches = [(torch.zeros(2),) for _ in range(3)]
     for b in batches:
@@ -956,16 +991,20 @@ def test_memory_a_gpu_still_copies_is_not_used_again(monkeypatch):
 def test_loaders_of_a_screen_and_fastai_names(screen, sites, monkeypatch):
     "A screen says its sites, channels and target; keyword arguments win; names and values of fastai are told ours"
     own = screen_dataloaders(screen, valid=VALID, transforms=[], device="cpu")
-    assert len(own.train_ds) + len(own.valid_ds) == len(sites) and own.vocab == screen_dataloaders(sites, valid=VALID).vocab
+    assert len(own.train_ds) + len(own.valid_ds) == len(sites)
+    assert own.vocab == screen_dataloaders(sites, valid=VALID).vocab
     encoder = own.train._transform(ContextEncoder)
     assert encoder.experiments == screen.experiments and encoder.cell_types == screen.cell_types
-    few = screen_dataloaders(screen, channels=(1, 3), target="cell_type", experiments=screen.experiments[::-1], device="cpu")
+    few = screen_dataloaders(screen, channels=(1, 3), target="cell_type", experiments=screen.experiments[::-1],
+                             device="cpu")
     assert few.one_batch()[0].shape[1] == 2 and few.vocab == screen.cell_types
     assert few.train._transform(ContextEncoder).experiments == screen.experiments[::-1]
-    for name, said in (("batch_tfms", "transforms="), ("item_tfms", "read_size="), ("valid_pct", "valid='well=0/5'"), ("splitter", "valid="), ("tranforms", "did you mean 'transforms'")):
+    for name, said in (("batch_tfms", "transforms="), ("item_tfms", "read_size="), ("valid_pct", "valid='well=0/5'"),
+                       ("splitter", "valid="), ("tranforms", "did you mean 'transforms'")):
         with pytest.raises(TypeError, match=f"screen_dataloaders has no '{name}'.*{said}"):
             screen_dataloaders(screen, **{name: None})
-    for valid, said in ((0.25, "well=0/4"), (["HUVEC-02"], "a mask with True for each validation row"), (3, "experiment=NAME")):
+    for valid, said in ((0.25, "well=0/4"), (["HUVEC-02"], "a mask with True for each validation row"),
+                        (3, "experiment=NAME")):
         with pytest.raises(ValueError, match=f"valid is .*{said}"):
             screen_dataloaders(screen, valid=valid)
     with pytest.raises(ValueError, match=r"read_screen\('data/rcic'\)"):
@@ -976,7 +1015,9 @@ def test_loaders_of_a_screen_and_fastai_names(screen, sites, monkeypatch):
 def test_channels_that_are_not_there(sites, channels):
     "Other files of the site are named, where there are some"
     files = sites.files if channels else sites.files.str.replace("_w{channel}", "_{channel}", regex=False)
-    with pytest.raises(FileNotFoundError, match=r"of this site there are \w+_s1_w1.png, .*: say which channels those are, channels=screen.channels"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"of this site there are \w+_s1_w1.png, .*: say which channels those are, "
+                       r"channels=screen.channels"):
         screen_dataloaders(sites.assign(files=files), channels=channels, device="cpu").one_batch()
     with pytest.raises(FileNotFoundError, match=r"nowhere_1.png does not exist$"):
         screen_dataloaders(sites.assign(files="nowhere_{channel}.png"), device="cpu").one_batch()

@@ -1,4 +1,5 @@
-"The site of the documentation: it builds without a warning, every link leads somewhere, and a browser without network shows all of it."
+"""The site of the documentation: it builds without a warning, every link leads somewhere, and a browser without
+network shows all of it."""
 
 import ast
 import configparser
@@ -23,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 PACKAGE = ROOT / "rcic_fastai"
 MODULES = sorted(".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py")
-                 if not p.stem.startswith("_") and p.stem != "all" and "a module of version 0.1.0" not in p.read_text(encoding="utf-8"))  # fmt: skip
-PAGES = ["index", "api/screen.read", "api/loss.single", "tutorials/walkthrough", "guides/which_recipe", "guides/published_systems", "commands"]
+                 if not p.stem.startswith("_") and p.stem != "all"
+                 and "a module of version 0.1.0" not in p.read_text(encoding="utf-8"))
+PAGES = ["index", "api/screen.read", "api/loss.single", "tutorials/walkthrough", "guides/which_recipe",
+         "guides/published_systems", "commands"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,8 @@ def test_every_notebook_has_a_page(site):
 def exported(module):
     "`__all__` of a module, without importing it"
     tree = ast.parse(PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
-    return next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+    return next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)
+                and n.targets[0].id == "__all__")
 
 
 @each("module", MODULES)
@@ -119,10 +123,12 @@ def test_nothing_of_the_machine_or_of_the_making_is_left(site):
 
 
 def test_hidden_cells_are_not_shown_and_outputs_are(site):
-    for notebook, page in ((ROOT / "nbs" / "index.ipynb", "index"), (ROOT / "nbs" / "pages" / "limits.ipynb", "guides/limits")):
+    for notebook, page in ((ROOT / "nbs" / "index.ipynb", "index"),
+                           (ROOT / "nbs" / "pages" / "limits.ipynb", "guides/limits")):
         shown = html.unescape(re.sub(r"<[^>]+>", "", text_of(site / f"{page}.html")))
         cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
-        hidden = [line for c in cells if c.source.startswith("#| hide") for line in c.source.splitlines()[1:] if len(line) > 30]
+        hidden = [line for c in cells if c.source.startswith("#| hide") for line in c.source.splitlines()[1:]
+                  if len(line) > 30]
         assert hidden and not [line for line in hidden if line in shown]
     assert "<img" in text_of(site / "index.html")
 
@@ -143,14 +149,15 @@ def page_with(tmp_path, body):
     ('<link rel="stylesheet" href="//fonts.example.org/x.css">', "is loaded from the network"),
     ('<a href="https://exa mple">x</a>', "is no address"),
     ('<a href="../../outside.html">x</a>', "there is no such file"),
-])  # fmt: skip
+])
 def test_link_check_finds(tools, tmp_path, body, problem):
     (found,) = tools.broken_links(page_with(tmp_path, body))
     assert found.startswith("page.html: ") and found.endswith(problem)
 
 
 def test_link_check_accepts(tools, tmp_path):
-    good = '<p id="a b"></p><a href="#a%20b"></a><a href="other.html?q=1#there"></a><a href="https://example.org/x?y#z"></a><img src="data:image/png;base64,AA==">'
+    good = ('<p id="a b"></p><a href="#a%20b"></a><a href="other.html?q=1#there"></a><a '
+            'href="https://example.org/x?y#z"></a><img src="data:image/png;base64,AA==">')
     assert tools.broken_links(page_with(tmp_path, good)) == []
     assert tools.broken_links(tmp_path / "nothing")[0].endswith("no pages")
 
@@ -158,10 +165,12 @@ def test_link_check_accepts(tools, tmp_path):
 def test_a_broken_link_in_a_copy_is_found(tools, site, tmp_path):
     copy = tmp_path / "copy"
     (copy / "api").mkdir(parents=True)
-    page = re.sub(r'(?:href|src|action)="(?!#|https?:)[^"]*"', "", text_of(site / "api" / "predict.assign.html"))  # its own places and addresses stay
+    # its own places and addresses stay
+    page = re.sub(r'(?:href|src|action)="(?!#|https?:)[^"]*"', "", text_of(site / "api" / "predict.assign.html"))
     (copy / "api" / "predict.assign.html").write_text(page)
     assert tools.broken_links(copy) == []
-    (copy / "api" / "predict.assign.html").write_text(page.replace('id="rcic_fastai.predict.assign.assign_classes"', ""))
+    (copy / "api" / "predict.assign.html").write_text(page.replace('id="rcic_fastai.predict.assign.assign_classes"',
+                                                                   ""))
     assert any("#rcic_fastai.predict.assign.assign_classes" in p for p in tools.broken_links(copy))
 
 
@@ -177,8 +186,10 @@ def watched(context):
     page, wrong = context.new_page(), []
     page.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
     page.on("pageerror", lambda e: wrong.append(str(e)))
-    page.on("requestfailed", lambda r: r.failure == "net::ERR_ABORTED" or wrong.append(f"{r.url} could not be loaded"))  # aborted: by the next page
-    page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or wrong.append(f"{r.url} is not in the site"))
+    # aborted: by the next page
+    page.on("requestfailed", lambda r: r.failure == "net::ERR_ABORTED" or wrong.append(f"{r.url} could not be loaded"))
+    page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:"))
+            or wrong.append(f"{r.url} is not in the site"))
     return page, wrong
 
 
@@ -200,5 +211,6 @@ def test_search_answers_without_a_server(site, chromium):
     page.locator("#search-results li a").first.wait_for()
     assert "rcic_fastai.screen.read.read_screen" in page.locator("#search-results").inner_text()
     page.locator("#search-results li a").first.click()
-    page.wait_for_url("**/api/screen.read.html#rcic_fastai.screen.read.read_screen")  # a click returns before the next page is there
+    # a click returns before the next page is there
+    page.wait_for_url("**/api/screen.read.html#rcic_fastai.screen.read.read_screen")
     assert not wrong

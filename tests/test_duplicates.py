@@ -27,7 +27,8 @@ def blobs(seed, shape=(90, 70), dtype=np.uint8):
     "A smooth random plane"
     rng = np.random.default_rng(seed)
     rows, cols = (np.linspace(0, 1, n)[:, None] for n in shape)
-    plane = sum(rng.uniform(0.2, 1) * np.exp(-((rows - r) ** 2 + (cols.T - c) ** 2) / s**2) for r, c, s in rng.uniform(0.05, 1, (25, 3)) * [1, 1, 0.25])
+    plane = sum(rng.uniform(0.2, 1) * np.exp(-((rows - r) ** 2 + (cols.T - c) ** 2) / s**2)
+                for r, c, s in rng.uniform(0.05, 1, (25, 3)) * [1, 1, 0.25])
     plane = plane / plane.max()
     return plane.astype(dtype) if np.dtype(dtype).kind == "f" else np.rint(plane * np.iinfo(dtype).max).astype(dtype)
 
@@ -79,7 +80,8 @@ def test_it_is_the_hash_of_the_field():
 def test_a_batch_is_hashed_like_its_planes():
     x = np.stack([[blobs(2 * i + j) for j in range(2)] for i in range(3)])
     assert np.array_equal(perceptual_hash(x), [[perceptual_hash(p) for p in planes] for planes in x])
-    assert np.array_equal(perceptual_hash(x, canonical=True), [[perceptual_hash(p, canonical=True) for p in planes] for planes in x])
+    assert np.array_equal(perceptual_hash(x, canonical=True),
+                          [[perceptual_hash(p, canonical=True) for p in planes] for planes in x])
     assert np.array_equal(symmetry_hashes(x)[..., 0], perceptual_hash(x)) and symmetry_hashes(x).shape == (3, 2, 8)
     assert np.array_equal(image_hashes(x[0]), perceptual_hash(x[0]))
 
@@ -102,7 +104,8 @@ def test_canonical_hashes_of_symmetric_planes_where_frequencies_are_zero():
 
 def test_canonical_hashes_seldom_change_with_jpeg_or_size():
     far = [hash_distance(perceptual_hash(f(x), canonical=True), perceptual_hash(np.rot90(x), canonical=True)) > 8
-           for x in (blobs(seed, (128, 128)) for seed in range(60)) for f in (lambda x: jpeg(x, 75), lambda x: resized(x, 64))]  # fmt: skip
+           for x in (blobs(seed, (128, 128)) for seed in range(60))
+           for f in (lambda x: jpeg(x, 75), lambda x: resized(x, 64))]
     assert np.mean(far) < 0.02
 
 
@@ -115,13 +118,16 @@ def test_depth_brightness_size_and_jpeg_hardly_change_a_hash():
             assert hash_distance(perceptual_hash(v), h) <= 4
 
 
-@each("plane", [np.zeros((50, 50), np.uint8), np.full((50, 50), 65_535, np.uint16), np.full((9, 9), 0.1, np.float32), np.full((9, 9), -3.0)])
+@each("plane", [np.zeros((50, 50), np.uint8), np.full((50, 50), 65_535, np.uint16), np.full((9, 9), 0.1, np.float32),
+                np.full((9, 9), -3.0)])
 def test_blank_and_constant_planes_have_the_hash_0(plane):
     assert perceptual_hash(plane) == 0 and perceptual_hash(plane, canonical=True) == 0
     if plane.dtype == np.uint8:
         faint = np.zeros((128, 128), np.uint8)
-        faint[:40, :40] = np.random.default_rng(0).integers(0, 2, (40, 40))  # less than a grey level in the mean of 4 x 4
-        assert perceptual_hash(faint) == 0 and perceptual_hash(faint, canonical=True) == 0 and perceptual_hash(faint, min_range=0.01) != 0
+        # less than a grey level in the mean of 4 x 4
+        faint[:40, :40] = np.random.default_rng(0).integers(0, 2, (40, 40))
+        assert perceptual_hash(faint) == 0 and perceptual_hash(faint, canonical=True) == 0
+        assert perceptual_hash(faint, min_range=0.01) != 0
 
 
 @each(
@@ -150,7 +156,8 @@ def real_planes():
 def test_real_field_under_resizing_jpeg_and_flips(real_planes):
     for name, x in real_planes.items():
         h, canonical = perceptual_hash(x), perceptual_hash(x, canonical=True)
-        for v in (*(resized(x, n, how) for n in (1024, 512) for how in (Image.BILINEAR, Image.BICUBIC, Image.BOX)), jpeg(x, 75), jpeg(x, 95)):
+        for v in (*(resized(x, n, how) for n in (1024, 512) for how in (Image.BILINEAR, Image.BICUBIC, Image.BOX)),
+                  jpeg(x, 75), jpeg(x, 95)):
             assert hash_distance(perceptual_hash(v), h) <= 2, name
             assert hash_distance(perceptual_hash(v, canonical=True), canonical) <= 2, name
         assert {int(perceptual_hash(v, canonical=True)) for v in symmetries(x)} == {int(canonical)}, name
@@ -163,7 +170,8 @@ def test_real_field_under_resizing_jpeg_and_flips(real_planes):
 def test_bits_are_counted_as_python_counts_them():
     x = np.r_[np.random.default_rng(0).integers(0, 2**64, 500, dtype=np.uint64), np.uint64([0, 1, 2**63, 2**64 - 1])]
     counted = [int(v).bit_count() for v in x]
-    assert duplicates._popcount(x.copy()).tolist() == counted and duplicates._bitwise_count(x.copy()).tolist() == counted
+    assert duplicates._popcount(x.copy()).tolist() == counted
+    assert duplicates._bitwise_count(x.copy()).tolist() == counted
     assert hash_distance(x, np.uint64(0)).tolist() == counted and int(hash_distance(5, 6)) == 2
 
 
@@ -172,7 +180,8 @@ def clustered(n, n_channels, seed, blank=0.2):
     rng = np.random.default_rng(seed)
     h = rng.integers(1, 2**64, (12, n_channels), dtype=np.uint64)[rng.integers(12, size=n)]
     for _ in range(4):
-        h ^= np.where(rng.random(h.shape) < 0.5, np.uint64(1) << rng.integers(0, 64, h.shape).astype(np.uint64), np.uint64(0))
+        h ^= np.where(rng.random(h.shape) < 0.5, np.uint64(1) << rng.integers(0, 64, h.shape).astype(np.uint64),
+                      np.uint64(0))
     h[rng.random(h.shape) < blank] = 0
     return h
 
@@ -228,8 +237,10 @@ def test_blank_images_are_nobodys_twins():
     [
         (dict(hashes=np.zeros(3, np.uint64)), r"hashes are uint64 of shape \(3,\)"),
         (dict(hashes=np.zeros((3, 0), np.uint64)), r"hashes are uint64 of shape \(3, 0\)"),
-        (dict(hashes=np.zeros((3, 2), np.uint64), others=np.zeros((3, 3), np.uint64)), "hashes of 2 channels and others of 3"),
-        (dict(hashes=np.zeros((3, 2), np.uint64), valid=np.ones(3, bool)), r"the mask of hashes is bool of shape \(3,\), expected bool \(3, 2\)"),
+        (dict(hashes=np.zeros((3, 2), np.uint64), others=np.zeros((3, 3), np.uint64)),
+         "hashes of 2 channels and others of 3"),
+        (dict(hashes=np.zeros((3, 2), np.uint64), valid=np.ones(3, bool)),
+         r"the mask of hashes is bool of shape \(3,\), expected bool \(3, 2\)"),
         (dict(hashes=np.zeros((3, 2), np.uint64), rule="any"), "rule is 'any', expected 'all' or 'mean'"),
         (dict(hashes=np.zeros((3, 2), np.uint64), max_distance=65), "max_distance is 65, expected 0 to 64"),
         (dict(hashes=np.ones((300, 2), np.uint64), max_pairs=100), "more than 100 pairs are at most 6 bits apart"),
@@ -256,7 +267,8 @@ def test_the_benchmark_runs_small(tmp_path):
 # Ids and groups
 
 
-@each("id", ["10580_1610_C1", "a_1610_C1_1", "10580_1610_C25_1", "10580_1610_C01_1", "10580_1610_C1_1_", "00070df0-bbc3-11e8-b2bc-ac1f6b6435d0", ""])
+@each("id", ["10580_1610_C1", "a_1610_C1_1", "10580_1610_C25_1", "10580_1610_C01_1", "10580_1610_C1_1_",
+             "00070df0-bbc3-11e8-b2bc-ac1f6b6435d0", ""])
 def test_other_ids_are_no_external_ids(id):
     with pytest.raises(ValueError, match="is not {antibody}_{plate}_{well}_{fov}, expected one like 10580_1610_C1_1"):
         parse_external_id(id)
@@ -282,11 +294,13 @@ def test_groups_are_the_connected_parts():
     "Against joining one by one"
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        a, b = rng.integers(0, 60, 80).astype(object), np.array(list("abcdefghijklmnopqrst"), object)[rng.integers(0, 20, 80)]
+        a, b = (rng.integers(0, 60, 80).astype(object),
+                np.array(list("abcdefghijklmnopqrst"), object)[rng.integers(0, 20, 80)])
         a[rng.random(80) < 0.5], b[rng.random(80) < 0.7] = None, ""
         pairs = rng.integers(0, 80, (5, 2))
         group = list(range(80))
-        joined = [(i, j) for i, j in combinations(range(80), 2) if (a[i] is not None and a[i] == a[j]) or (b[i] != "" and b[i] == b[j])]
+        joined = [(i, j) for i, j in combinations(range(80), 2) if (a[i] is not None and a[i] == a[j])
+                  or (b[i] != "" and b[i] == b[j])]
         for i, j in joined + pairs.tolist():
             old, new = group[i], group[j]
             group = [new if g == old else g for g in group]
@@ -297,12 +311,14 @@ def test_groups_are_the_connected_parts():
 @each("missing", [None, np.nan, pd.NA, "", pd.NaT])
 def test_missing_keys_join_nothing(missing):
     assert join_groups(["a", missing, "a", missing]).tolist() == [0, 1, 0, 2]
-    assert join_groups(pd.Series(["a", missing, "a", missing], dtype=object, index=[5, 5, 1, 0])).tolist() == [0, 1, 0, 2]
+    assert join_groups(pd.Series(["a", missing, "a", missing], dtype=object, index=[5, 5, 1, 0])).tolist() == [
+        0, 1, 0, 2]
 
 
 def test_keys_of_any_type():
     expected = [0, 1, 0, 2]
-    for key in (np.array([3.0, np.nan, 3.0, np.nan]), pd.array([3, pd.NA, 3, pd.NA], dtype="Int64"), pd.Categorical(["x", None, "x", ""]), (7, 8, 7, 9)):
+    for key in (np.array([3.0, np.nan, 3.0, np.nan]), pd.array([3, pd.NA, 3, pd.NA], dtype="Int64"),
+                pd.Categorical(["x", None, "x", ""]), (7, 8, 7, 9)):
         assert join_groups(key).tolist() == expected
     with pytest.raises(ValueError, match="neither keys nor the number of images"):
         join_groups(pairs=[(0, 1)])
@@ -313,7 +329,8 @@ def test_twins_stay_in_one_fold():
     twins = find_twins(h, max_distance=5)
     groups = join_groups(pairs=twins, n=200)
     folds = grouped_folds(np.random.default_rng(0).integers(0, 2, (200, 4)), groups, 3)
-    assert len(twins) > 100 and (folds[twins["first"]] == folds[twins.second]).all() and straddling_groups(groups, folds) == []
+    assert len(twins) > 100 and (folds[twins["first"]] == folds[twins.second]).all()
+    assert straddling_groups(groups, folds) == []
 
 
 # Labels
@@ -328,7 +345,8 @@ def random_labels(seed, n=120):
 def test_agreement_is_that_of_all_pairs():
     for seed in range(5):
         labels, groups, source = random_labels(seed)
-        pairs = [(i, j) for i, j in combinations(range(120), 2) if groups[i] == groups[j] and labels[i] is not None and labels[j] is not None]
+        pairs = [(i, j) for i, j in combinations(range(120), 2) if groups[i] == groups[j] and labels[i] is not None
+                 and labels[j] is not None]
         table = label_agreement(labels, groups, source)
         for name in table.index:
             chosen = [(i, j) for i, j in pairs if name == "all" or sorted((source[i], source[j])) == name.split(" - ")]
@@ -429,7 +447,8 @@ def test_one_file_serves_several_tables(table):
 
 def test_tables_and_files_that_do_not_fit_are_refused(table):
     sites, read, cache = table
-    run = lambda t=sites, channels=("a", "b"), **kwargs: hash_sites(t, channels, cache, read=read, progress=False, **kwargs)
+    run = lambda t=sites, channels=("a", "b"), **kwargs: hash_sites(t, channels, cache, read=read, progress=False,
+                                                                    **kwargs)
     with pytest.raises(ValueError, match="the table has no column 'Id': it has 'site_id', 'files'"):
         run(id="Id")
     with pytest.raises(ValueError, match="site_id 's0' occurs more than once"):
@@ -437,7 +456,8 @@ def test_tables_and_files_that_do_not_fit_are_refused(table):
     with pytest.raises(ValueError, match="image 0: 2 channels, expected 3"):
         hash_sites(sites, ("a", "b", "c"), read=lambda f, c: read(f, "ab"), progress=False, threads=1)
     run()
-    with pytest.raises(ValueError, match="was made with .*'size': 8.*, expected .*'size': 6.*: give another file, or delete it"):
+    with pytest.raises(ValueError,
+                       match="was made with .*'size': 8.*, expected .*'size': 6.*: give another file, or delete it"):
         run(size=6)
     cache.write_bytes(b"no parquet")
     with pytest.raises(ValueError, match="hashes.parquet is no file of hashes"):

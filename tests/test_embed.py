@@ -1,4 +1,5 @@
-"Corrections of embeddings against closed forms, metrics against enumeration and `copairs`, and that nothing leaks from the rows that are scored."
+"""Corrections of embeddings against closed forms, metrics against enumeration and `copairs`, and that nothing leaks
+from the rows that are scored."""
 import itertools
 import math
 import sys
@@ -20,7 +21,8 @@ from rcic_fastai.profile.metrics import replicate_map, to_anndata
 
 
 def screen(n_sirnas=6, n_experiments=4, n_features=8, sites=1, seed=0, signal=2.0, batch=3.0):
-    "Embeddings of every siRNA once in each experiment of two cell types, and two controls per plate; siRNAs as the nullable integers of `wells`."
+    """Embeddings of every siRNA once in each experiment of two cell types, and two controls per plate; siRNAs as the
+    nullable integers of `wells`."""
     rng = np.random.default_rng(seed)
     effect, rows, x = signal * rng.normal(size=(n_sirnas + 2, n_features)), [], []
     for cell, e in itertools.product(("HUVEC", "RPE"), range(1, n_experiments + 1)):
@@ -59,7 +61,8 @@ def test_sphering_is_the_regularised_inverse_root_of_the_covariance(n):
     cov = np.cov(controls.T)
     expected = (x - controls.mean(0)) @ fractional_matrix_power(cov + 0.01 * np.trace(cov) / 8 * np.eye(8), -0.5)
     np.testing.assert_allclose(Sphering().fit(controls).transform(x), expected, rtol=1e-6)
-    np.testing.assert_allclose(Sphering().fit(100 * controls).transform(100 * x), expected, rtol=1e-6)  # scale does not matter
+    # scale does not matter
+    np.testing.assert_allclose(Sphering().fit(100 * controls).transform(100 * x), expected, rtol=1e-6)
 
 
 def test_sphering_makes_the_controls_white():
@@ -78,17 +81,20 @@ def test_tvn_follows_its_four_steps():
     scale = StandardScaler().fit(controls)
     pca = PCA().fit(scale.transform(controls))
     scale2 = StandardScaler().fit(pca.transform(scale.transform(controls)))
-    steps = lambda x: scale2.transform(pca.transform(scale.transform(x))) * (119 / 120) ** 0.5  # n-1, not n, as in a covariance
+    # n-1, not n, as in a covariance
+    steps = lambda x: scale2.transform(pca.transform(scale.transform(x))) * (119 / 120) ** 0.5
     expected = np.empty_like(x)
     for b in "ABC":
         y = steps(controls[batch == b])
-        expected[of == b] = (steps(x[of == b]) - y.mean(0)) @ fractional_matrix_power(np.cov(y.T) + 0.5 * np.eye(5), -0.5)
+        expected[of == b] = (steps(x[of == b]) - y.mean(0)) @ fractional_matrix_power(np.cov(y.T) + 0.5 * np.eye(5),
+                                                                                      -0.5)
     got = TVN().fit(controls, batch).transform(x, of)
     np.testing.assert_allclose(got @ got.T, expected @ expected.T, rtol=1e-6)  # principal components have no sign
 
 
 def test_tvn_undoes_any_affine_change_of_a_batch():
-    "Closed form: without regularisation the controls of every batch become white, so a stretched and shifted batch equals the original up to a rotation."
+    """Closed form: without regularisation the controls of every batch become white, so a stretched and shifted batch
+    equals the original up to a rotation."""
     rng = np.random.default_rng(4)
     controls, x = rng.normal(size=(50, 4)), rng.normal(size=(7, 4))
     change, shift = rng.normal(size=(4, 4)) + 3 * np.eye(4), rng.normal(size=4)
@@ -115,7 +121,8 @@ def test_tvn_batch_without_controls_is_aligned_by_all_until_its_controls_come():
     rng = np.random.default_rng(6)
     controls, x = rng.normal(size=(21, 3)), rng.normal(size=(2, 3))
     tvn = TVN().fit(controls, ["A"] * 20 + ["B"])
-    with pytest.warns(UserWarning, match="1 of 2 batches have fewer than 2 controls and are aligned by all controls: B"):
+    with pytest.warns(UserWarning,
+                      match="1 of 2 batches have fewer than 2 controls and are aligned by all controls: B"):
         y = tvn.transform(x, ["A", "B"])
     with pytest.warns(UserWarning, match="aligned by all"):
         np.testing.assert_allclose(tvn.transform(x, ["C", "C"])[1], y[1])
@@ -134,7 +141,8 @@ def test_centres_by_hand():
     assert centres.classes_.tolist() == [5, 9]
     r = 0.5**0.5
     np.testing.assert_allclose(centres.decision_function([[7, 0], [7, 0]], ["RPE", "HUVEC"]), [[1, 0], [r, 0]])
-    np.testing.assert_allclose(centres.decision_function([[1, 0]], ["U2OS"]), [[7 / 50**0.5, 0]])  # unseen: mean over all rows
+    # unseen: mean over all rows
+    np.testing.assert_allclose(centres.decision_function([[1, 0]], ["U2OS"]), [[7 / 50**0.5, 0]])
     lacking = ClassCentres().fit(x[:3], ["a", "a", "b"], ["RPE", "RPE", "HUVEC"])
     np.testing.assert_allclose(lacking.decision_function([[0, 9], [0, 0]], ["RPE", "RPE"]), [[0, 1], [0, 0]])
 
@@ -172,7 +180,8 @@ def test_bad_input_is_named(call, message):
 def tables():
     x, sites = screen()
     control, test = sites.well_type.ne("treatment").to_numpy(), sites.experiment.str.endswith("04").to_numpy()
-    return {"train": (x[~control & ~test], sites[~control & ~test]), "test": (x[~control & test], sites[~control & test]), "controls": (x[control], sites[control])}
+    return {"train": (x[~control & ~test], sites[~control & ~test]),
+            "test": (x[~control & test], sites[~control & test]), "controls": (x[control], sites[control])}
 
 
 def score(name, tables, rows=slice(None)):
@@ -196,7 +205,8 @@ def test_postprocess_by_name(name, tables):
 def test_rows_see_only_what_they_may(name, tables):
     "Without centring a row is scored on its own; with it, by the rows of its plate or experiment only."
     sites = tables["test"][1]
-    rows = {"center_plate": sites.experiment.eq("RPE-04") & sites.plate.eq(2), "center_experiment": sites.experiment.eq("RPE-04")}.get(name)
+    rows = {"center_plate": sites.experiment.eq("RPE-04") & sites.plate.eq(2),
+            "center_experiment": sites.experiment.eq("RPE-04")}.get(name)
     rows = np.arange(3) if rows is None else np.flatnonzero(rows)
     np.testing.assert_allclose(score(name, tables, rows)[0], score(name, tables)[0][rows], atol=1e-9)
 
@@ -208,7 +218,8 @@ def test_rows_see_only_what_they_may(name, tables):
         (lambda: embedding_correction("zzz"), "expected one of centers, center_plate"),
         (lambda: embedding_correction("sphering"), "fitted on controls"),
         (lambda: embedding_correction("tvn", np.eye(3)), "needs control_sites"),
-        (lambda: embedding_correction("center_plate")(np.eye(2), pd.DataFrame({"plate": [1, 2]})), "no column 'experiment'"),
+        (lambda: embedding_correction("center_plate")(np.eye(2), pd.DataFrame({"plate": [1, 2]})),
+         "no column 'experiment'"),
     ],
 )
 def test_postprocess_errors(call, message):
@@ -222,7 +233,8 @@ def test_postprocess_errors(call, message):
 def test_map_and_recall_of_six_wells_by_hand():
     "Angles: a is found first; b third of three; c second. Wells of the own experiment never count."
     angle = np.deg2rad([0, 40, 90, 5, 85, 60])
-    x, sites = np.c_[np.cos(angle), np.sin(angle)], pd.DataFrame({"experiment": list("AAABBB"), "sirna": list("abcabc")})
+    x, sites = np.c_[np.cos(angle), np.sin(angle)], pd.DataFrame(
+        {"experiment": list("AAABBB"), "sirna": list("abcabc")})
     mean, table = replicate_map(x, sites)
     assert table.mAP.to_dict() == pytest.approx({"a": 1, "b": (1 / 3 + 1 / 2) / 2, "c": 1 / 2})
     assert mean == pytest.approx((1 + 5 / 12 + 1 / 2) / 3) and table.wells.tolist() == [2, 2, 2]
@@ -253,14 +265,17 @@ def test_map_equals_copairs():
     copairs = pytest.importorskip("copairs.map", reason="copairs (rcic_fastai[phenomics]) is not installed")
     x, sites = screen(seed=8)
     meta = sites.astype({"sirna": int})[["sirna", "experiment"]]
-    ap = copairs.average_precision(meta, x.astype(np.float32), ["sirna"], ["experiment"], [], ["sirna", "experiment"], progress_bar=False)
-    np.testing.assert_allclose(replicate_map(x, sites).table.mAP, ap.groupby("sirna").average_precision.mean(), rtol=1e-4)
+    ap = copairs.average_precision(meta, x.astype(np.float32), ["sirna"], ["experiment"], [], ["sirna", "experiment"],
+                                   progress_bar=False)
+    np.testing.assert_allclose(replicate_map(x, sites).table.mAP, ap.groupby("sirna").average_precision.mean(),
+                               rtol=1e-4)
 
 
 def test_collapsed_embeddings_score_as_chance_and_chance_is_exact():
     "All equal: no order is better than another. Chance is the mean over all orders, here enumerated: 2 hits among 5."
     sites = pd.DataFrame({"experiment": list("ABCDEF"), "sirna": [0, 0, 0, 1, 2, 3]})
-    x = np.outer([1, 3, 0.7, 11, 0.3, 1.9], np.random.default_rng(11).normal(size=30))  # one direction, up to the last bit
+    # one direction, up to the last bit
+    x = np.outer([1, 3, 0.7, 11, 0.3, 1.9], np.random.default_rng(11).normal(size=30))
     mean, table = replicate_map(x, sites)
     assert mean == pytest.approx(2 / 5)
     ranks = list(itertools.combinations(range(1, 6), 2))
@@ -274,7 +289,8 @@ def test_no_replicates_is_an_error():
     with pytest.raises(ValueError, match="no siRNA occurs in two experiments"):
         replicate_map(np.eye(3), pd.DataFrame({"experiment": list("AAB"), "sirna": [0, 0, 1]}))
     with pytest.raises(ValueError, match="sirna: row 2 is missing"):
-        replicate_map(np.eye(3), pd.DataFrame({"experiment": list("ABB"), "sirna": pd.array([0, 0, pd.NA], dtype="Int64")}))
+        replicate_map(np.eye(3),
+                      pd.DataFrame({"experiment": list("ABB"), "sirna": pd.array([0, 0, pd.NA], dtype="Int64")}))
 
 
 def test_probe_does_not_recognise_wells():
@@ -299,7 +315,8 @@ def test_probe_finds_labels_in_a_row_and_more_features_than_rows():
 
 @each(
     "labels, groups, message",
-    [(list("aaaa"), None, "nothing to tell"), (list("aaab"), None, "label b has 1 row"), (list("aabb"), [0, 0, 1, 1], "label a has 1 row"), (list("aabb"), [0, 1, 1, 2], "group 1 has rows of two labels")],
+    [(list("aaaa"), None, "nothing to tell"), (list("aaab"), None, "label b has 1 row"),
+     (list("aabb"), [0, 0, 1, 1], "label a has 1 row"), (list("aabb"), [0, 1, 1, 2], "group 1 has rows of two labels")],
 )
 def test_probe_errors(labels, groups, message):
     with pytest.raises(ValueError, match=message):
@@ -309,10 +326,12 @@ def test_probe_errors(labels, groups, message):
 def test_report_and_what_it_cannot_answer():
     x, sites = screen(sites=2)
     report = embedding_report(x, sites)
-    metrics = ["replicate mAP", "recall at 1", "recall at 5", "recall at 10", "probe plate", "probe experiment", "probe cell_type"]
+    metrics = ["replicate mAP", "recall at 1", "recall at 5", "recall at 10", "probe plate", "probe experiment",
+               "probe cell_type"]
     assert report.index.tolist() == metrics and report.notna().all(axis=None) and (report.value.between(0, 1)).all()
     assert report.value["replicate mAP"] == replicate_map(x, sites).mean
-    assert report.value["probe plate"] == batch_probe(x, sites.experiment + "/" + sites.plate.astype(str), groups=sites.id_code).accuracy
+    assert report.value["probe plate"] == batch_probe(x, sites.experiment + "/" + sites.plate.astype(str),
+                                                      groups=sites.id_code).accuracy
     rows = sites.experiment.eq("RPE-01").to_numpy()
     one = embedding_report(x[rows], sites[rows])
     assert one.index[one.value.notna()].tolist() == ["probe plate"]
@@ -329,15 +348,18 @@ def test_to_anndata(tmp_path):
     sites.loc[0, "sirna"] = pd.NA
     data = to_anndata(x, sites.iloc[::-1], run="runs/demo")
     assert data.X.dtype == np.float32 and data.obs_names.is_unique and data.uns["run"] == "runs/demo"
-    assert data.obs_names[-1] == "HUVEC-01_1_B02_2" and data.obs.sirna.iloc[-1] == "unknown" and data.obs.plate.iloc[0] == "2"
-    if int(pd.__version__.split(".")[0]) < 3:  # anndata 0.12 itself asks for pandas below 3, and cannot write its strings
+    assert data.obs_names[-1] == "HUVEC-01_1_B02_2" and data.obs.sirna.iloc[-1] == "unknown"
+    assert data.obs.plate.iloc[0] == "2"
+    # anndata 0.12 itself asks for pandas below 3, and cannot write its strings
+    if int(pd.__version__.split(".")[0]) < 3:
         data.write_h5ad(tmp_path / "e.h5ad")
         assert anndata.read_h5ad(tmp_path / "e.h5ad").obs.experiment.iloc[0] == "RPE-04"
 
 
 @pytest.mark.parametrize(
     "module, call, message",
-    [("anndata", lambda x, s: to_anndata(x, s), r"rcic_fastai\[phenomics\]"), ("umap", lambda x, s: project_2d(x, "umap"), "umap-learn")],
+    [("anndata", lambda x, s: to_anndata(x, s), r"rcic_fastai\[phenomics\]"),
+     ("umap", lambda x, s: project_2d(x, "umap"), "umap-learn")],
 )
 def test_missing_extras_say_what_to_install(module, call, message, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)

@@ -12,7 +12,8 @@ from cases import each
 ROOT = Path(__file__).resolve().parents[1]
 # what people import beside fastai; fastai.vision.all has some of it too
 USUAL = """import os, re, sys, math, json, random, shutil, time, warnings
-import numpy as np, pandas as pd, matplotlib.pyplot as plt, torch, torchvision, timm, PIL, scipy, sklearn, fastai, fastcore
+import numpy as np, pandas as pd, matplotlib.pyplot as plt
+import torch, torchvision, timm, PIL, scipy, sklearn, fastai, fastcore
 import torch.nn.functional as F
 from torch import nn, optim, tensor, Tensor
 from torch.utils.data import Dataset, DataLoader
@@ -38,7 +39,9 @@ usual = {{}}
 exec({USUAL!r}, usual)
 import fastai.vision.all as fastai_all
 usual.update((n, getattr(fastai_all, n)) for n in dir(fastai_all) if not n.startswith('__'))
-classes = {{c: dict(vars(c)) for c in usual.values() if isinstance(c, type) and (c.__module__ or '').startswith(('fastai', 'fastcore', 'torch'))}}
+foreign = ('fastai', 'fastcore', 'torch')
+classes = {{c: dict(vars(c)) for c in usual.values()
+           if isinstance(c, type) and (c.__module__ or '').startswith(foreign)}}
 ours, after, before = {{}}, dict(usual), {{}}
 exec('from rcic_fastai.all import *', ours)
 exec('from rcic_fastai.all import *', after)
@@ -52,16 +55,19 @@ print(json.dumps(dict(
     lost=[n for n in ours if before[n] is not ours[n]],
     builtins=[n for n in ours if hasattr(builtins, n)],
     modules=[n for n, o in ours.items() if isinstance(o, types.ModuleType)],
-    patched=[f'{{c.__qualname__}}.{{k}}' for c, d in classes.items() for k, v in d.items() if not k.startswith('__') and vars(c).get(k) is not v])))
+    patched=[f'{{c.__qualname__}}.{{k}}' for c, d in classes.items() for k, v in d.items()
+             if not k.startswith('__') and vars(c).get(k) is not v])))
 """
-RENAMED = {"data.augment": ["Brightness", "RandomCrop", "Warp"], "model.head": ["Body", "Head", "create_head"], "model.core": ["save_model"], "train.precision": ["ChannelsLast"],
-           "train.metrics": ["accuracy"], "predict.tta": ["View"]}  # fmt: skip
+RENAMED = {"data.augment": ["Brightness", "RandomCrop", "Warp"], "model.head": ["Body", "Head", "create_head"],
+           "model.core": ["save_model"], "train.precision": ["ChannelsLast"],
+           "train.metrics": ["accuracy"], "predict.tta": ["View"]}
 
 
 @pytest.fixture(scope="module")
 def found():
     "What the imports did, in a process of its own"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPARE], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPARE], cwd=ROOT, text=True, capture_output=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -92,9 +98,12 @@ def test_all_lists_public_names_by_the_rooms_and_hides_none_of_another_module():
         assert names == sorted(names, key=str.lower) and set(names) <= set(module.__all__), node.module
         assert not set(names) & set(listed), f"{set(names) & set(listed)} of {node.module} and of another module"
         listed |= {n: node.module for n in names}
-    modules = {n: m for n, m in sys.modules.items() if n.startswith("rcic_fastai.") and n != "rcic_fastai.all" and not hasattr(m, "__path__")}
-    ours = [n for n, m in modules.items() if "a module of version 0.1.0" not in Path(m.__file__).read_text(encoding="utf-8")]
-    others = [(m, n) for m in ours for n in getattr(modules[m], "__all__", ()) if n in listed and m != f"rcic_fastai.{listed[n]}"]
+    modules = {n: m for n, m in sys.modules.items() if n.startswith("rcic_fastai.") and n != "rcic_fastai.all"
+               and not hasattr(m, "__path__")}
+    ours = [n for n, m in modules.items()
+            if "a module of version 0.1.0" not in Path(m.__file__).read_text(encoding="utf-8")]
+    others = [(m, n) for m in ours for n in getattr(modules[m], "__all__", ()) if n in listed
+              and m != f"rcic_fastai.{listed[n]}"]
     assert not others, f"two modules export the same name: {others}"
 
 

@@ -42,7 +42,8 @@ def test_no_group_is_divided_and_every_row_has_a_fold(n_folds, kind):
 def test_folds_depend_on_the_seed_alone():
     y, groups = atlas(0)
     first = grouped_folds(y, groups, seed=3)
-    assert np.array_equal(first, grouped_folds(y.astype(float), groups.astype(str), seed=3))  # what groups are called does not matter
+    # what groups are called does not matter
+    assert np.array_equal(first, grouped_folds(y.astype(float), groups.astype(str), seed=3))
     assert any(not np.array_equal(first, grouped_folds(y, groups, seed=s)) for s in range(3))
 
 
@@ -66,7 +67,8 @@ def test_the_largest_groups_are_dealt_first():
 
 
 def test_ties_go_to_the_fold_that_lacks_most_of_the_other_classes():
-    "C is dealt first, then G of five images, to the other fold; for class 0 folds tie, and A joins G: C's fold is smaller, but has class 2"
+    """C is dealt first, then G of five images, to the other fold; for class 0 folds tie, and A joins G: C's fold is
+    smaller, but has class 2"""
     groups = list("CGGGGGAABEF")
     has = dict(C=[0, 1, 1, 0], G=[0, 0, 0, 1], A=[1, 0, 1, 0], B=[1, 0, 0, 0], E=[0, 0, 1, 0], F=[0, 0, 1, 0])
     for seed in range(20):
@@ -118,9 +120,12 @@ def test_the_report_counts():
     report = fold_report(y, [0, 0, 0, 1, 1, 2], ["a", "b", "c"], groups=["x", "x", "y", "y", None, None])
     assert report.index.tolist() == ["a", "b", "c"] and report.positives.tolist() == [5, 0, 2]
     assert report[["fold 0", "fold 1", "fold 2"]].values.tolist() == [[3, 1, 1], [0, 0, 0], [1, 1, 0]]
-    assert report["min"].tolist() == [1, 0, 0] and report["max"].tolist() == [3, 0, 1] and report["empty"].tolist() == [0, 3, 1]
-    assert report.spread[["a", "c"]].tolist() == pytest.approx([2 / (5 / 3), 1 / (2 / 3)]) and np.isnan(report.spread["b"])
-    assert report.groups.tolist() == [3, 0, 2] and report.straddling.tolist() == [1, 0, 1] and report.attrs["straddling"] == 1
+    assert report["min"].tolist() == [1, 0, 0] and report["max"].tolist() == [3, 0, 1]
+    assert report["empty"].tolist() == [0, 3, 1]
+    assert report.spread[["a", "c"]].tolist() == pytest.approx([2 / (5 / 3), 1 / (2 / 3)])
+    assert np.isnan(report.spread["b"])
+    assert report.groups.tolist() == [3, 0, 2] and report.straddling.tolist() == [1, 0, 1]
+    assert report.attrs["straddling"] == 1
     with pytest.raises(ValueError, match="2 names for 3 classes"):
         fold_report(y, [0] * 6, ["a", "b"])
     with pytest.raises(ValueError, match=r"folds have shape \(5,\), expected one for each of the 6 rows"):
@@ -172,11 +177,14 @@ def real():
 
 
 def test_real_train_and_external_are_divided_without_a_leak(real):
-    "Antibodies, wells and duplicates: 13 % of the training images get a twin among the external ones, as in reality, some of them several"
+    """Antibodies, wells and duplicates: 13 % of the training images get a twin among the external ones, as in
+    reality, some of them several"""
     y, keys, n_train = real
-    assert len(y) == 31_072 + 74_606 and keys.antibody.nunique() == 12_815 and keys.antibody[:n_train].isna().all() and keys.antibody[n_train:].notna().all()
+    assert len(y) == 31_072 + 74_606 and keys.antibody.nunique() == 12_815 and keys.antibody[:n_train].isna().all()
+    assert keys.antibody[n_train:].notna().all()
     rng = np.random.default_rng(0)
-    twins = np.column_stack([rng.choice(n_train, round(0.13 * n_train), replace=False), rng.integers(n_train, len(y), round(0.13 * n_train))])
+    twins = np.column_stack([rng.choice(n_train, round(0.13 * n_train), replace=False),
+                             rng.integers(n_train, len(y), round(0.13 * n_train))])
     groups = join_groups(keys.antibody, keys.plate_well, pairs=twins)
     start = time.process_time()
     folds = grouped_folds(y, groups)
@@ -191,12 +199,14 @@ def test_real_train_and_external_are_divided_without_a_leak(real):
 
 
 def test_real_external_list_against_iterative_stratification_of_images(real):
-    "It is more even, for it may divide antibodies, and divides 99 % of them; a class of seven antibodies cannot be even in whole ones"
+    """It is more even, for it may divide antibodies, and divides 99 % of them; a class of seven antibodies cannot be
+    even in whole ones"""
     stratifiers = pytest.importorskip("iterstrat.ml_stratifiers", reason="iterative-stratification is not installed")
     y, keys, n_train = real
     y, antibody = y[n_train:], keys.antibody[n_train:]
     theirs = np.empty(len(y), int)
-    for j, (_, held_out) in enumerate(stratifiers.MultilabelStratifiedKFold(5, shuffle=True, random_state=0).split(y, y)):
+    for j, (_, held_out) in enumerate(stratifiers.MultilabelStratifiedKFold(5, shuffle=True,
+                                                                            random_state=0).split(y, y)):
         theirs[held_out] = j
     assert len(straddling_groups(antibody, theirs)) > 0.99 * 12_815
     ours = grouped_folds(y, antibody)

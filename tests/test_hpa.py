@@ -64,11 +64,15 @@ from rcic_fastai.train.network import recipe_model
 from rcic_fastai.screen.atlas import _image_table
 
 HPA = Path(__file__).parents[1].parent / "shared" / "hpa"
-real = pytest.mark.skipif(not (HPA / "train.csv").is_file(), reason="the real tables of the Human Protein Atlas are not beside this checkout (shared/hpa)")
+real = pytest.mark.skipif(not (HPA / "train.csv").is_file(),
+                          reason="the real tables of the Human Protein Atlas are not beside this checkout (shared/hpa)")
 FIELD = "30741_800_A6_1"
-COUNTS = [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530, 210, 902, 1482, 172, 3777, 802, 2965, 322, 8228, 328, 11]
-DESIGN = dict(n_images=340, n_test=168, n_external=60, image_size=32, external_sizes=(32, 48), seed=3, workers=1, progress=False)
-TINY = ("head.epochs=0", "train.epochs=1", "finetune.epochs=0", "inference.tta=1", "data.read_size=32", "data.size=32", "data.cache=false")
+COUNTS = [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530, 210, 902, 1482,
+          172, 3777, 802, 2965, 322, 8228, 328, 11]
+DESIGN = dict(n_images=340, n_test=168, n_external=60, image_size=32, external_sizes=(32, 48), seed=3, workers=1,
+              progress=False)
+TINY = ("head.epochs=0", "train.epochs=1", "finetune.epochs=0", "inference.tta=1", "data.read_size=32", "data.size=32",
+        "data.cache=false")
 
 
 def quiet(*args):
@@ -115,7 +119,8 @@ def test_real_tables():
     assert (one_set == 1).all(), "an antibody with two label sets"
     folds = atlas_folds(atlas.wells)
     report = fold_report(atlas.labels(), folds, hpa_classes, atlas.wells.group)
-    assert report.attrs["straddling"] == 0 and not straddling_groups(atlas.wells.antibody, folds) and not straddling_groups(external_keys(atlas.wells.id_code).plate_well, folds)
+    assert report.attrs["straddling"] == 0 and not straddling_groups(atlas.wells.antibody, folds)
+    assert not straddling_groups(external_keys(atlas.wells.id_code).plate_well, folds)
     assert report.spread.max() < 0.15 and not report["empty"].any()
 
 
@@ -139,14 +144,16 @@ def test_real_field_at_full_brightness():
 @real
 def test_real_field_is_predicted_in_patches(run):
     "The network of simulated images takes windows of a real one: what counts is that the road is open"
-    sites = _image_table([FIELD], "external", "test").assign(site_id=FIELD + "_1", site=1, files=str(HPA / (FIELD + "_{channel}.jpg")))
+    sites = _image_table([FIELD], "external", "test").assign(site_id=FIELD + "_1", site=1,
+                                                             files=str(HPA / (FIELD + "_{channel}.jpg")))
     recipe, info = read_run(run)
     learn = load_run(run, pd.concat([sites]))
     group = TTA(d4=8, crops=4, crop_size=2 / 3, combine="max")
     p = predict_sites(learn, sites, "running", tta=group, progress=False, keep_views=True)
     assert p.views.shape == (32, 1, 28) and np.isfinite(p.logits).all()
     np.testing.assert_array_equal(p.logits, predict_sites(learn, sites, "running", tta=group, progress=False).logits)
-    assert (p.probabilities >= p.combine(TTA(d4=8, crops=4, crop_size=2 / 3)).probabilities - 1e-6).all(), "a maximum below the mean"
+    assert (p.probabilities >= p.combine(TTA(d4=8, crops=4, crop_size=2 / 3)).probabilities
+            - 1e-6).all(), "a maximum below the mean"
 
 
 # Tables
@@ -159,7 +166,8 @@ def test_real_field_is_predicted_in_patches(run):
         ("0007adf0-bbc3-11e8-b2bc-ac1f6b6435d0,", r"train.csv: row 3: .*no label|train.csv: row 3"),
         ("0007adf0-bbc3-11e8-b2bc-ac1f6b6435d0,x", r"train.csv: row 3"),
         ("0007adf0-bbc3-11e8-b2bc-ac1f6b6435d0,3 3", r"train.csv: row 3"),
-        ("0007bdf0-bbc3-11e8-b2bc-ac1f6b6435d0,3", r"train.csv: row 3: Id 0007bdf0-bbc3-11e8-b2bc-ac1f6b6435d0 is already in row 2"),
+        ("0007bdf0-bbc3-11e8-b2bc-ac1f6b6435d0,3",
+         r"train.csv: row 3: Id 0007bdf0-bbc3-11e8-b2bc-ac1f6b6435d0 is already in row 2"),
         (",3", r"train.csv: row 3: there is no Id"),
         ("0007adf0-bbc3-11e8-b2bc-ac1f6b6435d0,3,4", r"train.csv: row 3: 3 cells where the header has 2"),
     ],
@@ -258,7 +266,8 @@ def test_batches_hold_rows_of_labels(atlas, tmp_path, packed):
     source = read_screen(tmp_path / "store") if packed else atlas
     assert isinstance(source, Atlas) and source.channels == ("red", "green", "blue", "yellow?")
     sites = source.sites()
-    dls = screen_dataloaders(sites, target="labels", domain=None, bs=16, channels=source.channels, classes=source.classes, read_size=None if packed else 32, transforms=[])
+    dls = screen_dataloaders(sites, target="labels", domain=None, bs=16, channels=source.channels,
+                             classes=source.classes, read_size=None if packed else 32, transforms=[])
     x, context, y = next(iter(dls.train.new(shuffle=False)))
     assert x.shape == (16, 4, 32, 32) and x.dtype == torch.uint8 and y.dtype == torch.float32
     np.testing.assert_array_equal(y, label_matrix(sites.labels[:16]))
@@ -266,7 +275,8 @@ def test_batches_hold_rows_of_labels(atlas, tmp_path, packed):
     assert (item[0] == x[5]).all() and (item[2] == y[5]).all()
     *_, last = dls.train.new(shuffle=False)
     assert (last[2] == -1).all(), "test images are masked"
-    assert dls.train.titles((x[:1], context[:1], y[:1]))[0].startswith("labels " + ", ".join(atlas.class_names[i] for i in sites.labels[0]))
+    assert dls.train.titles((x[:1], context[:1], y[:1]))[0].startswith(
+        "labels " + ", ".join(atlas.class_names[i] for i in sites.labels[0]))
 
 
 def test_a_list_of_external_images_that_were_not_packed(folder, tmp_path):
@@ -281,7 +291,8 @@ def test_a_list_of_external_images_that_were_not_packed(folder, tmp_path):
 def test_images_of_two_sizes_need_one(atlas):
     sites = atlas.sites()
     with pytest.raises(ValueError, match="read_size"):
-        screen_dataloaders(sites[sites.experiment == "external"], target="labels", domain=None, bs=60, channels=atlas.channels, transforms=[])
+        screen_dataloaders(sites[sites.experiment == "external"], target="labels", domain=None, bs=60,
+                           channels=atlas.channels, transforms=[])
 
 
 # Training
@@ -292,8 +303,10 @@ def test_losses_and_labels_must_fit(atlas, tmp_path):
         train_run(atlas, laptop_recipe(get_recipe("laptop"), 1), tmp_path / "a", say=quiet)
     with pytest.raises(ValueError, match="antibody is one label, and 'multilabel_focal' is a loss of several"):
         train_run(atlas, tiny(), tmp_path / "b", target="antibody", say=quiet)
-    for setting, message in [("train.mix=mixup", "mixes two labels"), ("finetune.loss=arcface", "one is for one label"), ("train.find_lr=5", "expected 20 steps or more"),
-                             ("pseudo.start=1", "one label per image"), ("inference.tta=s5", "s4"), ("loss.name=focal", "expected one of")]:  # fmt: skip
+    for setting, message in [("train.mix=mixup", "mixes two labels"), ("finetune.loss=arcface", "one is for one label"),
+                             ("train.find_lr=5", "expected 20 steps or more"),
+                             ("pseudo.start=1", "one label per image"), ("inference.tta=s5", "s4"),
+                             ("loss.name=focal", "expected one of")]:
         with pytest.raises(ValueError, match=message):
             tiny(setting)
 
@@ -317,7 +330,8 @@ class Watch(Callback):
 @pytest.fixture(scope="module")
 def staged():
     "A recipe with all its stages, on few images"
-    return tiny("head.epochs=1", "head.lr=0.01", "head.find_lr=20", "train.find_lr=20", "finetune.epochs=2", "finetune.average=2", "checkpoint.steps=3", "seed=4")
+    return tiny("head.epochs=1", "head.lr=0.01", "head.find_lr=20", "train.find_lr=20", "finetune.epochs=2",
+                "finetune.average=2", "checkpoint.steps=3", "seed=4")
 
 
 @pytest.fixture(scope="module")
@@ -335,9 +349,11 @@ def test_stages_train_what_they_should(staged, whole):
     assert losses == ["MultiLabelFocalLoss"] * 2 * n + ["LSEPLoss"] * 2 * n
     assert [s[1] for s in watch.seen] == [False] * n + [True] * 3 * n, "the head alone, then all"
     found = json.loads((path / "learning_rates.json").read_text())
-    assert max(s[2] for s in watch.seen[n : 2 * n]) == pytest.approx(found["train"], rel=0.05) and found["head"] != staged.head.lr
+    assert max(s[2] for s in watch.seen[n : 2 * n]) == pytest.approx(found["train"], rel=0.05)
+    assert found["head"] != staged.head.lr
     history = pd.read_csv(path / "history.csv")
-    assert history.stage.tolist() == ["head", "train", "finetune", "finetune"] and {"average_precision", "macro_f1"} <= set(history)
+    assert history.stage.tolist() == ["head", "train", "finetune", "finetune"]
+    assert {"average_precision", "macro_f1"} <= set(history)
 
 
 @pytest.mark.parametrize("stop", [2, 13])
@@ -359,7 +375,8 @@ def test_a_run_that_was_interrupted_ends_the_same(atlas, staged, whole, tmp_path
 def test_predictions_are_probabilities_of_each_label(run, atlas):
     p = Predictions.load(run / "predictions" / "test.npz")
     assert p.activation == "sigmoid" and p.classes.tolist() == list(range(28))
-    assert (abs(p.probabilities.sum(1) - 1) > 1e-3).any() and set(p.wells().ids) == set(atlas.wells.id_code[atlas.wells.split == "test"])
+    assert (abs(p.probabilities.sum(1) - 1) > 1e-3).any()
+    assert set(p.wells().ids) == set(atlas.wells.id_code[atlas.wells.split == "test"])
 
 
 def test_submission_with_thresholds_and_score(run, atlas, folder, tmp_path):
@@ -398,7 +415,8 @@ def test_stack_and_mean_of_two_runs(run, atlas, tmp_path):
     assert len(pd.read_csv(path)) == DESIGN["n_test"]
     table = blend_runs([run, other], atlas, tmp_path / "blend", say=quiet)
     mean = np.mean([Predictions.load(r / "predictions" / "test.npz").wells().probabilities for r in (run, other)], 0)
-    np.testing.assert_allclose(Predictions.load(tmp_path / "blend" / "predictions" / "test.npz").probabilities, mean, atol=1e-5)
+    np.testing.assert_allclose(Predictions.load(tmp_path / "blend" / "predictions" / "test.npz").probabilities, mean,
+                               atol=1e-5)
     assert table.weight.tolist() == [0.5, 0.5, 1]
     with pytest.raises(ValueError, match="rcic-hpa-stack"):
         blend_runs([run, other], atlas, tmp_path / "blend2", weights="chosen", say=quiet)
@@ -419,18 +437,23 @@ def test_metric_learning_on_antibodies(atlas, tmp_path):
 
 
 def command(name, *args, cwd):
-    done = subprocess.run([str(Path(sys.executable).parent / name), *map(str, args)], capture_output=True, text=True, cwd=cwd)
+    done = subprocess.run([str(Path(sys.executable).parent / name), *map(str, args)], capture_output=True, text=True,
+                          cwd=cwd)
     return done.returncode, done.stdout + done.stderr
 
 
 def test_from_files_to_a_score_by_commands(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = [o for s in TINY[:-1] for o in ("--set", s)]
-    code, out, _ = in_process(monkeypatch, capsys, "rcic-train", "--data", folder, "--recipe", "hpa_seresnext50_focal", "--laptop", 3, *settings, "--set", "inference.thresholds=global", "--run", "run", "--submit")
+    code, out, _ = in_process(monkeypatch, capsys, "rcic-train", "--data", folder, "--recipe", "hpa_seresnext50_focal",
+                              "--laptop", 3, *settings, "--set", "inference.thresholds=global", "--run", "run",
+                              "--submit")
     assert code == 0 and "macro-F1" in out, out
-    code, out, _ = in_process(monkeypatch, capsys, "rcic-score", "--submission", "run/submission.csv", "--truth", folder / "truth.csv")
+    code, out, _ = in_process(monkeypatch, capsys, "rcic-score", "--submission", "run/submission.csv", "--truth",
+                              folder / "truth.csv")
     assert code == 0 and 0 < float(out.split()[-1]) < 1, out
-    code, out, _ = in_process(monkeypatch, capsys, "rcic-submit", "--run", "run", "--thresholds", "share", "--out", "share.csv")
+    code, out, _ = in_process(monkeypatch, capsys, "rcic-submit", "--run", "run", "--thresholds", "share", "--out",
+                              "share.csv")
     assert code == 0 and (tmp_path / "share.csv").exists(), out
 
 
@@ -442,8 +465,10 @@ def test_labels_of_a_table_in_a_data_block_of_ones_own(atlas):
     from rcic_fastai.data.target import MultiLabelBlock
 
     sites = atlas.sites(atlas.wells[atlas.wells.labels.notna()]).head(12).reset_index(drop=True)
-    for block, get_y in ((MultiLabelBlock(atlas.classes), ColReader("labels")), (MultiCategoryBlock(vocab=atlas.classes), lambda r: list(r.labels))):
-        dls = DataBlock((MultiChannelImageBlock(atlas.channels), block), get_y=get_y, splitter=RandomSplitter(seed=0)).dataloaders(sites, bs=4, num_workers=0)
+    for block, get_y in ((MultiLabelBlock(atlas.classes), ColReader("labels")),
+                         (MultiCategoryBlock(vocab=atlas.classes), lambda r: list(r.labels))):
+        dls = DataBlock((MultiChannelImageBlock(atlas.channels), block), get_y=get_y,
+                        splitter=RandomSplitter(seed=0)).dataloaders(sites, bs=4, num_workers=0)
         x, y = dls.valid.new(shuffle=False).one_batch()
         assert x.shape[1] == len(atlas.channels) and y.shape[1] == len(atlas.classes)
         rows = [tuple(r.nonzero()[:, 0].tolist()) for r in y]

@@ -24,7 +24,8 @@ from rcic_fastai.screen.read import read_screen
 
 matplotlib.use("Agg")
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
-real = pytest.mark.skipif(not (REAL / "train" / "HEPG2-01").is_dir(), reason="the real images are not in ../shared/rcic")
+real = pytest.mark.skipif(not (REAL / "train" / "HEPG2-01").is_dir(),
+                          reason="the real images are not in ../shared/rcic")
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,8 @@ def interlaced_png(x):
     passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
     rows = [b"\0" + row.tobytes() for y, x0, dy, dx in passes for row in x[y::dy, x0::dx] if row.size]
     header = struct.pack(">2I5B", x.shape[1], x.shape[0], 8, 0 if x.ndim == 2 else 2, 0, 0, 1)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows))) + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows)))
+            + chunk(b"IEND", b""))
 
 
 @each("shape", [(5, 7), (1, 1), (1, 333), (257, 1), (64, 64), (9, 11, 3), (1, 1, 3)])
@@ -222,7 +224,8 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, keep):
 
 @pytest.mark.parametrize("kind", [grey((9, 11)), grey((5, 7, 3))])
 def test_one_wrong_byte_never_gives_wrong_pixels(tmp_path, kind):
-    "Whichever byte it is: an error that names the file, or the right pixels where it was of no account; libpng behind torchvision 0.29 crashes"
+    """Whichever byte it is: an error that names the file, or the right pixels where it was of no account; libpng
+    behind torchvision 0.29 crashes"""
     path, content, errors = tmp_path / "one.png", png(kind), 0
     for i in range(len(content)):
         path.write_bytes(content[:i] + bytes([content[i] ^ 255]) + content[i + 1 :])
@@ -277,12 +280,14 @@ def test_each_stain_has_its_colour_and_they_add_up():
     for c in range(6):
         x = np.zeros((6, 2, 3), np.uint8)
         x[c] = 200
-        np.testing.assert_allclose(stains_to_rgb(x, limits=[(0, 200)] * 6), np.broadcast_to(stain_colors[c], (2, 3, 3)), atol=1e-6)
+        np.testing.assert_allclose(stains_to_rgb(x, limits=[(0, 200)] * 6), np.broadcast_to(stain_colors[c], (2, 3, 3)),
+                                   atol=1e-6)
     both = np.zeros((6, 2, 3), np.uint8)
     both[[0, 2]] = 100
     expected = 0.5 * (np.array(stain_colors[0]) + stain_colors[2])
     np.testing.assert_allclose(stains_to_rgb(both, limits=[(0, 200)] * 6)[0, 0], expected, atol=1e-6)
-    np.testing.assert_allclose(stains_to_rgb(both, limits=[(0, 200)] * 6, brightness=0.5)[0, 0], expected / 2, atol=1e-6)
+    np.testing.assert_allclose(stains_to_rgb(both, limits=[(0, 200)] * 6, brightness=0.5)[0, 0], expected / 2,
+                               atol=1e-6)
     assert len(set(stain_colors)) == len(stain_names) == 6
 
 
@@ -292,7 +297,8 @@ def test_limits_stretch_each_channel_apart():
     limits = channel_limits(x, (10, 90))
     np.testing.assert_allclose(limits, [[99.9, 899.1], [5 - 8.991, 5 - 0.999]], rtol=1e-4)
     rgb = stains_to_rgb(x, limits, colors=[(1, 0, 0), (0, 1, 0)])
-    assert rgb[..., 0].min() == rgb[..., 1].min() == 0 and rgb[..., 0].max() == rgb[..., 1].max() == 1 and not rgb[..., 2].any()
+    assert rgb[..., 0].min() == rgb[..., 1].min() == 0 and rgb[..., 0].max() == rgb[..., 1].max() == 1
+    assert not rgb[..., 2].any()
     np.testing.assert_allclose(rgb[..., 0], 1 - rgb[..., 1], atol=1e-5)
     two = np.stack([x, x + 100])
     assert (channel_limits(two, (0, 100)) == [[0, 1099], [x[1].min(), x[1].max() + 100]]).all()
@@ -383,4 +389,5 @@ def test_show_channels_of_standardised_half_precision():
 
 def test_the_type_survives_what_a_loader_does():
     im = MultiChannelImage.create(grey((6, 8, 8)))
-    assert type(torch.stack([im, im])) is MultiChannelImage and type(im.float() / 2) is MultiChannelImage and type(im[:2]) is MultiChannelImage
+    assert type(torch.stack([im, im])) is MultiChannelImage and type(im.float() / 2) is MultiChannelImage
+    assert type(im[:2]) is MultiChannelImage

@@ -70,7 +70,8 @@ def test_float64_keeps_its_digits():
     x = torch.tensor([[0., 21.], [0., 30.], [0., 39.], [0., 41.]], dtype=torch.float64)
     x,y = torch.cat([x, x]),torch.tensor([0]*4 + [1]*4)
     rows = SoftmaxCrossEntropyLoss(reduction='none')(x, y).numpy()
-    d = np.array([21., 30, 39, 41]); np.testing.assert_allclose(rows, np.concatenate([d+np.log1p(np.exp(-d)), np.log1p(np.exp(-d))]), rtol=1e-14)
+    d = np.array([21., 30, 39, 41])
+    np.testing.assert_allclose(rows, np.concatenate([d+np.log1p(np.exp(-d)), np.log1p(np.exp(-d))]), rtol=1e-14)
 
 def test_gradient_where_one_class_dominates():
     z = torch.tensor([[50., 0, -1, 2], [0, 700, 3, 3], [1, 1, 1, 1], [5, 5, 0, 0]], dtype=torch.float64)
@@ -78,7 +79,8 @@ def test_gradient_where_one_class_dominates():
     for k in range(4):
         others = np.delete(z.numpy(), k, 1); top = others.max(1)
         np.testing.assert_allclose(rest[:,k], top+np.log(np.exp(others-top[:,None]).sum(1)), rtol=1e-14)
-    torch.testing.assert_close(torch.cat([logsumexp_others(z, torch.full((4, 1), k)) for k in range(4)], 1), rest, rtol=1e-14, atol=0)
+    torch.testing.assert_close(torch.cat([logsumexp_others(z, torch.full((4, 1), k)) for k in range(4)], 1), rest,
+                               rtol=1e-14, atol=0)
     assert torch.autograd.gradcheck(logsumexp_others, (z[:1].clone().requires_grad_(),))
 
 def test_cosines_rounded_above_one_stay_finite():
@@ -92,7 +94,9 @@ def expected_pair(loss, logits, cos, k):
     return (1-loss.weight)*expected_row(SoftmaxCrossEntropyLoss(smoothing=loss.smoothing), logits, k) \
         + loss.weight*expected_row(ArcFaceLoss(loss.m, loss.s, smoothing=loss.smoothing), cos, k)/2
 
-@pytest.mark.parametrize('loss', [CrossEntropyArcFaceLoss(), CrossEntropyArcFaceLoss(weight=.6, s=12., m=.3, smoothing=.1)], ids=str)
+@pytest.mark.parametrize('loss',
+                         [CrossEntropyArcFaceLoss(), CrossEntropyArcFaceLoss(weight=.6, s=12., m=.3, smoothing=.1)],
+                         ids=str)
 def test_pairs_match_numpy(loss, cos, y, soft):
     logits = torch.from_numpy(np.random.default_rng(3).normal(0, 3, (B, K)))
     rows = np.array([[expected_pair(loss, a, c, k) for k in range(K)] for a,c in zip(logits.numpy(), cos.numpy())])
@@ -107,7 +111,8 @@ def test_pairs_match_numpy(loss, cos, y, soft):
     keep = (masked >= 0).numpy()
     np.testing.assert_allclose(out.item(), rows[np.arange(B), y][keep].mean(), rtol=1e-10)
     assert all(o.grad.isfinite().all() and (o.grad[keep] != 0).any() and not o.grad[~keep].any() for o in (a, c))
-    assert torch.equal(loss.decodes((logits, cos)), logits.argmax(1)) and torch.equal(loss.activation([logits, cos]), logits.softmax(1))
+    assert torch.equal(loss.decodes((logits, cos)), logits.argmax(1))
+    assert torch.equal(loss.activation([logits, cos]), logits.softmax(1))
     with pytest.raises(ValueError, match='expected .logits, cosines.'): loss((logits,), y)
     with pytest.raises(ValueError, match='weight is 1.5'): create_loss('ce_arcface', weight=1.5)
 
@@ -128,7 +133,8 @@ def test_bad_input(inp, targ, message):
         with pytest.raises(ValueError, match=message): create_loss(name)(inp, targ)
 
 @each('name,kwargs,message', [
-    ('arc_face', {}, "did you mean 'arcface'"), ('AM-Softmax', {}, "did you mean 'am_softmax'"), ('xyz', {}, 'known: am_softmax, arcface'),
+    ('arc_face', {}, "did you mean 'arcface'"), ('AM-Softmax', {}, "did you mean 'am_softmax'"),
+    ('xyz', {}, 'known: am_softmax, arcface'),
     ('am_softmax', {'margin': .5}, "no parameter 'margin', only m, s, gamma"), ('am_softmax', {'m': -1}, 'm is -1'),
     ('arcface', {'m': 4}, 'm is 4'), ('arcface', {'s': 0}, 's is 0'),
     ('cross_entropy', {'smoothing': 1.}, 'smoothing is 1.0'), ('cross_entropy', {'gamma': -1}, 'gamma is -1'),

@@ -1,4 +1,5 @@
-"MixUp, CutMix and LISA: who is mixed with whom, exact weights, targets and contexts, the callbacks in a Learner, and fastai's own ones there."
+"""MixUp, CutMix and LISA: who is mixed with whom, exact weights, targets and contexts, the callbacks in a Learner,
+and fastai's own ones there."""
 import copy
 from dataclasses import replace
 
@@ -7,7 +8,8 @@ import pytest
 from cases import each
 import torch
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, nn
-from fastai.callback.all import CSVLogger, CutMix, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau, TerminateOnNaNCallback
+from fastai.callback.all import CSVLogger, CutMix, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau
+from fastai.callback.all import TerminateOnNaNCallback
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
@@ -28,7 +30,8 @@ from rcic_fastai.recipe.settings import ModelSettings, Recipe
 from rcic_fastai.train.loaders import recipe_dataloaders
 from rcic_fastai.train.learner import screen_learner
 
-# two cell types, three experiments (two of cell type 0), two plates each; siRNAs 0-2 on every plate, and a control for the statistics
+# two cell types, three experiments (two of cell type 0), two plates each; siRNAs 0-2 on every plate, and a control for
+# the statistics
 CONTEXT = torch.tensor([[e//2, e, p, 2*(s < 0)] for e in range(3) for p in range(2) for s in (0, 1, 2, -1)])
 Y = torch.tensor([0, 1, 2, -1]*6)
 B, K, ROWS, MASKED = 24, 3, torch.arange(24), Y < 0
@@ -62,7 +65,8 @@ def test_partners_are_drawn_evenly():
 def test_a_domain_is_a_number_even_with_unknown_names():
     context = torch.tensor([[-1, -1, 0], [-1, 0, 0], [0, -1, 1], [0, 0, -1], [0, 0, 0]])
     assert len(context_domains(context, 'plate').unique()) == 4
-    assert torch.equal(context_domains(MixedContext(context, context.flip(0), torch.ones(5)), 'experiment'), context[:, 1])
+    assert torch.equal(context_domains(MixedContext(context, context.flip(0), torch.ones(5)), 'experiment'),
+                       context[:, 1])
 
 def test_lisa_takes_the_same_target_of_another_experiment():
     for groups in (None, CONTEXT[:, 0]):
@@ -71,7 +75,8 @@ def test_lisa_takes_the_same_target_of_another_experiment():
         fits = (Y[:, None] == Y) & (CONTEXT[:, None, 1] != CONTEXT[:, 1]) & ~MASKED[:, None]
         if groups is not None: fits &= groups[:, None] == groups
         alone = ~fits.any(1)
-        assert alone.sum() == (6 if groups is None else 12)  # masked; with groups, the only experiment of its cell type too
+        # masked; with groups, the only experiment of its cell type too
+        assert alone.sum() == (6 if groups is None else 12)
         assert torch.equal(seen, fits | torch.diag(alone))
 
 
@@ -114,7 +119,8 @@ def test_targets_are_the_mix_and_masked_rows_empty():
         want = torch.zeros(K)
         if Y[i] >= 0: want[Y[i]] += weight[i]; want[Y[partner[i]]] += 1-weight[i]
         torch.testing.assert_close(soft[i], want)
-    with pytest.raises(ValueError, match='target 2 at row 2 is outside the 2 classes'): mix_targets(Y, partner, weight, 2)
+    with pytest.raises(ValueError, match='target 2 at row 2 is outside the 2 classes'):
+        mix_targets(Y, partner, weight, 2)
 
 @pytest.mark.parametrize('loss', [AMSoftmaxLoss(gamma=2., smoothing=.1), ArcFaceLoss(), OneHotBCELoss()], ids=str)
 def test_a_mixed_row_costs_the_mix_of_its_two_losses(loss):
@@ -126,11 +132,14 @@ def test_a_mixed_row_costs_the_mix_of_its_two_losses(loss):
 def test_mixed_context():
     mixed = MixedContext(CONTEXT, CONTEXT.roll(7, 0), torch.rand(B))
     part = mixed.to('cpu')[Y == 1]
-    assert len(mixed) == B and len(part) == 6 and torch.equal(part.other, CONTEXT.roll(7, 0)[Y == 1]) and part.weight.dtype == torch.float32
+    assert len(mixed) == B and len(part) == 6 and torch.equal(part.other, CONTEXT.roll(7, 0)[Y == 1])
+    assert part.weight.dtype == torch.float32
     weights = cell_type_weights(mixed, 2)
     torch.testing.assert_close(weights.sum(1), torch.ones(B))
-    torch.testing.assert_close(weights[:, 0], mixed.weight*(CONTEXT[:, 0] == 0) + (1-mixed.weight)*(mixed.other[:, 0] == 0))
-    assert cell_type_weights(torch.tensor([[-1, 0, 0], [2, 0, 0]]).as_subclass(TensorBase), 3).tolist() == [[0, 0, 0], [0, 0, 1]]
+    torch.testing.assert_close(weights[:, 0],
+                               mixed.weight*(CONTEXT[:, 0] == 0) + (1-mixed.weight)*(mixed.other[:, 0] == 0))
+    assert cell_type_weights(torch.tensor([[-1, 0, 0], [2, 0, 0]]).as_subclass(TensorBase),
+                             3).tolist() == [[0, 0, 0], [0, 0, 1]]
     with pytest.raises(ValueError, match='row 16 has cell type 1, but the head knows 1'): cell_type_weights(mixed, 1)
     with pytest.raises(ValueError, match=r'expected \(B, 4\) twice'): MixedContext(CONTEXT, CONTEXT[:5], torch.rand(B))
 
@@ -204,10 +213,12 @@ def test_mixed_precision_and_masked_batches(x):
             self.autocast = torch.autocast('cpu', torch.bfloat16)
     for y in (Y, torch.full((B,), -1)):
         learn = fit(x, ScreenCutMix(), [Bfloat()], y=y)
-        assert torch.stack(learn.recorder.losses).isfinite().all() and all(p.isfinite().all() for p in learn.model.parameters())
+        assert torch.stack(learn.recorder.losses).isfinite().all()
+        assert all(p.isfinite().all() for p in learn.model.parameters())
 
 def test_settings_and_batches_that_cannot_be_mixed(x):
-    for kwargs, message in [(dict(name='mix_up'), "did you mean 'mixup'"), (dict(name='cutmix', alpha=0.), 'alpha is 0.0'),
+    for kwargs, message in [(dict(name='mix_up'), "did you mean 'mixup'"),
+                            (dict(name='cutmix', alpha=0.), 'alpha is 0.0'),
                             (dict(name='mixup', p=2.), 'p is 2.0'),
                             (dict(name='lisa', within='experiment'), "expected one of None, 'cell_type'"),
                             (dict(name='mixup', within='well'), "'experiment', 'plate'")]:
@@ -220,11 +231,13 @@ def test_settings_and_batches_that_cannot_be_mixed(x):
 
 # fastai's own callbacks and losses on the learner of a screen
 
-RECIPE = change_recipe(replace(Recipe(), model=ModelSettings(**small_resnet)), 'data.batch_size=16', 'data.cache=true', 'device.precision=fp32')
+RECIPE = change_recipe(replace(Recipe(), model=ModelSettings(**small_resnet)), 'data.batch_size=16', 'data.cache=true',
+                       'device.precision=fp32')
 
 
 @pytest.fixture(scope='module')
-def dls(small_screen): return recipe_dataloaders(select_sites(read_screen(small_screen)), RECIPE, valid='experiment=HUVEC-03')
+def dls(small_screen):
+    return recipe_dataloaders(select_sites(read_screen(small_screen)), RECIPE, valid='experiment=HUVEC-03')
 
 
 def epoch(learn, cbs=None):
@@ -237,26 +250,32 @@ def epoch(learn, cbs=None):
 class OwnMix(MixHandler): pass
 
 
-@each('theirs,ours', [(MixUp(), "use ScreenMixUp() or create_mix('mixup')"), (CutMix, "use ScreenCutMix() or create_mix('cutmix')"),
-                                         (CutMix(alpha=.3), 'ScreenCutMix'), (OwnMix(), 'ScreenMixUp'), ([GradientClip(1.), MixUp()], 'ScreenMixUp')])
+@each('theirs,ours', [(MixUp(), "use ScreenMixUp() or create_mix('mixup')"), (CutMix, "use ScreenCutMix() or "
+                                                                              "create_mix('cutmix')"),
+                                         (CutMix(alpha=.3), 'ScreenCutMix'), (OwnMix(), 'ScreenMixUp'),
+                      ([GradientClip(1.), MixUp()], 'ScreenMixUp')])
 def test_fastais_mixing_is_refused_and_leaves_no_trace(dls, theirs, ours):
     learn = screen_learner(dls, RECIPE)
     before, loss = [type(cb) for cb in learn.cbs], learn.loss_func
-    for how in (lambda: learn.fit(1, cbs=theirs), lambda: learn.fit_one_cycle(1, cbs=theirs), lambda: learn.fine_tune(1, cbs=theirs),
+    for how in (lambda: learn.fit(1, cbs=theirs), lambda: learn.fit_one_cycle(1, cbs=theirs),
+                lambda: learn.fine_tune(1, cbs=theirs),
                 lambda: learn.add_cbs(theirs), lambda: screen_learner(dls, RECIPE, cbs=theirs)):
         with pytest.raises(ValueError) as e: how()
-        assert ours in str(e.value) and 'cannot mix a batch that has a context beside the image' in str(e.value) and str(e.value).count('.') == 0
+        assert ours in str(e.value) and 'cannot mix a batch that has a context beside the image' in str(e.value)
+        assert str(e.value).count('.') == 0
         learn.unfreeze()
     assert [type(cb) for cb in learn.cbs] == before and learn.loss_func is loss
     torch.manual_seed(1); first = epoch(learn, [create_mix('mixup')])
     assert np.isfinite(first).all() and epoch(learn)[0] < 50
 
 
-def test_other_callbacks_are_not_refused(): refuse_plain_mix([ScreenMixUp(), LISA, GradientClip, Callback()]); refuse_plain_mix(None)
+def test_other_callbacks_are_not_refused():
+    refuse_plain_mix([ScreenMixUp(), LISA, GradientClip, Callback()]); refuse_plain_mix(None)
 
 
-@each('cb', [lambda: GradientAccumulation(32), lambda: GradientClip(.1), MixedPrecision, lambda: [CSVLogger(), TerminateOnNaNCallback()],
-                                lambda: ReduceLROnPlateau('valid_loss')])  # fmt: skip
+@each('cb', [lambda: GradientAccumulation(32), lambda: GradientClip(.1), MixedPrecision,
+             lambda: [CSVLogger(), TerminateOnNaNCallback()],
+                                lambda: ReduceLROnPlateau('valid_loss')])
 def test_fastais_callbacks_train_and_leave_the_learner_as_it_was(dls, cb, tmp_path):
     learn = screen_learner(dls, RECIPE, path=tmp_path)
     loss, before = learn.loss_func, {type(c) for c in learn.cbs}
@@ -270,7 +289,9 @@ def test_losses_of_fastai(dls, loss):
     assert np.isfinite(epoch(learn)).all() and learn.get_preds()[0].sum(1).sub(1).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize('settings', [['device.precision=fp32'], ['device.precision=bf16'], ['data.domains_per_batch=2', 'device.precision=fp32']])
+@pytest.mark.parametrize('settings',
+                         [['device.precision=fp32'], ['device.precision=bf16'],
+                          ['data.domains_per_batch=2', 'device.precision=fp32']])
 def test_a_network_that_was_trained_is_exported_copied_and_traced(dls, settings):
     recipe = change_recipe(RECIPE, *settings)
     learn = screen_learner(recipe_dataloaders(dls.train_ds.items, recipe), recipe)
@@ -284,8 +305,9 @@ def test_a_network_that_was_trained_is_exported_copied_and_traced(dls, settings)
 
 
 @each('mix', [ScreenMixUp, ScreenCutMix, LISA])
-@each('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), LabelSmoothingCrossEntropy(), FocalLoss(),
-                                  CrossEntropyLossFlat(weight=torch.arange(1., 9)), nn.CrossEntropyLoss()], ids=repr)  # fmt: skip
+@each('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), LabelSmoothingCrossEntropy(),
+               FocalLoss(),
+                                  CrossEntropyLossFlat(weight=torch.arange(1., 9)), nn.CrossEntropyLoss()], ids=repr)
 def test_mixing_with_losses_of_fastai(dls, mix, loss):
     "A fit with them, metrics of fastai next to it; the loss is the own one afterwards"
     learn = screen_learner(dls, 'resnet10t', loss_func=loss, cbs=mix(), metrics=accuracy)
@@ -295,7 +317,8 @@ def test_mixing_with_losses_of_fastai(dls, mix, loss):
     assert len(epoch(learn)) == len(values)+1  # the accuracy in training
 
 
-@each('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), CrossEntropyLossFlat(reduction='sum')], ids=repr)
+@each('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(),
+               CrossEntropyLossFlat(reduction='sum')], ids=repr)
 def test_mixed_loss_is_the_mean_of_both(loss):
     torch.manual_seed(0)
     logits, w = torch.randn(5, 4), torch.rand(5)
@@ -305,12 +328,15 @@ def test_mixed_loss_is_the_mean_of_both(loss):
     each = [type(loss)(reduction='none')(logits, t) for t in (y, other)]
     want = w*each[0] + (1-w)*each[1]
     mixed = MixedLoss(loss)
-    torch.testing.assert_close(plain(mixed(logits, soft)), plain(want.sum() if loss.reduction == 'sum' else want.mean()))
+    torch.testing.assert_close(plain(mixed(logits, soft)),
+                               plain(want.sum() if loss.reduction == 'sum' else want.mean()))
     torch.testing.assert_close(plain(mixed(logits, y)), plain(loss(logits, y)))
-    assert mixed.reduction == loss.reduction and torch.equal(mixed.decodes(logits), loss.decodes(logits)) and copy.deepcopy(mixed).loss is not loss
+    assert mixed.reduction == loss.reduction and torch.equal(mixed.decodes(logits), loss.decodes(logits))
+    assert copy.deepcopy(mixed).loss is not loss
 
 
 def test_masked_rows_have_no_part_in_a_mixed_loss():
     logits, soft = torch.randn(3, 4), torch.tensor([[.5, .5, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]])
-    torch.testing.assert_close(plain(MixedLoss(CrossEntropyLossFlat())(logits, soft)), plain(MixedLoss(CrossEntropyLossFlat())(logits[[0, 2]], soft[[0, 2]])))
+    torch.testing.assert_close(plain(MixedLoss(CrossEntropyLossFlat())(logits, soft)),
+                               plain(MixedLoss(CrossEntropyLossFlat())(logits[[0, 2]], soft[[0, 2]])))
     assert heavier_class(soft).tolist() == [0, -1, 2]

@@ -1,4 +1,5 @@
-"""Backbones, first convolutions, heads, weights in and out; what all heads, pools and rules share is in `test_contracts`.
+"""Backbones, first convolutions, heads, weights in and out; what all heads, pools and rules share is in
+`test_contracts`.
 
 Nothing is downloaded: loaders are replaced, files are made here."""
 import copy
@@ -51,7 +52,8 @@ def context(b=4): return torch.tensor([[i%3, i, 1] for i in range(b)])
 
 # ---- networks
 
-@each('arch', ['small_seresnext', 'se_resnext50_32x4d', 'resnet18', 'densenet121', 'efficientnet_b0', 'legacy_seresnext26_32x4d',
+@each('arch', ['small_seresnext', 'se_resnext50_32x4d', 'resnet18', 'densenet121', 'efficientnet_b0',
+               'legacy_seresnext26_32x4d',
                                   'convnext_atto', 'mobilenetv3_small_050', 'regnetx_002', 'repvgg_a0'])
 def test_families(arch):
     body = create_backbone(arch).eval()
@@ -81,7 +83,8 @@ def test_seresnext_is_that_of_pretrainedmodels():
 
 def test_the_first_network_of_a_process_draws_what_the_next_one_draws(monkeypatch):
     "pretrainedmodels is imported late, and importing it consumes random numbers"
-    for name in [m for m in sys.modules if m.partition('.')[0] == 'pretrainedmodels']: monkeypatch.delitem(sys.modules, name)
+    for name in [m for m in sys.modules if m.partition('.')[0] == 'pretrainedmodels']:
+        monkeypatch.delitem(sys.modules, name)
     torch.manual_seed(0); first = M._seresnext('small_seresnext').state_dict()
     torch.manual_seed(0); second = M._seresnext('small_seresnext').state_dict()
     assert all(torch.equal(v, second[k]) for k,v in first.items())
@@ -106,7 +109,8 @@ def test_unknown_names():
     with pytest.raises(ValueError, match='nearest: none'): create_backbone('qqqqqqqqqqqq')
     with pytest.raises(ValueError, match='reads 48 channels'): create_backbone('tresnet_m')
     with pytest.raises(ValueError, match='no options, got img_size'): create_backbone('small_seresnext', img_size=64)
-    with pytest.raises(ValueError, match="cannot build 'resnet18'.*not_an_option"): create_backbone('resnet18', not_an_option=1)
+    with pytest.raises(ValueError, match="cannot build 'resnet18'.*not_an_option"):
+        create_backbone('resnet18', not_an_option=1)
     with pytest.raises(ValueError, match='expected maps of 8'): Backbone(nn.Identity(), 8)(torch.zeros(1, 7, 4, 5))
 
 # ---- first convolution
@@ -120,7 +124,8 @@ def test_repeat_sees_the_same_rgb_twice():
     assert not torch.allclose(new(torch.cat([x, 0*x], 1)), old(x), atol=.1)
 
 def test_fewer_channels_add_up():
-    for init,n in itertools.product(('mean', 'repeat'), (1, 2)): torch.testing.assert_close(channel_mixing(init, n).sum(0), torch.ones(3))
+    for init,n in itertools.product(('mean', 'repeat'), (1, 2)):
+        torch.testing.assert_close(channel_mixing(init, n).sum(0), torch.ones(3))
 
 @pytest.mark.parametrize('init', ['mean', 'repeat'])
 def test_correlated_channels_keep_their_scale(init):
@@ -154,7 +159,8 @@ def test_parallel_stems():
     assert len(first_convs(body.net)) == 2
 
 def test_patch_errors():
-    with pytest.raises(ValueError, match="init is 'copy', expected one of mean, repeat, zero, random"): patch_first_conv(conv(), 6, 'copy')
+    with pytest.raises(ValueError, match="init is 'copy', expected one of mean, repeat, zero, random"):
+        patch_first_conv(conv(), 6, 'copy')
 
 def test_default_init_follows_the_weights(tmp_path):
     torch.save(M._timm('resnet18', False).net.state_dict(), tmp_path/'w.pth')
@@ -185,7 +191,8 @@ def test_no_network(no_network):
     with pytest.raises(ConnectionError, match="(?s)pretrained='FILE.pth'.*github.*no network here.*lip6"):
         create_backbone('se_resnext50_32x4d', pretrained=True)
     assert socket.getdefaulttimeout() is None
-    with pytest.raises(ValueError, match='small_seresnext has no published weights'): create_backbone('small_seresnext', pretrained=True)
+    with pytest.raises(ValueError, match='small_seresnext has no published weights'):
+        create_backbone('small_seresnext', pretrained=True)
 
 def test_timm_loads_its_own(monkeypatch):
     seen = {}
@@ -221,7 +228,8 @@ def test_files_that_do_not_fit(tmp_path):
         create_backbone('resnet18', pretrained=tmp_path/'w.pth')
     with pytest.raises(ValueError, match='w.pth does not fit ResNet; weights 1 missing: layer1.0.conv1.weight$'):
         attempt({k: v for k,v in state.items() if k != 'layer1.0.conv1.weight'})
-    with pytest.raises(ValueError, match='1 unexpected: layer9.weight'): attempt(state | {'layer9.weight': torch.zeros(1)})
+    with pytest.raises(ValueError, match='1 unexpected: layer9.weight'):
+        attempt(state | {'layer9.weight': torch.zeros(1)})
     with pytest.raises(ValueError, match=r'conv1.weight is \(64, 6, 7, 7\), expected \(64, 3, 7, 7\)'):
         attempt(state | {'conv1.weight': torch.zeros(64, 6, 7, 7)})
     with pytest.raises(ValueError, match='dictionary of tensors'): attempt({'a': 1})
@@ -284,7 +292,8 @@ def test_class_weights_are_spread():
     assert (CosineLinear(2048, 277).weight.norm(dim=1) - 1).abs().max() < .1
 
 def test_classifiers_of_heads():
-    for kind,classifier,width in (('linear','linear',10), ('cosine','linear',10), ('neck','linear',16), ('neck','cosine',16)):
+    for kind,classifier,width in (('linear','linear',10), ('cosine','linear',10), ('neck','linear',16),
+                                  ('neck','cosine',16)):
         for n in (0, 3):
             head = create_screen_head(kind, 10, 5, n_hidden=16, classifier=classifier, n_cell_types=n).eval()
             assert head.embed(torch.randn(4, 10), context()).shape == (4, width + (n if kind != 'neck' else 0))
@@ -302,11 +311,14 @@ def test_cell_types():
     with pytest.raises(ValueError, match='row 1 has cell type 2, but the head knows 2'): head(x, c+1)
 
 def test_head_errors():
-    for kw,match in [(dict(kind='mlp'), "head is 'mlp', expected one of linear, cosine, linear_cosine, batchnorm, neck, controls"),
+    for kw,match in [(dict(kind='mlp'), "head is 'mlp', expected one of linear, cosine, linear_cosine, batchnorm, "
+                      "neck, controls"),
                      (dict(classifier='svm'), "is 'svm'"),
                      (dict(dropout=1.), 'dropout is 1.0'), (dict(n_classes=0), 'n_classes is 0'),
-                     (dict(n_cell_types=-1), 'n_cell_types is -1'), (dict(cell_type='onehot'), "cell_type is 'onehot'")]:
-        with pytest.raises(ValueError, match=match): create_screen_head(**{**dict(kind='linear', n_features=4, n_classes=3), **kw})
+                     (dict(n_cell_types=-1), 'n_cell_types is -1'),
+                     (dict(cell_type='onehot'), "cell_type is 'onehot'")]:
+        with pytest.raises(ValueError, match=match):
+            create_screen_head(**{**dict(kind='linear', n_features=4, n_classes=3), **kw})
 
 def screen_context():
     "Two experiments of two plates; each has treatments and two controls of either kind, experiment by experiment"
@@ -329,7 +341,9 @@ def test_linear_cosine_trains_both_and_predicts_logits():
     model = create_model('resnet18', 5, head='neck', classifier='linear_cosine', n_hidden=8)
     x,y = torch.randn(4, 6, 32, 32),torch.tensor([0, 1, 4, -1])
     logits,cosines = model(x)
-    torch.testing.assert_close(cosines, F.normalize(model.head.neck(model.body(x))) @ F.normalize(model.head.classifier.cosine.weight).T)
+    torch.testing.assert_close(cosines,
+                               F.normalize(model.head.neck(model.body(x))) @ F.normalize(
+                                   model.head.classifier.cosine.weight).T)
     CrossEntropyArcFaceLoss()((logits, cosines), y).backward()
     assert [n for n,p in model.head.named_parameters() if p.grad is None or not p.grad.any()] == []
     assert model.body.backbone.net.conv1.weight.grad.any()
@@ -369,7 +383,8 @@ def test_controls_that_are_missing():
     with pytest.raises(ValueError, match='needs the context'): head(x)
 
 @each('kw', [dict(head='controls', n_cell_types=2, dropout=.1), dict(head='controls', classifier='linear_cosine'),
-                                dict(head='neck', classifier='linear_cosine', n_cell_types=2, cell_type='embedding', n_hidden=8),
+                                dict(head='neck', classifier='linear_cosine', n_cell_types=2, cell_type='embedding',
+                                     n_hidden=8),
                                 dict(head='linear_cosine')], ids=str)
 def test_new_heads_are_swapped_saved_and_grouped(tmp_path, kw):
     x,c = torch.randn(16, 6, 32, 32),screen_context()
@@ -397,12 +412,14 @@ def test_typed_tensors_become_plain(small):
     small.eval(); seen = []
     hook = small.body.backbone.net.layer0.register_forward_pre_hook(lambda m, args: seen.append(type(args[0])))
     x,c = torch.randn(4, 6, 40, 40),context()
-    with torch.no_grad(): out = small(TensorImage(x), TensorBase(c)); emb = small.embed(TensorImage(x), TensorBase(c)); want = small(x, c)
+    with torch.no_grad():
+        out = small(TensorImage(x), TensorBase(c)); emb = small.embed(TensorImage(x), TensorBase(c)); want = small(x, c)
     hook.remove()
     assert seen == [torch.Tensor]*3 and type(out) is type(emb) is torch.Tensor and torch.equal(out, want)
 
 def test_integer_images_are_refused(small):
-    with pytest.raises(ValueError, match='torch.uint8, expected float'): small(torch.zeros(1, 6, 32, 32, dtype=torch.uint8), context(1))
+    with pytest.raises(ValueError, match='torch.uint8, expected float'):
+        small(torch.zeros(1, 6, 32, 32, dtype=torch.uint8), context(1))
 
 @pytest.mark.parametrize('arch', ['small_seresnext', 'densenet121'])
 def test_channels_last(arch):
@@ -418,7 +435,8 @@ def test_swap_head(small):
     model = copy.deepcopy(small).double().train(); body = copy.deepcopy(model.body.state_dict())
     assert model.swap_head(31) is model
     for k,v in model.body.state_dict().items(): assert torch.equal(v, body[k])
-    assert model.head.classifier.out_features == 31 and model.head.n_cell_types == 3 and model.head.classifier.weight.dtype == torch.float64
+    assert model.head.classifier.out_features == 31 and model.head.n_cell_types == 3
+    assert model.head.classifier.weight.dtype == torch.float64
     assert model.head.training and not copy.deepcopy(small).eval().swap_head(2).head.training
     assert model.swap_head(5).head.config == small.head.config
     model.head = ScreenHead(nn.Identity(), nn.Linear(2048, 3))
@@ -427,7 +445,8 @@ def test_swap_head(small):
 def test_copies_and_pickles(small):
     small.eval(); x,c = torch.randn(1, 6, 32, 32),context(1)
     with torch.no_grad():
-        for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))): assert torch.equal(twin(x, c), small(x, c))
+        for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+            assert torch.equal(twin(x, c), small(x, c))
 
 @each('arch', ['small_seresnext', 'resnet18', 'densenet121', 'efficientnet_b0', 'convnext_atto'])
 def test_param_groups(arch):
@@ -448,7 +467,8 @@ def test_param_groups_keeps_blocks_whole():
     model = create_model('resnet18', 5)
     early,_,_ = ({id(p) for p in g} for g in param_groups(model))
     for stage in (f'layer{i}' for i in range(1, 5)):
-        for block in getattr(model.body.backbone.net, stage): assert len({id(p) in early for p in block.parameters()}) == 1
+        for block in getattr(model.body.backbone.net, stage):
+            assert len({id(p) in early for p in block.parameters()}) == 1
 
 def test_param_groups_of_a_plain_body():
     class Flat(nn.Module):
@@ -461,8 +481,10 @@ def test_param_groups_of_a_plain_body():
 # ---- written down
 
 CONTEXT = torch.tensor([[0, 0, 0, 1], [1, 0, 2, 2], [1, 0, 3, 0], [-1, 0, 0, 0]]) # with both controls of the experiment
-WRITTEN = {'cosine': dict(head='cosine'), 'gem': dict(arch='small_seresnext', head='linear', pool='gem'), 'both': dict(head='linear_cosine', pool='concat'),
-           'transformer': dict(arch='vit_tiny_patch16_224', img_size=32), 'neck': dict(head='neck', n_hidden=16, n_cell_types=2),
+WRITTEN = {'cosine': dict(head='cosine'), 'gem': dict(arch='small_seresnext', head='linear', pool='gem'),
+           'both': dict(head='linear_cosine', pool='concat'),
+           'transformer': dict(arch='vit_tiny_patch16_224', img_size=32),
+           'neck': dict(head='neck', n_hidden=16, n_cell_types=2),
            'embedding': dict(n_cell_types=2, cell_type='embedding'), 'controls': dict(head='controls')}
 NEED_CONTEXT = 'neck', 'embedding', 'controls'
 INPUTS = [(kind, 2 if kind in NEED_CONTEXT else 1) for kind in WRITTEN] + [('cosine', 2)]
@@ -500,20 +522,26 @@ def test_a_network_is_copied_pickled_and_compiled(kind, n):
     model,inputs,wanted = written(kind, n)
     fresh = written(kind, n)[0]
     fresh.load_state_dict(model.state_dict())
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh, torch.compile(copy.deepcopy(model), backend='eager')):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh,
+                  torch.compile(copy.deepcopy(model), backend='eager')):
         with torch.no_grad(): same(other(*inputs), wanted)
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
-@pytest.mark.parametrize('kind,n,dynamo', [('gem', 1, True), ('neck', 2, False), ('neck', 2, True), ('controls', 2, False)])
+@pytest.mark.parametrize('kind,n,dynamo',
+                         [('gem', 1, True), ('neck', 2, False), ('neck', 2, True), ('controls', 2, False)])
 def test_a_network_becomes_onnx(kind, n, dynamo, tmp_path):
-    for needed in ('onnx', 'onnxruntime', *(['onnxscript'] if dynamo else [])): pytest.importorskip(needed, reason=f'{needed} is a tool of development')
+    for needed in ('onnx', 'onnxruntime', *(['onnxscript'] if dynamo else [])):
+        pytest.importorskip(needed, reason=f'{needed} is a tool of development')
     import onnxruntime
     model,inputs,wanted = written(kind, n)
     names = ['x', 'context'][:n]
-    axes = dict(dynamic_shapes={k: {0: torch.export.Dim('sites', min=2, max=64)} for k in names}) if dynamo else dict(dynamic_axes={k: {0: 'sites'} for k in names})
+    axes = dict(dynamic_shapes={k: {0: torch.export.Dim('sites', min=2, max=64)} for k in names}) if dynamo else dict(
+        dynamic_axes={k: {0: 'sites'} for k in names})
     torch.onnx.export(model, inputs, str(tmp_path/'m.onnx'), input_names=names, dynamo=dynamo, **axes)
     session = onnxruntime.InferenceSession(str(tmp_path/'m.onnx'))
-    run = lambda given: torch.from_numpy(session.run(None, {i.name: g.numpy() for i,g in zip(session.get_inputs(), given)})[0])
+    run = lambda given: torch.from_numpy(session.run(None,
+                                                     {i.name: g.numpy()
+                                                      for i,g in zip(session.get_inputs(), given)})[0])
     same(run(inputs), wanted)
     more = [torch.cat([i, i.flip(0)]) for i in inputs]
     with torch.no_grad(): same(run(more), model(*more))
@@ -528,7 +556,8 @@ def test_outside_of_a_written_network_values_are_still_looked_at():
 # ---- files
 
 def test_save_and_load(tmp_path, small):
-    file = tmp_path/'new'/'model.safetensors'; meta = {'arch': 'small_seresnext', 'classes': ['a', 'ü', None], 'lr': 1e-4}
+    file = tmp_path/'new'/'model.safetensors'
+    meta = {'arch': 'small_seresnext', 'classes': ['a', 'ü', None], 'lr': 1e-4}
     small.to(memory_format=torch.channels_last)
     save_weights(small, file, meta)
     assert [f.name for f in file.parent.iterdir()] == ['model.safetensors'] and read_meta(file) == meta
@@ -559,15 +588,18 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_load_errors(tmp_path):
     file = tmp_path/'m.safetensors'; save_weights(create_screen_head('linear', 4, 2), file)
-    with pytest.raises(ValueError, match=r'm.safetensors does not fit ScreenHead; .*classifier.weight is \(2, 4\), expected \(3, 4\)'):
+    with pytest.raises(ValueError, match=r'm.safetensors does not fit ScreenHead; '
+                       r'.*classifier.weight is \(2, 4\), expected \(3, 4\)'):
         load_weights(create_screen_head('linear', 4, 3), file)
     save_file({'a': torch.zeros(1), 'b': torch.zeros(1)}, tmp_path/'n.safetensors')
     with pytest.raises(ValueError, match='1 missing: classifier.weight; 2 unexpected: '):
         load_weights(create_screen_head('cosine', 4, 2), tmp_path/'n.safetensors')
-    with pytest.raises(FileNotFoundError, match='none.safetensors'): load_weights(create_screen_head('linear', 4, 2), tmp_path/'none.safetensors')
+    with pytest.raises(FileNotFoundError, match='none.safetensors'):
+        load_weights(create_screen_head('linear', 4, 2), tmp_path/'none.safetensors')
     with pytest.raises(FileNotFoundError, match='none.safetensors'): read_meta(tmp_path/'none.safetensors')
     (tmp_path/'bad.safetensors').write_bytes(b'not a file')
-    with pytest.raises(ValueError, match='bad.safetensors: not a file of save_weights'): read_meta(tmp_path/'bad.safetensors')
+    with pytest.raises(ValueError, match='bad.safetensors: not a file of save_weights'):
+        read_meta(tmp_path/'bad.safetensors')
 
 
 @pytest.mark.parametrize("where", ["write", "fsync"])

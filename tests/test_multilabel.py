@@ -1,4 +1,5 @@
-"Labels of several classes: matrices, text, macro-F1 and its interval, floors, tables, relations of classes, submissions."
+"""Labels of several classes: matrices, text, macro-F1 and its interval, floors, tables, relations of classes,
+submissions."""
 
 import time
 from pathlib import Path
@@ -20,7 +21,8 @@ HPA = Path(__file__).parents[1].parent / "shared" / "hpa"
 
 
 def draw(n=300, k=7, seed=0, agree=0.7):
-    "Labels and predictions of n images; the last class is never there and never predicted, the one before only predicted."
+    """Labels and predictions of n images; the last class is never there and never predicted, the one before only
+    predicted."""
     rng = np.random.default_rng(seed)
     y = (rng.random((n, k)) < np.geomspace(0.5, 0.01, k)).astype(np.uint8)
     pred = np.where(rng.random((n, k)) < agree, y, rng.random((n, k)) < 0.2).astype(np.uint8)
@@ -71,7 +73,8 @@ def test_matrix_and_lists():
     assert label_matrix([(4,)], n_classes=5).tolist() == [[0, 0, 0, 0, 1]]
 
 
-@pytest.mark.parametrize("bad, message", [(np.zeros(3), "shape"), ([[0, 1], [1, 2]], "y: image 1, class 1 is 2"), ([[np.nan]], "nan")])
+@pytest.mark.parametrize("bad, message", [(np.zeros(3), "shape"), ([[0, 1], [1, 2]], "y: image 1, class 1 is 2"),
+                                          ([[np.nan]], "nan")])
 def test_a_matrix_holds_zeros_and_ones(bad, message):
     with pytest.raises(ValueError, match=message):
         label_lists(bad)
@@ -79,9 +82,11 @@ def test_a_matrix_holds_zeros_and_ones(bad, message):
 
 @each(
     "text, message",
-    [("", "there are no labels"), ("0 x", "label 'x' is not a number"), ("28", "label 28 is outside 0-27"), ("-1", "label -1 is outside 0-27"),
-     ("1_0", "not a number"), ("³", "not a number"), ("3 3", "label 3 occurs more than once"), (None, "labels are None"), (float("nan"), "labels are nan")],
-)  # fmt: skip
+    [("", "there are no labels"), ("0 x", "label 'x' is not a number"), ("28", "label 28 is outside 0-27"),
+     ("-1", "label -1 is outside 0-27"),
+     ("1_0", "not a number"), ("³", "not a number"), ("3 3", "label 3 occurs more than once"),
+     (None, "labels are None"), (float("nan"), "labels are nan")],
+)
 def test_text_that_is_refused(text, message):
     with pytest.raises(ValueError, match=f"^train.csv: row 9: .*{message}"):
         parse_labels(text, where="train.csv: row 9")
@@ -135,8 +140,9 @@ def test_floors_are_the_scores_of_constant_answers(seed):
 def test_the_real_table(real_y):
     assert real_y.shape == (31_072, 28) and real_y.sum() == 50_782
     assert np.bincount(real_y.sum(1, dtype=int)).tolist() == [0, 15_126, 12_485, 3_160, 299, 2]
-    assert real_y.sum(0).tolist() == [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530, 210, 902, 1482, 172, 3777,
-                                      802, 2965, 322, 8228, 328, 11]  # fmt: skip
+    assert real_y.sum(0).tolist() == [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066,
+                                      21, 530, 210, 902, 1482, 172, 3777,
+                                      802, 2965, 322, 8228, 328, 11]
     assert f1_floors(real_y).round(4).tolist() == [0.0996, 0.0209, 0.0359]
     counts, graph = co_occurrence(real_y), class_graph(real_y)
     assert counts.loc[9, 10] == counts.loc[10, 10] == 28  # all images with lysosomes have endosomes, too
@@ -161,7 +167,8 @@ def test_resamples_are_those_of_a_plain_loop(grouped):
     np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-12)
     low, high = np.percentile(np.mean(plain, 1), [2.5, 97.5])
     score = macro_f1(y, pred)
-    assert macro_f1_interval(y, pred, groups if grouped else None, 20, 5) == pytest.approx((2 * score - high, 2 * score - low))
+    assert macro_f1_interval(y, pred, groups if grouped else None, 20, 5) == pytest.approx(
+        (2 * score - high, 2 * score - low))
 
 
 def test_copies_in_a_group_are_no_evidence():
@@ -174,13 +181,15 @@ def test_copies_in_a_group_are_no_evidence():
 
 def test_an_interval_is_repeatable_and_inside_0_to_1():
     y, pred = draw(n=12)
-    assert macro_f1_interval(y, pred, seed=3) == macro_f1_interval(y, pred, seed=3) != macro_f1_interval(y, pred, seed=4)
+    assert macro_f1_interval(y, pred, seed=3) == macro_f1_interval(y, pred,
+                                                                   seed=3) != macro_f1_interval(y, pred, seed=4)
     low, high = macro_f1_interval(y[:, :1], y[:, :1])
     assert (low, high) == (1, 1)
     assert multilabel._resampled_f1(y, pred, None, 250, 0).shape == (250, 7)
 
 
-@pytest.mark.parametrize("groups, message", [([1, 2], "2 groups for 300 images"), ([None] + [1] * 299, "image 0 has no group")])
+@pytest.mark.parametrize("groups, message",
+                         [([1, 2], "2 groups for 300 images"), ([None] + [1] * 299, "image 0 has no group")])
 def test_groups_that_are_refused(groups, message):
     y, pred = draw()
     with pytest.raises(ValueError, match=message):
@@ -202,17 +211,20 @@ def test_table():
     y, pred = draw()
     groups, names, thresholds = np.arange(300) // 3, list("abcdefg"), np.linspace(0.1, 0.7, 7)
     table = f1_table(y, pred, names, thresholds, groups, n_boot=50)
-    assert table.columns.tolist() == ["support", "groups", "predicted", "precision", "recall", "f1", "low", "high", "threshold"]
+    assert table.columns.tolist() == ["support", "groups", "predicted", "precision", "recall", "f1", "low", "high",
+                                      "threshold"]
     assert table.index.tolist() == [*names, "macro"] and table.index.name == "class"
     assert all(table[c].dtype.kind == "i" for c in ("support", "groups", "predicted"))
     precision, recall, f1, support = precision_recall_fscore_support(y, pred, zero_division=0)
-    for column, values in dict(precision=precision, recall=recall, f1=f1, support=support, threshold=thresholds).items():
+    for column, values in dict(precision=precision, recall=recall, f1=f1, support=support,
+                               threshold=thresholds).items():
         np.testing.assert_array_equal(table.loc[names, column], values)
     assert table.groups["a"] == pd.Series(groups[y[:, 0] > 0]).nunique() and table.groups["g"] == 0
     macro = table.loc["macro"]
     assert (macro.support, macro.predicted, macro.groups) == (y.sum(), pred.sum(), 100)
     assert (macro.low, macro.high) == macro_f1_interval(y, pred, groups, 50)
-    assert (macro.f1, macro.precision) == pytest.approx((macro_f1(y, pred), precision.mean())) and np.isnan(macro.threshold)
+    assert (macro.f1, macro.precision) == pytest.approx((macro_f1(y, pred), precision.mean()))
+    assert np.isnan(macro.threshold)
     assert ((table.low <= table.f1) & (table.f1 <= table.high)).all()
 
 
@@ -238,7 +250,8 @@ def test_report():
     assert report.index.tolist() == ["all images", "without duplicates", *f1_floors(y).index]
     assert report.images.tolist() == [300, 200, 300, 300, 300]
     assert report.macro_f1.tolist() == [macro_f1(y, pred), macro_f1(y[100:], pred[100:]), *f1_floors(y)]
-    assert tuple(report.loc["without duplicates", ["low", "high"]]) == macro_f1_interval(y[100:], pred[100:], np.arange(200) // 2)
+    assert tuple(report.loc["without duplicates", ["low", "high"]]) == macro_f1_interval(
+        y[100:], pred[100:], np.arange(200) // 2)
     assert "without duplicates" not in label_report(y, pred).index
     with pytest.raises(ValueError, match="all 300 images are excluded"):
         label_report(y, pred, ids, exclude=ids)
@@ -256,7 +269,8 @@ def test_average_precision():
     each = average_precision(y, p, average=None)
     assert np.isnan(each).tolist() == (~has).tolist()
     masked = np.vstack([np.full((5, 7), -1), y])  # rows of unknown labels
-    assert average_precision(masked.astype(np.float32), np.vstack([np.full((5, 7), np.nan), p])) == average_precision(y, p)
+    assert average_precision(masked.astype(np.float32),
+                             np.vstack([np.full((5, 7), np.nan), p])) == average_precision(y, p)
     assert np.isnan(average_precision(y * 0, p))
     with pytest.raises(ValueError, match="p: image 0, class 0 is nan"):
         average_precision(y, p * np.nan)

@@ -50,12 +50,14 @@ def own(tmp_path_factory):
         (root / e).mkdir(parents=True)
         for i, treatment in enumerate(TREATMENTS):
             for channel in ("{DAPI}", "#ER", "$RNA %"):
-                Image.fromarray(rng.integers(300, 3000, (24, 24)).astype(np.uint16)).save(root / e / f"B{i+2:02}_f1_{channel}.tif")
+                Image.fromarray(rng.integers(300, 3000, (24, 24)).astype(np.uint16)).save(
+                    root / e / f"B{i+2:02}_f1_{channel}.tif")
             rows.append(dict(Experiment=e, Plate="P#1 {a}", Well=f"B{i+2}", Compound=treatment, Cells="HE{LA} #2"))
     truth = pd.DataFrame(rows)
     known = ~((truth.Experiment == "-day3$") & (truth.index % 9 < 3))
     truth.assign(Compound=truth.Compound.where(known, "")).to_csv(root / "plate #map {1}.csv", index=False)
-    screen = describe_screen(root, columns=dict(treatment="Compound", cell_type="Cells"), negative=["DMSO $"], say=quiet)
+    screen = describe_screen(root, columns=dict(treatment="Compound", cell_type="Cells"), negative=["DMSO $"],
+                             say=quiet)
     return screen, truth
 
 
@@ -63,7 +65,8 @@ def own(tmp_path_factory):
 def own_run(own, tmp_path_factory):
     screen, _ = own
     run = tmp_path_factory.mktemp("runs") / "r #u{n} $x$ %"
-    train_run(screen, laptop_recipe(get_recipe("laptop"), 1, virtual_batch=8), run, valid="experiment=day {2}", say=quiet)
+    train_run(screen, laptop_recipe(get_recipe("laptop"), 1, virtual_batch=8), run, valid="experiment=day {2}",
+              say=quiet)
     predict_run(run, screen, "test", progress=False)
     return run, submit_run(run, screen, say=quiet)
 
@@ -83,7 +86,8 @@ def test_paths_of_every_name_are_read_and_packed(own, tmp_path):
 
 
 def test_simulated_screen_in_such_a_folder(tmp_path):
-    screen = read_screen(simulate_screen(tmp_path / FOLDER, n_sirnas=4, n_train=2, n_test=1, cell_types=("HUVEC",), image_size=32, progress=False))
+    screen = read_screen(simulate_screen(tmp_path / FOLDER, n_sirnas=4, n_train=2, n_test=1, cell_types=("HUVEC",),
+                                         image_size=32, progress=False))
     check_files(screen.sites())
     pack_screen(screen, tmp_path / "x#2", say=quiet, progress=False)
     packed, plain = (s.sites().set_index("site_id").files for s in (read_screen(tmp_path / "x#2"), screen))
@@ -91,9 +95,11 @@ def test_simulated_screen_in_such_a_folder(tmp_path):
 
 
 @each("files, expected", [
-    ("a/{channel}.png", ["a/1.png"]), ("{channel}/b.png", ["1/b.png"]), ("a{b}/{channel}.png", ["a{b}/1.png"]), ("{{channel}}/{channel}.png", ["{channel}/1.png"]),
-    ("x{{{channel}}}.png", ["x{1}.png"]), ("a/b.png", ["a/b.png"]), ("{{channel}}.png", ["{channel}.png"]), ("}{channel}{", ["}1{"]),
-])  # fmt: skip
+    ("a/{channel}.png", ["a/1.png"]), ("{channel}/b.png", ["1/b.png"]), ("a{b}/{channel}.png", ["a{b}/1.png"]),
+    ("{{channel}}/{channel}.png", ["{channel}/1.png"]),
+    ("x{{{channel}}}.png", ["x{1}.png"]), ("a/b.png", ["a/b.png"]), ("{{channel}}.png", ["{channel}.png"]),
+    ("}{channel}{", ["}1{"]),
+])
 def test_braces(files, expected):
     assert [p.as_posix() for p in site_files(files, [1])] == expected
     assert has_channels(files) == ("1" in expected[0])
@@ -106,9 +112,10 @@ def test_escaped_braces_are_text(text):
 
 
 @each("files, expected", [
-    ("store#17", ("store", "17")), ("a#b/store#17", ("a#b/store", "17")), ("s#E#1_1_B03_2", ("s#E", "1_1_B03_2")), ("a#1/E/B03_s1_w{channel}.png", None),
+    ("store#17", ("store", "17")), ("a#b/store#17", ("a#b/store", "17")), ("s#E#1_1_B03_2", ("s#E", "1_1_B03_2")),
+    ("a#1/E/B03_s1_w{channel}.png", None),
     ("a/B03#1.png", None), ("a/b_1.png", None), ("s3://bucket/store#3", ("s3://bucket/store", "3")),
-])  # fmt: skip
+])
 def test_packed_rows(files, expected):
     assert packed_row(files) == expected
 
@@ -142,12 +149,13 @@ def test_patterns_with_braces_of_their_own(tmp_path):
 @each("name", [*TREATMENTS, "$", "$$", "$a", r"\$x$", "$\\frac{1}$", "a_b^c", "$%$"])
 def test_pictures_show_names_as_they_are(name):
     figures = [plot_plate(np.zeros((8, 12)), name), plot_map(np.random.rand(6, 2), [name] * 3 + ["other"] * 3, name),
-               plot_intervals(pd.DataFrame(dict(accuracy=[.5], low=[.4], high=[.6]), index=[name]), title=name)]  # fmt: skip
+               plot_intervals(pd.DataFrame(dict(accuracy=[.5], low=[.4], high=[.6]), index=[name]), title=name)]
     ax = MultiChannelImage.create(np.zeros((6, 8, 8), np.uint8)).show(title=name)
     for fig in (*figures, ax.figure):
         fig.canvas.draw()
     legend = figures[1].axes[0].get_legend()
-    assert [t.get_text() for t in legend.get_texts()] == [plain_text(name)]  # also a name that begins with an underscore
+    # also a name that begins with an underscore
+    assert [t.get_text() for t in legend.get_texts()] == [plain_text(name)]
     plt.close("all")
 
 
@@ -160,15 +168,18 @@ def test_scores_by_name(own, own_run, tmp_path):
     given.assign(treatment=right.Compound, sirna=given.sirna).to_csv(tmp_path / "submission.csv", index=False)
     number = screen.wells.dropna(subset="sirna").drop_duplicates("treatment").set_index("treatment").sirna
     given[["id_code"]].assign(sirna=right.Compound.map(number)).to_csv(tmp_path / "numbers.csv", index=False)
-    forms = dict(plate_map=truth, names=pd.DataFrame(dict(id_code=ids, treatment=right.Compound)), named_sirna=pd.DataFrame(dict(id_code=ids, sirna=right.Compound)),
-                 one_day=truth[truth.Experiment == "-day3$"], upper=truth.rename(columns=str.upper))  # fmt: skip
+    forms = dict(plate_map=truth, names=pd.DataFrame(dict(id_code=ids, treatment=right.Compound)),
+                 named_sirna=pd.DataFrame(dict(id_code=ids, sirna=right.Compound)),
+                 one_day=truth[truth.Experiment == "-day3$"], upper=truth.rename(columns=str.upper))
     for form, table in forms.items():
         table.to_csv(tmp_path / "truth.csv", index=False)
         assert score_submission(tmp_path / "submission.csv", tmp_path / "truth.csv") == 1, form
         assert score_submission(tmp_path / "submission.csv", tmp_path / "truth.csv", screen) == 1, form
         assert score_submission(tmp_path / "numbers.csv", tmp_path / "truth.csv", screen) == 1, form
-        assert run_context(run, truth=tmp_path / "truth.csv", say=quiet).truth[ids].map(lambda k: screen.wells.set_index("sirna").treatment[k].iloc[0]).tolist() == right.Compound.tolist(), form
-    with pytest.raises(ValueError, match="numbers.csv has the numbers of treatments and .*truth.csv their names: the screen"):
+        assert run_context(run, truth=tmp_path / "truth.csv", say=quiet).truth[ids].map(
+            lambda k: screen.wells.set_index("sirna").treatment[k].iloc[0]).tolist() == right.Compound.tolist(), form
+    with pytest.raises(ValueError,
+                       match="numbers.csv has the numbers of treatments and .*truth.csv their names: the screen"):
         score_submission(tmp_path / "numbers.csv", tmp_path / "truth.csv")
     cli.rcic_score(submission=tmp_path / "numbers.csv", truth=tmp_path / "truth.csv", data=screen.path)
 
@@ -182,10 +193,14 @@ def test_truth_of_a_treatment_that_is_new(own, own_run, tmp_path):
 
 
 @each("text, message", [
-    ("id_code,compound\nx,y\n", "column 'sirna' is missing"), ("a,b\n1,2\n", "neither id_code nor well is among its columns, a, b"), ("id_code,treatment\nnowhere_1_B02,x\n", "none of its 1 wells"),
-    ("well,treatment\nB02,x\n", "has several wells B02; columns for experiment"), ("experiment,well,treatment\nday #1,C02,x\n", "row 2: experiment day #1 well C02 is not in"),
-    ("id_code,treatment\nday #1_1_B02,x\nday #1_1_B02,x\n", "row 3: well day #1_1_B02 occurs more than once"), ("", "truth.csv: the file is empty"),
-])  # fmt: skip
+    ("id_code,compound\nx,y\n", "column 'sirna' is missing"),
+    ("a,b\n1,2\n", "neither id_code nor well is among its columns, a, b"),
+    ("id_code,treatment\nnowhere_1_B02,x\n", "none of its 1 wells"),
+    ("well,treatment\nB02,x\n", "has several wells B02; columns for experiment"),
+    ("experiment,well,treatment\nday #1,C02,x\n", "row 2: experiment day #1 well C02 is not in"),
+    ("id_code,treatment\nday #1_1_B02,x\nday #1_1_B02,x\n", "row 3: well day #1_1_B02 occurs more than once"),
+    ("", "truth.csv: the file is empty"),
+])
 def test_truths_that_do_not_fit_are_explained(own_run, tmp_path, text, message):
     (tmp_path / "truth.csv").write_text(text)
     with pytest.raises(ValueError) as e:
@@ -195,10 +210,12 @@ def test_truths_that_do_not_fit_are_explained(own_run, tmp_path, text, message):
 
 @pytest.mark.slow
 def test_report_by_name(own, own_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("rcic_fastai.report.execute_notebook", execute_here)  # names reach the cells as text either way; test_report.py starts a kernel
+    # names reach the cells as text either way; test_report.py starts a kernel
+    monkeypatch.setattr("rcic_fastai.report.execute_notebook", execute_here)
     (_, truth), (run, _) = own, own_run
     truth.to_csv(tmp_path / "truth.csv", index=False)
-    page = make_report(run, tmp_path / "re #1 {p}.html", truth=tmp_path / "truth.csv", max_wells=12, n_pictures=2, say=quiet).read_text()
+    page = make_report(run, tmp_path / "re #1 {p}.html", truth=tmp_path / "truth.csv", max_wells=12, n_pictures=2,
+                       say=quiet).read_text()
     assert "$alpha$ &amp; &lt;b&gt;" in page and "<b>q" not in page and "siRNA\u00a0" not in page
 
 
@@ -207,7 +224,8 @@ def test_report_by_name(own, own_run, tmp_path, monkeypatch):
 def test_wells_are_shown_by_whatever_they_are_called(own, small_screen, tmp_path):
     for screen in (own[0], read_screen(small_screen)):
         w = screen.wells.iloc[len(screen.wells) // 2]
-        for well in (None, w.id_code, w.well, w.well.lower(), f"{w.plate}_{w.well}", f"{w.get('plate_name', w.plate)}/{w.well}"):
+        for well in (None, w.id_code, w.well, w.well.lower(), f"{w.plate}_{w.well}",
+                     f"{w.get('plate_name', w.plate)}/{w.well}"):
             title = screen.show_well(well)[0].figure._suptitle.get_text()
             assert well is None or w.well in title
         for well in ("nowhere", "Z99", ""):
@@ -255,14 +273,17 @@ def test_run_and_data_that_move(small_run, small_screen, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "b" / "runs")
     assert run_data("first") == tmp_path / "b" / "screen"
     shutil.move(tmp_path / "b" / "screen", tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="the data of first was in .*/b/screen, which does not exist here: say where it is now with --data"):
+    with pytest.raises(FileNotFoundError,
+                       match="the data of first was in .*/b/screen, which does not exist here: say where it is now "
+                       "with --data"):
         run_data("first")
     assert run_data("first", tmp_path / "other") == tmp_path / "other"
 
 
 @pytest.mark.parametrize("steps", [20, 23])
 def test_short_tests_of_learning_rates(small_screen, steps):
-    found = find_lr(read_screen(small_screen), laptop_recipe(get_recipe("laptop"), 1, virtual_batch=8), steps=steps, say=quiet)
+    found = find_lr(read_screen(small_screen), laptop_recipe(get_recipe("laptop"), 1, virtual_batch=8), steps=steps,
+                    say=quiet)
     assert all(1e-8 < v < 10 for v in found)
     with pytest.raises(ValueError, match="--steps is 19, expected 20 or more"):
         find_lr(read_screen(small_screen), get_recipe("laptop"), steps=19)

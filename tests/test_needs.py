@@ -1,4 +1,5 @@
-"One place answers what a run looks at beside the sites it predicts: predictions, embeddings and report see the same statistics."
+"""One place answers what a run looks at beside the sites it predicts: predictions, embeddings and report see the
+same statistics."""
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,9 @@ from rcic_fastai.report.core import embed_again, load_network, run_context
 from rcic_fastai.run.train import train_run
 from rcic_fastai.screen.read import read_screen
 
-quick = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "device.precision=fp32", "data.crop=null", "data.epoch_sites=16",
-                      'model.arch_options={"channels": [8, 8, 8, 16], "stem_width": 8}')  # fmt: skip
+quick = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "device.precision=fp32",
+                      "data.crop=null", "data.epoch_sites=16",
+                      'model.arch_options={"channels": [8, 8, 8, 16], "stem_width": 8}')
 own_head = ("loss.name=cross_entropy", "loss.options={}", "model.head=linear")
 CASES = {
     "plain": (),
@@ -37,17 +39,21 @@ def screen(small_screen):
 
 
 def features_of_prediction(monkeypatch, recipe, run, screen, split):
-    "Mean features of each well as `predict_run` sees them, and the ids: a prediction with the features in place of the logits"
+    """Mean features of each well as `predict_run` sees them, and the ids: a prediction with the features in place of
+    the logits"""
     import rcic_fastai.predict.sites as module
 
     seen, original = {}, module._forward
     with monkeypatch.context() as m:
         m.setattr(module, "_forward", lambda learn, view, prepare, embed=False: original(learn, view, prepare, True))
-        m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids, x=logits) or Predictions(ids, [0, 1], logits[:, :2], *a))
-        m.setattr(module, "postprocess_embeddings", lambda n, x, sites, *a: seen.update(x=x) or (np.zeros((len(x), 2)), np.array([0, 1])))
+        m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids, x=logits)
+                  or Predictions(ids, [0, 1], logits[:, :2], *a))
+        m.setattr(module, "postprocess_embeddings", lambda n, x, sites, *a: seen.update(x=x)
+                  or (np.zeros((len(x), 2)), np.array([0, 1])))
         m.setattr(Predictions, "only", lambda self, classes: self)
         if recipe.inference.postprocess:
-            m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids) or Predictions(ids, [0, 1], logits[:, :2], *a))
+            m.setattr(module, "Predictions", lambda ids, classes, logits, *a: seen.update(ids=ids)
+                      or Predictions(ids, [0, 1], logits[:, :2], *a))
         predict_run(run, screen, split, progress=False, say=lambda *a: None)
     return means(seen["x"], pd.DataFrame(dict(id_code=pd.Series(seen["ids"]).str.rsplit("_", n=1).str[0])))
 
@@ -55,7 +61,8 @@ def features_of_prediction(monkeypatch, recipe, run, screen, split):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_statistics_everywhere(screen, tmp_path, name, monkeypatch):
-    "What `embed` gets while a run predicts, what `embed_run` returns and what the report draws, for the test wells and the same ones"
+    """What `embed` gets while a run predicts, what `embed_run` returns and what the report draws, for the test wells
+    and the same ones"""
     recipe, quiet = change_recipe(quick, *CASES[name]), lambda *a: None
     train_run(screen, recipe, tmp_path, valid="well=0/3", say=quiet)
     embedded = {}
@@ -79,7 +86,8 @@ def test_the_same_statistics_everywhere(screen, tmp_path, name, monkeypatch):
 
 
 def test_embed_without_and_with_a_truth(small_run, small_screen, tmp_path, capsys, monkeypatch):
-    "Without labels the file and a sentence; a truth fills in what is unknown, keeps the controls, and may not contradict"
+    """Without labels the file and a sentence; a truth fills in what is unknown, keeps the controls, and may not
+    contradict"""
     from rcic_fastai.cli.script import CliError
 
     from rcic_fastai.cli.core import rcic_embed
@@ -101,8 +109,11 @@ def test_embed_without_and_with_a_truth(small_run, small_screen, tmp_path, capsy
     assert (found[controls.id_code].to_numpy() == controls.sirna).all()
     bad = pd.concat([truth[["id_code", "sirna"]], pd.DataFrame(dict(id_code=[controls.id_code.iloc[0]], sirna=[0]))])
     bad.to_csv(tmp_path / "bad.csv", index=False)
-    monkeypatch.setattr("rcic_fastai.run.predict.embed_run", lambda *a, **k: pytest.fail("embedded before the truth was looked at"))
-    for kwargs, words in ((dict(truth=tmp_path / "bad.csv"), rf"bad.csv: row {len(bad) + 1} .*sirna is 0, and the screen says"),
-                          (dict(out=tmp_path / "e.txt"), "written as .npz or .h5ad"), (dict(truth=tmp_path / "none.csv"), "none.csv does not exist")):  # fmt: skip
+    monkeypatch.setattr("rcic_fastai.run.predict.embed_run",
+                        lambda *a, **k: pytest.fail("embedded before the truth was looked at"))
+    for kwargs, words in ((dict(truth=tmp_path / "bad.csv"), rf"bad.csv: row {len(bad) + 1} .*sirna is 0, and the "
+                           r"screen says"),
+                          (dict(out=tmp_path / "e.txt"), "written as .npz or .h5ad"),
+                          (dict(truth=tmp_path / "none.csv"), "none.csv does not exist")):
         with pytest.raises(CliError, match=words):
             rcic_embed(run=small_run, **{"out": out, **kwargs})

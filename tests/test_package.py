@@ -1,4 +1,5 @@
-"The project's own promises: one place of its settings, notebooks as the source, modules in the order of the data, a README that is current."
+"""The project's own promises: one place of its settings, notebooks as the source, modules in the order of the data,
+a README that is current."""
 import ast
 import base64
 import configparser
@@ -24,8 +25,10 @@ import rcic_fastai
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 PACKAGE = ROOT / "rcic_fastai"
-FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py")) if not p.stem.startswith("_")}
-MOVED = sorted(m for m, p in FILES.items() if "a module of version 0.1.0" in p.read_text(encoding="utf-8"))  # leave their names behind for a release
+FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))
+         if not p.stem.startswith("_")}
+# leave their names behind for a release
+MOVED = sorted(m for m, p in FILES.items() if "a module of version 0.1.0" in p.read_text(encoding="utf-8"))
 NOT_EXPORTED = {"all", *MOVED}  # modules written by hand
 MODULES = sorted(set(FILES) - set(MOVED))
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
@@ -51,10 +54,12 @@ def exported():
     "Module name -> floor: the number of the notebook that exports it"
     numbers = {}
     for path in NOTEBOOKS:
-        names = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in notebook(path).cells if c.cell_type == "code"), flags=re.M)
+        names = re.findall(r"^#\|\s*default_exp\s+(\S+)",
+                           "\n".join(c.source for c in notebook(path).cells if c.cell_type == "code"), flags=re.M)
         assert len(names) <= 1, f"{path.name} exports to {names}"
         if names:
-            assert re.fullmatch(r"\d\d_" + re.escape(names[0]), path.stem), f"{path.name} exports {names[0]}.py; they must be named alike"
+            assert re.fullmatch(r"\d\d_" + re.escape(names[0]),
+                                path.stem), f"{path.name} exports {names[0]}.py; they must be named alike"
             assert names[0] not in numbers, f"two notebooks export {names[0]}.py"
             numbers[names[0]] = int(path.stem.partition("_")[0])
     return numbers
@@ -69,7 +74,8 @@ def test_setup_is_what_the_settings_say(monkeypatch):
     assert (given["name"], given["version"], given["license"]) == (cfg["lib_name"], cfg["version"], cfg["license"])
     assert given["python_requires"] == ">=" + cfg["min_python"]
     assert given["install_requires"] == cfg["requirements"].split()
-    assert given["extras_require"] == {e: cfg[f"{e}_requirements"].split() for e in ("dev", "phenomics", "zarr", "stack", "kaggle", "tracking", "bench")}
+    assert given["extras_require"] == {e: cfg[f"{e}_requirements"].split()
+                                       for e in ("dev", "phenomics", "zarr", "stack", "kaggle", "tracking", "bench")}
     assert dict(s.split("=") for s in given["entry_points"]["console_scripts"]) == scripts()
     rooms = {f"rcic_fastai.{m.partition('.')[0]}" for m in MODULES if "." in m}
     assert set(given["packages"]) == {"rcic_fastai", *rooms}
@@ -81,7 +87,8 @@ def test_the_installed_package_is_what_the_settings_say():
     required = [Requirement(r) for r in installed.requires]
     assert {str(r) for r in required if not r.marker} == {str(Requirement(r)) for r in cfg["requirements"].split()}
     dev = {(r.name, str(r.specifier)) for r in required if r.marker and r.marker.evaluate({"extra": "dev"})}
-    assert dev == {(r.name, str(r.specifier)) for r in map(Requirement, cfg["dev_requirements"].split()) if not r.marker or r.marker.evaluate()}
+    assert dev == {(r.name, str(r.specifier)) for r in map(Requirement, cfg["dev_requirements"].split()) if not r.marker
+                   or r.marker.evaluate()}
     assert {e.name: e.value for e in installed.entry_points if e.group == "console_scripts"} == scripts()
 
 
@@ -97,37 +104,43 @@ def test_version(monkeypatch):
 def test_a_command_points_at_a_function(name):
     module, function = scripts()[name].split(":")
     if module.startswith("nbdev"): pytest.importorskip("nbdev", reason="nbdev is a tool of development")
-    assert callable(getattr(importlib.import_module(module), function)), f"{name}: {module}.{function} is not a function"
+    assert callable(getattr(importlib.import_module(module),
+                            function)), f"{name}: {module}.{function} is not a function"
 
 
 def test_changelog_and_citation_name_the_version():
     version = settings()["version"]
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
-    assert {"cff-version: 1.2.0", f"version: {version}", f"title: {settings()['lib_name']}", f"license: {settings()['license']}",
+    assert {"cff-version: 1.2.0", f"version: {version}", f"title: {settings()['lib_name']}",
+            f"license: {settings()['license']}",
             f"  - name: {settings()['author']}"} <= set(citation)
 
 
 def test_upper_bounds_are_above_what_is_tested():
     tool = runpy.run_path(str(ROOT / "tools" / "newest.py"))
     required = {r.name: r for r in map(Requirement, settings()["requirements"].split())}
-    kaggle = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "tools" / "kaggle_image.txt").read_text(encoding="utf-8"), flags=re.M))
+    kaggle = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "tools" / "kaggle_image.txt").read_text(encoding="utf-8"),
+                             flags=re.M))
     for name in ("fastai", "fastcore", "torch", "torchvision"):
         specifier = required[name].specifier
         assert any(s.operator == "<" for s in specifier), f"{name} has no upper bound"
         assert kaggle[name] in specifier and importlib.metadata.version(name).partition("+")[0] in specifier
-    free = tool["unbounded"](["fastai>=2.8.7,<2.9", "nbdev==3.3.26", "zarr>=3.0.8;python_version>='3.11'", "plum-dispatch<=2.9"])
+    free = tool["unbounded"](["fastai>=2.8.7,<2.9", "nbdev==3.3.26", "zarr>=3.0.8;python_version>='3.11'",
+                              "plum-dispatch<=2.9"])
     assert free == ["fastai>=2.8.7", "nbdev", "zarr>=3.0.8;python_version>='3.11'", "plum-dispatch"]
 
 
 def test_benchmarks_and_notebooks_that_are_named_exist():
     stems = {p.stem for p in NOTEBOOKS}
     pages = {p: "\n".join(c.source for c in notebook(p).cells) for p in NOTEBOOKS}
-    pages |= {p: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "benchmarks").rglob("*.md"))}
+    pages |= {p: p.read_text(encoding="utf-8") for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md",
+                                                         *(ROOT / "benchmarks").rglob("*.md"))}
     for path, text in pages.items():
         gone = [n for n in re.findall(r"`(?:nbs/)?(\d\d_[a-z_.]+?)(?:\.ipynb)?`", text) if n not in stems]
         assert not gone, f"{path.name} names notebooks that do not exist: {gone}"
-        missing = [n for n in re.findall(r"make bench NAME=(\w+)", text) if n != "..." and not (ROOT / "benchmarks" / f"{n}.py").exists()]
+        missing = [n for n in re.findall(r"make bench NAME=(\w+)", text) if n != "..."
+                   and not (ROOT / "benchmarks" / f"{n}.py").exists()]
         assert not missing, f"{path.name} names benchmarks that do not exist: {missing}"
 
 
@@ -138,22 +151,27 @@ def test_a_notebook_is_fit_to_read(path):
     nb = notebook(path)
     nbformat.validate(nb)
     ids = [c.get("id", "") for c in nb.cells]
-    assert all(re.fullmatch(r"[\w-]{1,64}", i) for i in ids) and len(set(ids)) == len(ids), "cell ids are missing or repeated"
+    assert all(re.fullmatch(r"[\w-]{1,64}", i) for i in ids) and len(set(ids)) == len(
+        ids), "cell ids are missing or repeated"
     first = nb.cells[0]
-    assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S", first.source), "it must open with an H1 and a `>` line"
+    assert first.cell_type == "markdown" and re.match(r"# \S.*\n+> \S",
+                                                      first.source), "it must open with an H1 and a `>` line"
     for cell in nb.cells:
-        assert cell.cell_type != "markdown" or not re.search(r"^#( [#>].*)?$", cell.source, flags=re.M), f"cell {cell.id} is commented-out markdown"
+        assert cell.cell_type != "markdown" or not re.search(r"^#( [#>].*)?$", cell.source,
+                                                             flags=re.M), f"cell {cell.id} is commented-out markdown"
     assert path.stat().st_size < 1_000_000, f"{path.stat().st_size/1e6:.2f} MB; make the plots smaller"
     for cell in nb.cells:
         for out in cell.get("outputs", []):
             assert out.output_type != "error", f"cell {cell.id} stores an error: {out.get('ename')}"
-            shown = out.get("text", "") + "".join(v for k, v in out.get("data", {}).items() if isinstance(v, str) and not k.startswith("image/p"))
+            shown = out.get("text", "") + "".join(v for k, v in out.get("data", {}).items() if isinstance(v, str)
+                                                  and not k.startswith("image/p"))
             found = re.search(r"/(tmp|work|root|home|Users|var|private)/[\w./-]*|[\w./-]*site-packages[\w./-]*", shown)
             assert not found, f"cell {cell.id} shows a path of the machine it ran on: {found[0]}"
         found = re.search(r"(?<![\w.])/(work|root|home|Users)/[\w./-]*", cell.source)
         assert not found, f"cell {cell.id} names a path of one machine: {found[0]}"
         checks_nothing = cell.cell_type == "code" and re.search(r"expect_fail\(\s*(lambda|partial)", cell.source)
-        assert not checks_nothing, f"cell {cell.id}: expect_fail is a context manager and never calls a function that it is given"
+        assert not checks_nothing, (f"cell {cell.id}: expect_fail is a context manager and never calls a function "
+                                    "that it is given")
 
 
 def test_every_module_has_one_notebook():
@@ -169,7 +187,8 @@ def imported_modules(name):
         if isinstance(node, ast.Import):
             found |= {a.name.removeprefix("rcic_fastai.") for a in node.names if a.name.startswith("rcic_fastai.")}
         elif isinstance(node, ast.ImportFrom):
-            full = importlib.util.resolve_name("." * node.level + (node.module or ""), f"rcic_fastai.{name}".rpartition(".")[0]) if node.level else node.module
+            full = importlib.util.resolve_name("." * node.level + (node.module or ""),
+                                               f"rcic_fastai.{name}".rpartition(".")[0]) if node.level else node.module
             if full.split(".")[0] != "rcic_fastai": continue
             inner = full.removeprefix("rcic_fastai").removeprefix(".")
             found |= {inner} if inner in FILES else {f"{inner}.{a.name}".strip(".") for a in node.names} & set(FILES)
@@ -193,7 +212,8 @@ def test_the_drawing_of_the_import_graph():
     assert found["circles"] == found["arrows up"] == 0 and 10 < found["rooms"] <= 25
     drawing = tool["drawing"](graph, floors)
     assert drawing.splitlines()[-1] == ", ".join(f"{k} {n}" for k, n in found.items())
-    for m in floors: assert re.search(rf"(^| ){re.escape(m.rpartition('.')[2])}( |$)", drawing, flags=re.M), f"{m} is not drawn"
+    for m in floors:
+        assert re.search(rf"(^| ){re.escape(m.rpartition('.')[2])}( |$)", drawing, flags=re.M), f"{m} is not drawn"
 
 
 def test_the_tool_sees_circles_and_arrows_up():
@@ -201,11 +221,14 @@ def test_the_tool_sees_circles_and_arrows_up():
     floors = {"files": 1, "screen.core": 10, "screen.read": 11, "data.image": 20}
     source = "from .core import x\nfrom ..files import y\ndef f():\n    import rcic_fastai.data.image"
     assert tool["imported"](source, "screen.read", floors) == {"screen.core", "files", "data.image"}
-    graph = {"files": set(), "screen.core": {"files"}, "screen.read": {"screen.core", "data.image"}, "data.image": {"screen.read"}}
-    assert tool["circles"](graph) == [("data.image", "screen.read")] and tool["arrows_up"](graph, floors) == [("screen.read", "data.image")]
+    graph = {"files": set(), "screen.core": {"files"}, "screen.read": {"screen.core", "data.image"},
+             "data.image": {"screen.read"}}
+    assert tool["circles"](graph) == [("data.image", "screen.read")]
+    assert tool["arrows_up"](graph, floors) == [("screen.read", "data.image")]
     assert tool["counts"](graph, floors) == {"rooms": 3, "modules": 4, "arrows": 4, "circles": 2, "arrows up": 1}
     drawn = tool["drawing"](graph, floors)
-    assert "up: screen.read --> data.image" in drawn and "circle: data.image, screen.read" in drawn and "circle: data, screen" in drawn
+    assert "up: screen.read --> data.image" in drawn and "circle: data.image, screen.read" in drawn
+    assert "circle: data, screen" in drawn
 
 
 def test_a_room_has_numbers_of_its_own():
@@ -232,7 +255,8 @@ def undocumented(name):
         o = getattr(module, n, None)
         if inspect.isclass(o) and "__init__" in vars(o) and not dataclasses.is_dataclass(o): o = o.__init__
         if not inspect.isfunction(o) or o.__module__ != module.__name__: continue
-        own = set(o.__code__.co_varnames[:o.__code__.co_argcount + o.__code__.co_kwonlyargcount]) - {"self"}  # not the delegated ones
+        # not the delegated ones
+        own = set(o.__code__.co_varnames[:o.__code__.co_argcount + o.__code__.co_kwonlyargcount]) - {"self"}
         yield from (f"{n}({p})" for p, doc in docments(o, returns=False).items() if p in own and not doc)
 
 
@@ -268,14 +292,17 @@ def test_links_lead_somewhere(page):
 
 def test_readme_converter(readme, tmp_path):
     table = "<div><style scoped>\n.dataframe {color: red}\n</style>\n<table><tr><td>1</td></tr></table></div>"
-    picture = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(PNG).decode(), "text/plain": "<Figure>"})
+    picture = nbformat.v4.new_output("display_data",
+                                     {"image/png": base64.b64encode(PNG).decode(), "text/plain": "<Figure>"})
     code = nbformat.v4.new_code_cell
     cells = [
-        nbformat.v4.new_markdown_cell("# Title\n\n[walk](tutorials/walk.ipynb#two) ![](images/a.png) [out](https://x.org) `f[0](a)` [up](../LICENSE) [in](#here)"),
+        nbformat.v4.new_markdown_cell("# Title\n\n[walk](tutorials/walk.ipynb#two) ![](images/a.png) "
+                                      "[out](https://x.org) `f[0](a)` [up](../LICENSE) [in](#here)"),
         code("#| hide\nimport secret", id="aaaa"),
         code("#| fig-alt: 'one well'\nplot()", id="bbbb", outputs=[picture]),
         code("#| echo: false\nprint(2)", id="cccc", outputs=[nbformat.v4.new_output("stream", text="two\n")]),
-        code("frame", id="dddd", outputs=[nbformat.v4.new_output("execute_result", {"text/html": table, "text/plain": "1"}),
+        code("frame", id="dddd",
+             outputs=[nbformat.v4.new_output("execute_result", {"text/html": table, "text/plain": "1"}),
                                            nbformat.v4.new_output("stream", name="stderr", text="a warning")]),
     ]
     path = tmp_path / "a.ipynb"
@@ -287,12 +314,14 @@ def test_readme_converter(readme, tmp_path):
     assert "    two\n" in text and "<td>1</td>" in text and text.startswith("<!--") and "\n# Title\n" in text
     for gone in ("secret", "style", "warning", "#|", "print(2)", "Figure"): assert gone not in text
     relinked = readme["relink"](cells[0].source, ROOT / "nbs")
-    assert "[walk](nbs/tutorials/walk.ipynb#two) ![](nbs/images/a.png) [out](https://x.org) `f[0](a)` [up](LICENSE) [in](#here)" in relinked
+    assert ("[walk](nbs/tutorials/walk.ipynb#two) ![](nbs/images/a.png) [out](https://x.org) `f[0](a)` [up](LICENSE) "
+            "[in](#here)" in relinked)
 
 
 def test_the_public_environment_is_enough():
     "Modules import nothing that only the development environment has (nbdev's index aside)"
-    dev = {Requirement(r).name.replace("-", "_") for r in settings()["dev_requirements"].split()} - {"zarr", "lightgbm", "kaggle", "setuptools", "build"}
+    dev = {Requirement(r).name.replace("-", "_") for r in settings()["dev_requirements"].split()} - {
+        "zarr", "lightgbm", "kaggle", "setuptools", "build"}
     for name in MODULES:
         tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
         tops = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
@@ -301,6 +330,10 @@ def test_the_public_environment_is_enough():
         foreign = tops - set(sys.stdlib_module_names) - {"rcic_fastai"}
         known = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "IPython": "ipython"}
         # the extra, and what a function looks for and does without
-        optional = {Requirement(r).name for e in ("phenomics", "zarr", "stack", "kaggle", "tracking") for r in settings()[f"{e}_requirements"].split()} | {"umap", "h5py"}  # h5py comes with anndata
+        # h5py comes with anndata
+        optional = {Requirement(r).name for e in ("phenomics", "zarr", "stack", "kaggle", "tracking")
+                    for r in settings()[f"{e}_requirements"].split()} | {"umap", "h5py"}
         declared = {Requirement(r).name for r in settings()["requirements"].split()} | optional
-        assert {known.get(f, f) for f in foreign} <= declared, f"{name}.py imports what settings.ini does not require: {sorted(foreign)}"
+        assert ({known.get(f, f)
+                 for f in foreign}
+                <= declared), f"{name}.py imports what settings.ini does not require: {sorted(foreign)}"

@@ -41,7 +41,8 @@ def write_images(folder, names, size=24, deep=True, seed=0):
 
 # Plate maps
 
-@each("text", ["Well,Compound\nB2,x\n", "Well;Compound\nB2;x\n", "Well\tCompound\nB2\tx\n", "\ufeffwell position, compound\nb02, x\n"])
+@each("text", ["Well,Compound\nB2,x\n", "Well;Compound\nB2;x\n", "Well\tCompound\nB2\tx\n",
+               "\ufeffwell position, compound\nb02, x\n"])
 def test_tables_as_people_write_them(tmp_path, text):
     rows = read_plate_map(write_table(tmp_path, text))
     wells = plate_map_wells(rows)
@@ -66,7 +67,7 @@ def test_names_of_wells(tmp_path, well, name):
     ("well,batch\nA1,\n", None, "row 2: experiment is empty"),
     ("well,drug\nA1,x\n", dict(treatment="drgu"), "did you mean 'drug'?"),
     ("well,drug\nA1,x\n", dict(treatmnt="drug"), "did you mean 'treatment'?"),
-])  # fmt: skip
+])
 def test_faults_of_a_table_are_named(tmp_path, text, columns, message):
     with pytest.raises(ValueError) as e:
         plate_map_wells(read_plate_map(write_table(tmp_path, text), columns))
@@ -74,11 +75,14 @@ def test_faults_of_a_table_are_named(tmp_path, text, columns, message):
 
 
 def test_plates_treatments_and_controls_are_numbered(tmp_path):
-    text = "batch,barcode,well,gene,dose\n" + "".join(f"b{b},P{p:03},A{w},{g},{w}\n" for b in (1, 2) for p in (7, 30) for w, g in enumerate(("DMSO", "g10", "g9", ""), 1))
+    text = "batch,barcode,well,gene,dose\n" + "".join(f"b{b},P{p:03},A{w},{g},{w}\n" for b in (1, 2) for p in (7, 30)
+                                                      for w, g in enumerate(("DMSO", "g10", "g9", ""), 1))
     wells = plate_map_wells(read_plate_map(write_table(tmp_path, text)), negative=["DMSO"])
     assert wells.groupby("plate_name").plate.unique().map(list).to_dict() == {"P007": [1], "P030": [2]}
-    assert wells.dropna(subset="treatment").drop_duplicates("treatment").set_index("treatment").sirna.to_dict() == {"g9": 0, "g10": 1, "DMSO": 2}
-    assert set(wells[wells.treatment.isna()].split) == {"test"} and set(wells[wells.treatment.notna()].split) == {"train"}
+    assert wells.dropna(subset="treatment").drop_duplicates("treatment").set_index(
+        "treatment").sirna.to_dict() == {"g9": 0, "g10": 1, "DMSO": 2}
+    assert set(wells[wells.treatment.isna()].split) == {"test"}
+    assert set(wells[wells.treatment.notna()].split) == {"train"}
     assert set(wells[wells.treatment == "DMSO"].well_type) == {"negative_control"}
     assert wells.dose.tolist() == wells.well.str[-1].tolist()  # other columns are kept
 
@@ -88,16 +92,18 @@ def test_plates_treatments_and_controls_are_numbered(tmp_path):
 @each("names, pattern", [
     (["B02_DAPI.tif", "B02_DNA.tif", "B02_ER.tif"], "{well}_{channel}.tif"),
     (["B02_s1_w1.png", "B02_s1_w2.png", "B02_s2_w1.png", "B02_s2_w2.png"], "{well}_s{site}_w{channel}.png"),
-    (["r02c02f01p01-ch1sk1fk1fl1.tiff", "r02c02f01p01-ch2sk1fk1fl1.tiff"], "{well}f{site}p01-ch{channel}sk1fk1fl1.tiff"),
+    (["r02c02f01p01-ch1sk1fk1fl1.tiff", "r02c02f01p01-ch2sk1fk1fl1.tiff"],
+     "{well}f{site}p01-ch{channel}sk1fk1fl1.tiff"),
     (["deep/P7/B2 DAPI.TIF", "deep/P7/B2 ER.TIF"], "deep/{plate}/{well} {channel}.TIF"),
     (["b1/B02/ER_field01.tif", "b1/B02/DAPI_field01.tif"], "{experiment}/{well}/{channel}_field{site}.tif"),
-])  # fmt: skip
+])
 def test_names_of_files_are_guessed(tmp_path, names, pattern):
     write_images(tmp_path, names)
     rows = read_plate_map(write_table(tmp_path, "batch,plate,well,gene\nb1,P7,B2,x\n"))
     assert guess_pattern(tmp_path, rows) == pattern
     screen = describe_screen(tmp_path, say=lambda *a: None)
-    files = {str(p.relative_to(tmp_path)) for f in screen.sites().files for c in screen.channels for p in [type(tmp_path)(f.replace("{channel}", channel_name(c)))]}
+    files = {str(p.relative_to(tmp_path)) for f in screen.sites().files for c in screen.channels
+             for p in [type(tmp_path)(f.replace("{channel}", channel_name(c)))]}
     assert files == set(names)
 
 
@@ -109,22 +115,26 @@ def test_channels_get_names_of_their_own(tmp_path):
         write_table(tmp_path / folder, "well,gene\nB2,x\nB3,y\n")
     quiet = dict(say=lambda *a: None)
     screen = describe_screen(tmp_path / "first", channels=["2=ER", "1=DAPI"], **quiet)
-    assert [channel_name(c) for c in screen.channels] == ["ER", "DAPI"] and read_screen(tmp_path / "first").channels == screen.channels
+    assert [channel_name(c) for c in screen.channels] == ["ER", "DAPI"]
+    assert read_screen(tmp_path / "first").channels == screen.channels
     row = screen.sites().iloc[0]
     assert [Path(f).name for f in site_files(row.files, screen.channels)] == ["B02_ch2.tif", "B02_ch1.tif"]
     assert [ax.get_title() for ax in screen.show_well("B2")[1:3]] == ["1 ER", "2 DAPI"]
     store = pack_screen(screen, tmp_path / "store")
     assert not len(verify_store(store, screen.sites())) and read_screen(tmp_path / "store").channels == screen.channels
     assert describe_screen(tmp_path / "later", like=tmp_path / "first", **quiet).channels == screen.channels
-    with pytest.raises(ValueError, match="two channels are called 'DAPI': 1=DAPI, 2=DAPI"): describe_screen(tmp_path / "first", channels=["1=DAPI", "2=DAPI"], **quiet)
-    with pytest.raises(ValueError, match="channel 'DAPI' has no images.*; 1=DAPI gives one another name"): describe_screen(tmp_path / "first", channels=["DAPI"], **quiet)
+    with pytest.raises(ValueError, match="two channels are called 'DAPI': 1=DAPI, 2=DAPI"):
+        describe_screen(tmp_path / "first", channels=["1=DAPI", "2=DAPI"], **quiet)
+    with pytest.raises(ValueError, match="channel 'DAPI' has no images.*; 1=DAPI gives one another name"):
+        describe_screen(tmp_path / "first", channels=["DAPI"], **quiet)
 
 
 @pytest.mark.parametrize("names, message", [
     ([], "there are no images in that folder"),
-    (["img_0001.tif", "img_0002.tif"], "no image has the name of a well of wells.csv; there are 2 images, such as img_0001.tif"),
+    (["img_0001.tif", "img_0002.tif"],
+     "no image has the name of a well of wells.csv; there are 2 images, such as img_0001.tif"),
     (["B02.tif"], "the names of the files cannot be guessed from those of well B2: {well}.tif"),
-])  # fmt: skip
+])
 def test_names_that_cannot_be_guessed(tmp_path, names, message):
     write_images(tmp_path, names)
     write_table(tmp_path, "well\nB2\n")
@@ -135,7 +145,8 @@ def test_names_that_cannot_be_guessed(tmp_path, names, message):
 def test_a_pattern_must_tell_wells_apart(tmp_path):
     write_images(tmp_path, [f"P{p}/B02_{c}.tif" for p in (1, 2) for c in "xy"])
     write_table(tmp_path, "plate,well\nP1,B02\nP2,B02\n")
-    with pytest.raises(ValueError, match="row 3: well B02 is there a second time"): describe_screen(tmp_path, files="P1/{well}_{channel}.tif")
+    with pytest.raises(ValueError, match="row 3: well B02 is there a second time"):
+        describe_screen(tmp_path, files="P1/{well}_{channel}.tif")
     assert len(describe_screen(tmp_path, files="{plate}/{well}_{channel}.tif", say=lambda *a: None).sites()) == 2
 
 
@@ -155,7 +166,8 @@ def test_one_scale_for_the_whole_screen(tmp_path):
     for row in screen.sites().itertuples():
         expected = np.round((np.clip(planes[row.well], low, high) - low) / (high - low) * 255)
         np.testing.assert_allclose(read_site(row.files, screen.channels)[0].astype(float), expected, atol=1)
-    assert read_site(screen.sites().files.iloc[0], screen.channels).mean() < read_site(screen.sites().files.iloc[1], screen.channels).mean() / 2
+    assert read_site(screen.sites().files.iloc[0], screen.channels).mean() < read_site(screen.sites().files.iloc[1],
+                                                                                       screen.channels).mean() / 2
 
 
 def test_eight_bits_stay_as_they_are(tmp_path):
@@ -163,7 +175,8 @@ def test_eight_bits_stay_as_they_are(tmp_path):
     write_table(tmp_path, "well\nA1\n")
     screen = describe_screen(tmp_path, say=lambda *a: None)
     assert screen.channels == ("1", "2")
-    np.testing.assert_array_equal(read_site(screen.sites().files.iloc[0], screen.channels)[1], np.asarray(Image.open(tmp_path / "A01_2.png")))
+    np.testing.assert_array_equal(read_site(screen.sites().files.iloc[0], screen.channels)[1],
+                                  np.asarray(Image.open(tmp_path / "A01_2.png")))
 
 
 def test_images_that_cannot_be_channels(tmp_path):
@@ -176,7 +189,8 @@ def test_images_that_cannot_be_channels(tmp_path):
     with pytest.raises(ValueError, match="stack.tif holds 3 images"): find_grey_limits([tmp_path / "stack.tif"])
     with pytest.raises(ValueError, match="rgb.png: a colour image"): find_grey_limits([tmp_path / "rgb.png"])
     with pytest.raises(ValueError, match="of one grey value, 7"): find_grey_limits([tmp_path / "flat.tif"])
-    with pytest.raises(ValueError, match="images of a channel must be alike"): find_grey_limits([tmp_path / "a.tif", tmp_path / "eight.png"])
+    with pytest.raises(ValueError, match="images of a channel must be alike"):
+        find_grey_limits([tmp_path / "a.tif", tmp_path / "eight.png"])
     with pytest.raises(ValueError, match="the second must be larger"): read_channel(tmp_path / "a.tif", limits=(5, 5))
 
 
@@ -191,7 +205,8 @@ def own(tmp_path):
             for w, g in (("A01", "x"), ("A02", "y"), ("A03", "DMSO")):
                 text += f"b{b},{p},{w},{g}\n"
                 names += [f"b{b}/p{p}/{w}_s{s}_{c}.tif" for s in (1, 2) for c in ("DAPI", "ER")]
-    write_images(tmp_path / "own", names + ["b2/p2/A04_s1_DAPI.tif", "b2/p2/A04_s1_ER.tif", "b2/p2/overview.tif"], size=64)
+    write_images(tmp_path / "own", names + ["b2/p2/A04_s1_DAPI.tif", "b2/p2/A04_s1_ER.tif", "b2/p2/overview.tif"],
+                 size=64)
     write_table(tmp_path / "own", text + "b2,2,A04,\nb2,2,A05,x\n")
     return tmp_path / "own"
 
@@ -209,7 +224,8 @@ def test_a_described_screen_is_a_screen(own, tmp_path):
     assert json.loads((own / "screen.json").read_text())["treatments"] == ["x", "y", "DMSO"]
     elsewhere = describe_screen(own, files=FILES, negative=["DMSO"], out=tmp_path / "description", say=said.append)
     assert [p.name for p in sorted((tmp_path / "description").iterdir())] == ["screen.json", "wells.csv"]
-    np.testing.assert_array_equal(read_site(elsewhere.sites().files.iloc[3], elsewhere.channels), read_site(screen.sites().files.iloc[3], screen.channels))
+    np.testing.assert_array_equal(read_site(elsewhere.sites().files.iloc[3], elsewhere.channels),
+                                  read_site(screen.sites().files.iloc[3], screen.channels))
 
 
 def test_a_store_of_it(own, tmp_path):
@@ -219,7 +235,8 @@ def test_a_store_of_it(own, tmp_path):
     packed = read_screen(tmp_path / "packed")
     a, b = screen.sites().set_index("site_id"), packed.sites().set_index("site_id")
     assert set(a.index) == set(b.index) and packed.channels == screen.channels
-    for i in a.index[::7]: np.testing.assert_array_equal(read_site(a.files[i], screen.channels), read_site(b.files[i], packed.channels))
+    for i in a.index[::7]:
+        np.testing.assert_array_equal(read_site(a.files[i], screen.channels), read_site(b.files[i], packed.channels))
 
 
 def test_a_later_batch_is_read_like_the_first(own, tmp_path):
@@ -229,15 +246,18 @@ def test_a_later_batch_is_read_like_the_first(own, tmp_path):
     later = describe_screen(tmp_path / "later", like=own, say=lambda *a: None)
     assert later.channels == screen.channels and later.wells.sirna.tolist() == [3, 1]
     (own / "wells.csv").write_text((own / "wells.csv").read_text().replace("b1,1,A01,x", "b1,1,A01,z"))
-    with pytest.raises(ValueError, match="wells.csv: row 2: treatment 'z' has no number in screen.json"): read_screen(own)
+    with pytest.raises(ValueError, match="wells.csv: row 2: treatment 'z' has no number in screen.json"):
+        read_screen(own)
 
 
 def test_faults_of_a_description_are_named(own):
     with pytest.raises(FileNotFoundError, match="rcic-describe"): read_screen(own)
-    with pytest.raises(ValueError, match="channel 'DPAI' has no images; did you mean 'DAPI'?"): describe_screen(own, files=FILES, channels=["DPAI"])
+    with pytest.raises(ValueError, match="channel 'DPAI' has no images; did you mean 'DAPI'?"):
+        describe_screen(own, files=FILES, channels=["DPAI"])
     with pytest.raises(FileNotFoundError, match="is not a folder"): describe_screen(own / "nothing")
     write_table(own, "well\nA1\n", "second.csv")
-    with pytest.raises(ValueError, match="holds 2 CSV files; say which is the plate map"): describe_screen(own, files=FILES)
+    with pytest.raises(ValueError, match="holds 2 CSV files; say which is the plate map"):
+        describe_screen(own, files=FILES)
     (own / "screen.json").write_text("{}")
     with pytest.raises(ValueError, match="screen.json: 'table' is missing"): read_screen(own)
 
@@ -263,7 +283,8 @@ def test_a_control_is_negative_or_positive(own):
 def test_a_well_is_shown(own):
     screen = describe_screen(own, files=FILES, say=lambda *a: None)
     axes = screen.show_well("A02", site=2)
-    assert [a.get_title() for a in axes] == ["together", "1 DAPI", "2 ER"] and axes[0].figure._suptitle.get_text() == "b1_1_A02, site 2, y"
+    assert [a.get_title() for a in axes] == ["together", "1 DAPI", "2 ER"]
+    assert axes[0].figure._suptitle.get_text() == "b1_1_A02, site 2, y"
     with pytest.raises(ValueError, match="has no images of well A05"): screen.show_well("A05")
     assert MultiChannelImage.create(screen.sites().files.iloc[0], screen.channels).shape == (2, 64, 64)
 
@@ -281,9 +302,11 @@ def test_from_a_plate_map_to_a_submission(own, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         predict_run(tmp_path / "run", screen, "test", batchnorm="running", progress=False)  # one well is no domain
-    assert not [w for w in caught if "was trained on images of" in str(w.message)]  # they are reduced when they are read, as in training
+    # they are reduced when they are read, as in training
+    assert not [w for w in caught if "was trained on images of" in str(w.message)]
     submission = pd.read_csv(submit_run(tmp_path / "run", screen, say=said.append))
-    assert submission.columns.tolist() == ["id_code", "sirna", "treatment"] and submission.id_code.tolist() == ["b2_2_A04"]
+    assert submission.columns.tolist() == ["id_code", "sirna", "treatment"]
+    assert submission.id_code.tolist() == ["b2_2_A04"]
     assert submission.treatment[0] == ["x", "y"][submission.sirna[0]]
     context = run_context(tmp_path / "run", say=lambda *a: None)
     assert context.what == "treatment" and context.class_name(submission.sirna[0]) == submission.treatment[0]
@@ -291,9 +314,10 @@ def test_from_a_plate_map_to_a_submission(own, tmp_path):
 
 
 @each("headings, found", [
-    ("Position,Compound Name,batch,plate", True), ("well,Treatment_name", True), ("well,drug name,drug id", True), ("well,sample", True), ("well,compound,sample", True),
+    ("Position,Compound Name,batch,plate", True), ("well,Treatment_name", True), ("well,drug name,drug id", True),
+    ("well,sample", True), ("well,compound,sample", True),
     ("well,sample,condition", False), ("well,dose,colour", False), ("well", False),
-])  # fmt: skip
+])
 def test_columns_of_treatments(tmp_path, headings, found):
     "Known by more names where that is unambiguous; else somebody is told, and which columns there are"
     n = headings.count(",")
@@ -313,15 +337,18 @@ def test_columns_of_treatments(tmp_path, headings, found):
 def test_wells_are_set_aside_by_names_of_ones_own(tmp_path):
     table = write_table(tmp_path, "Position,Drug,Batch,Donor\nB02,x,day1,a\nB02,y,day6,a\nB03,x,day6,b\n")
     wells = plate_map_wells(read_plate_map(table))
-    assert wells.experiment[valid_mask(wells, "batch=day6")].tolist() == ["day6"] * 2 == wells.experiment[valid_mask(wells, "Batch=day6")].tolist()
-    assert valid_mask(wells, "Donor=b").sum() == 1 and valid_mask(wells, "treatment=y").sum() == valid_mask(wells, "drug=y").sum() == 1
+    assert wells.experiment[valid_mask(wells, "batch=day6")].tolist() == [
+        "day6"] * 2 == wells.experiment[valid_mask(wells, "Batch=day6")].tolist()
+    assert valid_mask(wells, "Donor=b").sum() == 1
+    assert valid_mask(wells, "treatment=y").sum() == valid_mask(wells, "drug=y").sum() == 1
     with pytest.raises(ValueError, match="no well has experiment 'day7'; did you mean"):
         valid_mask(wells, "batch=day7")
     with pytest.raises(ValueError, match="valid 'colour=red' is not understood; expected experiment=NAME"):
         valid_mask(wells, "colour=red")
 
 
-def numbers(screen): return screen.wells.dropna(subset="treatment").drop_duplicates("treatment").set_index("treatment").sirna.to_dict()
+def numbers(screen):
+    return screen.wells.dropna(subset="treatment").drop_duplicates("treatment").set_index("treatment").sirna.to_dict()
 
 
 def test_treatments_keep_their_numbers(own):
@@ -329,12 +356,15 @@ def test_treatments_keep_their_numbers(own):
     describe_screen(own, files=FILES, negative=["DMSO"], say=lambda *a: None)
     text, said = (own / "wells.csv").read_text(), []
     (own / "wells.csv").write_text(text.replace("b2,2,A05,x", "b2,2,A05,aspirin"))
-    assert numbers(describe_screen(own, files=FILES, negative=["DMSO"], say=said.append)) == dict(x=0, y=1, DMSO=2, aspirin=3)
+    assert numbers(describe_screen(own, files=FILES, negative=["DMSO"], say=said.append)) == dict(x=0, y=1, DMSO=2,
+                                                                                                  aspirin=3)
     assert f"3 treatments keep the numbers they have in {own / 'screen.json'}; new: aspirin" in said
     (own / "wells.csv").write_text(text.replace(",x", ",y"))
     assert numbers(describe_screen(own, files=FILES, negative=["DMSO"], say=said.append)) == dict(y=1, DMSO=2)
-    (own / "wells.csv").write_text("".join(f"{line},{('low', 'high')[i % 2] if i else 'dose'}\n" for i, line in enumerate(text.splitlines())))
-    assert numbers(describe_screen(own, files=FILES, columns=dict(treatment="dose"), say=lambda *a: None)) == dict(high=0, low=1)
+    (own / "wells.csv").write_text("".join(f"{line},{('low', 'high')[i % 2] if i else 'dose'}\n"
+                                           for i, line in enumerate(text.splitlines())))
+    assert numbers(describe_screen(own, files=FILES, columns=dict(treatment="dose"), say=lambda *a: None)) == dict(
+        high=0, low=1)
 
 
 def test_a_description_stays_with_its_screen(own, tmp_path):
@@ -346,8 +376,10 @@ def test_a_description_stays_with_its_screen(own, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / dict(kaggle="train.csv", rxrx1="metadata.csv")[name]).write_text(text + "a,b,c\n" * 2)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    for name, message in dict(copy="and not those in", packed="holds a packed store", kaggle="train.csv", rxrx1="metadata.csv").items():
-        with pytest.raises((FileExistsError, ValueError), match=message): describe_screen(own, files=FILES, out=tmp_path / name, say=lambda *a: None)
+    for name, message in dict(copy="and not those in", packed="holds a packed store", kaggle="train.csv",
+                              rxrx1="metadata.csv").items():
+        with pytest.raises((FileExistsError, ValueError), match=message):
+            describe_screen(own, files=FILES, out=tmp_path / name, say=lambda *a: None)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     (tmp_path / "named").mkdir()  # a plate map of one's own may have such a name
     write_images(tmp_path / "named", ["A01_x.png", "A01_y.png"])
@@ -356,7 +388,8 @@ def test_a_description_stays_with_its_screen(own, tmp_path):
 
 
 def test_a_run_knows_its_treatments_by_name(own, tmp_path):
-    "A screen whose numbers mean other treatments is refused by all that reads it with the run; one that grew is welcome"
+    """A screen whose numbers mean other treatments is refused by all that reads it with the run; one that grew is
+    welcome"""
     from rcic_fastai.run.predict import embed_run, predict_run
     from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
     from rcic_fastai.run.submit import submit_run
@@ -364,7 +397,8 @@ def test_a_run_knows_its_treatments_by_name(own, tmp_path):
 
     quiet = dict(say=lambda *a: None)
     screen, run = describe_screen(own, files=FILES, negative=["DMSO"], **quiet), tmp_path / "run"
-    recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1), "data.batch_size=4", "data.read_size=48", "inference.batchnorm=running")
+    recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1), "data.batch_size=4", "data.read_size=48",
+                           "inference.batchnorm=running")
     train_run(screen, recipe, run, **quiet)
     info = json.loads((run / "run.json").read_text())
     assert info["treatments"] == {"0": "x", "1": "y", "2": "DMSO"}
@@ -378,9 +412,13 @@ def test_a_run_knows_its_treatments_by_name(own, tmp_path):
     other = describe_screen(own, files=FILES, negative=["DMSO"], **quiet)
     assert numbers(other) == dict(aspirin=0, x=1, y=2, DMSO=3)
     before = (run / "submission.csv").read_bytes()
-    for ask in (lambda: predict_run(run, other, "test", progress=False, **quiet), lambda: submit_run(run, other, **quiet), lambda: embed_run(run, other, progress=False, **quiet),
-                lambda: run_context(run, own, **quiet), lambda: train_run(other, recipe, tmp_path / "second", start=run, **quiet)):
-        with pytest.raises(ValueError, match="has number . for treatment '.*', and in .* is .*: describe the screen --like"): ask()
+    for ask in (lambda: predict_run(run, other, "test", progress=False, **quiet),
+                lambda: submit_run(run, other, **quiet), lambda: embed_run(run, other, progress=False, **quiet),
+                lambda: run_context(run, own, **quiet),
+                lambda: train_run(other, recipe, tmp_path / "second", start=run, **quiet)):
+        with pytest.raises(ValueError,
+                           match="has number . for treatment '.*', and in .* is .*: describe the screen --like"):
+            ask()
     assert (run / "submission.csv").read_bytes() == before
     del info["treatments"]  # as an earlier version wrote it
     (run / "run.json").write_text(json.dumps(info))

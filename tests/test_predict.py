@@ -39,7 +39,8 @@ def learn(small_run, sites):
 
 
 def two_experiments(screen):
-    return pd.concat([select_sites(screen, "test"), select_sites(screen, "train").query("experiment=='HUVEC-01'")], ignore_index=True)
+    return pd.concat([select_sites(screen, "test"), select_sites(screen, "train").query("experiment=='HUVEC-01'")],
+                     ignore_index=True)
 
 
 def test_running_is_ordinary_eval(learn, sites):
@@ -67,7 +68,8 @@ def test_only_the_network_runs_in_inference_mode(learn, sites, mode, monkeypatch
     monkeypatch.setattr(type(learn.model), "forward", spied)
     monkeypatch.setattr(predict, "_prepare", prepared)
     predict_sites(learn, sites.head(6), mode, bs=4, progress=False)
-    assert {i[0] for i in inside} == {True} and {i[1:] for i in inside} == {(torch.Tensor, torch.Tensor)} and set(outside) == {False}
+    assert {i[0] for i in inside} == {True} and {i[1:] for i in inside} == {(torch.Tensor, torch.Tensor)}
+    assert set(outside) == {False}
     x, context = learn.dls.test_dl(sites.head(4)).one_batch()
     learn.model(x, context).sum().backward()
     assert torch.is_grad_enabled() and all(p.grad is not None for p in learn.model.parameters())
@@ -75,7 +77,8 @@ def test_only_the_network_runs_in_inference_mode(learn, sites, mode, monkeypatch
 
 
 def test_domain_is_one_large_training_batch_per_experiment(screen, learn):
-    "Pooling exactly means: the same as one train-mode forward over all sites of the experiment, and nothing from the other experiment."
+    """Pooling exactly means: the same as one train-mode forward over all sites of the experiment, and nothing from
+    the other experiment."""
     sites = two_experiments(screen)
     p = predict_sites(learn, sites, "domain", bs=7, progress=False)
     for experiment, rows in sites.groupby("experiment").groups.items():
@@ -103,7 +106,8 @@ def test_a_plate_as_the_domain(screen, learn):
     sites = select_sites(screen, "test")
     p = predict_sites(learn, sites, "domain", domain="plate", progress=False)
     own = sites[sites.plate == 2]
-    np.testing.assert_allclose(p.logits[own.index], predict_sites(learn, own, "domain", progress=False).logits, atol=1e-3)
+    np.testing.assert_allclose(p.logits[own.index], predict_sites(learn, own, "domain", progress=False).logits,
+                               atol=1e-3)
 
 
 def test_pool_sites_bounds_the_pool_and_predicts_all(learn, sites):
@@ -111,7 +115,8 @@ def test_pool_sites_bounds_the_pool_and_predicts_all(learn, sites):
     assert len(p.ids) == len(sites) and np.isfinite(p.logits).all()
     whole = predict_sites(learn, sites, "domain", progress=False)
     assert 0 < np.abs(p.logits - whole.logits).mean() < 2
-    np.testing.assert_allclose(predict_sites(learn, sites, "domain", pool_sites=10**6, progress=False).logits, whole.logits, atol=1e-4)
+    np.testing.assert_allclose(predict_sites(learn, sites, "domain", pool_sites=10**6, progress=False).logits,
+                               whole.logits, atol=1e-4)
 
 
 def test_prediction_leaves_the_model_as_it_was(learn, sites):
@@ -140,8 +145,9 @@ def test_windows_of_large_images(screen, tmp_path):
     from rcic_fastai.recipe.published import change_recipe, get_recipe
     from rcic_fastai.run.train import train_run
 
-    recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.crop=32", "model.arch=resnet10t", "inference.tta=4",
-                           'model.arch_options={"channels": [8, 8, 16, 16], "stem_width": 8}')  # fmt: skip
+    recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.crop=32", "model.arch=resnet10t",
+                           "inference.tta=4",
+                           'model.arch_options={"channels": [8, 8, 16, 16], "stem_width": 8}')
     train_run(screen, recipe, tmp_path / "run", say=lambda *a: None)
     p = predict_run(tmp_path / "run", screen, "test", progress=False)
     assert p.made["tta"] == 4 and np.isfinite(p.logits).all()
@@ -149,8 +155,9 @@ def test_windows_of_large_images(screen, tmp_path):
     assert windows.made["tta"] == dict(d4=1, crops=4) and len({v.tobytes() for v in windows.views}) == 4
 
 
-@pytest.mark.parametrize("kwargs, message", [(dict(batchnorm="adaptive"), "batchnorm is 'adaptive'"), (dict(tta=0), "tta is 0"),
-                                             (dict(domain="well"), "domain is 'well'")])  # fmt: skip
+@pytest.mark.parametrize("kwargs, message",
+                         [(dict(batchnorm="adaptive"), "batchnorm is 'adaptive'"), (dict(tta=0), "tta is 0"),
+                          (dict(domain="well"), "domain is 'well'")])
 def test_bad_settings(learn, sites, kwargs, message):
     with pytest.raises(ValueError, match=message):
         predict_sites(learn, sites, progress=False, **kwargs)
@@ -227,7 +234,8 @@ def test_bagging_averages_passes_over_batch_sizes(learn, sites):
     expected = np.zeros_like(p.logits)
     for size, order in zip((10, 5), orders):
         even = -(-len(sites) // -(-len(sites) // size))
-        expected[order] += predict_sites(learn, sites.iloc[order].reset_index(drop=True), "batch", bs=even, progress=False).logits / 2
+        expected[order] += predict_sites(learn, sites.iloc[order].reset_index(drop=True), "batch", bs=even,
+                                         progress=False).logits / 2
     np.testing.assert_allclose(p.logits, expected, atol=1e-3)
     with pytest.raises(ValueError, match="bagging repeats passes over batches"):
         predict_sites(learn, sites, "domain", bagging=[16], progress=False)
@@ -237,7 +245,8 @@ def test_domain_statistics_with_controls_are_those_of_both_together(screen, lear
     controls = select_sites(screen, "test", "controls")
     p = predict_sites(learn, sites, "domain", controls=controls, bs=7, progress=False)
     both = pd.concat([sites, controls], ignore_index=True)
-    np.testing.assert_allclose(p.logits, predict_sites(learn, both, "domain", progress=False).logits[: len(sites)], atol=2e-3)
+    np.testing.assert_allclose(p.logits, predict_sites(learn, both, "domain", progress=False).logits[: len(sites)],
+                               atol=2e-3)
     assert np.abs(p.logits - predict_sites(learn, sites, "domain", progress=False).logits).max() > 1e-2
 
 
@@ -251,11 +260,14 @@ def test_embeddings_are_what_the_classifier_sees(learn, sites):
 def test_postprocessing_by_name(screen, learn, sites, name):
     "Scores of every class from class centres of labelled sites, the same as by hand on the embeddings"
     reference = select_sites(screen, "train").query("experiment!='HUVEC-03'").reset_index(drop=True)
-    controls = pd.concat([select_sites(screen, s, "controls") for s in ("train", "test")], ignore_index=True) if name in ("sphering", "tvn") else None
+    controls = pd.concat([select_sites(screen, s, "controls") for s in ("train", "test")],
+                         ignore_index=True) if name in ("sphering", "tvn") else None
     p = predict_sites(learn, sites, postprocess=name, reference=reference, controls=controls, progress=False)
     tables = [t for t in (sites, reference, controls) if t is not None]
-    x = np.split(embed_sites(learn, pd.concat(tables, ignore_index=True), progress=False), np.cumsum([len(t) for t in tables])[:-1])
-    scores, classes = postprocess_embeddings(name, x[0], sites, x[1], reference, *((x[2], controls) if controls is not None else ()))
+    x = np.split(embed_sites(learn, pd.concat(tables, ignore_index=True), progress=False),
+                 np.cumsum([len(t) for t in tables])[:-1])
+    scores, classes = postprocess_embeddings(name, x[0], sites, x[1], reference,
+                                             *((x[2], controls) if controls is not None else ()))
     np.testing.assert_allclose(p.logits, scores * learn.loss_func.s, atol=1e-4)
     assert list(classes) == list(p.classes) and p.made["postprocess"] == name
 
@@ -267,9 +279,11 @@ def test_bad_domains_are_told(screen, learn, sites, monkeypatch):
         predict_sites(learn, sites.head(2), "domain", progress=False)
     controls = select_sites(screen, "test", "controls")
     with pytest.warns(UserWarning, match="plate 2 has no controls: those of the whole experiment are used"):
-        p = predict_sites(learn, sites, "controls", domain="plate", controls=controls[controls.plate != 2], progress=False)
+        p = predict_sites(learn, sites, "controls", domain="plate", controls=controls[controls.plate != 2],
+                          progress=False)
     own = sites[sites.plate == 2].reset_index(drop=True)
-    expected = predict_sites(learn, own, "controls", domain="experiment", controls=controls[controls.plate != 2], progress=False)
+    expected = predict_sites(learn, own, "controls", domain="experiment", controls=controls[controls.plate != 2],
+                             progress=False)
     np.testing.assert_allclose(p.logits[sites.plate == 2], expected.logits, atol=1e-3)
     with pytest.raises(ValueError, match="'tvn' is fitted on controls"):
         predict_sites(learn, sites, postprocess="tvn", progress=False)
@@ -281,7 +295,8 @@ def test_bad_domains_are_told(screen, learn, sites, monkeypatch):
             return x.mean((2, 3))[:, :1].expand(-1, 8)
 
     monkeypatch.setattr(learn, "model", Plain())
-    with pytest.raises(ValueError, match="the model has no BatchNorm, so mode 'domain' would change nothing: use 'running'"):
+    with pytest.raises(ValueError,
+                       match="the model has no BatchNorm, so mode 'domain' would change nothing: use 'running'"):
         predict_sites(learn, sites, "domain", progress=False)
 
 
@@ -296,16 +311,22 @@ def test_views_are_kept_and_combined_again(learn, sites, tmp_path):
     "Each smaller group out of the kept views is what a pass of its own gives; the same call gives the same numbers."
     few, group = sites.head(4), TTA(d4=2, seeds=3, plain_weight=0.4)
     p = predict_sites(learn, few, "running", tta=group, keep_views=True, progress=False)
-    assert p.made["tta"] == dict(d4=2, seeds=3, plain_weight=0.4) and p.views.shape == (6, 4, 8) == (len({v.tobytes() for v in p.views}), 4, 8)
-    np.testing.assert_array_equal(predict_sites(learn, few, "running", tta=group, keep_views=True, progress=False).views, p.views)
-    np.testing.assert_allclose(predict_sites(learn, few, "running", tta=group, bs=3, progress=False).logits, p.logits, atol=1e-4)
+    assert p.made["tta"] == dict(d4=2, seeds=3, plain_weight=0.4)
+    assert p.views.shape == (6, 4, 8) == (len({v.tobytes() for v in p.views}), 4, 8)
+    np.testing.assert_array_equal(predict_sites(learn, few, "running", tta=group, keep_views=True,
+                                                progress=False).views, p.views)
+    np.testing.assert_allclose(predict_sites(learn, few, "running", tta=group, bs=3, progress=False).logits, p.logits,
+                               atol=1e-4)
     np.testing.assert_allclose(p.logits, 0.4 * p.views[0] + 0.6 * p.views.mean(0), atol=1e-4)
     for tta in ("none", TTA(d4=2), TTA(d4=1, seeds=3, combine="max")):
-        np.testing.assert_allclose(p.combine(tta).logits, predict_sites(learn, few, "running", tta=tta, progress=False).logits, atol=1e-4)
+        np.testing.assert_allclose(p.combine(tta).logits,
+                                   predict_sites(learn, few, "running", tta=tta, progress=False).logits, atol=1e-4)
     loaded = Predictions.load(p.save(tmp_path / "p.npz"))
     np.testing.assert_array_equal(loaded.views, p.views)
     assert loaded.combine(TTA(d4=2)).made["tta"] == dict(d4=2)
-    with pytest.raises(ValueError, match="6 of 8 views of tta 'd4' were not kept, such as 'd4=2 crop=0 seed=0': kept are those of tta {'d4': 2"):
+    with pytest.raises(ValueError,
+                       match="6 of 8 views of tta 'd4' were not kept, such as 'd4=2 crop=0 seed=0': kept are those of "
+                       "tta {'d4': 2"):
         loaded.combine("d4")
     with pytest.raises(ValueError, match="keep no views: predict with keep_views=True"):
         p.__class__(p.ids, p.classes, p.logits).combine("d4")
@@ -316,7 +337,8 @@ def test_draws_of_a_site_are_its_own(learn, sites):
     tta = TTA(d4=1, seeds=2, plain_weight=0.0)
     p = predict_sites(learn, sites.head(6), "running", tta=tta, keep_views=True, progress=False)
     order = [4, 1, 5]
-    q = predict_sites(learn, sites.iloc[order].reset_index(drop=True), "running", tta=tta, keep_views=True, bs=2, progress=False)
+    q = predict_sites(learn, sites.iloc[order].reset_index(drop=True), "running", tta=tta, keep_views=True, bs=2,
+                      progress=False)
     np.testing.assert_allclose(q.views, p.views[:, order], atol=1e-4)
     assert np.abs(p.views[0] - p.views[1]).max() > 1e-3
 
@@ -325,7 +347,8 @@ def test_draws_of_a_site_are_its_own(learn, sites):
 def test_kept_views_under_other_statistics(learn, sites, mode, kwargs):
     few = sites.head(8)
     p = predict_sites(learn, few, mode, tta=3, keep_views=True, progress=False, **kwargs)
-    np.testing.assert_allclose(p.logits, predict_sites(learn, few, mode, tta=3, progress=False, **kwargs).logits, atol=1e-4)
+    np.testing.assert_allclose(p.logits, predict_sites(learn, few, mode, tta=3, progress=False, **kwargs).logits,
+                               atol=1e-4)
     np.testing.assert_allclose(p.views[0], predict_sites(learn, few, mode, progress=False, **kwargs).logits, atol=1e-4)
 
 
@@ -341,7 +364,8 @@ def test_windows_of_a_network_that_saw_whole_images(learn, sites):
 def test_embeddings_of_views_are_averaged(learn, sites):
     "A maximum is one of scores, never of embeddings"
     few = sites.head(2)
-    one, eight, most = (embed_sites(learn, few, "running", tta=t, progress=False) for t in (1, "d4", TTA(combine="max")))
+    one, eight, most = (embed_sites(learn, few, "running", tta=t, progress=False)
+                        for t in (1, "d4", TTA(combine="max")))
     np.testing.assert_array_equal(eight, most)
     assert np.abs(one - eight).max() > 1e-4
 
@@ -360,7 +384,8 @@ def test_several_labels_per_image(learn, sites, monkeypatch, tmp_path):
     p = predict_sites(learn, few, "running", tta=8, keep_views=True, progress=False)
     np.testing.assert_allclose(p.probabilities, expit(p.views).mean(0), atol=1e-5)
     q = Predictions.load(p.save(tmp_path / "p.npz"))
-    assert q.activation == "sigmoid" and q.wells().activation == "sigmoid" and (q.labels == p.classes[p.logits.argmax(1)]).all()
+    assert q.activation == "sigmoid" and q.wells().activation == "sigmoid"
+    assert (q.labels == p.classes[p.logits.argmax(1)]).all()
     np.testing.assert_allclose(q.combine(4).probabilities, expit(p.views[:4]).mean(0), atol=1e-5)
     monkeypatch.setattr(learn, "loss_func", torch.nn.BCEWithLogitsLoss())
     assert predict_sites(learn, few, "running", progress=False).activation == "sigmoid"
@@ -369,22 +394,29 @@ def test_several_labels_per_image(learn, sites, monkeypatch, tmp_path):
 def test_kept_views_follow_ids_and_classes():
     rng = np.random.default_rng(0)
     views = rng.standard_normal((3, 4, 2))
-    p = Predictions(["a_1", "a_2", "b_1", "b_2"], [5, 7], views.mean(0), dict(level="site", tta=3), views, [f"d4={v} crop={v} seed=0" for v in range(3)])
+    p = Predictions(["a_1", "a_2", "b_1", "b_2"], [5, 7], views.mean(0), dict(level="site", tta=3), views,
+                    [f"d4={v} crop={v} seed=0" for v in range(3)])
     np.testing.assert_allclose(p.wells().views, views.reshape(3, 2, 2, 2).mean(2), atol=1e-6)
-    np.testing.assert_allclose(p.only([7]).wells().combine(2).logits, views[:2, :, 1:].mean(0).reshape(2, 2, 1).mean(1), atol=1e-6)
+    np.testing.assert_allclose(p.only([7]).wells().combine(2).logits, views[:2, :, 1:].mean(0).reshape(2, 2, 1).mean(1),
+                               atol=1e-6)
     with pytest.raises(ValueError, match=r"views of shape \(3, 4, 2\), expected \(1, 4, 2\)"):
         Predictions(p.ids, p.classes, p.logits, {}, views, ["one"])
 
 
 def test_groups_in_a_run(small_run, screen):
     "A run predicts with a group by name; a wrong name is told with the nearest."
-    p = predict_run(small_run, replace(screen, wells=screen.wells.groupby(["experiment", "well_type"]).head(4)), "valid", tta="d4", keep_views=True, progress=False)
-    assert p.made["tta"] == "d4" and Predictions.load(small_run / "predictions" / "valid.npz").views.shape == p.views.shape == (8, *p.logits.shape)
+    p = predict_run(small_run, replace(screen, wells=screen.wells.groupby(["experiment", "well_type"]).head(4)),
+                    "valid", tta="d4", keep_views=True, progress=False)
+    assert p.made["tta"] == "d4"
+    assert (Predictions.load(small_run / "predictions" / "valid.npz").views.shape == p.views.shape
+            == (8, *p.logits.shape))
     with pytest.raises(ValueError, match="did you mean 'hpa_first_place'"):
         predict_run(small_run, screen, "valid", tta="hpa_first", progress=False)
 
 
-@pytest.mark.parametrize("kwargs, message", [(dict(batchnorm="batch", bagging=[8]), "not with bagging"), (dict(postprocess="centers"), "not with postprocess")])
+@pytest.mark.parametrize("kwargs, message",
+                         [(dict(batchnorm="batch", bagging=[8]), "not with bagging"),
+                          (dict(postprocess="centers"), "not with postprocess")])
 def test_views_of_several_passes_are_not_kept(learn, sites, kwargs, message):
     with pytest.raises(ValueError, match=message):
         predict_sites(learn, sites, keep_views=True, progress=False, **kwargs)

@@ -1,4 +1,5 @@
-"What the library uses of other libraries without a public name: each part is there, and each is written down in one notebook."
+"""What the library uses of other libraries without a public name: each part is there, and each is written down in
+one notebook."""
 import ast
 import importlib
 import inspect
@@ -15,7 +16,8 @@ FOREIGN = ("fastai", "fastcore", "fasttransform", "torch", "timm", "lightgbm", "
 # of Python itself: documented in spite of their names
 DOCUMENTED = {"_asdict", "_replace", "_fields", "_exit", "_getframe"}
 # have a function in `private` or a public name, and are still used elsewhere
-TO_MOVE = {"_suptitle", "_BatchNorm", "_do_epoch_validate", "_foreach_copy_", "_foreach_lerp_", "_set_device", "_train_mets",
+TO_MOVE = {"_suptitle", "_BatchNorm", "_do_epoch_validate", "_foreach_copy_", "_foreach_lerp_", "_set_device",
+           "_train_mets",
            "_grab_cbs"}
 
 def modules():
@@ -35,7 +37,8 @@ def ours():
     for _, tree in modules():
         for n in ast.walk(tree):
             if isinstance(n, ast.FunctionDef | ast.ClassDef): found.add(n.name)
-            elif isinstance(n, ast.Name | ast.Attribute) and isinstance(n.ctx, ast.Store): found.add(n.id if isinstance(n, ast.Name) else n.attr)
+            elif isinstance(n, ast.Name | ast.Attribute) and isinstance(n.ctx, ast.Store):
+                found.add(n.id if isinstance(n, ast.Name) else n.attr)
             elif isinstance(n, ast.arg): found.add(n.arg)
     return found
 
@@ -45,7 +48,8 @@ def used():
     known = ours() | DOCUMENTED
     for name, tree in modules():
         if name == "private": continue
-        yield from ((name, n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and private(n.attr) and n.attr not in known)
+        yield from ((name, n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and private(n.attr)
+                    and n.attr not in known)
         for n in ast.walk(tree):
             if isinstance(n, ast.ImportFrom) and not n.level and n.module.split(".")[0] in FOREIGN:
                 yield from ((name, a.name) for a in n.names if private(a.name))
@@ -59,7 +63,8 @@ def overridden():
             if not inspect.isclass(o) or not o.__module__.startswith("rcic_fastai."): continue
             for base in o.__mro__[1:]:
                 if base.__module__.split(".")[0] not in FOREIGN: continue
-                yield from (f"{base.__module__}.{base.__name__}.{n}" for n in vars(o) if private(n) and n in vars(base) and inspect.isfunction(vars(base)[n]))
+                yield from (f"{base.__module__}.{base.__name__}.{n}" for n in vars(o) if private(n) and n in vars(base)
+                            and inspect.isfunction(vars(base)[n]))
 
 
 @pytest.mark.parametrize("name", PRIVATE_PARTS)

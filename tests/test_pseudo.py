@@ -1,4 +1,5 @@
-"Pseudo-labels: the choice against a plain loop, ties and infinities, what training may see of a truth, and the way through a checkpoint."
+"""Pseudo-labels: the choice against a plain loop, ties and infinities, what training may see of a truth, and the way
+through a checkpoint."""
 import json
 
 import numpy as np
@@ -36,7 +37,8 @@ def screen_of(seed=0, signal=2., per_group=6, n_groups=3, sizes=(6, 5, 6)):
     return noisy(truth.id_code, truth.sirna, classes, signal, seed), truth, pd.Series(classes//per_group)
 
 
-def pseudo_of(*rows): return pd.DataFrame([(i, i.rsplit('_', 2)[0], int(i.rsplit('_', 2)[1]), s, m) for i, s, m in rows], columns=COLUMNS)
+def pseudo_of(*rows):
+    return pd.DataFrame([(i, i.rsplit('_', 2)[0], int(i.rsplit('_', 2)[1]), s, m) for i, s, m in rows], columns=COLUMNS)
 
 
 # How many
@@ -52,8 +54,10 @@ def test_share(start, epochs, kwargs, expected):
     assert {e: pseudo_share(e, start, epochs, **kwargs) for e in expected} == pytest.approx(expected)
 
 
-@each('args, said', [((5, 0, 5), 'epoch is 5, expected 0 to 4'), ((-1, 0, 5), 'epoch is -1'), ((0, -1, 5), 'start is -1'),
-                                        ((0, 1, 5, 40), 'first is 40'), ((0, 1, 5, .4, 1.1), 'last is 1.1'), ((0, 1, 5, float('nan')), 'first is nan')])
+@each('args, said', [((5, 0, 5), 'epoch is 5, expected 0 to 4'), ((-1, 0, 5), 'epoch is -1'),
+                     ((0, -1, 5), 'start is -1'),
+                                        ((0, 1, 5, 40), 'first is 40'), ((0, 1, 5, .4, 1.1), 'last is 1.1'),
+                     ((0, 1, 5, float('nan')), 'first is nan')])
 def test_share_refuses(args, said):
     with pytest.raises(ValueError, match=said): pseudo_share(*args)
 
@@ -93,7 +97,8 @@ def test_ties_go_by_id_and_the_order_of_the_input_does_not_matter():
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
         chosen = select_pseudo_labels(Predictions(p.ids[order], p.classes, p.logits[order], p.made), share=.5)
         assert_frame_equal(chosen, pseudo_of(('RPE-01_1_B03', 1, 2.), ('RPE-01_1_C03', 2, 2.)), check_dtype=False)
-    assert [len(select_pseudo_labels(p, share=1, min_margin=m)) for m in (2, 2.001)] == [4, 0]  # the smallest margin itself is enough
+    # the smallest margin itself is enough
+    assert [len(select_pseudo_labels(p, share=1, min_margin=m)) for m in (2, 2.001)] == [4, 0]
 
 
 def test_a_well_without_rival_ranks_first():
@@ -107,12 +112,16 @@ def test_sites_are_averaged_and_controls_are_never_chosen():
     p, _, groups = screen_of()
     noise = np.random.default_rng(1).normal(size=p.logits.shape)
     ids, logits = [f'{i}_{s}' for s in (1, 2) for i in p.ids], np.concatenate([p.logits+noise, p.logits-noise])
-    sites = Predictions(ids, np.arange(19), np.concatenate([logits, np.full((len(ids), 1), 99.)], axis=1), dict(level='site'))
-    assert_frame_equal(select_pseudo_labels(sites, groups), select_pseudo_labels(p, groups), rtol=1e-4)  # class 18 has no group
+    sites = Predictions(ids, np.arange(19), np.concatenate([logits, np.full((len(ids), 1), 99.)], axis=1),
+                        dict(level='site'))
+    # class 18 has no group
+    assert_frame_equal(select_pseudo_labels(sites, groups), select_pseudo_labels(p, groups), rtol=1e-4)
 
 
-@each('change, said', [(dict(share=1.01), 'share is 1.01, expected a share from 0 to 1'), (dict(share=float('nan')), 'share is nan'),
-                                          (dict(share=-.1), 'share is -0.1'), (dict(per='plate'), "per is 'plate', expected one of 'experiment', 'screen'"),
+@each('change, said', [(dict(share=1.01), 'share is 1.01, expected a share from 0 to 1'),
+                       (dict(share=float('nan')), 'share is nan'),
+                                          (dict(share=-.1), 'share is -0.1'),
+                       (dict(per='plate'), "per is 'plate', expected one of 'experiment', 'screen'"),
                                           (dict(p=Predictions([], np.arange(3), np.zeros((0, 3)))), 'hold no wells')])
 def test_selection_refuses(change, said):
     with pytest.raises(ValueError, match=said): select_pseudo_labels(**{'p': screen_of()[0], **change})
@@ -124,9 +133,11 @@ PSEUDO = pseudo_of(('RPE-01_1_B03', 5, 3.), ('RPE-01_1_B04', 6, 2.), ('RPE-02_1_
 
 
 @each('truth, expected', [
-    ([('RPE-02_1_B05', 0), ('RPE-01_1_B04', 7), ('RPE-01_1_B03', 5), ('RPE-09_1_B03', 8)], (1, 3, 1/3)),  # other order, one well more, one less
+    # other order, one well more, one less
+    ([('RPE-02_1_B05', 0), ('RPE-01_1_B04', 7), ('RPE-01_1_B03', 5), ('RPE-09_1_B03', 8)], (1, 3, 1/3)),
     ([('RPE-01_1_B03', pd.NA), ('RPE-01_1_B04', 7)], (1, 1, 1)),
-    ([('RPE-01_1_B03', 5), ('RPE-01_1_B03', 5), ('RPE-01_1_B04', 7), ('RPE-01_1_B04', 7)], (1, 2, .5)),  # sites: wells count once
+    # sites: wells count once
+    ([('RPE-01_1_B03', 5), ('RPE-01_1_B03', 5), ('RPE-01_1_B04', 7), ('RPE-01_1_B04', 7)], (1, 2, .5)),
     ([('RPE-02_1_B05', 0)], (0, 1, 0)),
 ])
 @each('dtype', ['Int64', 'Float64', 'object'])
@@ -142,20 +153,25 @@ def test_without_known_wells_the_rate_is_unknown():
         assert (r.wrong, r.known) == (0, 0) and np.isnan(r.rate)
     assert np.isnan(mislabel_rate(PSEUDO[:0], wells.assign(sirna=1)).rate)
     with pytest.raises(ValueError, match='wells: column sirna is missing'): mislabel_rate(PSEUDO, wells[['id_code']])
-    with pytest.raises(ValueError, match='well RPE-01_1_B03 occurs more than once'): mislabel_rate(pd.concat([PSEUDO, PSEUDO[:1]]), wells)
+    with pytest.raises(ValueError, match='well RPE-01_1_B03 occurs more than once'):
+        mislabel_rate(pd.concat([PSEUDO, PSEUDO[:1]]), wells)
 
 
 # Sites
 
-def sites_of(truth): return pd.DataFrame([(i, s, t) for i, t in truth for s in (1, 2)], columns=['id_code', 'site', 'sirna']).astype({'sirna': 'Int64'})
+def sites_of(truth):
+    return pd.DataFrame([(i, s, t) for i, t in truth for s in (1, 2)],
+                        columns=['id_code', 'site', 'sirna']).astype({'sirna': 'Int64'})
 
 
 def test_sites_get_the_pseudo_label():
-    sites = sites_of([('RPE-02_1_B05', pd.NA), ('RPE-02_1_B09', pd.NA), ('RPE-01_1_B04', pd.NA), ('RPE-02_1_B03', pd.NA), ('RPE-01_1_B03', 5)])
+    sites = sites_of([('RPE-02_1_B05', pd.NA), ('RPE-02_1_B09', pd.NA), ('RPE-01_1_B04', pd.NA),
+                      ('RPE-02_1_B03', pd.NA), ('RPE-01_1_B03', 5)])
     before = sites.copy()
     chosen = pseudo_sites(sites, PSEUDO)  # RPE-01_1_B03 is known and agrees
     assert chosen[['id_code', 'site', 'sirna']].to_numpy().tolist() == [
-        [i, s, label] for i, label in (('RPE-02_1_B05', 0), ('RPE-01_1_B04', 6), ('RPE-02_1_B03', 5), ('RPE-01_1_B03', 5)) for s in (1, 2)]
+        [i, s, label] for i, label in (('RPE-02_1_B05', 0), ('RPE-01_1_B04', 6), ('RPE-02_1_B03', 5),
+                                       ('RPE-01_1_B03', 5)) for s in (1, 2)]
     assert chosen.index.tolist() == list(range(8))  # rows 2 and 3 of `sites` are gone
     assert chosen.pseudo.dtype == bool and chosen.pseudo.all() and chosen.sirna.dtype == sites.sirna.dtype
     assert_frame_equal(sites, before)
@@ -165,10 +181,12 @@ def test_sites_get_the_pseudo_label():
 
 def test_a_known_label_is_kept_unless_it_is_hidden():
     sites = sites_of([('RPE-01_1_B03', 5), ('RPE-01_1_B04', 7), ('RPE-02_1_B03', pd.NA), ('RPE-02_1_B05', 3)])
-    with pytest.raises(ValueError, match='RPE-01_1_B04 is known to be siRNA 7, its pseudo-label is 6'): pseudo_sites(sites, PSEUDO)
+    with pytest.raises(ValueError, match='RPE-01_1_B04 is known to be siRNA 7, its pseudo-label is 6'):
+        pseudo_sites(sites, PSEUDO)
     chosen = pseudo_sites(sites, PSEUDO, hidden=True)
     assert chosen.sirna.tolist() == [5, 5, 6, 6, 5, 5, 0, 0]
-    with pytest.raises(ValueError, match='1 wells with a pseudo-label have no sites here, RPE-02_1_B05 for one'): pseudo_sites(sites[:6], PSEUDO, hidden=True)
+    with pytest.raises(ValueError, match='1 wells with a pseudo-label have no sites here, RPE-02_1_B05 for one'):
+        pseudo_sites(sites[:6], PSEUDO, hidden=True)
     with pytest.raises(ValueError, match='sites: column sirna is missing'): pseudo_sites(sites[['id_code']], PSEUDO)
 
 
@@ -185,18 +203,23 @@ def test_hidden_labels_change_nothing():
 @pytest.mark.parametrize('pseudo', [
     select_pseudo_labels(*screen_of()[::2], share=.6),
     select_pseudo_labels(*screen_of()[::2], share=0),
-    select_pseudo_labels(Predictions(['RPE-01_1_B03'], np.array([7]), [[.1]], dict(level='well'))),  # share .4 of one well is none
-    select_pseudo_labels(Predictions(['RPE-01_1_B03'], np.array([7]), [[.1]], dict(level='well')), share=1),  # no rival: infinite margin
-    select_pseudo_labels(Predictions(['A_b-01_1_B03', 'A_b-01_1_B04'], np.array(['x', 'y']), np.eye(2)/3, dict(level='well')), share=1),
+    # share .4 of one well is none
+    select_pseudo_labels(Predictions(['RPE-01_1_B03'], np.array([7]), [[.1]], dict(level='well'))),
+    # no rival: infinite margin
+    select_pseudo_labels(Predictions(['RPE-01_1_B03'], np.array([7]), [[.1]], dict(level='well')), share=1),
+    select_pseudo_labels(Predictions(['A_b-01_1_B03', 'A_b-01_1_B04'], np.array(['x', 'y']), np.eye(2)/3,
+                                     dict(level='well')), share=1),
 ], ids=['usual', 'share-0', 'none', 'infinite', 'text'])
 def test_a_checkpoint_gives_the_labels_back(pseudo):
     stored = json.dumps(pseudo_to_json(pseudo), allow_nan=False)
     assert_frame_equal(pseudo_from_json(json.loads(stored)), pseudo, check_exact=True)
 
 
-@each('record', [{}, 'RPE-01_1_B03', {'id_code': 'RPE-01_1_B03', 'sirna': 1}, {'id_code': 'B03', 'sirna': 1, 'margin': 1.}])
+@each('record',
+      [{}, 'RPE-01_1_B03', {'id_code': 'RPE-01_1_B03', 'sirna': 1}, {'id_code': 'B03', 'sirna': 1, 'margin': 1.}])
 def test_a_record_that_is_none(record):
-    with pytest.raises(ValueError, match='record 1 is'): pseudo_from_json([{'id_code': 'RPE-01_1_B03', 'sirna': 1, 'margin': 1.}, record])
+    with pytest.raises(ValueError, match='record 1 is'):
+        pseudo_from_json([{'id_code': 'RPE-01_1_B03', 'sirna': 1, 'margin': 1.}, record])
 
 
 # Screens
@@ -210,7 +233,8 @@ def test_sites_of_a_screen(small_screen):
     n_sites = 2*int(.5*len(wells) + .5)
     assert len(chosen) == n_sites and list(chosen) == [*test, 'pseudo']
     together = pd.concat([train.assign(pseudo=False), chosen], ignore_index=True)
-    assert together.pseudo.sum() == n_sites and together.sirna.notna().all() and together.dtypes.drop('pseudo').equals(train.dtypes)
+    assert together.pseudo.sum() == n_sites and together.sirna.notna().all()
+    assert together.dtypes.drop('pseudo').equals(train.dtypes)
 
 
 def test_the_layout_lowers_the_mislabel_rate_on_the_real_plates(real_rcic):
@@ -220,4 +244,6 @@ def test_the_layout_lowers_the_mislabel_rate_on_the_real_plates(real_rcic):
     with_groups, without = (select_pseudo_labels(p, g, share=.4) for g in (plate_groups(screen.wells), None))
     a, b = mislabel_rate(with_groups, wells), mislabel_rate(without, wells)
     assert a.known == b.known == len(with_groups) == sum(int(.4*n + .5) for n in wells.experiment.value_counts())
-    assert a.rate < .5*b.rate and a.rate < mislabel_rate(select_pseudo_labels(p, plate_groups(screen.wells), 1, min_margin=-np.inf), wells).rate/3
+    assert a.rate < .5*b.rate
+    assert a.rate < mislabel_rate(select_pseudo_labels(p, plate_groups(screen.wells), 1, min_margin=-np.inf),
+                                  wells).rate/3

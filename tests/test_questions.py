@@ -31,7 +31,8 @@ def ask():
 
 
 def test_one_difference_and_one_budget_for_all(ask):
-    "Beside the number of epochs, a contestant differs from its base in the settings it is named after, and shows the network as many images"
+    """Beside the number of epochs, a contestant differs from its base in the settings it is named after, and shows
+    the network as many images"""
     methods = ask.contestants(ask.VIEWS, ask.DESIGN)
     for (part, name), (recipe, _, _) in methods.items():
         base = methods["augmentation", "nothing"] if part == "augmentation" else methods["controls", "ignored"]
@@ -46,7 +47,8 @@ def test_one_difference_and_one_budget_for_all(ask):
 
 
 @each("gain, said", [([0.1, 0.11, 0.12], "helps"), ([-0.1, -0.11, -0.12], "hurts"), ([0.01, 0.1, 0.2], "rather helps"),
-                                        ([-0.01, 0.1, 0.2], "not decided"), ([0.0, 0.1, 0.2], "not decided"), ([0.1], "not decided")])  # fmt: skip
+                                        ([-0.01, 0.1, 0.2], "not decided"), ([0.0, 0.1, 0.2], "not decided"),
+                     ([0.1], "not decided")])
 def test_what_counts_as_decided(ask, gain, said):
     assert ask.verdict(pd.Series(gain)) == said
 
@@ -54,12 +56,14 @@ def test_what_counts_as_decided(ask, gain, said):
 def made_up(gains):
     "A table of three seeds whose contestants are so much ahead of nothing"
     base = np.array([0.4, 0.5, 0.6])
-    return pd.DataFrame([dict(part="augmentation", method=m, seed=s, argmax=base[s] + g[s], assignment=0.0, groups=0.0, images=3000)
-                         for m, g in {"nothing": [0, 0, 0], **gains}.items() for s in range(3)])  # fmt: skip
+    return pd.DataFrame([dict(part="augmentation", method=m, seed=s, argmax=base[s] + g[s], assignment=0.0, groups=0.0,
+                              images=3000)
+                         for m, g in {"nothing": [0, 0, 0], **gains}.items() for s in range(3)])
 
 
 def test_what_helped_goes_together_and_the_mixes_exclude_each_other(ask):
-    table = made_up({"cutout": [0.1, 0.1, -0.01], "mixup": [0.1, 0.1, 0.1], "cutmix": [0.2, 0.1, 0.1], "intensity": [0.01, 0.02, 0.03]})
+    table = made_up({"cutout": [0.1, 0.1, -0.01], "mixup": [0.1, 0.1, 0.1], "cutmix": [0.2, 0.1, 0.1],
+                     "intensity": [0.01, 0.02, 0.03]})
     assert ask.helpful(table) == ["intensity", "cutmix"]
     fresh = ask.fresh_contestants(["cutmix", "intensity"], ask.VIEWS, ask.DESIGN)
     recipes = {k: r for (_, k), (r, _, _) in fresh.items()}
@@ -85,12 +89,16 @@ def test_a_quick_run_writes_its_tables_and_is_not_done_again(ask, tmp_path, monk
 
     monkeypatch.setattr(ask, "run_all", one_by_one)
     monkeypatch.setattr(ask, "AUGMENTATIONS", {})
-    monkeypatch.setattr(ask, "CONTROLS", {k: ask.CONTROLS[k] for k in ("ignored", "statistics at inference only", "statistics from controls alone")})
+    monkeypatch.setattr(ask, "CONTROLS",
+                        {k: ask.CONTROLS[k] for k in ("ignored", "statistics at inference only",
+                                                      "statistics from controls alone")})
     options = ["--quick", "--seeds", "0", "--fresh", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     ask.main(options)
     rows = pd.read_csv(tmp_path / "out" / "questions.csv")
     assert list(rows.columns) == ["part", "method", "seed", "argmax", "assignment", "groups", "images", "train_seconds"]
-    assert len(rows) == 4 and rows.argmax.between(0, 1).all() and len(trained) == 3  # one training serves both that differ in prediction only
+    # one training serves both that differ in prediction only
+    assert len(rows) == 4 and rows.argmax.between(0, 1).all()
+    assert len(trained) == 3
     page = (tmp_path / "out" / "questions.md").read_text()
     assert "## Augmentation, one by one" in page and "minus ignored" in page and '"statistics": "controls"' in page
     ask.main(options)

@@ -1,4 +1,5 @@
-"Every code block of the README runs: commands here, on data small enough for a test; Python in the notebook that the README is made from."
+"""Every code block of the README runs: commands here, on data small enough for a test; Python in the notebook that
+the README is made from."""
 import re
 import shlex
 import shutil
@@ -16,13 +17,14 @@ from test_cli import in_process
 from test_report import execute_here
 
 ROOT = Path(__file__).resolve().parents[1]
-# what a test can do without: full-size networks, many views and thousands of images; the options are those of the commands
+# what a test can do without: full-size networks, many views and thousands of images; the options are those of the
+# commands
 NETWORK = ["--set", 'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}']
 SMALLER = {
     "rcic-demo": ["--set", "train.epochs=2", *NETWORK],
     "rcic-train": ["--laptop", "1", "--set", "data.batch_size=16", "--set", "inference.tta=1", *NETWORK],
     "rcic-hpa-simulate": ["--images", "340", "--test", "168", "--external", "46"],
-}  # fmt: skip
+}
 
 
 def blocks(language):
@@ -44,7 +46,9 @@ def test_python_blocks_are_cells_that_the_notebook_tests_run():
 
 
 def test_make_knows_its_targets():
-    targets = [w[1] for w in commands() if w[0] == "make"] + re.findall(r"`make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    targets = [w[1] for w in commands() if w[0] == "make"] + re.findall(r"`make ([a-z-]+)",
+                                                                        (ROOT / "README.md").read_text(
+                                                                            encoding="utf-8"))
     assert {"demo", "test", "docs"} <= set(targets)
     for t in set(targets): subprocess.run(["make", "-n", t], cwd=ROOT, check=True, capture_output=True)
 
@@ -55,8 +59,10 @@ def test_pip_accepts_what_is_installed():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert ["pip", "install", "."] in installs
     extras = set(re.findall(r"rcic_fastai\[(\w+)\]|\.\[(\w+)\]", text))
-    for names in extras: assert (names[0] or names[1]) + "_requirements" in (ROOT / "settings.ini").read_text(encoding="utf-8")
-    dry = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", "--no-index", "-q", str(ROOT)]
+    for names in extras:
+        assert (names[0] or names[1]) + "_requirements" in (ROOT / "settings.ini").read_text(encoding="utf-8")
+    dry = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--no-build-isolation", "--no-index", "-q",
+           str(ROOT)]
     subprocess.run(dry, check=True, capture_output=True)
 
 
@@ -77,19 +83,22 @@ def home(small_screen, tmp_path_factory):
 
 @pytest.mark.slow
 def test_commands_of_the_readme(home, monkeypatch, capsys):
-    "In the order of the README, each with its own arguments, in this process, cells of reports too (test_report.py gives them a kernel)"
+    """In the order of the README, each with its own arguments, in this process, cells of reports too (test_report.py
+    gives them a kernel)"""
     monkeypatch.chdir(home)
     monkeypatch.setattr("rcic_fastai.report.core.execute_notebook", execute_here)
     monkeypatch.setattr("rcic_fastai.report._most_wells", lambda *_: 24)  # what it is of large images
     ran = []
     for words in commands():
         if words[0] in ("make", "pip", "git", "cd"): continue
-        extra = SMALLER.get(words[0], []) if "--laptop" not in words else ["--laptop", "1", *SMALLER[words[0]][2:]]  # the last one counts
+        # the last one counts
+        extra = SMALLER.get(words[0], []) if "--laptop" not in words else ["--laptop", "1", *SMALLER[words[0]][2:]]
         status, out, err = in_process(monkeypatch, capsys, *words, *extra)
         assert status == 0, f"{' '.join(words)}: exit status {status}\n{out[-500:]}\n{err[-2000:]}"
         ran.append(words[0])
-    assert {"rcic-demo", "rcic-describe", "rcic-show", "rcic-pack", "rcic-train", "rcic-predict", "rcic-submit", "rcic-score", "rcic-report",
-            "rcic-kaggle", "rcic-hpa-simulate", "rcic-hpa-duplicates"} <= set(ran)  # fmt: skip
+    assert {"rcic-demo", "rcic-describe", "rcic-show", "rcic-pack", "rcic-train", "rcic-predict", "rcic-submit",
+            "rcic-score", "rcic-report",
+            "rcic-kaggle", "rcic-hpa-simulate", "rcic-hpa-duplicates"} <= set(ran)
     picture = Image.open("B02.png")
     assert picture.width > 500 and len(np.unique(np.asarray(picture))) > 50
     submission = pd.read_csv("submission.csv")

@@ -15,7 +15,8 @@ from rcic_fastai.loss.by_name import losses
 from rcic_fastai.profile.correct import postprocess_names
 from rcic_fastai.recipe.check import recipe_from_json, recipe_to_json, settings_table
 from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe, list_recipes, recipes
-from rcic_fastai.recipe.settings import _limits, _rule, InferenceSettings, LossSettings, ModelSettings, Recipe, TrainSettings, compare_recipes
+from rcic_fastai.recipe.settings import _limits, _rule, InferenceSettings, LossSettings, ModelSettings, Recipe
+from rcic_fastai.recipe.settings import TrainSettings, compare_recipes
 from rcic_fastai.train.learner import _compile
 from rcic_fastai.train.network import recipe_model
 from rcic_fastai.train.mix import mixes
@@ -71,7 +72,7 @@ def test_every_setting_can_be_set_and_wrong_types_are_named(key, default):
     ('{"loss": {"name": "cross_entropy"}}', "do not fit"),
     ('{"name": "x",}', "line 1"),
     ("[1]", "an object in braces is expected"),
-])  # fmt: skip
+])
 def test_bad_files(text, message, tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(text)
@@ -90,9 +91,13 @@ def test_missing_names_and_files(tmp_path):
 
 def test_changes_are_copies_and_compose():
     base = get_recipe("laptop")
-    a = change_recipe(base, "train.epochs=3", "train.lr=1", "loss.options.m=0.1", "data.domain=null", "model.arch=resnet18")
-    assert (a.train.epochs, a.train.lr, a.loss.options["m"], a.data.domain, a.model.arch) == (3, 1.0, 0.1, None, "resnet18")
-    assert base == recipes["laptop"] and set(compare_recipes(base, a).index) == {"train.epochs", "train.lr", "loss.options", "data.domain", "model.arch"}
+    a = change_recipe(base, "train.epochs=3", "train.lr=1", "loss.options.m=0.1", "data.domain=null",
+                      "model.arch=resnet18")
+    assert (a.train.epochs, a.train.lr, a.loss.options["m"], a.data.domain, a.model.arch) == (
+        3, 1.0, 0.1, None, "resnet18")
+    assert base == recipes["laptop"]
+    assert set(compare_recipes(base, a).index) == {"train.epochs", "train.lr", "loss.options", "data.domain",
+                                                   "model.arch"}
 
 
 def test_a_laptop_recipe_keeps_the_system():
@@ -100,7 +105,8 @@ def test_a_laptop_recipe_keeps_the_system():
     full, small = recipes["densenet121_domain_bn"], laptop_recipe(recipes["densenet121_domain_bn"], epochs=40, lr=2e-3)
     assert (small.controls.epochs, small.train.epochs, small.finetune.epochs) == (10, 28, 2)
     assert (small.train.lr, small.finetune.lr) == (2e-3, 2e-4) and small.train.accumulate == 4
-    assert (small.data.domain, small.loss, small.train.steps, small.inference.bagging) == (full.data.domain, full.loss, full.train.steps, [32, 64, 96, 128])
+    assert (small.data.domain, small.loss, small.train.steps, small.inference.bagging) == (
+        full.data.domain, full.loss, full.train.steps, [32, 64, 96, 128])
     assert not small.model.pretrained and small.data.cache and recipes["densenet121_domain_bn"].train.epochs == 275
     assert laptop_recipe(recipes["densenet161_first_place"], epochs=10).pseudo.start == 6
     assert laptop_recipe(recipes["laptop"], arch="resnet18").model.arch == "resnet18"
@@ -121,7 +127,8 @@ def test_every_number_of_a_recipe_has_a_range():
             if not {int, float} & set(_rule(type(part), f.name)[0]):
                 continue
             key, (low, high) = f"{section.name}.{f.name}", _limits(type(part), f.name)
-            for text in ("NaN", "Infinity", "-Infinity", "1e999", "true", "[1]", "{}", '"nan"', str(low - 1), str(int(high * 2 + 1)), "-1e30", str(10**400)):
+            for text in ("NaN", "Infinity", "-Infinity", "1e999", "true", "[1]", "{}", '"nan"', str(low - 1),
+                         str(int(high * 2 + 1)), "-1e30", str(10**400)):
                 with pytest.raises(ValueError, match=key.removeprefix("inference.")) as e:
                     change_recipe(base, f"{key}={text}")
                 assert "\n" not in str(e.value)
@@ -130,10 +137,14 @@ def test_every_number_of_a_recipe_has_a_range():
 
 
 @each("table, setting, names", [
-    (LossSettings, "name", losses), (TrainSettings, "loss", losses), (TrainSettings, "optimizer", optimizers), (TrainSettings, "mix", mixes),
-    (ModelSettings, "pool", pools), (ModelSettings, "head", set(head_kinds) - {"linear_cosine"}), (ModelSettings, "cell_type", cell_type_kinds), (ModelSettings, "classifier", classifiers), (ModelSettings, "first_conv", first_conv_inits),
-    (InferenceSettings, "batchnorm", batchnorm_modes), (InferenceSettings, "postprocess", postprocess_names), (InferenceSettings, "thresholds", threshold_methods),
-])  # fmt: skip
+    (LossSettings, "name", losses), (TrainSettings, "loss", losses), (TrainSettings, "optimizer", optimizers),
+    (TrainSettings, "mix", mixes),
+    (ModelSettings, "pool", pools), (ModelSettings, "head", set(head_kinds) - {"linear_cosine"}),
+    (ModelSettings, "cell_type", cell_type_kinds), (ModelSettings, "classifier", classifiers),
+    (ModelSettings, "first_conv", first_conv_inits),
+    (InferenceSettings, "batchnorm", batchnorm_modes), (InferenceSettings, "postprocess", postprocess_names),
+    (InferenceSettings, "thresholds", threshold_methods),
+])
 def test_the_words_of_a_setting_are_those_of_its_module(table, setting, names):
     "A name that a module gains or loses is one that a recipe gains or loses"
     assert set(_rule(table, setting)[1]) == set(names)
@@ -143,7 +154,8 @@ def test_every_setting_is_in_the_table_with_its_rule():
     table = settings_table()
     assert list(table.index) == [key for key, _ in leaves(Recipe())]
     assert table.what.notna().all() and table.loc["train.keep", "may_be"] == '"last", "best"'
-    assert table.loc["data.crop", "may_be"] == "int or null, 8 to 16,384" and table.loc["device.channels_last", "may_be"] == 'bool or "auto"'
+    assert table.loc["data.crop", "may_be"] == "int or null, 8 to 16,384"
+    assert table.loc["device.channels_last", "may_be"] == 'bool or "auto"'
 
 
 @each("schedule", _rule(TrainSettings, "schedule")[1])
@@ -152,8 +164,10 @@ def test_every_schedule_can_be_made(schedule):
         assert schedule_function(TrainSettings(schedule=schedule, steps=[0.5]))(0) > 0
 
 
-@each("setting", ['loss.options={"m": 1, "m": 2}', 'loss.options={"m": "a"}', 'loss.options={"s": NaN}', 'loss.options={"reduction": "none"}', "train.steps=[2]",
-                                     'train.steps=["a"]', "inference.bagging=[1]", 'train.loss_options={"m": 1}', "inference.thresholds=best"])  # fmt: skip
+@each("setting", ['loss.options={"m": 1, "m": 2}', 'loss.options={"m": "a"}', 'loss.options={"s": NaN}',
+                  'loss.options={"reduction": "none"}', "train.steps=[2]",
+                                     'train.steps=["a"]', "inference.bagging=[1]", 'train.loss_options={"m": 1}',
+                  "inference.thresholds=best"])
 def test_lists_and_options_are_looked_into(setting):
     with pytest.raises(ValueError, match=setting.partition("=")[0]):
         change_recipe(get_recipe("laptop"), setting)
@@ -174,8 +188,9 @@ def test_a_laptop_needs_epochs(epochs):
         laptop_recipe(get_recipe("laptop"), epochs)
 
 
-@each("options", [dict(stem_width=-1), dict(channels=[0, 0, 0, 0]), dict(channels=[4096] * 4, layers=[9] * 4), dict(channels=["x"]),
-                                     dict(stem_width="x"), dict(nope=1)])  # fmt: skip
+@each("options", [dict(stem_width=-1), dict(channels=[0, 0, 0, 0]), dict(channels=[4096] * 4, layers=[9] * 4),
+                  dict(channels=["x"]),
+                                     dict(stem_width="x"), dict(nope=1)])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_options_that_make_no_network_are_named(options):
     recipe = change_recipe(get_recipe("laptop"), f"model.arch_options={json.dumps(options)}", "model.arch=resnet10t")
@@ -192,4 +207,5 @@ def test_options_that_make_no_loss_are_named(text):
 
 def test_a_compiler_that_there_is_not_is_named():
     with pytest.raises(ValueError, match=r"device\.compile is 'x', expected true, false or .*inductor"):
-        _compile(torch.nn.Linear(2, 2), change_recipe(recipes["laptop"], "device.compile=x", "data.domain=null", "data.domains_per_batch=1", "data.statistics=all"))
+        _compile(torch.nn.Linear(2, 2), change_recipe(recipes["laptop"], "device.compile=x", "data.domain=null",
+                                                      "data.domains_per_batch=1", "data.statistics=all"))

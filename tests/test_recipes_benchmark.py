@@ -41,16 +41,20 @@ def test_everybody_has_the_same_budget(bench):
 
 @pytest.mark.slow
 def test_it_runs_counts_and_is_not_done_twice(bench, tmp_path, monkeypatch, capsys):
-    options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--recipes", "densenet201_amsoftmax", "seresnext101_amsoftmax"]
+    options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--recipes",
+               "densenet201_amsoftmax", "seresnext101_amsoftmax"]
     bench.main(options)
-    page, table = (tmp_path / "out" / "recipes.md").read_text(), pd.read_csv(tmp_path / "out" / "recipes.csv").set_index("recipe")
-    assert list(table.index) == ["densenet201_amsoftmax", "seresnext101_amsoftmax", "blend, equal weights", "blend, weights chosen on validation",
-                                 "seresnext101_amsoftmax-faithful"]  # fmt: skip
+    page, table = (tmp_path / "out" / "recipes.md").read_text(), pd.read_csv(
+        tmp_path / "out" / "recipes.csv").set_index("recipe")
+    assert list(table.index) == ["densenet201_amsoftmax", "seresnext101_amsoftmax", "blend, equal weights",
+                                 "blend, weights chosen on validation",
+                                 "seresnext101_amsoftmax-faithful"]
     assert table[list(bench.SCORES)].apply(lambda c: c.between(0, 1)).all(axis=None)
     # a pass over the sites of one experiment of each cell type, then one by the networks of the cell types
     sites = 2 * bench.QUICK["n_sirnas"] * 2
     assert table.images["densenet201_amsoftmax"] == table.images["seresnext101_amsoftmax"] == 2 * sites
-    members, chosen = table.loc[["densenet201_amsoftmax", "seresnext101_amsoftmax"]], table.loc["blend, weights chosen on validation"]
+    members, chosen = (table.loc[["densenet201_amsoftmax", "seresnext101_amsoftmax"]],
+                       table.loc["blend, weights chosen on validation"])
     assert chosen.validation >= members.validation.max() and "flatter" in page
     assert all(f"| {name} |" in page for name in table.index)
 
@@ -69,7 +73,8 @@ def test_it_runs_counts_and_is_not_done_twice(bench, tmp_path, monkeypatch, caps
 
 def test_rates_are_the_best_on_held_out_experiments(bench, tmp_path):
     "Highest mean of both accuracies; of equals, the lower rate"
-    rows = [("a", 1e-3, 0.5, 0.6), ("a", 4e-3, 0.7, 0.8), ("a", 1.2e-2, 0.6, 1.0), ("b", 1.2e-2, 0.5, 0.5), ("b", 4e-3, 0.5, 0.5)]
+    rows = [("a", 1e-3, 0.5, 0.6), ("a", 4e-3, 0.7, 0.8), ("a", 1.2e-2, 0.6, 1.0), ("b", 1.2e-2, 0.5, 0.5),
+            ("b", 4e-3, 0.5, 0.5)]
     path = tmp_path / "recipe_rates.csv"
     assert bench.chosen_rates(path) == {}
     pd.DataFrame(rows, columns=["recipe", "rate", "argmax", "exact"]).to_csv(path, index=False)

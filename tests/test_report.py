@@ -41,12 +41,16 @@ def quiet(*a): pass
 
 
 SECTIONS = {
-    "single": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings", "Accuracy by cell type, experiment and plate",
-               "Plate maps", "Classes that are taken for each other", "The worst wells", "Map of embeddings", "BatchNorm shift", "Calibration",
+    "single": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings",
+               "Accuracy by cell type, experiment and plate",
+               "Plate maps", "Classes that are taken for each other", "The worst wells", "Map of embeddings",
+               "BatchNorm shift", "Calibration",
                "Time and size"],
-    "several": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings", "F1 per class", "What classes are taken for",
-                "The worst images", "Plate maps", "Map of embeddings", "BatchNorm shift", "Calibration", "Time and size"],
-}  # fmt: skip
+    "several": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings",
+                "F1 per class", "What classes are taken for",
+                "The worst images", "Plate maps", "Map of embeddings", "BatchNorm shift", "Calibration",
+                "Time and size"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +63,10 @@ def run(small_run, tmp_path_factory):
 def label_run(tmp_path_factory):
     "A finished run on a tiny atlas, with a submission."
     folder = tmp_path_factory.mktemp("labels")
-    atlas = read_screen(simulate_hpa(folder / "atlas", 120, 60, 0, image_size=32, min_positives=2, workers=0, progress=False))
-    recipe = change_recipe(laptop_recipe(get_recipe("hpa_seresnext50_focal"), 1), "inference.tta=1", "inference.thresholds=f1_to_share")
+    atlas = read_screen(simulate_hpa(folder / "atlas", 120, 60, 0, image_size=32, min_positives=2, workers=0,
+                                     progress=False))
+    recipe = change_recipe(laptop_recipe(get_recipe("hpa_seresnext50_focal"), 1), "inference.tta=1",
+                           "inference.thresholds=f1_to_share")
     train_run(atlas, recipe, folder / "focal", valid="fold=0/3", say=quiet)
     for split in ("valid", "test"): predict_run(folder / "focal", atlas, split, progress=False, say=quiet)
     submit_labels(folder / "focal", atlas, say=quiet)
@@ -77,7 +83,8 @@ def execute_here(nb, *_):
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         exec(compile(tree, cell.id, "exec"), names)
         if last is not None: shown.append(eval(compile(ast.Expression(last.value), cell.id, "eval"), names))
-        cell.outputs = [nbformat.v4.new_output("display_data", {"text/html": part.data}) for part in shown if part is not None]
+        cell.outputs = [nbformat.v4.new_output("display_data", {"text/html": part.data}) for part in shown
+                        if part is not None]
         shown.clear()
     return nb
 
@@ -114,16 +121,20 @@ def test_page_in_a_browser(pages, chromium, kind):
         page = context.new_page()
         faults = listen(page)
         page.goto(pages[kind].as_uri())
-        seen = page.evaluate("""() => ({width: document.documentElement.scrollWidth, lang: document.documentElement.lang,
+        seen = page.evaluate("""() => ({
+            width: document.documentElement.scrollWidth, lang: document.documentElement.lang,
             images: [...document.images].map(i => [i.naturalWidth, i.alt.length, i.getBoundingClientRect().right]),
             sections: [...document.querySelectorAll('section > h2')].map(h => h.textContent),
-            anchors: [...document.querySelectorAll('nav a')].map(a => document.querySelector(a.getAttribute('href'))?.querySelector('h2').textContent),
+            anchors: [...document.querySelectorAll('nav a')].map(
+                a => document.querySelector(a.getAttribute('href'))?.querySelector('h2').textContent),
             tables: [...document.querySelectorAll('table')].every(t => t.closest('.scroll'))})""")
         assert not faults
         assert seen["width"] <= width and seen["lang"] == "en" and seen["tables"]
         assert seen["sections"] == SECTIONS[kind] == seen["anchors"]
-        assert len(seen["images"]) > 10 and all(w > 0 and alt > 10 and right <= width for w, alt, right in seen["images"])
-        assert page.locator("details").count() == page.get_by_text("show code", exact=True).count() == (12 + 1 if kind == "single" else 0)
+        assert len(seen["images"]) > 10
+        assert all(w > 0 and alt > 10 and right <= width for w, alt, right in seen["images"])
+        assert page.locator("details").count() == page.get_by_text("show code", exact=True).count() == (
+            12 + 1 if kind == "single" else 0)
         context.close()
 
 
@@ -137,7 +148,8 @@ def test_pages_load_nothing(pages):
 
 
 def test_numbers_of_a_single_label(pages, run, small_screen):
-    text, screen, truth = words(pages["single"]), read_screen(small_screen), pd.read_csv(small_screen / "truth.csv").set_index("id_code").sirna
+    text, screen, truth = words(pages["single"]), read_screen(small_screen), pd.read_csv(
+        small_screen / "truth.csv").set_index("id_code").sirna
     p = Predictions.load(run / "predictions" / "test.npz").wells()
     groups = plate_groups(screen.wells)
     alone = int((p.labels == truth[p.ids].to_numpy()).sum())
@@ -155,10 +167,12 @@ def test_numbers_of_a_single_label(pages, run, small_screen):
     assert f"domain BatchNorm {len(valid.ids)} {int((valid.labels == own).sum())} " in text
     confidence, hits = p.probabilities.max(1), p.labels == truth[p.ids].to_numpy()
     bins = np.minimum((confidence * 10).astype(int), 9)
-    error = sum((bins == b).mean() * abs(hits[bins == b].mean() - confidence[bins == b].mean()) for b in np.unique(bins))
+    error = sum((bins == b).mean() * abs(hits[bins == b].mean() - confidence[bins == b].mean())
+                for b in np.unique(bins))
     assert f"Expected calibration error {error:.3f}:" in text
     history = pd.read_csv(run / "history.csv")
-    assert f"{len(history)} epochs" in text and "train.epochs 8 3" in text and "set aside 8 wells (experiment=HUVEC-03)" in text
+    assert f"{len(history)} epochs" in text and "train.epochs 8 3" in text
+    assert "set aside 8 wells (experiment=HUVEC-03)" in text
 
 
 def test_numbers_of_several_labels(pages, label_run):
@@ -170,7 +184,8 @@ def test_numbers_of_several_labels(pages, label_run):
     half = p.probabilities >= 0.5
     half[~half.any(1)] = False
     assert f"thresholds of .5 {f1_scores(y, half).mean():.3f} " in text
-    predicted = label_matrix(pd.read_csv(label_run / "submission.csv").set_index("Id").Predicted[p.ids].map(lambda t: tuple(map(int, t.split()))))
+    predicted = label_matrix(pd.read_csv(label_run / "submission.csv").set_index("Id").Predicted[p.ids].map(
+        lambda t: tuple(map(int, t.split()))))
     f1 = f1_scores(y, predicted)
     assert re.search(rf"Nucleoplasm {y[:, 0].sum()} {predicted[:, 0].sum()} [\d.]+ [\d.]+ {f1[0]:.3f} ", text)
     assert "an atlas has images, not plates" in text and "Probability of" in text
@@ -182,11 +197,14 @@ def test_broken_template_leaves_what_was_there(pages, run, tmp_path):
     nb.cells = nb.cells[:1] + nb.cells[at : at + 1] + [nbformat.v4.new_code_cell("import numpy\nnumpy.zeros(3)[7]")]
     nbformat.write(nb, tmp_path / "mine.ipynb")
     before = pages["single"].read_bytes()
-    with pytest.raises(ValueError, match=r'mine.ipynb: section "In short" failed: IndexError: index 7 .* begins with .import numpy.*no page was written'):
+    with pytest.raises(ValueError,
+                       match=r'mine.ipynb: section "In short" failed: IndexError: index 7 .* begins with .import '
+                       r'numpy.*no page was written'):
         make_report(run, template=tmp_path / "mine.ipynb", say=quiet)
     assert pages["single"].read_bytes() == before
     with pytest.raises(ValueError, match="written as .html"): make_report(run, tmp_path / "page.pdf")
-    with pytest.raises(FileNotFoundError, match="elsewhere does not exist; expected the folder of the screen"): make_report(run, data=tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="elsewhere does not exist; expected the folder of the screen"):
+        make_report(run, data=tmp_path / "elsewhere")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.ipynb"]
 
 
@@ -204,10 +222,12 @@ def test_templates_are_clean(several, kind):
 def test_kernel_is_this_python_whatever_is_registered(tmp_path, monkeypatch):
     kernel = tmp_path / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
-    (kernel / "kernel.json").write_text(json.dumps(dict(argv=["/bin/false", "{connection_file}"], display_name="other", language="python")))
+    (kernel / "kernel.json").write_text(json.dumps(dict(argv=["/bin/false", "{connection_file}"], display_name="other",
+                                                        language="python")))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
-    cells = [nbformat.v4.new_code_cell("import sys, rcic_fastai\nsys.executable, rcic_fastai.__file__"), nbformat.v4.new_code_cell("import os\nos._exit(3)")]
+    cells = [nbformat.v4.new_code_cell("import sys, rcic_fastai\nsys.executable, rcic_fastai.__file__"),
+             nbformat.v4.new_code_cell("import os\nos._exit(3)")]
     nb = nbformat.v4.new_notebook(cells=cells[:1])
     import rcic_fastai
 
@@ -222,14 +242,18 @@ def test_page_of_a_persons_own_cells():
     "Plain outputs of a changed template: a data frame, a picture of matplotlib, printed text, markup in a name."
     output = lambda **data: nbformat.v4.new_output("display_data", data)  # noqa: E731
     cell = nbformat.v4.new_code_cell("x")
-    cell.outputs = [output(**{"text/html": "<table><tr><td>1</td></tr></table>", "text/plain": "1"}), output(**{"image/png": "iVBORw0KGgo=\n"}),
-                    nbformat.v4.new_output("stream", name="stdout", text="a < b"), nbformat.v4.new_output("stream", name="stderr", text="hidden")]  # fmt: skip
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("## A & B"), cell, nbformat.v4.new_markdown_cell("## A & B\n\nMore.")])
+    cell.outputs = [output(**{"text/html": "<table><tr><td>1</td></tr></table>", "text/plain": "1"}),
+                    output(**{"image/png": "iVBORw0KGgo=\n"}),
+                    nbformat.v4.new_output("stream", name="stdout", text="a < b"),
+                    nbformat.v4.new_output("stream", name="stderr", text="hidden")]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("## A & B"), cell,
+                                         nbformat.v4.new_markdown_cell("## A & B\n\nMore.")])
     page = notebook_page(nb, "<i>run</i>")
     assert "&lt;i&gt;run&lt;/i&gt;" in page and "<i>run" not in page and "a &lt; b" in page and "hidden" not in page
     assert re.search(r'<img[^>]*alt="Output of a cell[^>]*src="data:image/png;base64,iVBORw0KGgo="', page)
     assert 'href="#a-b"' in page and 'href="#a-b-1"' in page and page.count('id="a-b-1"') == 1
-    assert "&lt;b&gt;x" in table(pd.DataFrame({"<b>x": ["</td><script>"]}), "<u>").data and "<script>" not in table(pd.DataFrame({"x": ["<script>"]})).data
+    assert "&lt;b&gt;x" in table(pd.DataFrame({"<b>x": ["</td><script>"]}), "<u>").data
+    assert "<script>" not in table(pd.DataFrame({"x": ["<script>"]})).data
 
 
 def test_blend_has_a_context_without_networks(run, small_screen, tmp_path):
@@ -237,7 +261,8 @@ def test_blend_has_a_context_without_networks(run, small_screen, tmp_path):
     screen = read_screen(small_screen)
     blend_runs([run, other], screen, tmp_path / "blend", say=quiet)
     c = run_context(tmp_path / "blend", say=quiet)
-    assert c.networks == {} and c.split == "test" and c.judged.right.tolist() == run_context(run, say=quiet).judged.right.tolist()
+    assert c.networks == {} and c.split == "test"
+    assert c.judged.right.tolist() == run_context(run, say=quiet).judged.right.tolist()
 
 
 def test_batchnorm_shift_by_hand(run):
@@ -275,9 +300,11 @@ def test_tables_by_hand():
     assert statistic_shift([2.0, 0.0], [0.0, 0.0], [4.0, 1.0], eps=0) == 0.5
     grid = plate_grid(["A01", "P24", "P24"], [1, 0, 1])
     assert grid.shape == (16, 24) and grid[0, 0] == 1 and grid[15, 23] == 0.5 and np.isnan(grid[1, 1])
-    wells = pd.DataFrame([("E-1_1_B02", "E", "E-1", 1, "B02", "treatment"), ("E-1_1_B03", "E", "E-1", 1, "B03", "treatment")],
-                         columns=["id_code", "cell_type", "experiment", "plate", "well", "well_type"])  # fmt: skip
+    wells = pd.DataFrame([("E-1_1_B02", "E", "E-1", 1, "B02", "treatment"),
+                          ("E-1_1_B03", "E", "E-1", 1, "B03", "treatment")],
+                         columns=["id_code", "cell_type", "experiment", "plate", "well", "well_type"])
     p = Predictions(wells.id_code, [4, 7], [[2.0, 1.9], [3.0, 0.0]], dict(level="well"))
     judged = judge_wells(p, wells, pd.Series({"E-1_1_B02": 7, "E-1_1_B03": 4}), pd.Series({4: 0, 7: 0}))
-    assert judged.network.tolist() == [4, 4] and judged.predicted.tolist() == [7, 4]  # one-to-one: the surer well keeps 4
+    # one-to-one: the surer well keeps 4
+    assert judged.network.tolist() == [4, 4] and judged.predicted.tolist() == [7, 4]
     assert accuracy_by(judged).right["all"] == 2 and accuracy_by(judged, (), "network_right").right["all"] == 1

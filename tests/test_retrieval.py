@@ -48,23 +48,29 @@ def test_length_does_not_count_and_zeros_are_near_to_nothing():
     np.testing.assert_allclose(u[:3], np.tile(np.array([1, 2]) / 5**0.5, (3, 1)), rtol=1e-6)
     assert not u[3].any()
     cosines, rows = nearest_rows(u, u, 5)
-    assert (rows[:3, :3] >= 0).all() and (rows[:, 3:] == -1).all() and (rows[3] == -1).all() and np.isneginf(cosines[rows == -1]).all()
+    assert (rows[:3, :3] >= 0).all() and (rows[:, 3:] == -1).all() and (rows[3] == -1).all()
+    assert np.isneginf(cosines[rows == -1]).all()
     assert (nearest_rows(u, u[:0])[1] == -1).all() and nearest_rows(u[:0], u)[0].shape == (0, 1)
 
 
 @each("f, message", [
-    (lambda: unit_rows([1.0, 2.0]), r"embeddings have shape \(2,\)"), (lambda: unit_rows([[1.0], [np.inf]]), "row 1 has a value that is not finite"),
-    (lambda: nearest_rows(np.ones((1, 2)), np.ones((1, 3))), "queries have 2 features and the gallery 3"), (lambda: nearest_rows(np.ones((1, 2)), np.ones((1, 2)), 0), "k is 0"),
+    (lambda: unit_rows([1.0, 2.0]), r"embeddings have shape \(2,\)"),
+    (lambda: unit_rows([[1.0], [np.inf]]), "row 1 has a value that is not finite"),
+    (lambda: nearest_rows(np.ones((1, 2)), np.ones((1, 3))), "queries have 2 features and the gallery 3"),
+    (lambda: nearest_rows(np.ones((1, 2)), np.ones((1, 2)), 0), "k is 0"),
     (lambda: apply_prior(np.ones((2, 3)), np.ones((2, 3)), 1.5, [True, True]), "weight is 1.5"),
     (lambda: apply_prior(np.ones((2, 3)), np.ones((2, 2)), 0.5, [True, True]), "do not fit"),
-    (lambda: Retrieval().fit(np.ones((2, 3)), np.full((2, 4), -1)), "the gallery is empty: none of its 2 images has known labels"),
+    (lambda: Retrieval().fit(np.ones((2, 3)), np.full((2, 4), -1)),
+     "the gallery is empty: none of its 2 images has known labels"),
     (lambda: Retrieval().fit(np.ones((0, 3)), np.ones((0, 4))), "the gallery is empty: none of its 0 images"),
     (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((3, 4))), "2 embeddings for 3 rows of labels"),
     (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((2, 4)), ["a"]), "1 groups for 2 embeddings"),
-    (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((2, 4)), p=np.ones((2, 3))), r"probabilities of shape \(2, 3\) for labels of \(2, 4\)"),
-    (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((2, 4)), p=np.full((2, 4), np.nan)), "no image of the gallery has both labels and probabilities"),
+    (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((2, 4)), p=np.ones((2, 3))),
+     r"probabilities of shape \(2, 3\) for labels of \(2, 4\)"),
+    (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((2, 4)), p=np.full((2, 4), np.nan)),
+     "no image of the gallery has both labels and probabilities"),
     (lambda: retrieval_report(np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 3))), "expected the same"),
-    (lambda: retrieval_report(-np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 4))), "no image has known labels")])  # fmt: skip
+    (lambda: retrieval_report(-np.ones((2, 4)), np.ones((2, 4)), np.ones((2, 4))), "no image has known labels")])
 def test_bad_input(f, message):
     with pytest.raises(ValueError, match=message):
         f()
@@ -79,8 +85,10 @@ def test_an_image_finds_other_groups_unless_asked():
     found = Retrieval(threshold=0.5).fit(x, y, ["a", "a", "b", None], p=np.full((4, 4), 0.2))
     own = Retrieval(threshold=0.5, own_group=True).fit(x, y, ["a", "a", "b", None], p=np.full((4, 4), 0.2))
     assert found.curve_.near.max() == 0.75 and own.curve_.near.max() == 0.75
-    y = np.array([[1, 0], [1, 0], [0, 1], [0, 1]])  # what the neighbours of the choice were: right only within the own group
-    both = (Retrieval(threshold=0.5, weight=1.0, own_group=o).fit(x, y, ["a", "a", "b", None], p=np.full((4, 2), 0.2)) for o in (False, True))
+    # what the neighbours of the choice were: right only within the own group
+    y = np.array([[1, 0], [1, 0], [0, 1], [0, 1]])
+    both = (Retrieval(threshold=0.5, weight=1.0, own_group=o).fit(x, y, ["a", "a", "b", None], p=np.full((4, 2), 0.2))
+            for o in (False, True))
     assert [round(float(r.curve_.precision.iloc[0]), 2) for r in both] == [0.0, 0.67]
 
 
@@ -115,8 +123,10 @@ def test_the_choice_helps_where_neighbours_know_and_is_none_where_they_do_not():
     d = simulated()
     r = Retrieval(own_group=True).fit(**d)
     plain = macro_f1(d["y"], d["p"] >= 0.5)
-    assert r.curve_.score.max() > plain + 0.1 and r.curve_.set_index(["threshold", "weight"]).score[r.threshold_, r.weight_] == r.curve_.score.max()
-    assert Retrieval(own_group=True).fit(**{**d, "p": d["y"] * 0.98 + 0.01}).threshold_ == np.inf  # a perfect classifier needs no prior
+    assert r.curve_.score.max() > plain + 0.1
+    assert r.curve_.set_index(["threshold", "weight"]).score[r.threshold_, r.weight_] == r.curve_.score.max()
+    # a perfect classifier needs no prior
+    assert Retrieval(own_group=True).fit(**{**d, "p": d["y"] * 0.98 + 0.01}).threshold_ == np.inf
     fixed = Retrieval(threshold=0.6, weight=0.25).fit(**d)
     assert (fixed.threshold_, fixed.weight_) == (0.6, 0.25) and len(fixed.curve_) == 1
 
@@ -137,7 +147,8 @@ def test_labels_of_a_fold_do_not_reach_its_own_result(own_group):
     folds = np.arange(240) // 4 % 3
     out, chosen = held_out_prior(r, **d, folds=folds)
     held = folds == 1
-    other, _ = held_out_prior(r, d["x"], np.where(held[:, None], 1 - d["y"], d["y"]), np.where(held[:, None], d["p"], d["p"]), d["groups"], folds=folds)
+    other, _ = held_out_prior(r, d["x"], np.where(held[:, None], 1 - d["y"], d["y"]),
+                              np.where(held[:, None], d["p"], d["p"]), d["groups"], folds=folds)
     np.testing.assert_array_equal(out[held], other[held])
     assert chosen.index.tolist() == [0, 1, 2] and not hasattr(r, "threshold_")
     part, chosen = held_out_prior(r, **d, folds=np.where(folds == 1, 1, -1))
@@ -160,7 +171,8 @@ def test_the_report_is_honest():
     better = 0.3 * d["p"] + 0.7 * d["y"]
     report = retrieval_report(d["y"], d["p"], better, d["groups"])
     assert report.loc["without", "score"] == macro_f1(d["y"], d["p"] >= 0.5) and report.loc["difference", "low"] > 0
-    assert report.score["difference"] == pytest.approx(report.score["with"] - report.score["without"]) and 0 < report.changed["with"] < 1
+    assert report.score["difference"] == pytest.approx(report.score["with"] - report.score["without"])
+    assert 0 < report.changed["with"] < 1
     same = retrieval_report(d["y"], d["p"], d["p"], d["groups"])
     assert same.loc["difference"].tolist() == [0, 0, 0, 0]
     noise = np.where(rng.random((len(d["p"]), 1)) < 0.1, rng.random(d["p"].shape), d["p"])
@@ -171,7 +183,8 @@ def test_groups_are_drawn_as_a_whole():
     "Four copies of each image are worth one: the interval is that of the images without copies"
     d = simulated(80, per=1)
     y, p, q = (np.repeat(a, 4, 0) for a in (d["y"], d["p"], 0.8 * d["p"] + 0.2 * d["y"]))
-    width = lambda groups, rows=slice(None): (lambda t: t.high - t.low)(retrieval_report(y[rows], p[rows], q[rows], groups, n_boot=400).loc["without"])
+    width = lambda groups, rows=slice(None): (lambda t: t.high - t.low)(
+        retrieval_report(y[rows], p[rows], q[rows], groups, n_boot=400).loc["without"])
     grouped, single, alone = width(np.repeat(d["groups"], 4)), width(None), width(None, slice(None, None, 4))
     assert grouped == pytest.approx(alone, rel=0.2) and single < 0.7 * grouped
     uneven = np.repeat(np.arange(5), [1, 2, 3, 4, 5])[np.random.default_rng(0).permutation(15)]
@@ -189,7 +202,8 @@ def test_any_score_of_probabilities_and_unknown_rows():
     y = d["y"].astype(float)
     y[:20] = np.nan
     score = lambda y, p: average_precision_score(y, p, average="macro")  # noqa: E731
-    report = retrieval_report(y, d["p"], d["p"] * 0.5 + 0.5 * d["y"], d["groups"], decision=None, score=score, n_boot=20)
+    report = retrieval_report(y, d["p"], d["p"] * 0.5 + 0.5 * d["y"], d["groups"], decision=None, score=score,
+                              n_boot=20)
     assert report.score["without"] == score(d["y"][20:], d["p"][20:]) and report.score["difference"] > 0
     r = Retrieval(decision=None, score=score, own_group=True).fit(**d)
     assert r.curve_.score.iloc[0] == pytest.approx(score(d["y"], d["p"]), abs=1e-6)
@@ -201,10 +215,12 @@ def test_neighbours_by_name():
     r = Retrieval(threshold=0.6).fit(d["x"], d["y"], d["groups"])
     t = neighbour_table(r, d["x"][:5], ids[:5], ids, k=3)
     assert t.shape == (15, 6) and t["rank"].tolist() == [1, 2, 3] * 5 and (t["query"] != t.neighbour).all()
-    assert (t.near == (t.cosine >= 0.6)).all() and t.groupby("query").cosine.apply(lambda c: c.is_monotonic_decreasing).all()
+    assert (t.near == (t.cosine >= 0.6)).all()
+    assert t.groupby("query").cosine.apply(lambda c: c.is_monotonic_decreasing).all()
     first = t.iloc[0]
     row = np.flatnonzero(ids == first.neighbour)[0]
-    assert first.labels == tuple(np.flatnonzero(d["y"][row])) and first.cosine == pytest.approx((unit_rows(d["x"])[0] * unit_rows(d["x"])[row]).sum(), abs=1e-6)
+    assert first.labels == tuple(np.flatnonzero(d["y"][row]))
+    assert first.cosine == pytest.approx((unit_rows(d["x"])[0] * unit_rows(d["x"])[row]).sum(), abs=1e-6)
     others = neighbour_table(r, d["x"][:5], ids[:5], ids, d["groups"][:5])
     assert not (others["query"].str.split("_").str[0] == others.neighbour.str.split("_").str[0]).any()
     with pytest.raises(ValueError, match="4 names for 5 images"):

@@ -27,10 +27,11 @@ from rcic_fastai.train.loaders import recipe_dataloaders
 from rcic_fastai.train.learner import fit_stage, screen_learner
 from rcic_fastai.train.metrics import known_accuracy
 from rcic_fastai.train.network import new_head
-from rcic_fastai.run.folder import load_run, read_run  # fmt: skip
+from rcic_fastai.run.folder import load_run, read_run
 
-quick = change_recipe(replace(Recipe(), model=ModelSettings(**small_resnet)), "data.batch_size=16", "data.cache=true", "train.epochs=1",
-                      "loss.options.m=0.2", "loss.options.s=16")  # fmt: skip
+quick = change_recipe(replace(Recipe(), model=ModelSettings(**small_resnet)), "data.batch_size=16", "data.cache=true",
+                      "train.epochs=1",
+                      "loss.options.m=0.2", "loss.options.s=16")
 
 
 def quiet(*args):
@@ -41,12 +42,14 @@ def quiet(*args):
 def screen(tmp_path_factory):
     "Two cell types, 2 training and 1 test experiment each, 8 treatments, 32 pixels"
     folder = tmp_path_factory.mktemp("data") / "screen"
-    return read_screen(simulate_screen(folder, n_sirnas=8, n_train=2, n_test=1, image_size=32, n_positive=2, progress=False))
+    return read_screen(simulate_screen(folder, n_sirnas=8, n_train=2, n_test=1, image_size=32, n_positive=2,
+                                       progress=False))
 
 
 def test_schedules_are_their_closed_forms():
     s = TrainSettings(epochs=10, lr=0.8, schedule="steps", steps=[0.5, 0.9])
-    assert [round(schedule_function(s)(p), 6) for p in (0, 0.49, 0.5, 0.89, 0.9, 1)] == [0.8, 0.8, 0.08, 0.08, 0.008, 0.008]
+    assert ([round(schedule_function(s)(p), 6) for p in (0, 0.49, 0.5, 0.89, 0.9, 1)] == [
+        0.8, 0.8, 0.08, 0.08, 0.008, 0.008])
     f = schedule_function(replace(s, schedule="cosine"))
     np.testing.assert_allclose([f(0), f(0.25), f(0.5), f(1)], [0.8, 0.4 * (1 + np.sqrt(0.5)), 0.4, 0], atol=1e-12)
     f = schedule_function(replace(s, schedule="exponential", decay=0.95))
@@ -84,10 +87,12 @@ def test_accuracy_counts_what_is_known():
 @pytest.mark.parametrize("mix", [None, "mixup", "cutmix"])
 def test_controls_in_a_batch_shape_its_statistics_and_nothing_else(screen, mix):
     "The loss sees the treated sites alone; with statistics of the controls, the first BatchNorm's are exactly theirs."
-    recipe = change_recipe(quick, "data.controls=6", 'data.statistics="controls"', "data.domains_per_batch=2", f"train.mix={json.dumps(mix)}",
-                           "device.precision=fp32")  # fmt: skip
+    recipe = change_recipe(quick, "data.controls=6", 'data.statistics="controls"', "data.domains_per_batch=2",
+                           f"train.mix={json.dumps(mix)}",
+                           "device.precision=fp32")
     sites, seen, inputs = select_sites(screen), [], []
-    dls = recipe_dataloaders(sites, recipe, controls=control_sites(screen), cell_types=screen.cell_types, experiments=screen.experiments)
+    dls = recipe_dataloaders(sites, recipe, controls=control_sites(screen), cell_types=screen.cell_types,
+                             experiments=screen.experiments)
     learn = screen_learner(dls, recipe)
     loss, bn = learn.loss_func, next(m for m in learn.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
@@ -97,7 +102,8 @@ def test_controls_in_a_batch_shape_its_statistics_and_nothing_else(screen, mix):
 
     learn.loss_func, loss.reduction = recorded, "mean"
     handle = bn.register_forward_hook(lambda m, i, o: inputs.append((i[0].detach().clone(), o.detach().clone())))
-    forward_pre = learn.model.register_forward_pre_hook(lambda m, args: inputs.append(getattr(args[1], "context", args[1])))
+    forward_pre = (
+        learn.model.register_forward_pre_hook(lambda m, args: inputs.append(getattr(args[1], "context", args[1]))))
     with learn.no_bar(), learn.no_logging():
         fit_stage(learn, recipe.train)
     handle.remove()
@@ -115,7 +121,8 @@ def test_controls_in_a_batch_shape_its_statistics_and_nothing_else(screen, mix):
 
 
 def test_mixed_context_reaches_the_head(screen):
-    recipe = change_recipe(quick, 'model.cell_type="embedding"', "data.domain=null", 'train.mix="cutmix"', "inference.batchnorm=running")
+    recipe = change_recipe(quick, 'model.cell_type="embedding"', "data.domain=null", 'train.mix="cutmix"',
+                           "inference.batchnorm=running")
     learn, seen = screen_learner(recipe_dataloaders(select_sites(screen), recipe), recipe), []
     handle = learn.model.head.register_forward_pre_hook(lambda m, args: seen.append(args[1]))
     with learn.no_bar(), learn.no_logging():
@@ -126,25 +133,31 @@ def test_mixed_context_reaches_the_head(screen):
 
 @pytest.mark.slow
 def test_every_published_system_runs_to_predictions(screen, tmp_path):
-    "On a small network; the 44th place with a network per cell type, the winner with pseudo-labels, ours with matched histograms"
+    """On a small network; the 44th place with a network per cell type, the winner with pseudo-labels, ours with
+    matched histograms"""
     for name in ("densenet121_domain_bn", "densenet161_first_place", "densenet161_domain_batches"):
         recipe = laptop_recipe(get_recipe(name), epochs=4, lr=1e-3)
         recipe = change_recipe(recipe, 'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}')
         train_run(screen, recipe, tmp_path / name, valid="experiment=HUVEC-02", say=quiet)
         p = predict_run(tmp_path / name, screen, "test", progress=False, say=quiet)
         wells = screen.wells[(screen.wells.split == "test") & (screen.wells.well_type == "treatment")]
-        assert set(p.wells().ids) == set(wells.id_code) and list(p.classes) == list(range(8)) and np.isfinite(p.logits).all()
+        assert set(p.wells().ids) == set(wells.id_code) and list(p.classes) == list(range(8))
+        assert np.isfinite(p.logits).all()
     _, info = read_run(tmp_path / "densenet121_domain_bn")
-    assert info["parts"] == ["HUVEC", "RPE"] and set(pd.read_csv(tmp_path / "densenet121_domain_bn/RPE/history.csv").columns) >= {"train_loss"}
+    assert info["parts"] == ["HUVEC", "RPE"]
+    assert set(pd.read_csv(tmp_path / "densenet121_domain_bn/RPE/history.csv").columns) >= {"train_loss"}
     with pytest.raises(ValueError, match="network for each cell type"):
         load_run(tmp_path / "densenet121_domain_bn", select_sites(screen, "test"))
     _, info = read_run(tmp_path / "densenet161_first_place")
-    assert len(info["classes"]) == 8 + 2 + 1 and [r["known"] > 0 for r in info["pseudo"]] == [True] * len(info["pseudo"])
+    assert len(info["classes"]) == 8 + 2 + 1
+    assert [r["known"] > 0 for r in info["pseudo"]] == [True] * len(info["pseudo"])
     run = tmp_path / "densenet161_domain_batches"
     x, table = embed_run(run, screen, "test", progress=False, say=quiet)
     stored = np.load(write_embeddings(x, table, tmp_path / "e.npz"))
     np.testing.assert_array_equal(stored["id_code"], table.id_code)
-    assert np.isnan(stored["sirna"]).sum() == len(wells) and x.shape == (len(table), 64 + 2)  # features and the cell type
+    # features and the cell type
+    assert np.isnan(stored["sirna"]).sum() == len(wells)
+    assert x.shape == (len(table), 64 + 2)
     with pytest.raises(ValueError, match="as .npz or .h5ad"):
         write_embeddings(x, table, tmp_path / "e.csv")
 
@@ -154,8 +167,10 @@ FOUR = "efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_cr
 
 @pytest.mark.slow
 def test_the_blend_of_four_models_runs_to_a_submission(screen, tmp_path, capsys):
-    "Each by one command: all cell types, then each of them, validated on the same wells; then their blend, and the ten-day log"
-    tiny = ["model.arch_options=" + json.dumps(dict(channels=[8, 8, 8, 8], stem_width=8)), "data.crop=null", "train.lr=1e-3"]
+    """Each by one command: all cell types, then each of them, validated on the same wells; then their blend, and the
+    ten-day log"""
+    tiny = ["model.arch_options=" + json.dumps(dict(channels=[8, 8, 8, 8], stem_width=8)), "data.crop=null",
+            "train.lr=1e-3"]
     common = dict(data=screen.path, laptop=3, valid="experiment=HUVEC-02,RPE-02", submit=True, set=tiny)
     for name in (*FOUR, "densenet121_accumulate"):
         cli.rcic_train(recipe=name, run=tmp_path / name, **common)
@@ -168,7 +183,8 @@ def test_the_blend_of_four_models_runs_to_a_submission(screen, tmp_path, capsys)
     wells = set(screen.wells[(screen.wells.split == "test") & (screen.wells.well_type == "treatment")].id_code)
     for name in (*FOUR, "densenet121_accumulate", "blend"):
         assert set(pd.read_csv(tmp_path / name / "submission.csv").id_code) == wells
-    right = {n: well_accuracy(Predictions.load(tmp_path / n / "predictions/valid.npz"), screen.wells)[0] for n in (*FOUR, "blend")}
+    right = {n: well_accuracy(Predictions.load(tmp_path / n / "predictions/valid.npz"), screen.wells)[0]
+             for n in (*FOUR, "blend")}
     assert right["blend"] >= max(right[n] for n in FOUR)
     with pytest.raises(ValueError, match="is a blend"):
         predict_run(tmp_path / "blend", screen, "test")
@@ -212,7 +228,8 @@ def test_what_is_held_out(screen):
     strict = change_recipe(quick, 'data.control_classes="train"')
     sites, mask = held_out(training_sites(screen, strict), "experiment=RPE-02", strict)
     assert set(sites.experiment[sites.well_type != "treatment"]) == {"HUVEC-01", "HUVEC-02", "RPE-01"}
-    ids = {"HUVEC-01_1_" + w for w in screen.wells.query("experiment=='HUVEC-01' and plate==1 and well_type=='treatment'").well}
+    ids = {"HUVEC-01_1_" + w for w in screen.wells.query("experiment=='HUVEC-01' and plate==1 and "
+                                                         "well_type=='treatment'").well}
     assert set(sites.id_code[held_out(sites, ids, quick)[1]]) == ids
 
 
@@ -231,21 +248,26 @@ def test_the_truth_of_held_out_wells_changes_nothing_but_the_log(screen, tmp_pat
 
 
 def test_conditioning_on_controls(screen, tmp_path):
-    "The head compares with controls of the experiment, in training and at inference; without them it says what is missing"
-    recipe = change_recipe(quick, "data.controls=6", 'model.head="controls"', 'loss={"name": "cross_entropy", "options": {}}')
+    """The head compares with controls of the experiment, in training and at inference; without them it says what is
+    missing"""
+    recipe = change_recipe(quick, "data.controls=6", 'model.head="controls"',
+                           'loss={"name": "cross_entropy", "options": {}}')
     learn = train_run(screen, recipe, tmp_path / "run", say=quiet)
     sites = select_sites(screen, "test")
     p = predict_sites(learn, sites, controls=control_sites(screen), progress=False)
     assert np.isfinite(p.logits).all() and not np.allclose(p.logits[0], p.logits[1])
     with pytest.raises(ValueError, match="give `controls`"):
         predict_sites(learn, sites, progress=False)
-    np.testing.assert_allclose(predict_run(tmp_path / "run", screen, progress=False, say=quiet).logits, p.logits, atol=1e-3)
+    np.testing.assert_allclose(predict_run(tmp_path / "run", screen, progress=False, say=quiet).logits, p.logits,
+                               atol=1e-3)
 
 
 def test_a_fresh_head_keeps_the_body(screen):
     learn = screen_learner(recipe_dataloaders(select_sites(screen), quick), quick)
     body = {k: v.clone() for k, v in learn.model.body.state_dict().items()}
-    model = new_head(learn.model, change_recipe(quick, 'model.head="neck"', "model.hidden=32", 'loss={"name": "cross_entropy", "options": {}}'), 5)
+    model = new_head(learn.model,
+                     change_recipe(quick, 'model.head="neck"', "model.hidden=32",
+                                   'loss={"name": "cross_entropy", "options": {}}'), 5)
     assert all(torch.equal(v, body[k]) for k, v in model.body.state_dict().items())
     assert model.eval()(torch.zeros(2, 6, 32, 32), torch.zeros(2, 4, dtype=torch.long)).shape == (2, 5)
 

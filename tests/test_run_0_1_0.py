@@ -1,6 +1,7 @@
 """A run that version 0.1.0 has made is read, and predicts what it predicted then.
 
-`data/run_0_1_0` was written by that version, on the screen of `simulate_screen` below, with its predictions of the test split.
+`data/run_0_1_0` was written by that version, on the screen of `simulate_screen` below, with its predictions of the test
+split.
 """
 
 import shutil

@@ -24,8 +24,10 @@ matplotlib.use("Agg")
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
 real = pytest.mark.skipif(not (REAL / "train.csv").is_file(), reason="the real tables are not in ../shared/rcic")
 
-METADATA = ["site_id", "well_id", "cell_type", "dataset", "experiment", "plate", "well", "site", "well_type", "sirna", "sirna_id"]
-GROUPS = [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]  # 12 treatments; 12 and 13 are positive controls, 14 the negative one
+METADATA = ["site_id", "well_id", "cell_type", "dataset", "experiment", "plate", "well", "site", "well_type", "sirna",
+            "sirna_id"]
+# 12 treatments; 12 and 13 are positive controls, 14 the negative one
+GROUPS = [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
 SHIFT = {"HEPG2-01": 0, "HEPG2-02": 1, "HEPG2-03": 3, "RPE-01": 0, "RPE-02": 3, "RPE-03": 2}
 TEST = ("HEPG2-03", "RPE-03")
 
@@ -63,8 +65,10 @@ def write_kaggle(root):
     base = ["id_code", "experiment", "plate", "well"]
     for split in ("train", "test"):
         part = [r for r in rows() if (r["experiment"] in TEST) == (split == "test")]
-        write(root / f"{split}.csv", [r for r in part if r["well_type"] == "treatment"], base + ["sirna"] * (split == "train"))
-        write(root / f"{split}_controls.csv", [r for r in part if r["well_type"] != "treatment"], base + ["sirna", "well_type"])
+        write(root / f"{split}.csv", [r for r in part if r["well_type"] == "treatment"],
+              base + ["sirna"] * (split == "train"))
+        write(root / f"{split}_controls.csv", [r for r in part if r["well_type"] != "treatment"],
+              base + ["sirna", "well_type"])
     return root
 
 
@@ -145,12 +149,15 @@ BAD = {
         lambda p: edit(p, lambda t: [t[0] + ",sirna"] + [x + ",1" for x in t[1:]]),
         ["'sirna' is not expected"],
     ),
-    "column twice": ("train.csv", lambda p: edit(p, lambda t: [x + "," + x.split(",")[2] for x in t]), ["row 1", "'plate' appears twice"]),
+    "column twice": ("train.csv", lambda p: edit(p, lambda t: [x + "," + x.split(",")[2] for x in t]),
+                     ["row 1", "'plate' appears twice"]),
     "empty table": ("train.csv", lambda p: edit(p, lambda t: t[:1]), ["train.csv", "table is empty"]),
     "empty file": ("train.csv", lambda p: p.write_text(""), ["train.csv", "file is empty"]),
     "not text": ("train.csv", lambda p: p.write_bytes(b"\xff\xfe\x00id"), ["train.csv", "UTF-8"]),
-    "cell too many": ("train.csv", lambda p: edit(p, lambda t: t[:6] + [t[6] + ",1"] + t[7:]), ["train.csv: row 7", "6 cells", "5"]),
-    "cell too few": ("train.csv", lambda p: edit(p, lambda t: t[:6] + [t[6].rpartition(",")[0]] + t[7:]), ["train.csv: row 7", "4 cells"]),
+    "cell too many": ("train.csv", lambda p: edit(p, lambda t: t[:6] + [t[6] + ",1"] + t[7:]),
+                      ["train.csv: row 7", "6 cells", "5"]),
+    "cell too few": ("train.csv", lambda p: edit(p, lambda t: t[:6] + [t[6].rpartition(",")[0]] + t[7:]),
+                     ["train.csv: row 7", "4 cells"]),
     "duplicate id": (
         "train.csv",
         lambda p: edit(p, lambda t: t + [t[3]]),
@@ -168,7 +175,8 @@ BAD = {
     ),
     "plate 5": ("train.csv", lambda p: move(p, 9, plate="5"), ["train.csv: row 9", "plate 5 is outside 1-4"]),
     "plate 0": ("train.csv", lambda p: move(p, 9, plate="0"), ["train.csv: row 9", "plate 0 is outside 1-4"]),
-    "plate no number": ("test_controls.csv", lambda p: move(p, 9, plate="one"), ["test_controls.csv: row 9", "plate one is outside 1-4"]),
+    "plate no number": ("test_controls.csv", lambda p: move(p, 9, plate="one"),
+                        ["test_controls.csv: row 9", "plate one is outside 1-4"]),
     "well row": ("train.csv", lambda p: move(p, 9, well="Q03"), ["train.csv: row 9", "'Q03'", "A01 to P24"]),
     "well column": ("train.csv", lambda p: move(p, 9, well="B25"), ["train.csv: row 9", "'B25'"]),
     "well column 0": ("train.csv", lambda p: move(p, 9, well="B00"), ["train.csv: row 9", "'B00'"]),
@@ -183,7 +191,8 @@ BAD = {
     "siRNA a name": ("train.csv", lambda p: put(p, 9, sirna="s217"), ["train.csv: row 9", "'s217'"]),
     "siRNA empty": ("train.csv", lambda p: put(p, 9, sirna=""), ["train.csv: row 9", "''", "whole number"]),
     "siRNA negative": ("train.csv", lambda p: put(p, 9, sirna="-1"), ["train.csv: row 9", "'-1' is out of range"]),
-    "siRNA too large for any table": ("train.csv", lambda p: put(p, 9, sirna="9" * 30), ["train.csv: row 9", "is out of range"]),
+    "siRNA too large for any table": ("train.csv", lambda p: put(p, 9, sirna="9" * 30),
+                                      ["train.csv: row 9", "is out of range"]),
     "siRNA beyond the controls": (
         "train.csv",
         lambda p: put(p, 9, sirna="99"),
@@ -245,7 +254,8 @@ BAD_METADATA = {
     "cell type": ({"cell_type": "RPE"}, ["row 9", "cell_type 'RPE' disagrees with experiment HEPG2-01"]),
     "site id": ({"site_id": "HEPG2-01_1_B02_1"}, ["row 9", "site_id HEPG2-01_1_B02_1 disagrees"]),
     "siRNA of the other site": ({"sirna_id": "3"}, ["row 9", "sirna_id 3 disagrees with another site"]),
-    "well type of the other site": ({"well_type": "positive_control"}, ["row 9", "well_type positive_control disagrees"]),
+    "well type of the other site": ({"well_type": "positive_control"},
+                                    ["row 9", "well_type positive_control disagrees"]),
     "split of the other site": ({"dataset": "test"}, ["row 9", "dataset test disagrees"]),
     "plate": ({"plate": "9"}, ["row 9", "plate 9 is outside 1-4"]),
 }
@@ -354,7 +364,8 @@ def test_wilds_levels_and_split_by_site(tmp_path):
         screen = read_screen(path)
         assert screen.layout == "wilds" and screen.path == tmp_path / "rxrx1_v1.0"
     sites = screen.sites()
-    assert sites.groupby("split").site.unique().map(list).to_dict() == {"train": [1], "id_test": [2], "val": [1, 2], "test": [1, 2]}
+    assert sites.groupby("split").site.unique().map(list).to_dict() == {"train": [1], "id_test": [2], "val": [1, 2],
+                                                                        "test": [1, 2]}
     assert set(screen.wells.split) == {"train", "val", "test"}
     assert sites.files[1].endswith("rxrx1_v1.0/images/HEPG2-01/Plate1/B02_s2.png")
     assert site_files(sites.files[1], screen.channels) == [tmp_path / "rxrx1_v1.0/images/HEPG2-01/Plate1/B02_s2.png"]
@@ -414,7 +425,8 @@ def test_metadata_decides_which_sites_exist(tmp_path):
     edit(path, lambda t: t[:2] + t[3:])  # the first well loses its site 2
     screen = read_screen(tmp_path)
     sites = screen.sites()
-    assert len(sites) == 2 * 144 - 1 and sites.site_id[:3].tolist() == ["HEPG2-01_1_B02_1", "HEPG2-01_1_B03_1", "HEPG2-01_1_B03_2"]
+    assert len(sites) == 2 * 144 - 1
+    assert sites.site_id[:3].tolist() == ["HEPG2-01_1_B02_1", "HEPG2-01_1_B03_1", "HEPG2-01_1_B03_2"]
     strange = screen.wells.head(2).assign(id_code=["HEPG2-01_1_B02", "HEPG2-01_1_P24"])
     with pytest.raises(ValueError, match="HEPG2-01_1_P24 has no site"):
         screen.sites(strange)
@@ -424,7 +436,8 @@ def test_metadata_decides_which_sites_exist(tmp_path):
 
 def test_files_present_and_missing(root, wells):
     sites = read_screen(root).sites(wells.query("experiment == 'RPE-03' and plate == 2"))
-    with pytest.raises(FileNotFoundError, match=r"Plate2/B03_s1_w1.png does not exist .*; 71 more files are missing, 12 of 12 sites"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"Plate2/B03_s1_w1.png does not exist .*; 71 more files are missing, 12 of 12 sites"):
         check_files(sites)
     for pattern in sites.files:
         for p in site_files(pattern):
@@ -482,7 +495,8 @@ def many():
     sizes = {"HEPG2": 7, "HUVEC": 16, "RPE": 7, "U2OS": 3}
     return pd.DataFrame(
         [
-            {"id_code": f"{c}-{e:02}_{p}_B03", "experiment": f"{c}-{e:02}", "cell_type": c, "plate": p, "split": "train"}
+            {"id_code": f"{c}-{e:02}_{p}_B03", "experiment": f"{c}-{e:02}", "cell_type": c, "plate": p,
+             "split": "train"}
             for c, n in sizes.items()
             for e in range(1, n + 1)
             for p in range(1, 5)
@@ -572,18 +586,23 @@ def test_valid_mask_by_wells(root, n_parts):
         assert mask.groupby(level=0).nunique().max() == 1
         return set(mask.index[mask])
 
-    # sites or wells, in any order, without controls, of one cell type: what is held out of a well does not depend on the others
-    for few in (wells, wells.sample(frac=1, random_state=0), wells[wells.well_type == "treatment"], wells[wells.cell_type == "RPE"]):
-        assert chosen(few) == held_out & set(few.id_code) == chosen(well_sites(few, root, "kaggle").sample(frac=1, random_state=1))
+    # sites or wells, in any order, without controls, of one cell type: what is held out of a well does not depend on
+    # the others
+    for few in (wells, wells.sample(frac=1, random_state=0), wells[wells.well_type == "treatment"],
+                wells[wells.cell_type == "RPE"]):
+        assert chosen(few) == held_out & set(few.id_code) == chosen(
+            well_sites(few, root, "kaggle").sample(frac=1, random_state=1))
 
 
 def test_parts_of_wells_are_a_random_sample():
-    wells = pd.DataFrame([(e, f"{e}_{p}_{r}{c:02}") for e in ("RPE-01", "RPE-02") for p in range(1, 5) for r in "BCDEFGHIJKLMNO" for c in range(2, 24)],
+    wells = pd.DataFrame([(e, f"{e}_{p}_{r}{c:02}") for e in ("RPE-01", "RPE-02") for p in range(1, 5)
+                          for r in "BCDEFGHIJKLMNO" for c in range(2, 24)],
                          columns=["experiment", "id_code"])
     parts = np.stack([[valid_mask(wells, f"well={k}/5", seed=s) for k in range(5)] for s in range(4)])
     assert np.abs(parts.mean(-1) - 0.2).max() < 4 * np.sqrt(0.2 * 0.8 / len(wells))
     assert (valid_mask(wells, "well=2", seed=1) == parts[1, 2]).all()
-    for name in (wells.experiment, wells.id_code.str[7], wells.id_code.str[9], wells.id_code.str[10:]):  # experiment, plate, row, column
+    # experiment, plate, row, column
+    for name in (wells.experiment, wells.id_code.str[7], wells.id_code.str[9], wells.id_code.str[10:]):
         shares = pd.Series(parts[0, 0]).groupby(name.to_numpy()).agg(["mean", "size"])
         assert (np.abs(shares["mean"] - 0.2) < 4 * np.sqrt(0.2 * 0.8 / shares["size"])).all()
     both = (parts[0, 0] & parts[1, 0]).mean()  # another seed is another draw
@@ -643,12 +662,14 @@ def test_summary_counts(root):
     (root / "train.csv").write_text("\n".join(put_out))
     screen = read_screen(root)
     s = screen.summary()
-    assert s.index.tolist() == [("train", "HEPG2"), ("train", "RPE"), ("test", "HEPG2"), ("test", "RPE"), ("all", "all")]
+    assert s.index.tolist() == [("train", "HEPG2"), ("train", "RPE"), ("test", "HEPG2"), ("test", "RPE"),
+                                ("all", "all")]
     assert s.loc[("train", "RPE")].tolist() == [2, 8, 7, 23, 16, 8, 12]
     assert s.loc[("test", "RPE")].tolist()[:-1] == [1, 4, 4, 12, 8, 4] and s.loc[("test", "RPE"), "siRNAs"] is pd.NA
     assert s.loc[("all", "all"), "experiments"] == 6
     assert "143 wells" in repr(screen) and "complete plates" in repr(screen)
-    assert "<table" in screen._repr_html_() and "<NA>" not in screen._repr_html_() and "&lt;NA" not in screen._repr_html_()
+    assert "<table" in screen._repr_html_() and "<NA>" not in screen._repr_html_()
+    assert "&lt;NA" not in screen._repr_html_()
 
 
 def test_plate_map(root, wells):
@@ -658,12 +679,14 @@ def test_plate_map(root, wells):
     ax = screen.plot_plate("RPE-01", 2)
     empty, used = ax.collections
     assert len(empty.get_paths()) == 16 * 24 and len(used.get_facecolors()) == 6
-    assert [t.get_text() for t in ax.get_legend().texts] == ["treatment (3)", "positive control (2)", "negative control (1)"]
+    assert [t.get_text() for t in ax.get_legend().texts] == ["treatment (3)", "positive control (2)",
+                                                             "negative control (1)"]
     one = wells.query("experiment == 'RPE-03' and plate == 1").assign(cells=np.arange(6), area=np.linspace(0, 1, 6))
     at = [p.vertices.mean(0).round() for p in plate_map(one).collections[1].get_paths()]
     assert np.allclose(at[0], [3, 1], atol=0.6)  # B03: column 3, second row from the top
     assert "unknown (3)" in [t.get_text() for t in plate_map(one, "sirna").get_legend().texts]
-    many = pd.DataFrame({"well": [f"C{c:02}" for c in range(1, 25)], "area": np.arange(24) / 7, "name": [f"n{i}" for i in range(24)]})
+    many = pd.DataFrame({"well": [f"C{c:02}" for c in range(1, 25)], "area": np.arange(24) / 7,
+                         "name": [f"n{i}" for i in range(24)]})
     assert len(plate_map(many, "area").figure.axes) == 2  # a colour scale beside the plate
     assert plate_map(many, "name").get_legend() is None
     for call, words in [
@@ -697,7 +720,8 @@ def test_real_tables_are_read_and_checked_in_two_seconds(rcic):
         best = min(best, time.perf_counter() - start)
     assert best < 2
     counts = rcic.wells.assign(control=rcic.wells.well_type != "treatment").groupby(["split", "control"]).size()
-    assert counts.to_dict() == {("train", False): 36515, ("test", False): 19897, ("train", True): 4097, ("test", True): 2246}
+    assert counts.to_dict() == {("train", False): 36515, ("test", False): 19897, ("train", True): 4097,
+                                ("test", True): 2246}
     assert rcic.summary().loc["train", "experiments"].to_dict() == {"HEPG2": 7, "HUVEC": 16, "RPE": 7, "U2OS": 3}
     assert rcic.summary().loc["train", "complete plates"].sum() == 109
     assert len(rcic.sites()) == 125510
@@ -706,20 +730,23 @@ def test_real_tables_are_read_and_checked_in_two_seconds(rcic):
 @real
 def test_real_plate_groups(rcic):
     groups = plate_groups(rcic.wells)
-    assert groups.value_counts().to_dict() == {0: 277, 1: 277, 2: 277, 3: 277} and groups.index.tolist() == list(range(1108))
+    assert groups.value_counts().to_dict() == {0: 277, 1: 277, 2: 277, 3: 277}
+    assert groups.index.tolist() == list(range(1108))
     train = rcic.wells.query("split == 'train' and well_type == 'treatment'")
     per_plate = train.assign(group=train.sirna.map(groups)).groupby(["experiment", "plate"]).group.nunique()
     assert len(per_plate) == 33 * 4 and (per_plate == 1).all()
     rotations = plate_rotations(rcic.wells, groups)
     assert rotations.shape == (33, 4)
-    assert rotations.apply(tuple, axis=1).value_counts().to_dict() == {(1, 2, 3, 4): 22, (3, 4, 1, 2): 7, (4, 1, 2, 3): 4}
+    assert rotations.apply(tuple, axis=1).value_counts().to_dict() == {(1, 2, 3, 4): 22, (3, 4, 1, 2): 7,
+                                                                       (4, 1, 2, 3): 4}
 
 
 @real
 def test_one_misplaced_label_is_found_among_the_real_wells(rcic):
     wells = rcic.wells.copy()
     one, two = (
-        wells.index[(wells.experiment == "RPE-03") & (wells.plate == p) & (wells.well == w)][0] for p, w in [(2, "C05"), (3, "K12")]
+        wells.index[(wells.experiment == "RPE-03") & (wells.plate == p) & (wells.well == w)][0]
+        for p, w in [(2, "C05"), (3, "K12")]
     )
     wells.loc[[one, two], "sirna"] = wells.sirna[[two, one]].to_numpy()
     with pytest.raises(ValueError, match=r"^well RPE-03_(2_C05|3_K12): plate [23] of RPE-03 holds two plate groups"):
@@ -741,13 +768,17 @@ def test_real_files(rcic):
 # Channels
 
 @each("text, parts", [
-    (3, ("3", "3", None, False)), ("yellow?", ("yellow", "yellow", None, True)), ("DAPI[100-3200]", ("DAPI", "DAPI", (100, 3200), False)),
-    ("w1=DAPI", ("DAPI", "w1", None, False)), ("w1=DAPI[100-3200]?", ("DAPI", "w1", (100, 3200), True)), ("a[b]", ("a[b]", "a[b]", None, False)),
-])  # fmt: skip
+    (3, ("3", "3", None, False)), ("yellow?", ("yellow", "yellow", None, True)),
+    ("DAPI[100-3200]", ("DAPI", "DAPI", (100, 3200), False)),
+    ("w1=DAPI", ("DAPI", "w1", None, False)), ("w1=DAPI[100-3200]?", ("DAPI", "w1", (100, 3200), True)),
+    ("a[b]", ("a[b]", "a[b]", None, False)),
+])
 def test_a_channel_and_its_text(text, parts):
     channel = as_channel(text)
-    assert (channel.name, channel.file, channel.limits, channel.optional) == parts == (channel_name(text), channel_file(text), grey_limits(text), is_optional(text))
-    assert str(channel) == str(text) and as_channel(channel) is channel and as_channel(str(channel)) == channel == Channel(*parts)
+    assert (channel.name, channel.file, channel.limits, channel.optional) == parts == (
+        channel_name(text), channel_file(text), grey_limits(text), is_optional(text))
+    assert str(channel) == str(text) and as_channel(channel) is channel
+    assert as_channel(str(channel)) == channel == Channel(*parts)
 
 
 @each("name", ["a/b", "..", "a\\b", "../a=b", "a\0"])

@@ -25,8 +25,10 @@ from rcic_fastai.screen.simulate import draw_cells, named_rng, other_intensity, 
 from rcic_fastai.screen.simulate import simulate_screen, simulate_site, sirna_morphology
 
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
-SMALL = dict(n_sirnas=8, n_positive=1, n_train=2, n_test=1, cell_types=("HUVEC", "RPE"), image_size=24, seed=3, workers=1, progress=False)
-TABLES = {"train.csv", "train_controls.csv", "test.csv", "test_controls.csv", "sample_submission.csv", "truth.csv", "simulation.json"}
+SMALL = dict(n_sirnas=8, n_positive=1, n_train=2, n_test=1, cell_types=("HUVEC", "RPE"), image_size=24, seed=3,
+             workers=1, progress=False)
+TABLES = {"train.csv", "train_controls.csv", "test.csv", "test_controls.csv", "sample_submission.csv", "truth.csv",
+          "simulation.json"}
 
 
 def contents(path):
@@ -88,9 +90,11 @@ def test_what_is_missing_is_written_again_and_nothing_else(small, small_bytes):
 
 
 def test_any_order(small, small_bytes):
-    wells = read_screen(small).wells.merge(pd.read_csv(small / "truth.csv"), on="id_code", how="left", suffixes=("", "_true"))
+    wells = read_screen(small).wells.merge(pd.read_csv(small / "truth.csv"), on="id_code", how="left",
+                                           suffixes=("", "_true"))
     wells["sirna"] = wells.sirna.fillna(wells.sirna_true).astype(int)
-    sim = Simulation(**{k: v for k, v in json.loads((small / "simulation.json").read_text()).items() if k in Simulation.__dataclass_fields__})
+    sim = Simulation(**{k: v for k, v in json.loads((small / "simulation.json").read_text()).items()
+                        if k in Simulation.__dataclass_fields__})
     for well in wells.sample(5, random_state=0).itertuples():
         for site in (2, 1):
             x = simulate_site(sim, well, site)
@@ -115,7 +119,8 @@ def test_every_site_has_cells_of_its_own():
 
 
 def test_another_seed_is_another_screen(small_bytes, tmp_path):
-    other = contents(simulate_screen(tmp_path, **{**SMALL, "seed": 4, "n_train": 1, "n_test": 0, "cell_types": "HUVEC"}))
+    other = contents(simulate_screen(tmp_path,
+                                     **{**SMALL, "seed": 4, "n_train": 1, "n_test": 0, "cell_types": "HUVEC"}))
     same = [f for f in other if f.endswith("B02_s1_w1.png") and other[f] == small_bytes[f]]
     assert not same and "train/HUVEC-01/Plate1/B02_s1_w1.png" in other
 
@@ -145,8 +150,10 @@ def test_an_interrupted_write_leaves_no_part_of_a_file(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_ends_every_process_and_the_screen_can_be_completed(tmp_path):
     settings = dict(SMALL, n_positive=3, n_train=20, image_size=64, workers=2)
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
-    code += f"from rcic_fastai.screen.simulate import simulate_screen; simulate_screen({str(tmp_path)!r}, **{settings!r})"
+    # a shell's background job ignores it
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += (f"from rcic_fastai.screen.simulate import simulate_screen; simulate_screen({str(tmp_path)!r}, "
+             f"**{settings!r})")
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
     while process.poll() is None and sum(1 for _ in tmp_path.rglob("*.png")) < 30 and time.monotonic() < deadline:
@@ -158,7 +165,8 @@ def test_ctrl_c_ends_every_process_and_the_screen_can_be_completed(tmp_path):
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nobody is left
     images = list(tmp_path.rglob("*.png*"))
-    assert 30 <= len(images) < 20 * 4 * 2 * 12 and all(p.suffix == ".png" and not p.name.startswith(".") for p in images)
+    assert 30 <= len(images) < 20 * 4 * 2 * 12
+    assert all(p.suffix == ".png" and not p.name.startswith(".") for p in images)
     for p in images:
         Image.open(p).load()
 
@@ -176,9 +184,11 @@ def test_the_reader_of_the_real_screen_takes_it(small):
 
 
 def test_the_tables_have_the_columns_of_the_real_ones_and_the_truth_is_apart(small):
-    columns = {name: list(pd.read_csv(small / f"{name}.csv")) for name in ("train", "test", "train_controls", "test_controls")}
+    columns = {name: list(pd.read_csv(small / f"{name}.csv"))
+               for name in ("train", "test", "train_controls", "test_controls")}
     well = ["id_code", "experiment", "plate", "well"]
-    assert columns == dict(train=[*well, "sirna"], test=well, train_controls=[*well, "sirna", "well_type"], test_controls=[*well, "sirna", "well_type"])
+    assert columns == dict(train=[*well, "sirna"], test=well, train_controls=[*well, "sirna", "well_type"],
+                           test_controls=[*well, "sirna", "well_type"])
     test, truth, sample = (pd.read_csv(small / f"{n}.csv") for n in ("test", "truth", "sample_submission"))
     assert list(test.id_code) == list(truth.id_code) == list(sample.id_code)
     assert list(truth) == list(sample) == ["id_code", "sirna"]
@@ -191,12 +201,14 @@ def test_the_tables_have_the_columns_of_the_real_ones_and_the_truth_is_apart(sma
 def test_no_test_experiment(tmp_path):
     path = simulate_screen(tmp_path, **{**SMALL, "n_test": 0, "n_train": 1})
     screen = read_screen(path)
-    assert set(screen.wells.split) == {"train"} and {p.name for p in path.iterdir()} == {"train.csv", "train_controls.csv", "simulation.json", "train"}
+    assert set(screen.wells.split) == {"train"}
+    assert {p.name for p in path.iterdir()} == {"train.csv", "train_controls.csv", "simulation.json", "train"}
 
 
 @pytest.mark.parametrize("n_plates", [1, 2, 3])
 def test_fewer_plates(n_plates, tmp_path):
-    path = simulate_screen(tmp_path, **{**SMALL, "n_plates": n_plates, "n_sirnas": 6, "cell_types": "U2OS", "image_size": 16})
+    path = simulate_screen(tmp_path, **{**SMALL, "n_plates": n_plates, "n_sirnas": 6, "cell_types": "U2OS",
+                                        "image_size": 16})
     screen = read_screen(path)
     check_files(screen.sites())
     assert set(screen.wells.plate) == set(range(1, n_plates + 1)) and plate_groups(screen.wells).nunique() == n_plates
@@ -215,8 +227,11 @@ def test_one_channel_file_is_8_bit_grey(small):
 
 def test_progress_counts_the_sites(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    monkeypatch.setattr("rcic_fastai.screen.simulate.tqdm", lambda **kwargs: tqdm(**{**kwargs, "disable": bool(kwargs["disable"])}))  # as on a terminal
-    simulate_screen(tmp_path, **{**SMALL, "n_train": 1, "n_test": 0, "cell_types": "RPE", "image_size": 16, "progress": True})
+    # as on a terminal
+    monkeypatch.setattr("rcic_fastai.screen.simulate.tqdm",
+                        lambda **kwargs: tqdm(**{**kwargs, "disable": bool(kwargs["disable"])}))
+    simulate_screen(tmp_path, **{**SMALL, "n_train": 1, "n_test": 0, "cell_types": "RPE", "image_size": 16,
+                                 "progress": True})
     n = len(read_screen(tmp_path).sites())
     assert f"{n}/{n}" in capsys.readouterr().err
 
@@ -228,12 +243,15 @@ def treatments(wells):
     return wells[wells.well_type == "treatment"]
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(n_sirnas=13, n_train=1, n_test=1), dict(n_sirnas=1108, n_train=3, cell_types=("HEPG2",))])
+@pytest.mark.parametrize("settings",
+                         [dict(), dict(n_sirnas=13, n_train=1, n_test=1),
+                          dict(n_sirnas=1108, n_train=3, cell_types=("HEPG2",))])
 def test_design_of_the_plates(settings):
     wells = design_screen(**settings)
     n, t = settings.get("n_sirnas", 48), treatments(wells)
     n_positive = min(max(n // 8, 3), 30)
-    assert wells.id_code.is_unique and (wells.id_code == wells.experiment + "_" + wells.plate.astype(str) + "_" + wells.well).all()
+    assert wells.id_code.is_unique
+    assert (wells.id_code == wells.experiment + "_" + wells.plate.astype(str) + "_" + wells.well).all()
     assert set(wells.well) <= {f"{r}{c:02}" for r in "BCDEFGHIJKLMNO" for c in range(2, 24)}  # the outer ring is empty
     assert not t.duplicated(["experiment", "sirna"]).any() and set(t.sirna) == set(range(n))
     plates = wells.groupby(["experiment", "plate"])
@@ -263,13 +281,15 @@ def test_controls_are_where_the_real_ones_are():
 @each("n_types", [1, 2, 4])
 @each("n_test", [1, 2, 3])
 def test_one_rotation_occurs_in_test_only(seed, n_types, n_test):
-    wells = design_screen(n_sirnas=16, n_train=4, n_test=n_test, cell_types=["HEPG2", "HUVEC", "RPE", "U2OS"][:n_types], seed=seed)
+    wells = design_screen(n_sirnas=16, n_train=4, n_test=n_test, cell_types=["HEPG2", "HUVEC", "RPE", "U2OS"][:n_types],
+                          seed=seed)
     plates = plate_rotations(wells, plate_groups(wells)).apply(tuple, axis=1)
     split = wells.drop_duplicates("experiment").set_index("experiment").split
     train, test = (set(plates[plates.index.map(split) == s]) for s in ("train", "test"))
     assert len(test - train) >= 1
     turns = {tuple((np.arange(4) + k) % 4 + 1) for k in range(4)}
-    named = [tuple(np.array(p)[np.argsort(sorted(plates)[0])]) for p in train | test]  # groups in the order of the plates of one experiment
+    # groups in the order of the plates of one experiment
+    named = [tuple(np.array(p)[np.argsort(sorted(plates)[0])]) for p in train | test]
     assert set(named) <= turns
 
 
@@ -280,7 +300,8 @@ def test_some_plates_lost_wells_but_every_sirna_is_seen_in_each_cell_type():
         assert 272 <= sizes.min() < 277 and sizes.max() == 277
         assert 0.05 < (sizes < 277).mean() < 0.4
         assert (sizes.loc["HUVEC-01"] == 277).all()
-        assert wells.groupby(["experiment", "plate"]).size().max() == 308  # another negative control only where a well was lost
+        # another negative control only where a well was lost
+        assert wells.groupby(["experiment", "plate"]).size().max() == 308
     few = design_screen(n_sirnas=8, n_train=1, n_test=4, missing=1.0, cell_types=("HUVEC", "RPE"))
     assert (treatments(few[few.split == "train"]).groupby("cell_type").sirna.nunique() == 8).all()
     assert (treatments(few[few.split == "test"]).groupby(["experiment", "plate"]).size() == 1).all()
@@ -332,7 +353,9 @@ def test_settings_that_cannot_be(settings, message, tmp_path):
 
 
 def test_a_folder_with_another_screen_is_refused_and_left_alone(small, small_bytes, tmp_path):
-    with pytest.raises(ValueError, match=r"other settings \(seed is 3 there, 5 now; effect is 0.5 there, 0.7 now\); give another folder"):
+    with pytest.raises(ValueError,
+                       match=r"other settings \(seed is 3 there, 5 now; effect is 0.5 there, 0.7 now\); give another "
+                       r"folder"):
         simulate_screen(small, **{**SMALL, "seed": 5, "effect": 0.7})
     assert contents(small) == small_bytes
     (tmp_path / "train.csv").write_text("id_code\n")
@@ -344,11 +367,13 @@ def test_a_folder_with_another_screen_is_refused_and_left_alone(small, small_byt
 def test_the_settings_are_beside_the_screen(small):
     settings = json.loads((small / "simulation.json").read_text())
     assert settings["n_sirnas"] == 8 and settings["cell_types"] == ["HUVEC", "RPE"] and settings["cell_radius"] == 3
-    simulate_screen(small, **{**SMALL, "seed": np.int64(3), "cell_types": ["HUVEC", "RPE"]})  # the same settings in other types
+    # the same settings in other types
+    simulate_screen(small, **{**SMALL, "seed": np.int64(3), "cell_types": ["HUVEC", "RPE"]})
 
 
 def test_numpy_settings(tmp_path):
-    one = dict(SMALL, n_sirnas=1, n_plates=1, n_train=1, n_test=0, cell_types="RPE", image_size=16, seed=np.int64(2), effect=np.float64(0.5))
+    one = dict(SMALL, n_sirnas=1, n_plates=1, n_train=1, n_test=0, cell_types="RPE", image_size=16, seed=np.int64(2),
+               effect=np.float64(0.5))
     simulate_screen(tmp_path, **one)
     assert json.loads((tmp_path / "simulation.json").read_text())["seed"] == 2
 
@@ -357,7 +382,8 @@ def test_numpy_settings(tmp_path):
 
 
 def test_named_rng_depends_on_seed_and_every_part_of_the_name():
-    draws = [named_rng(*name).random() for name in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a"), (0, "a", 1, 1)]]
+    draws = [named_rng(*name).random() for name in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a"),
+                                                    (0, "a", 1, 1)]]
     assert len(set(draws)) == 6 and named_rng(0, "a", 1).random() == draws[0]
 
 
@@ -389,13 +415,17 @@ def test_a_phenotype_of_size_zero_is_no_phenotype():
     wild = sirna_morphology(0, "RPE", None)
     assert sirna_morphology(0, "RPE", 5, effect=0) == wild != sirna_morphology(0, "RPE", 5)
     assert changed_morphology(wild, named_rng(0, "z"), 0) == wild
-    change = lambda cell_type: np.log(sirna_morphology(0, cell_type, 5).nucleoli / sirna_morphology(0, cell_type, None).nucleoli)
-    assert change("RPE") != change("HUVEC") and abs(change("RPE") - change("HUVEC")) < 0.5  # much the same in each cell type
+    change = lambda cell_type: np.log(sirna_morphology(0, cell_type,
+                                                       5).nucleoli / sirna_morphology(0, cell_type, None).nucleoli)
+    # much the same in each cell type
+    assert change("RPE") != change("HUVEC") and abs(change("RPE") - change("HUVEC")) < 0.5
 
 
 def test_the_batch_effect_is_between_experiments_and_little_between_plates():
     sim = Simulation(image_size=32, cell_radius=4)
-    mean = np.array([[simulate_site(sim, well_row(f"HUVEC-{e:02}", p), 1).mean((1, 2)) for p in (1, 2, 3)] for e in range(1, 11)])  # (10, 3, 6)
+    # (10, 3, 6)
+    mean = np.array([[simulate_site(sim, well_row(f"HUVEC-{e:02}", p), 1).mean((1, 2)) for p in (1, 2, 3)]
+                     for e in range(1, 11)])
     of_experiment = np.log(mean.mean(1))
     factor = np.exp(np.ptp(of_experiment, 0))
     assert (factor > 2.5).all() and np.median(factor) > 4
@@ -411,7 +441,8 @@ def test_cameras_differ_in_more_than_gain():
     for k in ("gain", "offset", "power", "blur", "light"):
         assert (np.std([getattr(c, k) for c in cameras], 0) > 0.01).all(), k
     assert np.std([c.crowding for c in cameras]) > 0.03
-    assert plate_camera(0, "RPE-01", 1, plate_effect=0) == plate_camera(0, "RPE-01", 2, plate_effect=0) != plate_camera(0, "RPE-02", 1, plate_effect=0)
+    assert plate_camera(0, "RPE-01", 1, plate_effect=0) == plate_camera(0, "RPE-01", 2, plate_effect=0) != plate_camera(
+        0, "RPE-02", 1, plate_effect=0)
 
 
 def features(x):
@@ -428,7 +459,8 @@ def nearest_centroid_accuracy(effect, n_sirnas=8):
     "siRNAs of one experiment: centroids from five wells each, tested on three others"
     sim = Simulation(image_size=48, cell_radius=6, effect=effect)
     wells = [f"D{c:02}" for c in range(2, 10)]
-    x = np.array([[features(simulate_site(sim, well_row("HUVEC-01", well=w, sirna=s), 1)) for w in wells] for s in range(n_sirnas)])
+    x = np.array([[features(simulate_site(sim, well_row("HUVEC-01", well=w, sirna=s), 1)) for w in wells]
+                  for s in range(n_sirnas)])
     x = (x - x[:, :5].mean((0, 1))) / x[:, :5].std((0, 1))
     distance = ((x[:, 5:, None] - x[:, :5].mean(1)) ** 2).sum(-1)
     return (distance.argmin(-1) == np.arange(n_sirnas)[:, None]).mean()
@@ -445,7 +477,8 @@ def test_a_phenotype_can_be_told_from_texture_alone():
 @each("cell_type", [*real_intensity, "A549"])
 def test_intensities_without_a_batch_effect_are_the_real_ones(cell_type):
     sim = Simulation(image_size=48, cell_radius=6, batch_effect=0)
-    x = np.stack([simulate_site(sim, well_row(f"{cell_type}-01", p), s) for p in (1, 2, 3, 4) for s in (1, 2)]).astype(float)
+    x = np.stack([simulate_site(sim, well_row(f"{cell_type}-01", p), s) for p in (1, 2, 3, 4) for s in (1, 2)]).astype(
+        float)
     mean, std = real_intensity.get(cell_type, other_intensity)
     np.testing.assert_allclose(x.mean((0, 2, 3)), mean, rtol=0.2)
     np.testing.assert_allclose(x.std((2, 3)).mean(0), std, rtol=0.2)

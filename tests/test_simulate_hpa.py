@@ -1,4 +1,5 @@
-"Simulated atlases: real label frequencies, the same bytes however they are written, planted twins, patterns that can be told apart."
+"""Simulated atlases: real label frequencies, the same bytes however they are written, planted twins, patterns that
+can be told apart."""
 
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from rcic_fastai.screen.simulate_atlas import label_sets, simulate_hpa, simulate
 
 REAL = Path(__file__).parents[1].parent / "shared" / "hpa"
 # fmt: off
-REAL_COUNTS = [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530, 210, 902, 1482, 172, 3777, 802, 2965, 322, 8228, 328, 11]
+REAL_COUNTS = [12885, 1254, 3621, 1561, 1858, 2513, 1008, 2822, 53, 45, 28, 1093, 688, 537, 1066, 21, 530, 210, 902,
+               1482, 172, 3777, 802, 2965, 322, 8228, 328, 11]
 # fmt: on
-SMALL = dict(n_images=40, n_test=20, n_external=24, min_positives=1, twins=.2, duplicates=.05, missing_yellow=.2, image_size=32, seed=3, workers=1, progress=False)
+SMALL = dict(n_images=40, n_test=20, n_external=24, min_positives=1, twins=.2, duplicates=.05, missing_yellow=.2,
+             image_size=32, seed=3, workers=1, progress=False)
 
 
 def contents(path):
@@ -159,8 +162,10 @@ def test_another_atlas_is_left_alone(small):
 
 
 def test_files_and_tables_agree(small):
-    tables = {name: pd.read_csv(small / f"{name}.csv") for name in ("train", "external", "sample_submission", "truth", "twins")}
-    assert (tables["sample_submission"].Id == tables["truth"].Id).all() and (tables["sample_submission"].Predicted == 0).all()
+    tables = {name: pd.read_csv(small / f"{name}.csv") for name in ("train", "external", "sample_submission", "truth",
+                                                                    "twins")}
+    assert (tables["sample_submission"].Id == tables["truth"].Id).all()
+    assert (tables["sample_submission"].Predicted == 0).all()
     for split, table, suffix in (("train", "train", "png"), ("test", "truth", "png"), ("external", "external", "jpg")):
         expected = {f"{i}_{c}.{suffix}" for i in tables[table].Id for c in hpa_channels}
         missing = expected - {p.name for p in (small / split).iterdir()}
@@ -188,7 +193,8 @@ def test_external_images_are_coloured_and_of_two_sizes(small):
 
 def test_planted_twins_are_the_same_picture_and_others_are_not(small):
     pairs = pd.read_csv(small / "twins.csv")
-    files = {p.name[: -len("_green.png")]: p for s in ("train", "test", "external") for p in (small / s).glob("*_green.*")}
+    files = {p.name[: -len("_green.png")]: p for s in ("train", "test", "external")
+             for p in (small / s).glob("*_green.*")}
 
     def small_picture(i):
         return np.asarray(Image.fromarray(green(files[i])).resize((16, 16), Image.Resampling.BOX)).astype(float).ravel()
@@ -223,7 +229,8 @@ def test_more_contrast_and_less_noise_do_what_they_say():
 
 
 def test_the_test_set_shows_larger_cells():
-    def per_cell(shifted): return np.mean([CellField(named_rng(0, i), 64, 10.5 * (1.15 if shifted else 1)).n for i in range(20)])
+    def per_cell(shifted):
+        return np.mean([CellField(named_rng(0, i), 64, 10.5 * (1.15 if shifted else 1)).n for i in range(20)])
     assert per_cell(True) < .9 * per_cell(False)
 
 
@@ -232,7 +239,9 @@ def statistics(c, protein):
     p = np.clip(gaussian_filter(protein, .5) / max(np.percentile(protein, 99.5), .05), 0, 2)
     total = p.sum() + 1e-6
     grain = [(gaussian_filter(p, s) ** 2).sum() / (p**2).sum() for s in (1, 2, 4)]
-    where = [(p * m).sum() / total for m in (c.nucleus, c.nucleoli, c.cytoplasm, np.exp(-(((c.r - 1) / .2) ** 2)), np.exp(-((c.gap / .1) ** 2)), 4 * c.body * (1 - c.body), c.dividing[c.own])]
+    where = [(p * m).sum() / total for m in (c.nucleus, c.nucleoli, c.cytoplasm, np.exp(-(((c.r - 1) / .2) ** 2)),
+                                             np.exp(-((c.gap / .1) ** 2)), 4 * c.body * (1 - c.body),
+                                             c.dividing[c.own])]
     same = [np.corrcoef(p.ravel(), m.ravel())[0, 1] for m in (c.tubules, c.reticulum)]
     return np.array([*grain, *where, *same, np.log(total), (p > .5).mean()])
 
@@ -257,7 +266,8 @@ def test_a_stain_belongs_to_its_antibody():
     assert isinstance(s, Stain) and max(s.weights) == 1 and min(s.weights) >= .5
 
 
-@each("bad, message", [(dict(image_size=8), "image_size is 8"), (dict(cell_radius=2.), "cell_radius is 2"), (dict(size_shift=0), "size_shift is 0"), (dict(noise=-1.), "noise is -1")])
+@each("bad, message", [(dict(image_size=8), "image_size is 8"), (dict(cell_radius=2.), "cell_radius is 2"),
+                       (dict(size_shift=0), "size_shift is 0"), (dict(noise=-1.), "noise is -1")])
 def test_settings_out_of_range(bad, message):
     with pytest.raises(ValueError, match=message):
         AtlasSimulation(**bad)

@@ -1,4 +1,5 @@
-"The benchmarks of speed: that they measure what they say, run small, and write their tables. `pytest -m bench` runs them in full and looks at the figures."
+"""The benchmarks of speed: that they measure what they say, run small, and write their tables. `pytest -m bench`
+runs them in full and looks at the figures."""
 
 import builtins
 import importlib.util
@@ -56,7 +57,8 @@ def gpu(script):
 def tables_in(text):
     "Header cells of the Markdown tables of a report"
     lines = text.splitlines()
-    return [[c.strip() for c in line.strip("|").split("|")] for line, rule in zip(lines, lines[1:]) if rule.startswith("| --- ") or rule.startswith("| ---|")]
+    return [[c.strip() for c in line.strip("|").split("|")] for line, rule in zip(lines, lines[1:])
+            if rule.startswith("| --- ") or rule.startswith("| ---|")]
 
 
 # measure.py
@@ -76,7 +78,8 @@ def test_contestants_take_turns(measure):
     def before(name):
         now[0] += 100  # would be seen
 
-    seconds = measure.interleave({"a": contestant("a", 2), "b": contestant("b", 3)}, repeats=4, warmup=2, clock=lambda: now[0], before=before)
+    seconds = measure.interleave({"a": contestant("a", 2), "b": contestant("b", 3)}, repeats=4, warmup=2,
+                                 clock=lambda: now[0], before=before)
     assert list(seconds.columns) == ["a", "b"] and (seconds == [2, 3]).all(axis=None) and len(seconds) == 4
     turns = ["".join(log[i : i + 2]) for i in range(0, len(log), 2)]
     assert len(turns) == 6 and sorted(set(turns)) == ["ab", "ba"] and all(a != b for a, b in zip(turns, turns[1:]))
@@ -86,15 +89,18 @@ def test_ratios_are_within_a_repeat(measure):
     "One repeat in which the whole machine is ten times slower changes no ratio; a unit is what a run handles"
     seconds = pd.DataFrame({"slow": [4.0, 40.0, 4.0], "fast": [1.0, 10.0, 1.0]})
     t = measure.summary(seconds, baseline="slow", units=pd.Series({"slow": 2, "fast": 1}), unit="site")
-    assert t.loc["slow", "ms per site"] == 2000 and t.loc["fast", "ms per site"] == 1000 and t.loc["fast", "sites/s"] == 1
+    assert t.loc["slow", "ms per site"] == 2000 and t.loc["fast", "ms per site"] == 1000
+    assert t.loc["fast", "sites/s"] == 1
     assert t.loc["fast", "x slow"] == 2 and t.loc["fast", "quartiles of x"] == "2-2" and t.loc["slow", "x slow"] == 1
     uneven = measure.summary(pd.DataFrame({"a": [1.0, 2.0, 9.0], "b": [1.0, 1.0, 1.0]}), baseline="a")
     assert uneven.loc["b", "x a"] == 2 and uneven.loc["b", "quartiles of x"] == "1.5-5.5"
 
 
 def test_markdown(measure):
-    text = measure.markdown(pd.DataFrame({"x": [1234.5, 0.12345], "n": [3, 4], "s": ["a", "b"]}, index=pd.Index(["one", "two"], name="what")))
-    assert text.splitlines() == ["| what | x | n | s |", "| --- | --- | --- | --- |", "| one | 1,234 | 3 | a |", "| two | 0.123 | 4 | b |"]
+    text = measure.markdown(pd.DataFrame({"x": [1234.5, 0.12345], "n": [3, 4], "s": ["a", "b"]},
+                                         index=pd.Index(["one", "two"], name="what")))
+    assert text.splitlines() == ["| what | x | n | s |", "| --- | --- | --- | --- |", "| one | 1,234 | 3 | a |",
+                                 "| two | 0.123 | 4 | b |"]
 
 
 # assignment.py
@@ -107,14 +113,18 @@ def test_assignment_runs(assignment, tmp_path):
     assert len(tables_in(text)) == len(tables) == 3 and "Ran on " in text
     for t in tables.values():
         exact = [name for name in t.index if not name.startswith("vote")]
-        assert len(exact) >= 4 and set(t.exact[exact]) == {"2 of 2"} and np.isfinite(t[scipy]).all() and (t[scipy] > 0).all()
-        assert (t["wells with a class twice"].drop("vote, best of each well") == 0).all() and t.accuracy.between(0, 1).all()
-        assert np.allclose(t["value, share of the best"][exact], 1) and t["value, share of the best"]["vote, greedy"] <= 1
+        assert len(exact) >= 4 and set(t.exact[exact]) == {"2 of 2"}
+        assert np.isfinite(t[scipy]).all() and (t[scipy] > 0).all()
+        assert (t["wells with a class twice"].drop("vote, best of each well") == 0).all()
+        assert t.accuracy.between(0, 1).all()
+        assert np.allclose(t["value, share of the best"][exact], 1)
+        assert t["value, share of the best"]["vote, greedy"] <= 1
     assert tables["hard"]["wells with a class twice"]["vote, best of each well"] > 0  # the task has something to solve
 
 
 def test_assignment_notices_an_answer_that_is_not_the_best(assignment, monkeypatch):
-    experiments = [assignment.with_scores(layout, 1.0, i) for i, layout in enumerate(assignment.simulated_layouts(2, group_size=12))]
+    experiments = [assignment.with_scores(layout, 1.0, i)
+                   for i, layout in enumerate(assignment.simulated_layouts(2, group_size=12))]
     monkeypatch.setattr(assignment, "ours", assignment.greedy)
     with pytest.raises(RuntimeError, match="the library's assignment has value"):
         assignment.measure(experiments, repeats=1)
@@ -130,7 +140,8 @@ def test_layouts_have_the_real_shape(assignment):
     for plates, truth, groups in assignment.simulated_layouts(20):
         assert np.bincount(groups).tolist() == [277] * 4 and len(np.unique(truth)) == len(truth)
         sizes = np.bincount(plates)[1:]
-        assert len(sizes) == 4 and sizes.min() >= 272 and sizes.max() <= 277 and all(len(set(groups[truth[plates == p]])) == 1 for p in range(1, 5))
+        assert len(sizes) == 4 and sizes.min() >= 272 and sizes.max() <= 277
+        assert all(len(set(groups[truth[plates == p]])) == 1 for p in range(1, 5))
 
 
 def test_real_layouts(assignment, real_rcic):
@@ -150,15 +161,19 @@ def test_inference_runs(inference, tmp_path):
     ((table, costs),) = inference.main(["--quick", "--repeats", "2", "--out", str(out)]).values()
     assert len(tables_in(out.read_text())) == 2 and torch.get_num_threads() == threads
     ratios = table[f"x {inference.BARE}"]
-    assert len(table) == 9 and np.isfinite(ratios).all() and (ratios > 0).all() and np.isfinite(costs["time, ratio"]).all()
+    assert len(table) == 9 and np.isfinite(ratios).all() and (ratios > 0).all()
+    assert np.isfinite(costs["time, ratio"]).all()
     for name in (inference.RUNNING, inference.BATCH, inference.DOMAIN):
         assert float(table["logits differ by"][name]) <= inference.TOLERANCE
-    assert float(table["logits differ by"][inference.BARE_ADABN]) > 1e-3  # averages of variances are something else than the variance
+    # averages of variances are something else than the variance
+    assert float(table["logits differ by"][inference.BARE_ADABN]) > 1e-3
 
 
 def test_inference_notices_other_logits(inference):
-    found = {name: torch.zeros(2, 3) for name in (inference.BARE, inference.BARE_BATCH, inference.BARE_WHOLE, inference.BARE_ADABN, inference.FAST)}
-    found.update({inference.RUNNING: torch.zeros(2, 3), inference.BATCH: torch.full((2, 3), 5e-5), inference.DOMAIN: torch.zeros(2, 3)})
+    found = {name: torch.zeros(2, 3) for name in (inference.BARE, inference.BARE_BATCH, inference.BARE_WHOLE,
+                                                  inference.BARE_ADABN, inference.FAST)}
+    found.update({inference.RUNNING: torch.zeros(2, 3), inference.BATCH: torch.full((2, 3), 5e-5),
+                  inference.DOMAIN: torch.zeros(2, 3)})
     assert inference.differences(found)[inference.BATCH] == pytest.approx(5e-5)
     for wrong in (2e-4, float("nan")):
         with pytest.raises(RuntimeError, match="rcic_fastai, domain: logits differ"):
@@ -168,7 +183,8 @@ def test_inference_notices_other_logits(inference):
 def test_bare_domain_statistics(inference):
     "The bare ways leave the network in eval mode, and of one batch per domain the average is exact"
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(6, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model = torch.nn.Sequential(torch.nn.Conv2d(6, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1),
+                                torch.nn.Flatten())
     domains = [[torch.randint(0, 256, (8, 6, 8, 8), dtype=torch.uint8)] for _ in range(2)]
     whole = inference.bare_batch(model, [d[0] for d in domains])
     n = 8 * 6 * 6  # running variances are unbiased
@@ -185,7 +201,8 @@ def test_bare_domain_statistics(inference):
 @pytest.mark.slow
 def test_gpu_runs_on_the_cpu(gpu, tmp_path):
     out = tmp_path / "gpu.md"
-    tables = gpu.main(["--device", "cpu", "--quick", "--variants", gpu.PLAIN, "bf16, channels-last, compiled", "--out", str(out)])
+    tables = gpu.main(["--device", "cpu", "--quick", "--variants", gpu.PLAIN, "bf16, channels-last, compiled", "--out",
+                       str(out)])
     steps, learner, loading = tables["small ResNet"]["steps"], tables["small ResNet"]["learner"], tables["loading"]
     assert list(steps.index) == [gpu.PLAIN, "bf16, channels-last, compiled"] and len(learner) == 3 and len(loading) == 2
     for t in (steps, learner, loading):
@@ -205,10 +222,13 @@ def test_gpu_needs_only_torch_and_timm(gpu, tmp_path, monkeypatch):
         return imported(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_library)
-    tables = gpu.main(["--device", "cpu", "--quick", "--torch-only", "--variants", gpu.PLAIN, "--out", str(tmp_path / "gpu.md")])
-    assert list(tables) == ["small ResNet"] and list(tables["small ResNet"]) == ["steps"] and "learner" not in (tmp_path / "gpu.md").read_text()
+    tables = gpu.main(["--device", "cpu", "--quick", "--torch-only", "--variants", gpu.PLAIN, "--out",
+                       str(tmp_path / "gpu.md")])
+    assert list(tables) == ["small ResNet"] and list(tables["small ResNet"]) == ["steps"]
+    assert "learner" not in (tmp_path / "gpu.md").read_text()
     monkeypatch.setattr(gpu, "library_missing", lambda: ["fastai"])
-    assert list(gpu.main(["--device", "cpu", "--quick", "--variants", gpu.PLAIN, "--out", str(tmp_path / "gpu.md")])) == ["small ResNet"]
+    assert (list(gpu.main(["--device", "cpu", "--quick", "--variants", gpu.PLAIN, "--out", str(tmp_path / "gpu.md")]))
+            == ["small ResNet"])
 
 
 def test_gpu_without_one(gpu, tmp_path, monkeypatch, capsys):
@@ -221,7 +241,8 @@ def test_gpu_without_one(gpu, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_gpu_leaves_out_what_does_not_fit(gpu, monkeypatch):
     "Out of memory, and a compiler that is missing, are results; anything else is an error"
-    args = gpu.arguments(["--device", "cpu", "--quick", "--variants", gpu.PLAIN, "bf16", "bf16, channels-last, compiled"])
+    args = gpu.arguments(["--device", "cpu", "--quick", "--variants", gpu.PLAIN, "bf16",
+                          "bf16, channels-last, compiled"])
     warmed = gpu.warmed
 
     def failing(name, batch, variant, args):
@@ -233,7 +254,8 @@ def test_gpu_leaves_out_what_does_not_fit(gpu, monkeypatch):
 
     monkeypatch.setattr(gpu, "warmed", failing)
     seconds, _, failed = gpu.measure_steps("test_resnet", 2, args)
-    assert list(seconds.columns) == [gpu.PLAIN] and failed == {"bf16": "out of memory", "bf16, channels-last, compiled": "RuntimeError: no compiler"}
+    assert list(seconds.columns) == [gpu.PLAIN]
+    assert failed == {"bf16": "out of memory", "bf16, channels-last, compiled": "RuntimeError: no compiler"}
 
     def broken(*args):
         raise RuntimeError("a mistake")
@@ -260,8 +282,10 @@ def test_bare_steps_are_those_of_pytorch(gpu):
 
 
 def test_verdict(gpu):
-    assert gpu.verdict(300.0, {"a": 100.0, "b": 150.0}).startswith("Feeding: 300 images/s reach the device, 2.00 times what the fastest step here takes (b: 150")
-    assert "feeding exceeds the step" in gpu.verdict(300.0, {"b": 150.0}) and "the step waits" in gpu.verdict(100.0, {"b": 150.0})
+    assert gpu.verdict(300.0, {"a": 100.0, "b": 150.0}).startswith(
+        "Feeding: 300 images/s reach the device, 2.00 times what the fastest step here takes (b: 150")
+    assert "feeding exceeds the step" in gpu.verdict(300.0, {"b": 150.0})
+    assert "the step waits" in gpu.verdict(100.0, {"b": 150.0})
 
 
 # In full: pytest -m bench
@@ -281,12 +305,14 @@ def test_assignment_in_full(assignment, tmp_path):
 @pytest.mark.bench
 @pytest.mark.timeout(3600)
 def test_inference_in_full(inference, tmp_path):
-    "Prediction costs what a bare loop costs; exact statistics of a domain no more than the two passes of those that are not exact"
+    """Prediction costs what a bare loop costs; exact statistics of a domain no more than the two passes of those
+    that are not exact"""
     results = inference.main(["--out", str(tmp_path / "inference.md")])
     words = {a: {b: w for c, b, _, w in inference.PAIRS if c == a} for a, *_ in inference.PAIRS}
     for name, (table, costs) in results.items():
         ratio = costs["time, ratio"]
-        assert ratio[words[inference.RUNNING][inference.BARE]] <= (1.05 if name.startswith("SE-ResNeXt") else 1.15), name
+        assert ratio[words[inference.RUNNING][inference.BARE]] <= (1.05 if name.startswith("SE-ResNeXt")
+                                                                   else 1.15), name
         assert ratio[words[inference.DOMAIN][inference.BARE_ADABN]] <= 1, name
         assert ratio[words[inference.TTA][inference.RUNNING]] <= 1.2, name  # turning the images costs
 
@@ -299,7 +325,8 @@ def test_distances_between_the_sites_of_a_batch(script):
     index = script("index")
     table = pd.DataFrame(dict(offset=[0, 2_000_000, 0, 1_000_000], length=[2_000_000, 3_000_000, 1_000_000, 4_000_000]))
     gaps, files = index.distances(table, [np.array([3, 0])], shard_sites=2)
-    assert gaps.tolist() == [4.0] and files.tolist() == [2]  # from the end of the first, 2 MB, to the start of the last, 6 MB
+    # from the end of the first, 2 MB, to the start of the last, 6 MB
+    assert gaps.tolist() == [4.0] and files.tolist() == [2]
     gaps, files = index.distances(table, [np.array([3, 0]), np.array([0, 1])], shard_sites=2, ordered=False)
     assert gaps.tolist() == [10.0, 0.0] and files.tolist() == [2, 1]
 
@@ -312,13 +339,15 @@ def test_a_simulated_index_opens(script, tmp_path):
     index.write_store(tmp_path / "s", table)
     store = Store(tmp_path / "s")
     assert store.sites.site_id.is_unique and store.rows(table.site_id[-2:]).tolist() == [4998, 4999]
-    assert table.groupby("experiment").plate.nunique().max() == 4 and (table.offset[:256].diff()[1:] == table.length[:255].to_numpy()).all()
+    assert table.groupby("experiment").plate.nunique().max() == 4
+    assert (table.offset[:256].diff()[1:] == table.length[:255].to_numpy()).all()
 
 
 @pytest.mark.slow
 def test_a_training_epoch_is_compared(script, tmp_path):
     "The loop section in small: all contestants train, and the ratios are numbers"
-    ratios = script("training").main(["--quick", "--repeats", "1", "--sections", "loop", "--out", str(tmp_path / "training.md")])
+    ratios = script("training").main(["--quick", "--repeats", "1", "--sections", "loop", "--out",
+                                      str(tmp_path / "training.md")])
     text = (tmp_path / "training.md").read_text()
     assert all(name in text for name in ("bare PyTorch, our DataLoaders", "ours", "fastai's Learner and AdamW"))
     assert len(ratios) == 1 and all(0 < r < 100 for r in ratios.values())

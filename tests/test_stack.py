@@ -15,7 +15,8 @@ from rcic_fastai.labels import stack as module
 from rcic_fastai.labels.stack import Stacker, check_lightgbm_params, crossfit_decisions, stack_features, stack_report
 
 pytest.importorskip("lightgbm", reason="stacking needs LightGBM (pip install rcic_fastai[stack])")
-SMALL = dict(n_folds=3, max_rounds=40, patience=5, min_positives=20, params=dict(learning_rate=0.2, num_leaves=4), progress=False)
+SMALL = dict(n_folds=3, max_rounds=40, patience=5, min_positives=20, params=dict(learning_rate=0.2, num_leaves=4),
+             progress=False)
 LINEAR = {**SMALL, "min_positives": math.inf}
 
 
@@ -26,8 +27,10 @@ def draw(seed=0, n=600, prevalence=(0.3, 0.2), complementary=True, signal=2.5):
     y = (rng.random((n // 3 + 1, len(prevalence))) < prevalence).astype(np.uint8)[groups]
     bright = rng.random(n)
     sees = (bright > 0.5, bright <= 0.5) if complementary else (np.full(n, 0.7),) * 2
-    logits = (logit(np.array(prevalence)) + signal * s[:, None] * (2.0 * y - 1) + 1.3 * rng.normal(size=y.shape) for s in sees)
-    return dict(zip("ab", map(expit, logits))), y, pd.DataFrame(dict(brightness=bright, noise=rng.normal(size=n))), groups
+    logits = (logit(np.array(prevalence)) + signal * s[:, None] * (2.0 * y - 1) + 1.3 * rng.normal(size=y.shape)
+              for s in sees)
+    return dict(zip("ab", map(expit, logits))), y, pd.DataFrame(
+        dict(brightness=bright, noise=rng.normal(size=n))), groups
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,8 @@ def test_every_name_of_the_scikit_learn_interface_is_known():
 
     from lightgbm import LGBMClassifier
 
-    own = {"class_weight", "importance_type", "subsample_for_bin", "kwargs", "self", "n_estimators", "objective", "random_state", "n_jobs"}
+    own = {"class_weight", "importance_type", "subsample_for_bin", "kwargs", "self", "n_estimators", "objective",
+           "random_state", "n_jobs"}
     names = set(inspect.signature(LGBMClassifier.__init__).parameters) - own
     assert len(check_lightgbm_params(dict.fromkeys(names, 1))) == len(names) >= 10
 
@@ -93,7 +97,8 @@ def test_a_stack_helps_where_errors_are_complementary(data, fitted):
     mean = sum(members.values()) / 2
     assert mean_ap(y, fitted.oof_) > mean_ap(y, linear.oof_) + 0.02 > mean_ap(y, mean) + 0.02
     new, y2, stats2, _ = draw(seed=5)
-    assert mean_ap(y2, fitted.predict(new, stats2)) > mean_ap(y2, sum(new.values()) / 2) + 0.03  # and on images that nobody has seen
+    # and on images that nobody has seen
+    assert mean_ap(y2, fitted.predict(new, stats2)) > mean_ap(y2, sum(new.values()) / 2) + 0.03
     table, classes = stack_report(members, dict(linear=linear, trees=fitted), y)
     assert table.loc["trees", "gain low"] > 0 and classes.sure.all()
 
@@ -164,7 +169,8 @@ def test_inner_folds_get_the_groups(data, monkeypatch):
     asked = []
     real = module.grouped_folds
     monkeypatch.setattr(
-        module, "grouped_folds", lambda y, groups, k, seed: asked.append((len(y), np.asarray(groups), k)) or real(y, groups, k, seed=seed)
+        module, "grouped_folds", lambda y, groups, k, seed: asked.append((len(y), np.asarray(groups), k))
+        or real(y, groups, k, seed=seed)
     )
     s = Stacker(**LINEAR).fit(*data)
     assert [(n, k) for n, _, k in asked] == [(600, 3)] + [((s.folds_[0] != f).sum(), 3) for f in range(3)]
@@ -181,7 +187,8 @@ def test_classes_without_positives_somewhere():
     s = Stacker(**SMALL).fit(members, y, stats, groups)
     s.audit()
     kinds = {c: [m["kind"] for m in s.models_ if m["class"] == c] for c in range(5)}
-    assert kinds[0] == ["boosted"] * 3 and kinds[1] == kinds[3] == ["constant"] * 3 and sorted(kinds[2]) == ["constant", "linear", "linear"]
+    assert kinds[0] == ["boosted"] * 3 and kinds[1] == kinds[3] == ["constant"] * 3
+    assert sorted(kinds[2]) == ["constant", "linear", "linear"]
     assert kinds[4] == ["linear"] * 3
     assert not s.oof_[:, 1].any() and (s.oof_[:, 3] == 1).all() and not s.oof_[groups == 7, 2].any()
     votes = Stacker(**{**SMALL, "combine": "vote"}).fit(members, y, stats, groups)
@@ -202,12 +209,14 @@ def test_few_positives_make_a_linear_model_of_the_own_columns(data):
 def test_an_interrupted_fit_goes_on_and_ends_the_same(data, fitted, tmp_path, monkeypatch):
     calls, real = [], module._fit_model
     monkeypatch.setattr(
-        module, "_fit_model", lambda *a: calls.append(1) or (real(*a) if len(calls) != 4 else (_ for _ in ()).throw(KeyboardInterrupt))
+        module, "_fit_model", lambda *a: calls.append(1)
+        or (real(*a) if len(calls) != 4 else (_ for _ in ()).throw(KeyboardInterrupt))
     )
     with pytest.raises(KeyboardInterrupt):
         Stacker(**SMALL, folder=tmp_path).fit(*data)
     (folder,) = tmp_path.iterdir()
-    assert len(list(folder.glob("repeat*.json"))) == 3 and json.loads((folder / "settings.json").read_text())["rows"] == 600
+    assert len(list(folder.glob("repeat*.json"))) == 3
+    assert json.loads((folder / "settings.json").read_text())["rows"] == 600
     new = draw(seed=5)
     s = Stacker(**SMALL, folder=tmp_path).fit(*data)
     assert len(calls) == 4 + 3
@@ -266,7 +275,8 @@ def test_mean_and_vote(data):
     "change,message",
     [
         (dict(members={}), "no members"),
-        (dict(members=dict(a=np.zeros((600, 2)), b=np.zeros((600, 3)))), r"'b' has shape \(600, 3\) and 'a' \(600, 2\)"),
+        (dict(members=dict(a=np.zeros((600, 2)), b=np.zeros((600, 3)))),
+         r"'b' has shape \(600, 3\) and 'a' \(600, 2\)"),
         (dict(members=dict(a=np.full((600, 2), np.nan))), "'a' has nan in row 0, class 0"),
         (dict(y=np.zeros((600, 3))), r"labels of shape \(600, 3\), expected \(600, 2\)"),
         (dict(y=np.full((600, 2), -1)), "row 0 has label -1"),

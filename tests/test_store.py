@@ -31,7 +31,8 @@ from rcic_fastai.data.pack import pack_screen, pack_sites
 from rcic_fastai.data.store import DamagedSite, Store, open_store
 from rcic_fastai.data.store import verify_store
 
-FORMATS = [("blosc2", "default"), ("blosc2", "small"), ("blosc2", "fast"), ("blosc2", "windows"), ("zarr", "default"), ("raw", "default")]
+FORMATS = [("blosc2", "default"), ("blosc2", "small"), ("blosc2", "fast"), ("blosc2", "windows"), ("zarr", "default"),
+           ("raw", "default")]
 NAMES = ["-".join(f) for f in FORMATS]
 
 
@@ -141,7 +142,8 @@ def test_one_shape(screen, tmp_path):
     odd = broken.sites().iloc[4]
     for c in range(1, 7):
         Image.new("L", (50, 48)).save(odd.files.format(channel=c))
-    with pytest.raises(ValueError, match=rf"site {odd.site_id} has shape \(6, 48, 50\), but the first one \(6, 48, 48\)"):
+    with pytest.raises(ValueError,
+                       match=rf"site {odd.site_id} has shape \(6, 48, 50\), but the first one \(6, 48, 48\)"):
         pack_screen(broken, tmp_path / "s", progress=False)
 
 
@@ -151,7 +153,8 @@ def test_every_flipped_byte_is_found(screen, tmp_path, format):
     need_zarr(format)
     sites = screen.sites()[:6]
     store = pack_sites(sites, tmp_path / "s", format=format, progress=False)
-    shard = max((f for f in (tmp_path / "s" / "shards").rglob("*") if f.is_file() and f.name != "zarr.json"), key=lambda f: f.stat().st_size)
+    shard = max((f for f in (tmp_path / "s" / "shards").rglob("*") if f.is_file() and f.name != "zarr.json"),
+                key=lambda f: f.stat().st_size)
     whole, rng = shard.read_bytes(), np.random.default_rng(5)
     for at in [0, 1, 15, len(whole) - 1, *rng.integers(0, len(whole), 12)]:
         changed = bytearray(whole)
@@ -226,7 +229,8 @@ def test_names_are_not_rows(packed, screen):
     name = store.sites.site_id[7]
     with pytest.raises(TypeError, match=f"row '{name}' is a name; `rows"):
         store.read(name)
-    assert store.rows([name]).tolist() == [7] and (store.rows(screen.sites()[:5]) == store.rows(screen.sites().site_id[:5])).all()
+    assert store.rows([name]).tolist() == [7]
+    assert (store.rows(screen.sites()[:5]) == store.rows(screen.sites().site_id[:5])).all()
 
 
 def test_smaller_images(screen, tmp_path):
@@ -248,7 +252,7 @@ def test_smaller_images(screen, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (dict(format="tar"), "format is 'tar', expected one of 'blosc2', 'zarr', 'raw'"),
     (dict(preset="tiny"), "preset is 'tiny', expected one of 'default', 'small', 'fast', 'windows'"),
-    (dict(format="raw", preset="small"), "format 'raw' has no preset 'small'")])  # fmt: skip
+    (dict(format="raw", preset="small"), "format 'raw' has no preset 'small'")])
 def test_wrong_settings(screen, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         pack_screen(screen, tmp_path / "s", progress=False, **change)
@@ -277,7 +281,8 @@ def test_rows_and_windows_outside(packed):
     for window in [(40, 0, 9, 9), (0, -1, 9, 9), (0, 0, 0, 9), (0, 0, 49, 48)]:
         with pytest.raises(ValueError, match="is not inside 48x48 pixels"):
             store.read(0, *window)
-    for out in (torch.empty(2, 6, 48, 48), torch.empty(3, 6, 48, 48, dtype=torch.uint8), torch.empty(2, 6, 48, 96, dtype=torch.uint8)[..., ::2]):
+    for out in (torch.empty(2, 6, 48, 48), torch.empty(3, 6, 48, 48, dtype=torch.uint8),
+                torch.empty(2, 6, 48, 96, dtype=torch.uint8)[..., ::2]):
         with pytest.raises(ValueError, match=r"expected contiguous uint8 \(2, 6, 48, 48\)"):
             store.read_batch([0, 1], out)
 
@@ -287,7 +292,8 @@ def test_shared_memory_and_pickles(packed):
     store = Store(packed)
     store.read(0)
     other, out = pickle.loads(pickle.dumps(store)), torch.empty(2, 6, 48, 48, dtype=torch.uint8).share_memory_()
-    assert set(other.__dict__) == {"path", "manifest", "_local"} and other.read_batch([4, 9], out).data_ptr() == out.data_ptr()
+    assert set(other.__dict__) == {"path", "manifest", "_local"}
+    assert other.read_batch([4, 9], out).data_ptr() == out.data_ptr()
     assert (out[1].numpy() == store.read(9)).all()
     array = np.zeros((2, 6, 48, 48), np.uint8)
     store.read_batch([4, 9], array)
@@ -399,14 +405,16 @@ def test_a_disk_that_fills_up(screen, tmp_path, monkeypatch):
     "A clear message, nothing half-written, and the shards that were finished are kept"
     sites, out = screen.sites()[:40], tmp_path / "s"
     stop_after(monkeypatch, 3, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(OSError, match=f"the disk of {out} is full; make room and run the same command: finished shards are kept"):
+    with pytest.raises(OSError, match=f"the disk of {out} is full; make room and run the same command: "
+                       "finished shards are kept"):
         pack_sites(sites, out, shard_sites=8, progress=False)
     assert sorted(f.name for f in (out / "shards").iterdir()) == ["00000.bin", "00001.bin", "00002.bin"]
     assert not (out / "manifest.json").exists() and not [f for f in out.rglob(".*")]
     monkeypatch.undo()
     written = (out / "shards" / "00001.bin").stat().st_mtime_ns
     store = pack_sites(sites, out, shard_sites=8, progress=False)
-    assert (out / "shards" / "00001.bin").stat().st_mtime_ns == written and len(verify_store(store, sites, progress=False)) == 0
+    assert (out / "shards" / "00001.bin").stat().st_mtime_ns == written
+    assert len(verify_store(store, sites, progress=False)) == 0
 
 
 # other programs, other places
@@ -418,14 +426,16 @@ def test_zarr_is_read_by_zarr_and_from_a_url(screen, tmp_path):
     zarr = pytest.importorskip("zarr", reason="the format zarr needs zarr 3, which needs Python 3.11")
     store = pack_screen(screen, tmp_path / "z", format="zarr", progress=False, say=quiet)
     array = zarr.open_array(tmp_path / "z" / "shards", mode="r")
-    assert array.shape == (len(store), 6, 48, 48) and array.metadata.zarr_format == 3 and array.shards == (64, 6, 48, 48)
+    assert array.shape == (len(store), 6, 48, 48) and array.metadata.zarr_format == 3
+    assert array.shards == (64, 6, 48, 48)
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path / "z"), "/bucket/z", recursive=True)
     remote = Store("memory://bucket/z")
     assert (remote.read(70) == store.read(70)).all() and (array[70] == store.read(70)).all()
     assert (remote.read(70, 5, 6, 7, 8) == store.read(70)[:, 5:12, 6:14]).all()
     sites = select_sites(screen)
-    ours, theirs = (list(screen_dataloaders(sites, bs=8, transforms=[], source=s, num_workers=2).train) for s in (remote, None))
+    ours, theirs = (list(screen_dataloaders(sites, bs=8, transforms=[], source=s, num_workers=2).train)
+                    for s in (remote, None))
     assert len(ours) == len(theirs) and all((a[0] == b[0]).all() for a, b in zip(ours, theirs))
     memory.rm("/bucket", recursive=True)
 
@@ -476,7 +486,8 @@ def test_read_ahead_passes_errors_on_and_stops(threads):
         if row == 7:
             raise DamagedSite("row 7")
 
-    n, reader = threading.active_count(), read_ahead([[1, 2], [7, 3], [4, 5]], read, BatchBuffers((1, 1, 1)).take, threads)
+    n, reader = threading.active_count(), read_ahead([[1, 2], [7, 3], [4, 5]], read, BatchBuffers((1, 1, 1)).take,
+                                                     threads)
     next(reader) if threads == 0 else None
     with pytest.raises(DamagedSite, match="row 7"):
         list(reader)

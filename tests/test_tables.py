@@ -1,4 +1,5 @@
-"Tables as people write them: what is the same is read the same by every reader, and what is wrong is named by file and row."
+"""Tables as people write them: what is the same is read the same by every reader, and what is wrong is named by file
+and row."""
 
 import re
 
@@ -41,12 +42,14 @@ def test_the_same_table_in_every_form(tmp_path, form):
     expected = pd.DataFrame(ROWS[1:], columns=ROWS[0])
     for table in (read_rows(path), read_table(path, ROWS[0]), read_plate_map(path)):
         pd.testing.assert_frame_equal(table[ROWS[0]], expected, check_dtype=False)
-        assert table.row.tolist() == list(range(2, 5)) if form != "said by Excel" else table.row.tolist() == list(range(3, 6))
+        assert table.row.tolist() == list(range(2, 5)) if form != "said by Excel" else table.row.tolist() == list(
+            range(3, 6))
 
 
 WRONG = {
     "UTF-16": (written(ROWS).encode("utf-16"), "UTF-16"),
-    "Latin-1": (written([*ROWS, ["D05", "Köln", "1"]]).encode("latin-1"), "row 5: not comma-separated UTF-8 text: byte 0xf6"),
+    "Latin-1": (written([*ROWS, ["D05", "Köln", "1"]]).encode("latin-1"),
+                "row 5: not comma-separated UTF-8 text: byte 0xf6"),
     "a workbook": (b"PK\x03\x04" + bytes(100), "a workbook"),
     "an image": (b"\x89PNG\r\n", "an image"),
     "binary": (b"well,treatment\n\0\0", "no text"),
@@ -57,7 +60,8 @@ WRONG = {
     "blank": (b"\n \n,,\n", "the file is empty"),
     "a header": (b"well,treatment\n,\n", "a header and no rows"),
     "a column twice": (b"well,dose,dose\nB02,1,2\n", "row 1: column 'dose' appears twice"),
-    "a column almost twice": (b"\nwell,dose, Dose \nB02,1,2\n", "row 2: columns 'dose' and 'Dose' differ in capitals or blanks only"),
+    "a column almost twice": (b"\nwell,dose, Dose \nB02,1,2\n",
+                              "row 2: columns 'dose' and 'Dose' differ in capitals or blanks only"),
 }
 
 
@@ -75,9 +79,11 @@ def test_every_word_of_pandas_for_unknown(tmp_path):
     from pandas._libs.parsers import STR_NA_VALUES
 
     words = sorted({w for v in STR_NA_VALUES for w in (v, v.lower(), v.upper(), f" {v} ")}) + ["-", "--"]
-    assert is_unknown(pd.Series(words)).all() and not is_unknown(pd.Series(["DMSO", "NaCl", "nano", "0", "Nullomycin"])).any()
+    assert is_unknown(pd.Series(words)).all()
+    assert not is_unknown(pd.Series(["DMSO", "NaCl", "nano", "0", "Nullomycin"])).any()
     wells = [f"{r}{c:02}" for r in "ABCDEFGH" for c in range(1, 25)]
-    (tmp_path / "t.csv").write_text("well,treatment\nA01,DMSO\n" + "".join(f"{w},{v}\n" for w, v in zip(wells[1:], words)))
+    (tmp_path / "t.csv").write_text("well,treatment\nA01,DMSO\n" + "".join(
+        f"{w},{v}\n" for w, v in zip(wells[1:], words)))
     found = plate_map_wells(read_plate_map(tmp_path / "t.csv"))
     assert found.sirna.notna().sum() == 1 and (found.split == "test").sum() == len(words)
 
@@ -96,10 +102,13 @@ def test_notices_of_a_description(tmp_path):
 
 
 @each("pair, how, shown", [
-    (["Taxol", "taxol "], "capitals or blanks", "'Taxol' and 'taxol '"), (["Taxol", "Tax\u200bol"], "invisible characters or the coding of accents", r"'Taxol' and 'Tax\\u200bol'"),
-    (["Caf\u00e9", "Cafe\u0301"], "invisible characters or the coding of accents", r"'Cafe\\u0301' and 'Caf\\xe9'"), (["5 uM", "5\u00a0uM"], "capitals or blanks", r"'5 uM' and '5\\xa0uM'"),
-    (["\u00b5M", "\u03bcM"], "capitals or blanks", r"'\\xb5M' and '\\u03bcM'"), (["a\u00adb", "ab"], "invisible", r"'a\\xadb'"), (["x\ufe0f", "x"], "invisible", r"'x\\ufe0f'"),
-])  # fmt: skip
+    (["Taxol", "taxol "], "capitals or blanks", "'Taxol' and 'taxol '"),
+    (["Taxol", "Tax\u200bol"], "invisible characters or the coding of accents", r"'Taxol' and 'Tax\\u200bol'"),
+    (["Caf\u00e9", "Cafe\u0301"], "invisible characters or the coding of accents", r"'Cafe\\u0301' and 'Caf\\xe9'"),
+    (["5 uM", "5\u00a0uM"], "capitals or blanks", r"'5 uM' and '5\\xa0uM'"),
+    (["\u00b5M", "\u03bcM"], "capitals or blanks", r"'\\xb5M' and '\\u03bcM'"),
+    (["a\u00adb", "ab"], "invisible", r"'a\\xadb'"), (["x\ufe0f", "x"], "invisible", r"'x\\ufe0f'"),
+])
 def test_names_that_look_alike(pair, how, shown):
     (names,) = alike(pd.Series([*pair, "another"]))
     assert re.search(shown, said := alike_names(names)) and f"differ in {how}" in said and said.isprintable()
@@ -114,13 +123,19 @@ def test_notices_of_names_that_look_alike(tmp_path):
         (tmp_path / e).mkdir()
     for path in ("a/B02", "a/B03", "b/B02", "b/B03"):
         Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / f"{path}_DAPI.png")
-    rows = [("a", "B02", "Taxol", "HeLa", "day", "P1"), ("a", "B03", "Tax\u200bol", "HeLa", "day", "P1"), ("b", "B02", "Caf\u00e9", "He\u200dLa", "day\u2060", "P1\ufeff"), ("b", "B03", "Cafe\u0301", "He\u200dLa", "day\u2060", "P1\ufeff")]
-    (tmp_path / "map.csv").write_text("folder,well,treatment,cell_type,experiment,plate\n" + "".join(",".join(r) + "\n" for r in rows), encoding="utf-8")
+    rows = [("a", "B02", "Taxol", "HeLa", "day", "P1"), ("a", "B03", "Tax\u200bol", "HeLa", "day", "P1"),
+            ("b", "B02", "Caf\u00e9", "He\u200dLa", "day\u2060", "P1\ufeff"),
+            ("b", "B03", "Cafe\u0301", "He\u200dLa", "day\u2060", "P1\ufeff")]
+    (tmp_path / "map.csv").write_text("folder,well,treatment,cell_type,experiment,plate\n" + "".join(
+        ",".join(r) + "\n" for r in rows), encoding="utf-8")
     said = []
     describe_screen(tmp_path, files="{folder}/{well}_{channel}.png", say=lambda s: said.append(str(s)))
     notices = [s for s in said if s.startswith("Notice")]
-    for what in (r"treatment 'Taxol' and 'Tax\u200bol'", r"treatment 'Cafe\u0301' and 'Caf\xe9'", r"cell type 'HeLa' and 'He\u200dLa'", r"experiment 'day' and 'day\u2060'", r"plate 'P1' and 'P1\ufeff'"):
-        assert any(all(part in s for part in what.split(" and ")) and "invisible characters or the coding of accents only" in s for s in notices), (what, notices)
+    for what in (r"treatment 'Taxol' and 'Tax\u200bol'", r"treatment 'Cafe\u0301' and 'Caf\xe9'",
+                 r"cell type 'HeLa' and 'He\u200dLa'", r"experiment 'day' and 'day\u2060'",
+                 r"plate 'P1' and 'P1\ufeff'"):
+        assert any(all(part in s for part in what.split(" and "))
+                   and "invisible characters or the coding of accents only" in s for s in notices), (what, notices)
     (tmp_path / "twice.csv").write_text("well,dose,do\u200bse\nB02,1,2\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"row 1: columns 'dose' and 'do\\u200bse' differ in invisible characters"):
         read_rows(tmp_path / "twice.csv")

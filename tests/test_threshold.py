@@ -1,4 +1,5 @@
-"Thresholds against brute force, folds without leaks, shares, files, what is refused; and what rare classes lose, by the benchmark's own functions."
+"""Thresholds against brute force, folds without leaks, shares, files, what is refused; and what rare classes lose,
+by the benchmark's own functions."""
 
 import importlib.util
 import json
@@ -23,7 +24,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def draw(seed=0, n=400, shares=(0.4, 0.1, 0.03), d=2.0, decimals=None, groups=0):
-    "Probabilities that are right, labels with 2 positives per class at least, and groups; with `decimals` many scores are equal"
+    """Probabilities that are right, labels with 2 positives per class at least, and groups; with `decimals` many
+    scores are equal"""
     rng, shares = np.random.default_rng(seed), np.asarray(shares)
     y = (rng.random((n, len(shares))) < shares).astype(np.uint8)
     y[:2] = 1
@@ -48,7 +50,8 @@ def test_no_threshold_is_better_than_the_best(decimals, dtype):
         for c in range(3):
             t, f1 = best_threshold(p[:, c], y[:, c])
             all_f1 = {x: f1_scores(y[:, [c]], p[:, [c]] >= x)[0] for x in every_cut(p[:, c])}
-            assert f1 == pytest.approx(max(all_f1.values())) and f1_scores(y[:, [c]], p[:, [c]] >= t)[0] == pytest.approx(f1)
+            assert f1 == pytest.approx(max(all_f1.values()))
+            assert f1_scores(y[:, [c]], p[:, [c]] >= t)[0] == pytest.approx(f1)
             n_best = min((p[:, c] >= x).sum() for x, f in all_f1.items() if f > f1 - 1e-12)
             assert (p[:, c] >= t).sum() == n_best  # of equals the one with the fewest predictions
             assert t not in p[:, c] or t == 0  # between scores, so that a change in the last digit moves nobody
@@ -72,7 +75,8 @@ def test_no_common_threshold_is_better(average, decimals):
         t = GlobalThreshold(average, empty="none").fit(p, y).thresholds_
         if average == "micro":
             y, p = y.reshape(-1, 1), p.reshape(-1, 1)
-        assert len(set(t)) == 1 and macro_f1(y, p >= t[0]) == pytest.approx(max(macro_f1(y, p >= x) for x in every_cut(p)))
+        assert len(set(t)) == 1
+        assert macro_f1(y, p >= t[0]) == pytest.approx(max(macro_f1(y, p >= x) for x in every_cut(p)))
 
 
 def test_a_class_without_positives_gets_the_fallback():
@@ -128,7 +132,8 @@ def test_soft_f1_finds_its_maximum_and_its_derivative_is_right():
     tried = np.linspace(0.02, 0.98, 1921)
     for c in range(3):
         soft = np.array([_soft_f1(p[:, c], y[:, c].astype(float), t, 0.02) for t in tried])
-        np.testing.assert_allclose(np.gradient(soft[:, 0], tried)[1:-1], soft[1:-1, 1], atol=2e-3 * abs(soft[:, 1]).max())
+        np.testing.assert_allclose(np.gradient(soft[:, 0], tried)[1:-1], soft[1:-1, 1],
+                                   atol=2e-3 * abs(soft[:, 1]).max())
         t = SoftF1Threshold(weight_decay=0).fit(p, y).thresholds_[c]
         assert _soft_f1(p[:, c], y[:, c].astype(float), t, 0.02)[0] > soft[:, 0].max() - 1e-4
     strong = SoftF1Threshold(weight_decay=1e3).fit(p, y).thresholds_
@@ -156,7 +161,8 @@ def test_em_finds_the_most_likely_shares():
     keep = (y[:, 0] == 0) | (np.random.default_rng(0).random(len(y)) < 0.3)  # a shift of the first class
     shares = estimate_shares(p[keep], prior, tol=1e-9)
     for c in range(3):
-        likelihood = [np.log(s * p[keep, c] / prior[c] + (1 - s) * (1 - p[keep, c]) / (1 - prior[c])).sum() for s in tried]
+        likelihood = [np.log(s * p[keep, c] / prior[c] + (1 - s) * (1 - p[keep, c]) / (1 - prior[c])).sum()
+                      for s in tried]
         assert shares[c] == pytest.approx(tried[np.argmax(likelihood)], abs=1e-3)
     assert abs(shares[0] - y[keep, 0].mean()) < 0.25 * abs(prior[0] - y[keep, 0].mean())
     np.testing.assert_array_equal(estimate_shares(p, [0.0, 1.0, 0.5])[:2], [0, 1])
@@ -218,7 +224,8 @@ def test_every_method_is_an_estimator_that_fits_adapts_and_predicts(name):
     e = create_threshold(name, empty="none")
     before = repr(e)
     fitted = clone(e).fit(p, y, g)
-    assert fitted.thresholds_.shape == (3,) and np.isfinite(fitted.thresholds_).all() and repr(e) == before and not hasattr(e, "thresholds_")
+    assert fitted.thresholds_.shape == (3,) and np.isfinite(fitted.thresholds_).all()
+    assert repr(e) == before and not hasattr(e, "thresholds_")
     np.testing.assert_array_equal(clone(e).fit(p, y, g).thresholds_, fitted.thresholds_)
     np.testing.assert_array_equal(fitted.adapt(p).predict(p.astype(np.float32)).shape, y.shape)
     assert macro_f1(y, fitted.predict(p)) > macro_f1(y, np.ones_like(y))
@@ -257,10 +264,13 @@ def test_nested_folds_never_show_what_they_ask_for():
     inner = [s for s in Watching.seen if s[2] is not None]
     assert len(inner) == 8 and all(fit | held == set(p[:, 0]) and not fit & held for fit, _, held, _ in inner)
     for fit, groups, held, asked in inner:
-        assert held == asked and not {group[x] for x in fit} & {group[x] for x in held} and set(groups) == {group[x] for x in fit}
+        assert held == asked and not {group[x] for x in fit} & {group[x] for x in held}
+        assert set(groups) == {group[x] for x in fit}
     assert set.union(*[s[2] for s in inner[:4]]) == set(p[:, 0])
     value = macro_f1(y, p >= 0.5)
-    assert n.macro_f1 == pytest.approx(value) == pytest.approx(n.in_sample) and n.optimism == pytest.approx(0)  # a constant learns nothing
+    # a constant learns nothing
+    assert n.macro_f1 == pytest.approx(value) == pytest.approx(n.in_sample)
+    assert n.optimism == pytest.approx(0)
     np.testing.assert_allclose(n.f1, f1_scores(y, p >= 0.5))
 
 
@@ -287,8 +297,10 @@ def test_noise_has_an_optimism_that_nested_folds_take_away():
     p = rng.random(y.shape)  # scores that know nothing
     table = compare_thresholds(p, y, ("constant", "f1"), n_repeats=2, n_bootstrap=50, progress=False)
     f1 = table.loc["f1"]
-    assert f1.optimism > 0.03 and f1.in_sample > f1.high and f1.optimism == pytest.approx(f1.in_sample - f1.out_of_sample)
-    assert table.gain["constant"] == table.gain_low["constant"] == 0 and f1.gain == pytest.approx(f1.out_of_sample - table.out_of_sample["constant"])
+    assert f1.optimism > 0.03 and f1.in_sample > f1.high
+    assert f1.optimism == pytest.approx(f1.in_sample - f1.out_of_sample)
+    assert table.gain["constant"] == table.gain_low["constant"] == 0
+    assert f1.gain == pytest.approx(f1.out_of_sample - table.out_of_sample["constant"])
     alone = nested_macro_f1(F1Threshold(), p, y, n_repeats=2, n_bootstrap=50)
     assert (alone.macro_f1, alone.low, alone.high) == pytest.approx((f1.out_of_sample, f1.low, f1.high))
 
@@ -321,7 +333,8 @@ def broken(file, **changes):
         (lambda f: f.write_text("[1]"), "thresholds.json holds no thresholds"),
         (lambda f: broken(f, thresholds={}), "thresholds.json holds no thresholds"),
         (lambda f: broken(f, thresholds={"a": "high", "b": 1}), "the threshold of 'a' is 'high', expected a number"),
-        (lambda f: broken(f, thresholds={"a": 0.5, "c": 0.5}), "thresholds.json has other classes: 'b' is only asked for"),
+        (lambda f: broken(f, thresholds={"a": 0.5, "c": 0.5}),
+         "thresholds.json has other classes: 'b' is only asked for"),
         (lambda f: broken(f, empty={"class": "z"}), "empty predictions get class 'z', which has no threshold"),
     ],
 )
@@ -407,7 +420,8 @@ def test_the_formula_of_the_benchmark_agrees_with_many_images(benchmark):
     q = np.linspace(0.01, 0.99, 99)[:, None]  # the score is the least focal loss, so no other probability has less
     h = 0.2
     loss = h * (1 - q) ** 2 * -np.log(q) + (1 - h) * q**2 * -np.log(1 - q)
-    assert q[loss.argmin(), 0] == pytest.approx(expit(np.interp(logit(h), benchmark._LOG_ODDS, benchmark._GRID)), abs=0.01)
+    assert q[loss.argmin(), 0] == pytest.approx(expit(np.interp(logit(h), benchmark._LOG_ODDS, benchmark._GRID)),
+                                                abs=0.01)
 
 
 def test_best_cuts_lose_more_the_fewer_positives_there_are(benchmark):

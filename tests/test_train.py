@@ -27,9 +27,10 @@ from rcic_fastai.train.precision import AutoMixedPrecision, fast_precision
 from rcic_fastai.train.learner import LossOnDevice, ScreenLearner, fit_stage, screen_learner
 from rcic_fastai.train.network import recipe_model
 from rcic_fastai.train.controls import pretrain_on_controls
-from rcic_fastai.run.folder import load_run, read_run  # fmt: skip
+from rcic_fastai.run.folder import load_run, read_run
 
-laptop = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "data.cache=false", "data.epoch_sites=0")
+laptop = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "data.cache=false",
+                       "data.epoch_sites=0")
 tiny = change_recipe(laptop, "model.arch=resnet10t", 'model.arch_options={"channels": [8, 8, 8, 8], "stem_width": 8}')
 
 
@@ -76,19 +77,23 @@ def test_radam_is_the_published_one():
 
 def plain_loop(name, groups, **settings):
     "PyTorch's own optimiser, one parameter after the other"
-    make = dict(radam=partial(torch.optim.RAdam, decoupled_weight_decay=True), adam=torch.optim.Adam, adamw=torch.optim.AdamW)[name]
+    make = dict(radam=partial(torch.optim.RAdam, decoupled_weight_decay=True), adam=torch.optim.Adam,
+                adamw=torch.optim.AdamW)[name]
     return make([{"params": g} for g in groups], foreach=False, **settings)
 
 
 @pytest.mark.parametrize("name", optimizers)
 def test_optimisers_equal_a_plain_loop(name):
-    "Per-group learning rates, decay, a scheduled momentum, a group that is frozen for a while, state saved and loaded, and a change of layout."
+    """Per-group learning rates, decay, a scheduled momentum, a group that is frozen for a while, state saved and
+    loaded, and a change of layout."""
     torch.manual_seed(0)
     shapes = [[(4, 3, 3, 3), (4,)], [(8, 4)], [(5,), (2, 5)]]
-    ours, theirs = ([[nn.Parameter(torch.ones(s).mul_(i + 1)) for s in g] for i, g in enumerate(shapes)] for _ in range(2))
+    ours, theirs = ([[nn.Parameter(torch.ones(s).mul_(i + 1)) for s in g] for i, g in enumerate(shapes)]
+                    for _ in range(2))
     opt, other = optimizers[name](ours, lr=1e-3, eps=1e-2), plain_loop(name, theirs, lr=1e-3, eps=1e-2)
     opt.set_hypers(wd=[0.0, 0.1, 0.2], lr=slice(1e-3, 1e-1))
-    assert [h["lr"] for h in opt.hypers] == pytest.approx([1e-3, 1e-2, 1e-1]) and [h["wd"] for h in opt.hypers] == [0.0, 0.1, 0.2]
+    assert [h["lr"] for h in opt.hypers] == pytest.approx([1e-3, 1e-2, 1e-1])
+    assert [h["wd"] for h in opt.hypers] == [0.0, 0.1, 0.2]
     for g, wd in zip(other.param_groups, (0.0, 0.1, 0.2)):
         g["weight_decay"] = wd
     for step in range(14):
@@ -96,7 +101,9 @@ def test_optimisers_equal_a_plain_loop(name):
         opt.set_hyper("mom", 0.95 - step / 100)
         for g, h in zip(other.param_groups, opt.hypers):
             g["lr"], g["betas"] = float(h["lr"]), (0.95 - step / 100, 0.999)
-        if step == 7:  # the weights of the convolution move to another layout, with what is known of them; then all is saved and loaded
+        # the weights of the convolution move to another layout, with what is known of them; then all is saved and
+        # loaded
+        if step == 7:
             ours[0][0].data = ours[0][0].data.contiguous(memory_format=torch.channels_last)
             saved = {k: v for k, v in opt.state_dict().items()}
             opt = optimizers[name](ours, lr=1e-3)
@@ -128,7 +135,8 @@ def test_freezing_keeps_the_body_and_starts_radam_anew(sites):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, lr=slice(1e-4, 1e-2))
         moved = {k for k, v in learn.model.named_parameters() if v.ndim > 1 and not torch.equal(v, before[k])}
-        assert moved == {"head.classifier.weight"} and [h["lr"] for h in learn.opt.hypers] == pytest.approx([1e-4, 1e-3, 1e-2])
+        assert moved == {"head.classifier.weight"}
+        assert [h["lr"] for h in learn.opt.hypers] == pytest.approx([1e-4, 1e-3, 1e-2])
         learn.unfreeze()
         assert not learn.opt.opt.state
         learn.fit(1)
@@ -138,7 +146,8 @@ def test_freezing_keeps_the_body_and_starts_radam_anew(sites):
 def test_precision_auto_never_emulates(monkeypatch):
     "Nor does it take bfloat16 for networks that are faster without"
     monkeypatch.delenv("RCIC_BF16", raising=False)
-    cpu, dense, depthwise = torch.device("cpu"), nn.Conv2d(8, 8, 3, groups=4), nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))
+    cpu, dense, depthwise = (torch.device("cpu"), nn.Conv2d(8, 8, 3, groups=4),
+                             nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)))
     for flag, expected in ((False, "fp32"), (True, "bf16")):
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, name, lambda flag=flag: flag, raising=False)
@@ -147,10 +156,12 @@ def test_precision_auto_never_emulates(monkeypatch):
 
 
 @each("arch, precision, setting, expected", [
-    ("resnet10t", "fp32", "auto", True), ("efficientnet_lite0", "fp32", "auto", True), ("efficientnet_lite0", "bf16", "auto", False),
-    ("efficientnet_lite0", "bf16", "true", True), ("resnet10t", "fp32", "false", False)])  # fmt: skip
+    ("resnet10t", "fp32", "auto", True), ("efficientnet_lite0", "fp32", "auto", True),
+    ("efficientnet_lite0", "bf16", "auto", False),
+    ("efficientnet_lite0", "bf16", "true", True), ("resnet10t", "fp32", "false", False)])
 def test_memory_layout_per_architecture(sites, arch, precision, setting, expected):
-    recipe = change_recipe(laptop, f"device.precision={precision}", f"device.channels_last={setting}", f"model.arch={arch}", "model.arch_options={}")
+    recipe = change_recipe(laptop, f"device.precision={precision}", f"device.channels_last={setting}",
+                           f"model.arch={arch}", "model.arch_options={}")
     learn = screen_learner(recipe_dataloaders(sites, recipe), recipe)
     learn("before_fit")
     spatial = next(p for p in learn.model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
@@ -164,7 +175,8 @@ def test_mixed_precision_on_the_cpu(screen, sites, precision):
     recipe = change_recipe(laptop, f"device.precision={precision}", "model.arch=resnet10t", "data.crop=32")
     dls = recipe_dataloaders(sites.groupby("experiment").head(8).reset_index(drop=True), recipe)
     learn = screen_learner(dls, recipe)
-    handle = next(m for m in learn.model.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    handle = next(m for m in learn.model.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(
+        lambda m, i, o: seen.append(o.dtype))
     with learn.no_bar(), learn.no_logging():
         fit_stage(learn, recipe.train)
         learn.validate(dl=dls.train)
@@ -176,10 +188,13 @@ def test_mixed_precision_on_the_cpu(screen, sites, precision):
 
 
 def test_gradients_of_tiny_images_are_finite(sites):
-    "Of 16 pixels one is left before the last stage, where oneDNN leaves part of a bfloat16 gradient as it found the memory."
+    """Of 16 pixels one is left before the last stage, where oneDNN leaves part of a bfloat16 gradient as it found
+    the memory."""
     recipe = change_recipe(laptop, "device.precision=bf16", "model.arch=resnet10t", "data.crop=16")
-    learn = screen_learner(recipe_dataloaders(sites.groupby("experiment").head(8).reset_index(drop=True), recipe), recipe)
-    junk = [torch.full((9 * c * c * 2,), torch.nan, dtype=t) for c in (64, 128, 256) for t in (torch.float32, torch.bfloat16) for _ in range(8)]
+    learn = (screen_learner(recipe_dataloaders(sites.groupby("experiment").head(8).reset_index(drop=True), recipe),
+                            recipe))
+    junk = [torch.full((9 * c * c * 2,), torch.nan, dtype=t) for c in (64, 128, 256)
+            for t in (torch.float32, torch.bfloat16) for _ in range(8)]
     del junk
     with learn.no_bar(), learn.no_logging():
         fit_stage(learn, recipe.train)
@@ -203,9 +218,10 @@ class Spying(nn.Module):
 
 
 def test_inference_mode_and_plain_tensors(sites):
-    "No gradients and no types of fastai where the network runs; ordinary tensors come out, and gradients flow afterwards."
+    """No gradients and no types of fastai where the network runs; ordinary tensors come out, and gradients flow
+    afterwards."""
     recipe = change_recipe(laptop, "loss.name=cross_entropy", "loss.options={}", "model.head=linear", "data.controls=0",
-                           "device.precision=fp32")  # fmt: skip
+                           "device.precision=fp32")
     dls = recipe_dataloaders(sites, recipe, valid="experiment=HUVEC-03")
     learn = screen_learner(dls, recipe, Spying())
     learn.splitter = one_group
@@ -214,7 +230,8 @@ def test_inference_mode_and_plain_tensors(sites):
         assert {s[:2] for s in learn.model.seen} == {(True, False), (False, True)}
         assert {s[2:] for s in learn.model.seen} == {(torch.Tensor, torch.Tensor)}
         learn.model.seen.clear()
-        scores, y = learn.get_preds(cbs=Callback(after_pred=lambda self: self.learn.pred.mul_(1.0)))  # fails with a tensor of inference mode
+        # fails with a tensor of inference mode
+        scores, y = learn.get_preds(cbs=Callback(after_pred=lambda self: self.learn.pred.mul_(1.0)))
         views, _ = learn.tta(n=2)
         learn.validate()
         assert {s[:2] for s in learn.model.seen} == {(False, True)}
@@ -224,7 +241,8 @@ def test_inference_mode_and_plain_tensors(sites):
         for x, context, _ in dls.valid.new(shuffle=False):
             x = x.as_subclass(torch.Tensor).contiguous(memory_format=torch.channels_last)
             expected.append(learn.model(x, context).detach().softmax(1))
-        torch.testing.assert_close(scores.as_subclass(torch.Tensor).sort(0).values, torch.cat(expected).sort(0).values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores.as_subclass(torch.Tensor).sort(0).values, torch.cat(expected).sort(0).values,
+                                   rtol=1e-4, atol=1e-5)
         assert not scores.is_inference() and not views.is_inference() and len(scores) == len(y) == len(dls.valid_ds)
         nn.Linear(8, 1)(scores.as_subclass(torch.Tensor)).sum().backward()
         learn.lr_find(num_it=4, show_plot=False)
@@ -244,13 +262,15 @@ def test_an_error_in_validation_leaves_no_mode_behind(sites, error):
                 raise error("no")
             return super().forward(x, context)
 
-    recipe = change_recipe(laptop, "loss.name=cross_entropy", "loss.options={}", "model.head=linear", "device.precision=bf16")
+    recipe = change_recipe(laptop, "loss.name=cross_entropy", "loss.options={}", "model.head=linear",
+                           "device.precision=bf16")
     learn = screen_learner(recipe_dataloaders(sites, recipe, valid="experiment=HUVEC-03"), recipe, Failing())
     learn.splitter = one_group
     with learn.no_bar(), learn.no_logging():
         with pytest.raises(error, match="no"):
             fit_stage(learn, recipe.train)
-        assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        assert torch.is_grad_enabled()
         learn.model.fail = False
         fit_stage(learn, recipe.train)
     assert "forward" not in learn.model.__dict__
@@ -258,7 +278,8 @@ def test_an_error_in_validation_leaves_no_mode_behind(sites, error):
 
 @pytest.mark.slow
 def test_compiling_keeps_names_and_statistics(sites, tmp_path):
-    "The body is compiled in place: it trains compiled, is validated as written, and what is saved fits the plain network."
+    """The body is compiled in place: it trains compiled, is validated as written, and what is saved fits the plain
+    network."""
     calls, recipe = [], change_recipe(tiny, "device.compile=eager")
 
     def counting(graph, inputs):
@@ -266,7 +287,8 @@ def test_compiling_keeps_names_and_statistics(sites, tmp_path):
 
     dls = recipe_dataloaders(sites, recipe, valid="experiment=HUVEC-03")
     plain, learn = recipe_model(recipe, 8), screen_learner(dls, recipe)
-    assert learn.model.body._compiled_call_impl is not None and list(learn.model.state_dict()) == list(plain.state_dict())
+    assert learn.model.body._compiled_call_impl is not None
+    assert list(learn.model.state_dict()) == list(plain.state_dict())
     learn.model.body.compile(backend=counting)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
@@ -300,7 +322,8 @@ def test_losses_of_the_steps_are_those_of_fastai(sites):
 
 
 def test_every_callback_hears_what_it_knows(sites):
-    "In the order of fastai, whether an event is defined by the class or given to the object; one that was off is on again after the fit."
+    """In the order of fastai, whether an event is defined by the class or given to the object; one that was off is
+    on again after the fit."""
     heard = []
 
     class Late(Callback):
@@ -352,9 +375,11 @@ def test_gradient_accumulation_equals_a_large_batch(sites):
         def opt_func(params, lr, **kwargs):
             return OptimWrapper(params, opt=Recording, lr=lr, momentum=0.9)
 
-        recipe = change_recipe(laptop, f"data.batch_size={bs}", "data.domain=null", "data.d4=false", "data.intensity=0", "model.head=linear",
-                               "loss.name=cross_entropy", "loss.options={}", f"train.accumulate={accumulate}", "data.crop=null",
-                               "device.channels_last=false")  # fmt: skip
+        recipe = change_recipe(laptop, f"data.batch_size={bs}", "data.domain=null", "data.d4=false", "data.intensity=0",
+                               "model.head=linear",
+                               "loss.name=cross_entropy", "loss.options={}", f"train.accumulate={accumulate}",
+                               "data.crop=null",
+                               "device.channels_last=false")
         table, seen = sites[sites.experiment == "HUVEC-01"].iloc[:16].reset_index(drop=True), []
         dls = recipe_dataloaders(table, recipe, classes=list(range(8)))
         torch.manual_seed(0)
@@ -386,7 +411,8 @@ def test_measured_statistics(screen, sites, by):
     stats = measure_stats(dls, sites, by)
     from rcic_fastai.data.store import read_site
 
-    own = {"screen": sites, "experiment": sites[sites.experiment == "HUVEC-02"], "plate": sites[(sites.experiment == "HUVEC-02") & (sites.plate == 3)]}[by]
+    own = {"screen": sites, "experiment": sites[sites.experiment == "HUVEC-02"],
+           "plate": sites[(sites.experiment == "HUVEC-02") & (sites.plate == 3)]}[by]
     pixels = np.stack([read_site(f) for f in own.files]).astype(np.float64)
     index = {"screen": (), "experiment": (1,), "plate": (1, 2)}[by]
     np.testing.assert_allclose(stats.mean[index].numpy(), pixels.mean((0, 2, 3)), rtol=1e-5)
@@ -396,7 +422,8 @@ def test_measured_statistics(screen, sites, by):
 def test_sample_sites_takes_some_of_each(sites):
     sample = sample_sites(sites, "plate", n=3)
     assert (sample.groupby(["experiment", "plate"]).size() == 3).all()
-    assert sample.equals(sample_sites(sites, "plate", n=3)) and not sample.index.equals(sample_sites(sites, "plate", n=3, seed=1).index)
+    assert sample.equals(sample_sites(sites, "plate", n=3))
+    assert not sample.index.equals(sample_sites(sites, "plate", n=3, seed=1).index)
 
 
 def test_pretraining_keeps_the_body(screen, tmp_path):
@@ -415,7 +442,8 @@ def test_run_with_pretraining_writes_its_folder(screen, tmp_path):
     train_run(screen, change_recipe(laptop, "controls.epochs=1"), run, say=quiet)
     assert {p.name for p in run.iterdir()} == {"history.csv", "recipe.json", "run.json", "model.safetensors"}
     history = pd.read_csv(run / "history.csv")
-    assert list(history.columns) == ["stage", "epoch", "train_loss", "accuracy", "time"] and list(history.stage) == ["controls", "train"]
+    assert list(history.columns) == ["stage", "epoch", "train_loss", "accuracy", "time"]
+    assert list(history.stage) == ["controls", "train"]
 
 
 def test_run_comes_back(small_run, small_screen):
@@ -460,8 +488,9 @@ def test_every_standardisation_reaches_new_experiments(screen, tmp_path, standar
 
 
 def test_errors_come_before_training(screen, tmp_path):
-    for kwargs, message in ((dict(target="dose"), "target 'dose' is no column"), (dict(valid="experiment=HUVEC-99"), "HUVEC-99"),
-                            (dict(wells="some"), "wells is 'some'")):  # fmt: skip
+    for kwargs, message in ((dict(target="dose"), "target 'dose' is no column"),
+                            (dict(valid="experiment=HUVEC-99"), "HUVEC-99"),
+                            (dict(wells="some"), "wells is 'some'")):
         with pytest.raises(ValueError, match=message):
             train_run(screen, laptop, tmp_path / "run", say=quiet, **kwargs)
     assert not (tmp_path / "run").exists()

@@ -38,15 +38,18 @@ def test_a_number_keeps_its_meaning():
 
 
 @each("settings, message", [
-    (dict(d4=3), "d4 is 3, expected 1, 2, 4 or 8"), (dict(crops=0), "crops is 0"), (dict(seeds=65), "seeds is 65"), (dict(crop_size=1.5), "crop_size is 1.5"),
-    (dict(combine="median"), "combine is 'median', expected 'mean' or 'max'"), (dict(plain_weight=-.1), "plain_weight is -0.1"), (dict(space="odds"), "space is 'odds'"),
-    (dict(crop=2), "tta has no setting 'crop'")])  # fmt: skip
+    (dict(d4=3), "d4 is 3, expected 1, 2, 4 or 8"), (dict(crops=0), "crops is 0"), (dict(seeds=65), "seeds is 65"),
+    (dict(crop_size=1.5), "crop_size is 1.5"),
+    (dict(combine="median"), "combine is 'median', expected 'mean' or 'max'"),
+    (dict(plain_weight=-.1), "plain_weight is -0.1"), (dict(space="odds"), "space is 'odds'"),
+    (dict(crop=2), "tta has no setting 'crop'")])
 def test_bad_groups(settings, message):
     with pytest.raises(ValueError, match=message):
         tta_group(settings)
 
 
-@each("activation, space, combine, weight", [*product(["softmax", "sigmoid"], ["logit", "probability"], ["mean", "max"], [0.0, 0.4, 1.0])])
+@each("activation, space, combine, weight",
+      [*product(["softmax", "sigmoid"], ["logit", "probability"], ["mean", "max"], [0.0, 0.4, 1.0])])
 def test_combination_against_float64_by_hand(activation, space, combine, weight):
     y = np.random.default_rng(0).normal(0, 4, (8, 5, 6))
     z = y if space == "logit" else expit(y) if activation == "sigmoid" else softmax(y, -1)
@@ -63,8 +66,10 @@ def test_what_is_combined_by_default():
     logit, probability = TTA(space="logit"), TTA(space="probability")
     assert torch.equal(combine_views(y, TTA()), combine_views(y, logit))
     assert torch.equal(combine_views(y, TTA(), "sigmoid"), combine_views(y, probability, "sigmoid"))
-    shifted = y + torch.arange(8.0)[:, None, None] * 5  # softmax does not see a constant per view, and neither does a maximum
-    np.testing.assert_allclose(*(log_softmax(combine_views(v, TTA(combine="max")).numpy(), 1) for v in (y, shifted)), atol=1e-5)
+    # softmax does not see a constant per view, and neither does a maximum
+    shifted = y + torch.arange(8.0)[:, None, None] * 5
+    np.testing.assert_allclose(*(log_softmax(combine_views(v, TTA(combine="max")).numpy(), 1) for v in (y, shifted)),
+                               atol=1e-5)
 
 
 @pytest.mark.parametrize("combine", ["mean", "max"])
@@ -128,7 +133,8 @@ def test_draws_depend_on_seed_and_key_alone(bound):
     rows = [plain(show(x[i : i + 1], context[i : i + 1], TTAView(2, 0, 1), keys[i : i + 1])[0]) for i in order]
     assert torch.equal(torch.cat(rows), first[order])
     assert torch.equal(torch.get_rng_state(), state)  # the generators of training do not move
-    assert all(torch.equal(t.generator.get_state(), s) for t, s in zip([t for t in tfms if getattr(t, "generator", None) is not None], states))
+    assert all(torch.equal(t.generator.get_state(), s)
+               for t, s in zip([t for t in tfms if getattr(t, "generator", None) is not None], states))
     assert not torch.equal(first, plain(show(x, context, TTAView(2, 0, 2), keys)[0]))
     same = MultiChannelImage(plain(x)[:1].expand(4, -1, -1, -1))
     drawn = plain(show(same, context, TTAView(0, 0, 1), keys)[0])
@@ -144,10 +150,12 @@ def test_draws_leave_out_what_the_group_counts_off():
     assert check_views(TTA(seeds=4), ViewTransform([RandomResizedSquareCrop(32)])) is None
 
 
-@each("group, symmetries", [(TTA(), range(8)), (TTA(d4=4), range(4)), (TTA(d4=2), range(2)), (TTA(combine="max"), range(8))])
+@each("group, symmetries", [(TTA(), range(8)), (TTA(d4=4), range(4)), (TTA(d4=2), range(2)),
+                            (TTA(combine="max"), range(8))])
 def test_a_group_does_not_see_its_own_symmetries(group, symmetries):
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 5), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(32, 4))
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 5), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2),
+                              torch.nn.Flatten(), torch.nn.Linear(32, 4))
     x, context = raw()
     show = ViewTransform(screen_transforms(intensity=0))
 

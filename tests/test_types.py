@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = [p for p in (ROOT / "rcic_fastai").rglob("*.py") if p.stem != "all" and not p.stem.startswith("_") and "a module of version 0.1.0" not in p.read_text(encoding="utf-8")]
-PARAMETERS_OF_FASTAI = {"DomainDL.show_batch", "DomainDL.show_results", "MultiChannelImage.show"}  # what they override says what they take
+MODULES = [p for p in (ROOT / "rcic_fastai").rglob("*.py") if p.stem != "all" and not p.stem.startswith("_")
+           and "a module of version 0.1.0" not in p.read_text(encoding="utf-8")]
+# what they override says what they take
+PARAMETERS_OF_FASTAI = {"DomainDL.show_batch", "DomainDL.show_results", "MultiChannelImage.show"}
 ROWS_OF_TABLES = {("simulate_site", "well"), ("simulate_picture", "row")}  # of `itertuples`, which have no type
 
 # right and wrong uses; the comment is what mypy has to say about the line
@@ -34,11 +36,13 @@ grouped_folds(np.eye(4), groups=['a', 'a', 'b', 'c'], folds=2)  # call-arg
 
 @pytest.mark.slow
 def test_mypy_finds_nothing_in_the_package_and_every_wrong_use(tmp_path):
-    "One run for both: reading torch and numpy takes most of its time; mypy keeps what it read, and looks whether that is still so"
+    """One run for both: reading torch and numpy takes most of its time; mypy keeps what it read, and looks whether
+    that is still so"""
     pytest.importorskip("mypy", reason="mypy is one of the development requirements")
     uses = tmp_path / "uses.py"
     uses.write_text(USES)
-    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--cache-dir", str(ROOT / ".mypy_cache"), "--no-pretty", "rcic_fastai", str(uses)]
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--cache-dir",
+               str(ROOT / ".mypy_cache"), "--no-pretty", "rcic_fastai", str(uses)]
     env = {k: v for k, v in os.environ.items() if not k.startswith("MYPY")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode in (0, 1), done.stdout + done.stderr
@@ -46,7 +50,8 @@ def test_mypy_finds_nothing_in_the_package_and_every_wrong_use(tmp_path):
     own = [e for e in errors if e.startswith("rcic_fastai")]
     assert not own, "\n".join(own)
     found = {int(e.split("uses.py:")[1].split(":")[0]): e.rsplit("[", 1)[1].rstrip("]") for e in errors}
-    assert found == {i: line.split("  # ")[1] for i, line in enumerate(USES.splitlines(), 1) if "  # " in line}, done.stdout
+    assert found == {i: line.split("  # ")[1] for i, line in enumerate(USES.splitlines(), 1)
+                     if "  # " in line}, done.stdout
 
 
 def inside(node):
@@ -58,19 +63,22 @@ def inside(node):
 
 
 def gives_something(f):
-    return any(isinstance(n, ast.Yield | ast.YieldFrom) or isinstance(n, ast.Return) and n.value is not None for n in inside(f))
+    return any(isinstance(n, ast.Yield | ast.YieldFrom) or isinstance(n, ast.Return) and n.value is not None
+               for n in inside(f))
 
 
 def public_functions(tree):
     "Functions of `__all__`, and of its classes the constructors and the methods that are documented, by name"
-    public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+    public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)
+                  and n.targets[0].id == "__all__")
     for node in tree.body:
         if getattr(node, "name", None) not in public:
             continue
         if isinstance(node, ast.FunctionDef):
             yield node.name, node
         for f in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(f, ast.FunctionDef) and (f.name == "__init__" or not f.name.startswith("_") and ast.get_docstring(f)):
+            if isinstance(f, ast.FunctionDef) and (f.name == "__init__" or not f.name.startswith("_")
+                                                   and ast.get_docstring(f)):
                 yield f"{node.name}.{f.name}", f
 
 

@@ -20,11 +20,11 @@ from rcic_fastai.recipe.settings import DataSettings, LossSettings, ModelSetting
 from rcic_fastai.train.schedule import schedule_function
 from rcic_fastai.train.loaders import recipe_dataloaders
 from rcic_fastai.train.learner import fit_stage, screen_learner
-from rcic_fastai.train.network import recipe_model  # fmt: skip
+from rcic_fastai.train.network import recipe_model
 from rcic_fastai.train.averaging import KeepBest, geometric_rates
 
 small = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)),
-                data=DataSettings(batch_size=16, cache=True, d4=False, intensity=0.0))  # fmt: skip
+                data=DataSettings(batch_size=16, cache=True, d4=False, intensity=0.0))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,8 @@ def test_every_backbone_has_three_groups(arch):
     model = recipe_model(replace(small, model=ModelSettings(arch=arch)), 4)
     groups = param_groups(model)
     flat = [id(p) for g in groups for p in g]
-    assert len(groups) == 3 and all(len(g) for g in groups) and len(set(flat)) == len(flat) == len(list(model.parameters()))
+    assert len(groups) == 3 and all(len(g) for g in groups)
+    assert len(set(flat)) == len(flat) == len(list(model.parameters()))
 
 
 def test_accumulation_equals_one_large_batch(sites):
@@ -125,7 +126,8 @@ def test_a_new_stage_forgets_gradients_of_the_last(sites):
 
 
 def test_patience_and_best_need_wells_set_aside(sites):
-    stage = TrainSettings(epochs=6, lr=1e-12, schedule="constant", weight_decay=0.0, patience=2, keep="best", validate_steps=2)
+    stage = TrainSettings(epochs=6, lr=1e-12, schedule="constant", weight_decay=0.0, patience=2, keep="best",
+                          validate_steps=2)
     learn = fit(sites, replace(small, train=stage), valid="experiment=HUVEC-03")
     assert len(learn.recorder.values) == 3  # the first, and two that were no better
     assert len(fit(sites, replace(small, train=stage)).recorder.values) == 6
@@ -140,8 +142,10 @@ def test_the_best_weights_are_those_of_the_best_validation(sites, tmp_path):
                 self.learn.model.head.classifier.weight.data.mul_(-100)
 
     torch.manual_seed(0)
-    recipe = replace(small, train=TrainSettings(epochs=3, lr=3e-3), loss=LossSettings("cross_entropy", {}), model=replace(small.model, head="linear"))
-    learn, best = screen_learner(recipe_dataloaders(sites, recipe, "experiment=HUVEC-03"), recipe), KeepBest("valid_loss", tmp_path / "best.safetensors")
+    recipe = replace(small, train=TrainSettings(epochs=3, lr=3e-3), loss=LossSettings("cross_entropy", {}),
+                     model=replace(small.model, head="linear"))
+    learn, best = screen_learner(recipe_dataloaders(sites, recipe, "experiment=HUVEC-03"), recipe), KeepBest(
+        "valid_loss", tmp_path / "best.safetensors")
     with learn.no_bar(), learn.no_logging():
         fit_stage(learn, recipe.train, [best, Spoil()])
         losses = [v[1] for v in learn.recorder.values]
@@ -152,10 +156,12 @@ def test_the_best_weights_are_those_of_the_best_validation(sites, tmp_path):
 
 @pytest.mark.parametrize("change", ["train.ema=0.9", "train.average=2"])
 def test_means_end_a_stage_with_other_weights_and_statistics(sites, change):
-    "The mean is no network that was trained; its BatchNorm statistics are pooled anew, without a trace in the order of the batches"
+    """The mean is no network that was trained; its BatchNorm statistics are pooled anew, without a trace in the
+    order of the batches"""
     plain = replace(small, train=TrainSettings(epochs=3, lr=3e-3))
     last, mean = fit(sites, plain), fit(sites, change_recipe(plain, change))
-    assert last.recorder.values == mean.recorder.values or [v[:-1] for v in last.recorder.values] == [v[:-1] for v in mean.recorder.values]
+    assert last.recorder.values == mean.recorder.values or [v[:-1] for v in last.recorder.values] == [
+        v[:-1] for v in mean.recorder.values]
     assert last.dls.train.epoch == mean.dls.train.epoch == 3
     name = next(n for n, m in last.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d))
     bn, other = last.model.get_submodule(name), mean.model.get_submodule(name)
@@ -164,26 +170,35 @@ def test_means_end_a_stage_with_other_weights_and_statistics(sites, change):
 
 
 @each("settings, message", [
-    (["train.ema=1"], "train.ema is 1.0, expected a decay below 1"), (["train.ema=0.9", "train.average=2"], "choose one"),
-    (["train.average=1", "train.keep=best"], "choose one"), (["train.average=2", "train.patience=1"], "train.patience may leave out"),
+    (["train.ema=1"], "train.ema is 1.0, expected a decay below 1"),
+    (["train.ema=0.9", "train.average=2"], "choose one"),
+    (["train.average=1", "train.keep=best"], "choose one"),
+    (["train.average=2", "train.patience=1"], "train.patience may leave out"),
     (["train.freeze_epochs=99"], "expected at most the"), (["train.keep=first"], 'expected one of "last", "best"'),
     (["train.lr_ratio=0.5"], "expected at least 1"), (["per_cell_type=true", "cell_type.epochs=2"], "leaves nothing"),
-    (["inference.assignment=zero"], '"exact", "vote", "vote_zero"'), (["checkpoint.keep=0"], "checkpoint.keep is 0, expected at least 1"),
-    (["train.emma=0.9"], "did you mean 'train.ema'"), (["train.freeze_epochs=yes"], "expected int")])  # fmt: skip
+    (["inference.assignment=zero"], '"exact", "vote", "vote_zero"'),
+    (["checkpoint.keep=0"], "checkpoint.keep is 0, expected at least 1"),
+    (["train.emma=0.9"], "did you mean 'train.ema'"), (["train.freeze_epochs=yes"], "expected int")])
 def test_recipes_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         change_recipe(get_recipe("laptop"), *settings)
 
 
 def test_originals_are_there():
-    for name in ("efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_crossentropy", "seresnext101_amsoftmax"):
+    for name in ("efficientnet_b5_amsoftmax", "densenet201_amsoftmax", "efficientnet_b2_crossentropy",
+                 "seresnext101_amsoftmax"):
         r, original = get_recipe(name), get_recipe(name, faithful=True)
-        assert (original.model.first_conv, original.valid, original.inference.assignment) == ("repeat", "well=0/5", "vote_zero")
-        assert original.data.domain is None and original.inference.batchnorm == "running" and r.cell_type.epochs and r.inference.assignment == "vote"
+        assert (original.model.first_conv, original.valid, original.inference.assignment) == (
+            "repeat", "well=0/5", "vote_zero")
+        assert original.data.domain is None and original.inference.batchnorm == "running"
+        assert r.cell_type.epochs and r.inference.assignment == "vote"
     b5, b2 = recipes["efficientnet_b5_amsoftmax"], recipes["efficientnet_b2_crossentropy"]
-    assert (b5.train.optimizer, b5.train.lr, b5.data.batch_size, b5.train.schedule, b5.train.decay, b5.train.freeze_epochs) == ("radam", 1e-4, 4, "exponential", 0.95, 1)
-    assert (b2.train.optimizer, b2.train.lr, b2.data.batch_size, b2.train.decay, b2.train.freeze_epochs, b2.loss.name) == ("adam", 1e-3, 8, 0.99, 0, "cross_entropy")
-    virtual = [recipes[n].data.batch_size * recipes[n].train.accumulate for n in ("densenet121_accumulate", "resnext50_accumulate")]
+    assert (b5.train.optimizer, b5.train.lr, b5.data.batch_size, b5.train.schedule, b5.train.decay,
+            b5.train.freeze_epochs) == ("radam", 1e-4, 4, "exponential", 0.95, 1)
+    assert (b2.train.optimizer, b2.train.lr, b2.data.batch_size, b2.train.decay, b2.train.freeze_epochs,
+            b2.loss.name) == ("adam", 1e-3, 8, 0.99, 0, "cross_entropy")
+    virtual = [recipes[n].data.batch_size * recipes[n].train.accumulate
+               for n in ("densenet121_accumulate", "resnext50_accumulate")]
     assert virtual == [30, 60] and recipes["densenet121_accumulate"].train.validate_steps == 500
     with pytest.raises(ValueError, match="nothing was corrected in 'laptop'"):
         get_recipe("laptop", faithful=True)
@@ -195,7 +210,8 @@ def test_fastai_tools_work(screen, sites, tmp_path, monkeypatch):
 
     matplotlib.use("Agg")
     found = find_lr(screen, small, steps=30, path=tmp_path / "lr.png", say=lambda *a: None)
-    assert set(found._fields) == {"valley", "slide", "steep", "minimum"} and all(np.isfinite(v) for v in found) and (tmp_path / "lr.png").stat().st_size > 5000
+    assert set(found._fields) == {"valley", "slide", "steep", "minimum"} and all(np.isfinite(v) for v in found)
+    assert (tmp_path / "lr.png").stat().st_size > 5000
     learn = screen_learner(recipe_dataloaders(sites, small, "experiment=HUVEC-03"), small)
     before = learn.model.body.backbone.net.conv1[0].weight.clone()
     with learn.no_logging():
@@ -206,7 +222,8 @@ def test_fastai_tools_work(screen, sites, tmp_path, monkeypatch):
 def test_tensorboard_gets_a_log(screen, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     recipe = replace(small, train=TrainSettings(epochs=1))
-    train_run(screen, recipe, tmp_path / "run", say=lambda *a: None, cbs=[logger("tensorboard", tmp_path / "run", recipe)])
+    train_run(screen, recipe, tmp_path / "run", say=lambda *a: None,
+              cbs=[logger("tensorboard", tmp_path / "run", recipe)])
     events = list((tmp_path / "run/tensorboard").glob("events.*"))
     assert events and events[0].stat().st_size > 500
     with pytest.raises(ValueError, match="log is 'mlflow', expected 'tensorboard' or 'wandb'"):

@@ -35,7 +35,8 @@ def main():
     parser.add_argument("--optional", action="store_true", help="exit with 0 even if there is none")
     args = parser.parse_args()
     path = find_chromium() or install_chromium()
-    print(f"browser: {path or 'there is no Chromium, and none could be installed; tests that look at pages are skipped'}")
+    print(
+        f"browser: {path or 'there is no Chromium, and none could be installed; tests that look at pages are skipped'}")
     return 0 if path or args.optional else 1
 
 

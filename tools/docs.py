@@ -1,7 +1,8 @@
 """Build the site in `_site` from the notebooks and their stored outputs, and check its links: `python tools/docs.py`.
 
-Nothing is executed and nothing is loaded from the network: nbdev's processors turn notebooks into pages, docments become entries of Sphinx's
-Python domain, Sphinx with MyST-NB and the PyData theme make HTML of it. `--external` asks the network whether external addresses still answer.
+Nothing is executed and nothing is loaded from the network: nbdev's processors turn notebooks into pages, docments
+become entries of Sphinx's Python domain, Sphinx with MyST-NB and the PyData theme make HTML of it. `--external` asks
+the network whether external addresses still answer.
 """
 
 import argparse
@@ -27,14 +28,16 @@ warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
 import docs_api as api  # noqa: E402
 from docs_links import broken_links  # noqa: E402
 
-TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]  # in this order; others follow
+# in this order; others follow
+TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]
 GUIDES = ["which_recipe", "runs", "published_systems", "limits", "architecture", "glossary"]
 # rooms of the API that stand under one title; a room that is not named has its own
 GROUPS = dict.fromkeys(["errors", "files", "credentials", "renamed", "versions", "private"], "Ground")
 GROUND = "Files, errors and names that everything stands on."
 BENCHMARKS = {  # in this order, each with a sentence
     "batch_effect": "Methods against the batch effect side by side, over seeds and strengths, on simulated screens.",
-    "recipes": "The published systems with one small network and the same number of images, and what their corrections bring.",
+    "recipes": "The published systems with one small network and the same number of images, and what their corrections "
+    "bring.",
     "questions": "Augmentations one by one, and seven uses of the control wells.",
     "fullsize": "One optimiser step of every recipe on real sites at full size: time and memory.",
     "hpa": "Several labels: thresholds, views, means of weights, stack and retrieval.",
@@ -57,7 +60,9 @@ def notebook_line(path):
     text = nbformat.read(path, 4).cells[0].source if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
     if not (found := re.match(r"# (.+)\n*(?:> (.+))?", text)):
         raise ValueError(f"{path.name}: expected a title, `# ...`, at its start")
-    return found[1], found[2] or {**BENCHMARKS, "README": "Where the screens come from, and which folders are understood."}.get(path.stem, "")
+    return found[1], found[2] or {**BENCHMARKS,
+                                  "README": "Where the screens come from, and which folders are understood."}.get(
+                                      path.stem, "")
 
 
 def ordered(paths, names):
@@ -82,7 +87,8 @@ class Site:
         self.other = {"index": nbs / "index.ipynb", "tutorials/data": root / "data" / "README.md",
                       "changelog": root / "CHANGELOG.md", "contributing": root / "CONTRIBUTING.md"}
         self.pages = {**self.other, **self.tutorials, **self.guides, **self.api, **self.benchmarks}
-        self.modules = {page: import_module(f"{self.settings['lib_name']}.{page.removeprefix('api/')}") for page in self.api}
+        self.modules = {page: import_module(f"{self.settings['lib_name']}.{page.removeprefix('api/')}")
+                        for page in self.api}
         self.commands = dict(api.commands(self.settings))
         self.places = self._places()
 
@@ -113,7 +119,8 @@ class Site:
 
 def default_exp(path):
     "Name of the module that a notebook exports"
-    found = re.search(r"#\|\s*default_exp ([\w.]+)", "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"))
+    found = re.search(r"#\|\s*default_exp ([\w.]+)",
+                      "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"))
     return found and found[1]
 
 
@@ -129,7 +136,8 @@ class Linker:
                 if callable(symbol):
                     parameters |= api.own_parameters(symbol)[0].keys()
                 if isinstance(symbol, type):
-                    self.symbols |= {f"{name}.{m}": f"{module.__name__}.{name}.{m}" for m, _ in api.public_members(symbol)}
+                    self.symbols |= {f"{name}.{m}": f"{module.__name__}.{name}.{m}"
+                                     for m, _ in api.public_members(symbol)}
         self.ambiguous = parameters & self.symbols.keys()  # `window` is a parameter more often than the function
 
     def code(self, text, page):
@@ -139,13 +147,15 @@ class Linker:
             return f"{{py:obj}}`{text} <{self.symbols[name]}>`"
         if text.split()[0] in self.site.commands:
             return f"[`{text}`](#{text.split()[0]})"
-        if (target := self.site.places.get(text)) and target != page:  # the title of a page says more than where its source lies
+        # the title of a page says more than where its source lies
+        if (target := self.site.places.get(text)) and target != page:
             shown = f"*{notebook_line(self.site.pages[target])[0]}*" if "/" in text else f"`{text}`"
             return f"[{shown}]({self.site.relative(target, page)})"
         return f"`{text}`"
 
     def __call__(self, markdown, page):
-        "Link code outside fences, headings and link texts; relative links to files of the repository lead to their pages"
+        """Link code outside fences, headings and link texts; relative links to files of the repository lead to their
+        pages"""
         folder = self.site.pages[page].parent if page in self.site.pages else self.site.root
         out = []
         for i, part in enumerate(re.split(r"(^ *```.*?^ *```[ \t]*$|^#[^\n]*$)", markdown, flags=re.S | re.M)):
@@ -184,8 +194,10 @@ def add_entries(nb, module):
 
 def module_header(module, source, comments):
     "What stands below the title of an API page: the module, and a table of its names"
-    rows = [f"| {{py:obj}}`{n} <{module.__name__}.{n}>` | {api.summary(getattr(module, n), comments[n])} |" for n in comments]
-    return (f":::{{py:module}} {module.__name__}\n:::\n\n{{.module}}\n{{py:mod}}`{module.__name__}`, made from `{source}`\n\n"
+    rows = [f"| {{py:obj}}`{n} <{module.__name__}.{n}>` | {api.summary(getattr(module, n), comments[n])} |"
+            for n in comments]
+    return (f":::{{py:module}} {module.__name__}\n:::\n\n{{.module}}\n"
+            f"{{py:mod}}`{module.__name__}`, made from `{source}`\n\n"
             + "\n".join(["{.names}", "| Name | |", "|---|---|", *rows]) + "\n")
 
 
@@ -208,7 +220,8 @@ def clean_cell(cell, link, page):
 def notebook_page(site, link, page):
     "A notebook as a page: no hidden cells or directives, entries instead of exported cells"
     source, module = site.pages[page], site.modules.get(page)
-    processor = NBProcessor(source, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, rm_export, hide_])
+    processor = NBProcessor(source, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash,
+                                           rm_export, hide_])
     nb = processor.nb
     if module:
         comments = add_entries(nb, module)
@@ -216,11 +229,13 @@ def notebook_page(site, link, page):
             cell.directives_ = getattr(cell, "directives_", {})
     processor.process()
     if module:
-        nb.cells.insert(1, mk_cell(module_header(module, source.relative_to(site.root).as_posix(), comments), "markdown"))
+        nb.cells.insert(1, mk_cell(module_header(module, source.relative_to(site.root).as_posix(), comments),
+                                   "markdown"))
     if page == "index":
         nb.cells.insert(1, mk_cell(CARDS, "markdown"))
         nb.cells.append(mk_cell(toctree(SECTIONS, hidden=True), "markdown"))
-    nb.metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "language_info": {"name": "python", "pygments_lexer": "python3"}}
+    nb.metadata = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"},
+                   "language_info": {"name": "python", "pygments_lexer": "python3"}}
     for i, cell in enumerate(nb.cells):
         if i and cell.cell_type != "code" and (second := re.search(r"^# .+$", FENCE.sub("", cell.source), flags=re.M)):
             raise ValueError(f"{source.name}: a second title, {second[0]!r}")
@@ -234,7 +249,8 @@ def notebook_page(site, link, page):
 def markdown_page(link, page, source):
     "A Markdown file as a page; tables of benchmarks are mostly figures"
     text = link(source.read_text(encoding="utf-8"), page)
-    return re.sub(r"^(?=\|[^\n]*\n\|[ :|-]+\|$)", "{.figures}\n", text, flags=re.M) if page.startswith("benchmarks/") else text
+    return re.sub(r"^(?=\|[^\n]*\n\|[ :|-]+\|$)", "{.figures}\n", text,
+                  flags=re.M) if page.startswith("benchmarks/") else text
 
 
 def toctree(entries, hidden=False, caption=None):
@@ -243,7 +259,8 @@ def toctree(entries, hidden=False, caption=None):
     return "\n".join(["```{toctree}", *options, "", *entries, "```", ""])
 
 
-SECTIONS = ["Tutorials <tutorials/index>", "Guides <guides/index>", "API <api/index>", "Commands <commands>", "Benchmarks <benchmarks/index>",
+SECTIONS = ["Tutorials <tutorials/index>", "Guides <guides/index>", "API <api/index>", "Commands <commands>",
+            "Benchmarks <benchmarks/index>",
             "Changelog <changelog>", "Contributing <contributing>"]
 CARDS = """{.cards}
 - **[Tutorials](tutorials/index.md)**
@@ -268,13 +285,16 @@ def list_page(title, line, pages, site):
     for page in pages:
         name, about = notebook_line(site.pages[page])
         items.append(f"- **[{name}]({Path(page).name}{site.suffix(page)})**\n\n  {about}\n")
-    return f"# {title}\n\n{line}\n\n{{.cards}}\n" + "".join(items) + "\n" + toctree([p.removeprefix(f"{folder}/") for p in pages], hidden=True)
+    return f"# {title}\n\n{line}\n\n{{.cards}}\n" + "".join(items) + "\n" + toctree(
+        [p.removeprefix(f"{folder}/") for p in pages], hidden=True)
 
 
 def api_index(site):
     "All exported names, in groups and in the order of the data"
-    out = ["# API\n\nIn the order of the data. Each page is the notebook that its module is made from: what it does and why, an entry for "
-           "each name it exports, and cells that show it working.\n\nIn alphabetical order: {ref}`names <genindex>`, {ref}`modules <modindex>`.\n"]
+    out = ["# API\n\nIn the order of the data. Each page is the notebook that its module is made from: what it does "
+           "and why, an entry for "
+           "each name it exports, and cells that show it working.\n\n"
+           "In alphabetical order: {ref}`names <genindex>`, {ref}`modules <modindex>`.\n"]
     for title, line, pages in site.groups():
         out.append(f"## {title}\n\n{line}\n\n{{.names}}\n| Page | |\n|---|---|")
         for page in pages:
@@ -290,7 +310,8 @@ def command_page(site):
     "The command reference"
     names = "\n".join(f"| [`{n}`](#{n}) | {api.summary(f)} |" for n, f in site.commands.items())
     entries = "\n".join(api.command_entry(n, f) for n, f in site.commands.items())
-    return ("# Commands\n\nWhat `--help` says about each of them. An error is one readable line and a non-zero exit status; `--debug` shows the "
+    return ("# Commands\n\nWhat `--help` says about each of them. An error is one readable line and a non-zero exit "
+            "status; `--debug` shows the "
             f"traceback.\n\n{{.names}}\n| Command | |\n|---|---|\n{names}\n\n{entries}")
 
 
@@ -307,9 +328,14 @@ def write_pages(site, folder):
         text = notebook_page(site, link, page) if source.suffix == ".ipynb" else markdown_page(link, page, source)
         write(page + source.suffix, text)
     generated = {
-        "tutorials/index": list_page("Tutorials", "Notebooks to run cell by cell, on simulated images or on your own.", [*site.tutorials, "tutorials/data"], site),
-        "guides/index": list_page("Guides", "What to choose, where it comes from, where it ends, and how the library is built.", list(site.guides), site) if site.guides else "",
-        "benchmarks/index": list_page("Benchmarks", "What was measured, how, and on what machine; each page says the command that measures it again.",
+        "tutorials/index": list_page("Tutorials", "Notebooks to run cell by cell, on simulated images or on your own.",
+                                     [*site.tutorials, "tutorials/data"], site),
+        "guides/index": list_page("Guides",
+                                  "What to choose, where it comes from, where it ends, and how the library is built.",
+                                  list(site.guides), site) if site.guides else "",
+        "benchmarks/index": list_page("Benchmarks",
+                                      "What was measured, how, and on what machine; each page says the command that "
+                                      "measures it again.",
                                       list(site.benchmarks), site),
         "api/index": api_index(site), "commands": command_page(site)}
     for page, text in generated.items():
@@ -323,9 +349,11 @@ def sphinx(source, out, builder="html", jobs="auto"):
     try:
         from sphinx.cmd.build import main
     except ImportError:
-        raise SystemExit("the site is built by Sphinx 9, which needs Python 3.11 or newer: pip install -e '.[dev]' there") from None
+        raise SystemExit("the site is built by Sphinx 9, which needs Python 3.11 or newer: pip install -e '.[dev]' "
+                         "there") from None
     source = Path(source)
-    args = ["-b", builder, "-c", str(ROOT / "docs"), "-d", str(source / ".doctrees"), "-W", "--keep-going", "-n", "-q", "-j", str(jobs), str(source), str(out)]
+    args = ["-b", builder, "-c", str(ROOT / "docs"), "-d", str(source / ".doctrees"), "-W", "--keep-going", "-n", "-q",
+            "-j", str(jobs), str(source), str(out)]
     return main(args)
 
 
@@ -336,7 +364,8 @@ def build(out=ROOT / "_site", pages=ROOT / "_proc", external=False, jobs="auto")
     print(f"pages: {time.time() - start:.0f} s")
     shutil.rmtree(out, ignore_errors=True)
     failed = sphinx(pages, out, jobs=jobs)
-    shutil.rmtree(Path(out).parent / "jupyter_execute", ignore_errors=True)  # MyST-NB leaves the notebooks that it has read beside the site
+    # MyST-NB leaves the notebooks that it has read beside the site
+    shutil.rmtree(Path(out).parent / "jupyter_execute", ignore_errors=True)
     print(f"Sphinx: {time.time() - start:.0f} s")
     problems = broken_links(out)
     for problem in problems:
@@ -344,14 +373,16 @@ def build(out=ROOT / "_site", pages=ROOT / "_proc", external=False, jobs="auto")
     if external:
         failed |= sphinx(pages, pages / ".linkcheck", "linkcheck", jobs)
     if not failed and not problems:
-        print(f"{out}/index.html: {len(list(out.rglob('*.html')))} pages without a warning or a broken link, {time.time() - start:.0f} s")
+        print(f"{out}/index.html: {len(list(out.rglob('*.html')))} pages without a warning or a broken link, "
+              f"{time.time() - start:.0f} s")
     return bool(failed) + len(problems)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "_site", help="folder of the site (default: _site)")
-    parser.add_argument("--pages", type=Path, default=ROOT / "_proc", help="folder of the pages that Sphinx reads (default: _proc)")
+    parser.add_argument("--pages", type=Path, default=ROOT / "_proc",
+                        help="folder of the pages that Sphinx reads (default: _proc)")
     parser.add_argument("--external", action="store_true", help="ask the network whether external addresses answer")
     args = parser.parse_args()
     sys.exit(1 if build(args.out, args.pages, args.external) else 0)

@@ -1,4 +1,5 @@
-"Entries of the API pages and of the command reference: from docments to Markdown that Sphinx's Python domain understands."
+"""Entries of the API pages and of the command reference: from docments to Markdown that Sphinx's Python domain
+understands."""
 
 import argparse
 import ast
@@ -12,14 +13,16 @@ from numpy.typing import ArrayLike
 
 from rcic_fastai.cli.script import option_parser
 
-FIELDS = re.compile(r"(?:^|\s)(Shape|Raises|Source): ")  # what a docstring of this project says after its first sentence
+# what a docstring of this project says after its first sentence
+FIELDS = re.compile(r"(?:^|\s)(Shape|Raises|Source): ")
 CODE = re.compile(r"(`[^`]+`)")
 
 
 def escape(text):
     "Plain text with code in backticks as Markdown: nothing but the code has a meaning"
     parts = CODE.split(" ".join(text.split()))
-    return "".join(p.replace("|", r"\|") if i % 2 else re.sub(r"([\\*_<>\[\]{}|#$~^])", r"\\\1", p) for i, p in enumerate(parts))
+    return "".join(p.replace("|", r"\|") if i % 2 else re.sub(r"([\\*_<>\[\]{}|#$~^])", r"\\\1", p)
+                   for i, p in enumerate(parts))
 
 
 def type_name(annotation):
@@ -30,7 +33,8 @@ def type_name(annotation):
         return "ArrayLike"
     if get_origin(annotation) is Annotated:
         return type_name(get_args(annotation)[0])
-    name = annotation if isinstance(annotation, str) else annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    name = annotation if isinstance(annotation, str) else annotation.__name__ if isinstance(
+        annotation, type) and not get_args(annotation) else str(annotation)
     return re.sub(r"\b(?:\w+\.)+(?=\w)", "", name).replace("NoneType", "None")
 
 
@@ -52,7 +56,8 @@ def plain(symbol):
 
 
 def own_parameters(symbol):
-    "Parameters written in the definition (those of `delegates` are in other libraries), by name, and whether there are others"
+    """Parameters written in the definition (those of `delegates` are in other libraries), by name, and whether there
+    are others"""
     try:
         parameters = dict(inspect.signature(symbol).parameters)
     except (TypeError, ValueError):
@@ -70,7 +75,8 @@ def signature(symbol):
     "Names and defaults; types are in the table"
     parameters, more = own_parameters(symbol)
     empty = inspect.Parameter.empty
-    shown = [p.replace(annotation=empty, default=p.default if p.default is empty else Default(p.default)) for p in parameters.values()]
+    shown = [p.replace(annotation=empty, default=p.default if p.default is empty else Default(p.default))
+             for p in parameters.values()]
     if more:
         shown.append(inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD))
     return str(inspect.Signature(shown))
@@ -84,12 +90,15 @@ def documented(symbol):
     except (TypeError, ValueError, OSError):
         comments = {}
     notes = {k: v.docment for k, v in comments.items()}
-    if isinstance(symbol, type) and issubclass(symbol, tuple) and hasattr(symbol, "_fields"):  # docments knows no named tuples
+    # docments knows no named tuples
+    if isinstance(symbol, type) and issubclass(symbol, tuple) and hasattr(symbol, "_fields"):
         notes = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", inspect.getsource(symbol), flags=re.M))
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    rows = [(stars.get(p.kind, "") + k, type_name(p.annotation), p.default, notes.get(k)) for k, p in parameters.items() if p.kind not in stars or notes.get(k)]
+    rows = [(stars.get(p.kind, "") + k, type_name(p.annotation), p.default, notes.get(k)) for k, p in parameters.items()
+            if p.kind not in stars or notes.get(k)]
     result = comments.get("return")
-    if result is not None and not isinstance(symbol, type) and (result.docment or result.anno not in (None, inspect.Parameter.empty)):
+    if result is not None and not isinstance(symbol, type) and (result.docment
+                                                                or result.anno not in (None, inspect.Parameter.empty)):
         rows.append(("Returns", type_name(result.anno), inspect.Parameter.empty, result.docment))
     return rows if any(note for *_, note in rows) or rows[-1:] and rows[-1][0] == "Returns" else []
 
@@ -113,7 +122,8 @@ def description(symbol):
     text = inspect.getdoc(symbol) or ""
     body, *fields = FIELDS.split(text)
     paragraphs = [escape(p) for p in re.split(r"\n\s*\n", body) if p.strip()]
-    return "\n\n".join(paragraphs), "\n".join(f":{name}: {escape(value)}" for name, value in zip(fields[::2], fields[1::2]))
+    return "\n\n".join(paragraphs), "\n".join(f":{name}: {escape(value)}"
+                                              for name, value in zip(fields[::2], fields[1::2]))
 
 
 def summary(symbol, comment=""):
@@ -123,7 +133,8 @@ def summary(symbol, comment=""):
 
 
 def public_members(cls):
-    "Methods and properties that the class itself defines and describes; fastai's events and dispatched methods have no docstring of their own"
+    """Methods and properties that the class itself defines and describes; fastai's events and dispatched methods
+    have no docstring of their own"""
     for name, member in vars(cls).items():
         doc = getattr(plain(member), "__doc__", None) if callable(plain(member)) else None
         if not name.startswith("_") and doc and not doc.startswith("---") and not isinstance(member, type):
@@ -154,7 +165,8 @@ def member_entry(owner, name, value):
     "A method or property within the entry of its class"
     function = plain(value)
     body, fields = description(function)
-    kind = "property" if isinstance(value, property) else {classmethod: "classmethod", staticmethod: "staticmethod"}.get(type(value), "method")
+    kind = ("property" if isinstance(value, property)
+            else {classmethod: "classmethod", staticmethod: "staticmethod"}.get(type(value), "method"))
     head = name if kind == "property" else name + signature(function)
     rows = "" if kind == "property" else table(function)
     return directive(f"py:{kind}", f"{owner}.{head}", "\n\n".join(filter(None, [body, rows, fields])))
@@ -175,7 +187,8 @@ def defined_names(source):
     found, lines = {}, source.splitlines()
     for node in ast.parse(source).body:
         targets = getattr(node, "targets", [getattr(node, "target", None)])
-        names = [node.name] if hasattr(node, "name") else [n.id for t in targets if t is not None for n in ast.walk(t) if isinstance(n, ast.Name)]
+        names = [node.name] if hasattr(node, "name") else [n.id for t in targets if t is not None for n in ast.walk(t)
+                                                           if isinstance(n, ast.Name)]
         beside = re.search(r"\s#\s(.+)$", lines[node.lineno - 1])
         above = re.match(r"#\s(.+)$", lines[node.lineno - 2]) if node.lineno > 1 else None
         found |= dict.fromkeys(names, beside[1] if beside else above[1] if above else "")
@@ -195,13 +208,16 @@ def command_entry(name, function):
     "What `--help` says about a command, with a link target for each option"
     parser = option_parser(function, prog=name)
     usage = re.sub(r"\((\w+)\)", r"\1", parser.format_usage().removeprefix("usage: ")).replace("[-h] ", "")
-    out = [f"({name})=\n## {name}\n\n{escape(parser.description)}\n\n```text\n{usage.rstrip()}\n```\n\n:::{{program}} {name}\n:::\n"]
+    out = [f"({name})=\n## {name}\n\n{escape(parser.description)}\n\n```text\n{usage.rstrip()}\n```\n\n"
+           f":::{{program}} {name}\n:::\n"]
     for action in parser._actions:
         if action.help is argparse.SUPPRESS or action.option_strings[:1] == ["-h"]:
             continue
         shown = ", ".join(action.option_strings) or action.dest
-        value = f" <{action.metavar.strip('()')}>" if action.option_strings and action.metavar and action.nargs != 0 else ""
-        text = re.sub(r" \(default: (.*)\)$", lambda m: "" if m[1] == "False" else f" (default: `{m[1]}`)", action.help or "")
+        value = (f" <{action.metavar.strip('()')}>" if action.option_strings and action.metavar and action.nargs != 0
+                 else "")
+        text = re.sub(r" \(default: (.*)\)$", lambda m: "" if m[1] == "False" else f" (default: `{m[1]}`)",
+                      action.help or "")
         needed = "**Required.** " if action.required and action.option_strings else ""
         text += f" One of {', '.join(f'`{c}`' for c in action.choices)}." if action.choices else ""
         out.append(directive("option", shown + value, needed + escape(text)))

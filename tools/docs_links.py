@@ -13,13 +13,15 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.ids, self.links, self.loaded = {"", "top"}, [], []
-        self.feed(re.sub(r"</?span(?: class=\"[^\"]*\")?>", "", path.read_text(encoding="utf-8")))  # colours of code, most of what there is to parse
+        # colours of code, most of what there is to parse
+        self.feed(re.sub(r"</?span(?: class=\"[^\"]*\")?>", "", path.read_text(encoding="utf-8")))
 
     def handle_starttag(self, tag, attrs):
         attrs = {k: v or "" for k, v in attrs}
         self.ids |= {attrs[k] for k in ("id", "name") if k in attrs}
         if "href" in attrs:
-            (self.loaded if tag == "link" and attrs.get("rel") not in ("canonical", "author") else self.links).append(attrs["href"])
+            (self.loaded if tag == "link" and attrs.get("rel") not in ("canonical", "author")
+             else self.links).append(attrs["href"])
         self.loaded += [attrs[k] for k in ("src", "poster", "data") if k in attrs and tag != "a"]
         self.loaded += [s.split()[0] for s in attrs.get("srcset", "").split(",") if s.strip()]
         if "action" in attrs:
@@ -29,7 +31,8 @@ class Page(HTMLParser):
 def broken_links(
     site,  # folder of a built site
 ):         # sentences, one for each problem: page, link, what is wrong
-    "Every link resolves to a file of the site and an id in it; nothing is loaded from elsewhere; external addresses are well formed"
+    """Every link resolves to a file of the site and an id in it; nothing is loaded from elsewhere; external
+    addresses are well formed"""
     site = Path(site).resolve()
     pages = {p: Page(p) for p in sorted(site.rglob("*.html")) if "_static" not in p.parts}
     problems = [] if pages else [f"{site}: no pages"]
@@ -38,7 +41,8 @@ def broken_links(
             if (wrong := what_is_wrong(link, path, pages, site, link in page.loaded)):
                 problems.append(f"{path.relative_to(site).as_posix()}: {link}: {wrong}")
     for path in sorted(site.rglob("*.css")):
-        for address in re.findall(r"(?:url\(|@import\s)\s*[\"']?((?:https?:)?//[^\"')]+)", path.read_text(encoding="utf-8")):
+        for address in re.findall(r"(?:url\(|@import\s)\s*[\"']?((?:https?:)?//[^\"')]+)",
+                                  path.read_text(encoding="utf-8")):
             problems.append(f"{path.relative_to(site).as_posix()}: {address}: is loaded from the network")
     return sorted(problems)
 
@@ -51,7 +55,8 @@ def what_is_wrong(link, path, pages, site, loaded):
     if parts.scheme or parts.netloc:
         if loaded:
             return "is loaded from the network"
-        good = parts.scheme in ("http", "https") and re.fullmatch(r"[\w-]+(\.[\w-]+)+(:\d+)?", parts.netloc) and not re.search(r"\s", link)
+        good = (parts.scheme in ("http", "https") and re.fullmatch(r"[\w-]+(\.[\w-]+)+(:\d+)?", parts.netloc)
+                and not re.search(r"\s", link))
         return None if good else "is no address"
     target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
     if not target.is_file():

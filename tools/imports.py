@@ -1,6 +1,7 @@
 """Draw which module imports which, as text: `python tools/imports.py`, or `make imports`.
 
-A room is a folder of the package, a floor the number of the notebook that exports a module. Every import counts, those inside functions too.
+A room is a folder of the package, a floor the number of the notebook that exports a module. Every import counts, those
+inside functions too.
 """
 import argparse
 import ast

@@ -25,25 +25,30 @@ def normal(name): return name.lower().replace("_", "-").replace(".", "-")
 
 def replaced(planned, there):
     "What an installation would change of the packages that are there, as lines"
-    return [f"{name} {there[name]} -> {version}" for name, version in sorted(planned.items()) if there.get(name, version) != version]
+    return [f"{name} {there[name]} -> {version}" for name, version in sorted(planned.items())
+            if there.get(name, version) != version]
 
 
 def main(folder):
     if sys.version_info[:2] != PYTHON:
-        sys.exit(f"Kaggle's image has Python {'.'.join(map(str, PYTHON))}, this is {sys.version.split()[0]}: make test-kaggle KAGGLE_PYTHON=...")
+        sys.exit(f"Kaggle's image has Python {'.'.join(map(str, PYTHON))}, this is {sys.version.split()[0]}: make "
+                 "test-kaggle KAGGLE_PYTHON=...")
     venv.create(folder, with_pip=True, clear=True)
     python = str(Path(folder) / "bin" / "python")
     run = lambda *args, **kwargs: subprocess.run([python, "-m", *args], check=True, **kwargs)
     run("pip", "install", "--quiet", "uv")
     run("uv", "pip", "install", "--quiet", "--python", python, "--requirements", str(PINS))
-    there = {normal(d["name"]): d["version"] for d in json.loads(run("pip", "list", "--format", "json", capture_output=True).stdout)}
+    there = {normal(d["name"]): d["version"]
+             for d in json.loads(run("pip", "list", "--format", "json", capture_output=True).stdout)}
     wrong = {n: v for n, v in read_pins().items() if there.get(n) != v}
     if wrong: sys.exit(f"not as pinned: {wrong}")
     # what pip would do for a person who types this on Kaggle
     report = run("pip", "install", "--dry-run", "--quiet", "--report", "-", str(ROOT), capture_output=True).stdout
     planned = {normal(i["metadata"]["name"]): i["metadata"]["version"] for i in json.loads(report)["install"]}
-    if bad := replaced(planned, there): sys.exit("pip install rcic_fastai would replace what the image holds: " + ", ".join(bad))
-    print(f"pip install rcic_fastai adds {', '.join(f'{n} {v}' for n, v in sorted(planned.items()))} to {len(there)} packages and replaces none")
+    if bad := replaced(planned, there):
+        sys.exit("pip install rcic_fastai would replace what the image holds: " + ", ".join(bad))
+    print(f"pip install rcic_fastai adds {', '.join(f'{n} {v}' for n, v in sorted(planned.items()))} to {len(there)} "
+          "packages and replaces none")
     run("pip", "install", "--quiet", str(ROOT))
     run("uv", "pip", "install", "--quiet", "--python", python, "--constraints", str(PINS), *TEST_TOOLS)
 

@@ -19,7 +19,8 @@ def main(folder):
     parser = configparser.ConfigParser(delimiters=["="])
     parser.read(ROOT / "settings.ini", encoding="utf-8")
     venv.create(folder, with_pip=True, clear=True)
-    pip = lambda *args: subprocess.run([str(Path(folder) / "bin" / "python"), "-m", "pip", "install", "--quiet", *args], check=True)
+    pip = lambda *args: subprocess.run([str(Path(folder) / "bin" / "python"), "-m", "pip", "install", "--quiet", *args],
+                                       check=True)
     development = [r for r in parser["DEFAULT"]["dev_requirements"].split() if not r.startswith(WITHOUT)]
     pip("--upgrade", *unbounded([*parser["DEFAULT"]["requirements"].split(), *development]))
     pip("--no-deps", "-e", str(ROOT))

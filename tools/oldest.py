@@ -1,7 +1,7 @@
 """An environment with the oldest releases that settings.ini permits: `python3.10 tools/oldest.py FOLDER`.
 
-What nobody asks for by name (the requirements of requirements) is resolved as ever. Development tools that read or write
-notebooks byte by byte (nbdev) and documentation tools are left out: their tests skip or belong to `make test`.
+What nobody asks for by name (the requirements of requirements) is resolved as ever. Development tools that read or
+write notebooks byte by byte (nbdev) and documentation tools are left out: their tests skip or belong to `make test`.
 """
 import configparser
 import subprocess
@@ -10,7 +10,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TEST_TOOLS = ["setuptools>=77", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "lightgbm>=4.0", "iterative-stratification", "imagehash",
+TEST_TOOLS = ["setuptools>=77", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "lightgbm>=4.0",
+              "iterative-stratification", "imagehash",
               "playwright"]
 
 

@@ -31,7 +31,8 @@ def markdown_table(html):
     "A table that pandas has printed, as Markdown; any other HTML as it is"
     if 'class="dataframe"' not in html:
         return html
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.S) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", html, flags=re.S)]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.S)
+            for row in re.findall(r"<tr[^>]*>(.*?)</tr>", html, flags=re.S)]
     if len(rows) < 2 or len({len(r) for r in rows}) > 1:  # cells that span others
         return html
     cells = [[c.strip().replace("|", r"\|") for c in r] for r in rows]
@@ -40,9 +41,11 @@ def markdown_table(html):
 
 
 def prepare(nb, folder):
-    "Keep what a reader of the README needs: no hidden cells, directives, warnings or table styles; returns the alt text of each picture"
+    """Keep what a reader of the README needs: no hidden cells, directives, warnings or table styles; returns the alt
+    text of each picture"""
     nb.cells = [c for c in nb.cells if not {"hide", "default_exp"} & directives(c).keys()]
-    nb.metadata["language_info"] = {"name": "python"}  # nbdev-clean drops it; nbconvert names the language of a code block by it
+    # nbdev-clean drops it; nbconvert names the language of a code block by it
+    nb.metadata["language_info"] = {"name": "python"}
     alts = {}
     for cell in nb.cells:
         if cell.cell_type != "code":
@@ -53,10 +56,13 @@ def prepare(nb, folder):
         if said.get("echo") == "false" or not cell.source.strip():
             cell.metadata["transient"] = {"remove_source": True}
         bars = {"<div></div>", ""}  # what a finished progress bar leaves
-        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and (h := "".join(o.get("data", {}).get("text/html", "x")).strip()) not in bars and "appearance: none" not in h]
+        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"
+                        and (h := "".join(o.get("data", {}).get("text/html", "x")).strip()) not in bars
+                        and "appearance: none" not in h]
         for i, out in enumerate(cell.outputs):
             if "text/html" in out.get("data", {}):  # GitHub prints the text of a <style> element
-                out.data["text/html"] = markdown_table(re.sub(r"<style.*?</style>\s*", "", out.data["text/html"], flags=re.S))
+                out.data["text/html"] = (
+                    markdown_table(re.sub(r"<style.*?</style>\s*", "", out.data["text/html"], flags=re.S)))
             if out.get("data", {}).keys() & {"image/png", "image/jpeg", "image/svg+xml"}:
                 out.metadata["filename"] = f"{cell.id}-{i}"  # named by cell, so that a new cell above renames nothing
                 alts[f"{cell.id}-{i}"] = said.get("fig-alt", "").strip("\"'")

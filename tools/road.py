@@ -1,11 +1,12 @@
-"""How far a reader goes on the two long roads: from `train_run` to the saved run, and from `predict_run` to its predictions.
+"""How far a reader goes on the two long roads: from `train_run` to the saved run, and from `predict_run` to its
+predictions.
 
     python tools/road.py [--list]
 
-Followed are the functions of this library that have a name, in the order in which they are first entered: no lambdas, no comprehensions,
-nothing within a function. A stop is a stretch of them in one module; a return is a stop in a module that was left before.
-Three views: all functions; of the rooms below only the doors, which are the functions that another room calls; and the room `run` alone,
-as it is read by who trusts the names of those doors.
+Followed are the functions of this library that have a name, in the order in which they are first entered: no lambdas,
+no comprehensions, nothing within a function. A stop is a stretch of them in one module; a return is a stop in a module
+that was left before. Three views: all functions; of the rooms below only the doors, which are the functions that
+another room calls; and the room `run` alone, as it is read by who trusts the names of those doors.
 """
 
 import sys
@@ -13,12 +14,14 @@ import tempfile
 from itertools import groupby
 from pathlib import Path
 
-BELOW = ("screen.", "data.", "model.", "loss.", "predict.", "profile.", "labels.", "recipe.", "train.", "files", "credentials", "errors", "private")
+BELOW = ("screen.", "data.", "model.", "loss.", "predict.", "profile.", "labels.", "recipe.", "train.", "files",
+         "credentials", "errors", "private")
 VIEWS = "all functions", "doors of the rooms below", "room run alone"
 
 
 class Road:
-    "Functions of ours in the order in which they are first entered, and whether one of a room below was entered from such a room."
+    """Functions of ours in the order in which they are first entered, and whether one of a room below was entered
+    from such a room."""
 
     def __init__(self, package):
         self.package, self.seen = Path(package).resolve(), {}
@@ -49,7 +52,8 @@ class Road:
 
 def figures(functions):
     stops = [module for module, _ in groupby(m for m, _ in functions)]
-    return dict(functions=len(functions), stops=len(stops), returns=len(stops) - len(set(stops)), modules=len(set(stops)))
+    return dict(functions=len(functions), stops=len(stops), returns=len(stops) - len(set(stops)),
+                modules=len(set(stops)))
 
 
 def main():
@@ -60,11 +64,14 @@ def main():
     from rcic_fastai.screen.read import read_screen
     from rcic_fastai.screen.simulate import simulate_screen
 
-    train, predict, quiet = Road(Path(rcic_fastai.__file__).parent), Road(Path(rcic_fastai.__file__).parent), dict(say=lambda *a: None)
+    train, predict, quiet = Road(Path(rcic_fastai.__file__).parent), Road(
+        Path(rcic_fastai.__file__).parent), dict(say=lambda *a: None)
     with tempfile.TemporaryDirectory() as folder:
-        screen = read_screen(simulate_screen(f"{folder}/screen", 8, n_train=3, n_test=1, cell_types=("HUVEC",), image_size=48, progress=False))
+        screen = read_screen(simulate_screen(f"{folder}/screen", 8, n_train=3, n_test=1, cell_types=("HUVEC",),
+                                             image_size=48, progress=False))
         small = 'model.arch_options={"channels": [8, 16, 24, 32], "stem_width": 8}'
-        recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=16", "model.arch=resnet10t", small)
+        recipe = change_recipe(get_recipe("laptop"), "train.epochs=1", "data.batch_size=16", "model.arch=resnet10t",
+                               small)
         train.walk(train_run, screen, recipe, f"{folder}/run", valid="experiment=HUVEC-03", **quiet)
         predict.walk(predict_run, f"{folder}/run", screen, "test", progress=False, **quiet)
     for name, road in {"train_run -> saved run": train, "predict_run -> predictions": predict}.items():
@@ -72,7 +79,8 @@ def main():
             found = road.functions(view)
             print(f"{name}, {view}: " + ", ".join(f"{n} {k}" for k, n in figures(found).items()))
             if "--list" in sys.argv and view != VIEWS[0]:
-                for module, stop in groupby(found, key=lambda f: f[0]): print(f"    {module}: " + ", ".join(n for _, n in stop))
+                for module, stop in groupby(found, key=lambda f: f[0]):
+                    print(f"    {module}: " + ", ".join(n for _, n in stop))
 
 
 if __name__ == "__main__": main()
