@@ -42,12 +42,12 @@ def images_shown(recipe, design):
     sites, n_test = treated * design["n_train"], treated * design["n_test"]
     extra = {None: 0, "train": controls * design["n_train"],
              "all": controls * (design["n_train"] + design["n_test"])}[recipe.data.control_classes]
-    beside = 1 + recipe.data.controls * recipe.data.domains_per_batch / recipe.data.batch_size
+    beside = 1 + recipe.data.n_controls * recipe.data.domains_per_batch / recipe.data.batch_size
     p, n = recipe.pseudo, recipe.train.epochs
     shares = [] if p.start is None else [p.first + (p.last - p.first) * (e - p.start) / max(1, n - 1 - p.start)
                                          for e in range(p.start, n)]
     return round(beside * ((sites + extra) * (n + recipe.finetune.epochs) + sum(shares) * n_test)
-                 + controls * design["n_train"] * recipe.controls.epochs)
+                 + controls * design["n_train"] * recipe.pretrain.epochs)
 
 
 def within_budget(recipe, views, design):
@@ -66,7 +66,7 @@ def contestants(views, design, rates=None):
     s3 = change_recipe(laptop_recipe(get_recipe("densenet121_domain_bn"), 100, rates.get("44th place")),
                        "per_cell_type=false")
     bare = change_recipe(s3, "finetune.epochs=0")
-    single = change_recipe(bare, "train.accumulate=1", "controls.accumulate=1")
+    single = change_recipe(bare, "train.accumulate=1", "pretrain.accumulate=1")
     first = laptop_recipe(get_recipe("densenet161_first_place"), 100, rates.get("1st place"))
     ours = laptop_recipe(get_recipe("densenet161_domain_batches"), 100, rates.get("ours"))
     both = ["default", "hard"]

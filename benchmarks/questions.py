@@ -39,13 +39,13 @@ AUGMENTATIONS = {"D4 symmetries": ["data.d4=true"],
 # What each contestant does with the controls, all with D4; the second dictionary changes the prediction only
 CONTROLS = {IGNORED: ([], {}),
             "statistics at inference only": ([], dict(batchnorm="controls")),
-            "pretraining": (["controls.epochs=25", "controls.lr={lr}", "controls.optimizer=adam",
-                             "controls.schedule=constant",
-                             "controls.weight_decay=0", "controls.accumulate=5"], {}),
+            "pretraining": (["pretrain.epochs=25", "pretrain.lr={lr}", "pretrain.optimizer=adam",
+                             "pretrain.schedule=constant",
+                             "pretrain.weight_decay=0", "pretrain.accumulate=5"], {}),
             "extra classes, train": (["data.control_classes=train"], {}),
             "extra classes, all": (["data.control_classes=all"], {}),
-            "beside every batch": (["data.controls=6"], {}),
-            "statistics from controls alone": (["data.controls=6", "data.statistics=controls",
+            "beside every batch": (["data.n_controls=6"], {}),
+            "statistics from controls alone": (["data.n_controls=6", "data.statistics=controls",
                                                 "inference.batchnorm=controls"], {})}
 WITH_D4 = AUGMENTATIONS["D4 symmetries"]
 

@@ -48,7 +48,7 @@ def images_shown(recipe, design, held=1):
     types, n = len(design["cell_types"]), design["n_train"] - held
     sites, controls = 2 * design["n_sirnas"] * types * n, 2 * (design["n_positive"] + 1) * 4 * types * held
     return (batch_effect.images_shown(recipe, {**design, "n_train": n}) + sites * recipe.cell_type.epochs
-            + controls * recipe.controls.epochs)
+            + controls * recipe.pretrain.epochs)
 
 
 def within_budget(name, views, design, held=1, lr=None, faithful=False):

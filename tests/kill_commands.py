@@ -65,7 +65,7 @@ SERIES = dict(
 TINY = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)),
                data=DataSettings(batch_size=8, cache=True),
                loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)), train=TrainSettings(epochs=1, lr=1e-3),
-               checkpoint=CheckpointSettings(steps=2))
+               checkpoint=CheckpointSettings(every_steps=2))
 ORPHANS = Path(sys.argv[1], "orphans") if len(sys.argv) > 1 else None
 PAGE = """import warnings
 import matplotlib.pyplot as plt

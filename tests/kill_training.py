@@ -40,13 +40,13 @@ def everything():
     stage = TrainSettings
     return check_recipe(replace(
         Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)),
-        data=DataSettings(batch_size=8, controls=4, cache=True), loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)),
-        controls=stage(epochs=1, lr=1e-3, lr_ratio=10), pseudo=PseudoSettings(start=1, first=0.5),
+        data=DataSettings(batch_size=8, n_controls=4, cache=True), loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)),
+        pretrain=stage(epochs=1, lr=1e-3, lr_ratio=10), pseudo=PseudoSettings(start=1, first=0.5),
         train=stage(epochs=3, lr=1e-3, accumulate=3, ema=0.9, mix="cutmix", freeze_epochs=1),
         finetune=stage(epochs=2, lr=1e-4, mix="mixup", average=2, optimizer="adam", schedule="cosine"),
         cell_type=stage(epochs=2, lr=1e-4, keep="best", validate_steps=2, accumulate=2, optimizer="adamw",
                         schedule="exponential"),
-        checkpoint=CheckpointSettings(steps=2, keep=2)))
+        checkpoint=CheckpointSettings(every_steps=2, keep_last=2)))
 
 
 class Steps(Callback):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xxhash
@@ -30,12 +31,12 @@ from rcic_fastai.screen.read import read_screen
 from rcic_fastai.cli.script import CliError
 from rcic_fastai.screen.simulate import simulate_screen
 from rcic_fastai.recipe.settings import CheckpointSettings, DataSettings, LossSettings, ModelSettings, Recipe
-from rcic_fastai.recipe.settings import TrainSettings
+from rcic_fastai.recipe.settings import stage_names, TrainSettings
 from rcic_fastai.run.folder import load_run
 
 tiny = replace(Recipe(), model=ModelSettings(arch="resnet10t", arch_options=dict(channels=[8, 8, 8, 8], stem_width=8)),
                data=DataSettings(batch_size=8, cache=True), loss=LossSettings("am_softmax", dict(m=0.2, s=16.0)),
-               train=TrainSettings(epochs=3, lr=1e-3), checkpoint=CheckpointSettings(steps=2))
+               train=TrainSettings(epochs=3, lr=1e-3), checkpoint=CheckpointSettings(every_steps=2))
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +166,48 @@ def test_another_recipe_is_refused(screen, tmp_path, change, message):
 def test_what_changes_nothing_may_change(screen, whole, tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         train(screen, tmp_path / "run", At(5, fail))
-    train(screen, tmp_path / "run", recipe=change_recipe(tiny, "checkpoint.steps=1", "data.workers=1",
+    train(screen, tmp_path / "run", recipe=change_recipe(tiny, "checkpoint.every_steps=1", "data.workers=1",
                                                          "data.cache=false"))
     assert same(tmp_path / "run", whole)
+
+
+def as_in_0_1(state):
+    "A checkpoint as that version wrote it, with the old names of settings and of the stage on control wells"
+    recipe = state["extra"]["recipe"]
+    recipe["data"]["controls"], recipe["inference"]["domain"] = recipe["data"].pop("n_controls"), None
+    recipe["checkpoint"] = dict(steps=recipe["checkpoint"]["every_steps"], keep=recipe["checkpoint"]["keep_last"])
+    for name in stage_names:
+        recipe[name]["steps"] = recipe[name].pop("milestones")
+    recipe["controls"] = recipe.pop("pretrain")
+    old = dict(pretrain="controls")
+    rows = state["callbacks"]["history"]["rows"]
+    for row in rows:
+        row["stage"] = old.get(row["stage"], row["stage"])
+    return {**state, "stage": old.get(state["stage"], state["stage"])}
+
+
+@pytest.fixture(scope="module")
+def pretrained(screen, tmp_path_factory):
+    "The weights of a training with a stage on control wells"
+    run = tmp_path_factory.mktemp("pretrained") / "run"
+    train(screen, run, recipe=change_recipe(tiny, "pretrain.epochs=2", "train.epochs=1"))
+    return load_file(run / "model.safetensors")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "train"])
+def test_a_checkpoint_of_0_1_is_resumed(screen, pretrained, tmp_path, stage):
+    "In the stage that was called `controls`, or after it: the same weights, and a history with the present names"
+    run, recipe = tmp_path / "run", change_recipe(tiny, "pretrain.epochs=2", "train.epochs=1")
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(screen, run, At(3, lambda learn: fail(learn) if learn.checkpoint.stage == stage else None), recipe=recipe)
+    files = checkpoint_files(run / "checkpoints")
+    state = as_in_0_1(read_checkpoint(files[-1]))
+    save_checkpoint(run / "checkpoints", state, 1)
+    assert state["stage"] == dict(pretrain="controls", train="train")[stage]
+    assert {r["stage"] for r in state["callbacks"]["history"]["rows"]} <= {"controls"}
+    with pytest.warns(FutureWarning, match="controls is called pretrain"):
+        train(screen, run, recipe=recipe)
+    assert same(run, pretrained) and pd.read_csv(run / "history.csv").stage.tolist() == ["pretrain"] * 2 + ["train"]
 
 
 def test_a_full_disk_while_saving(screen, whole, tmp_path, monkeypatch):
@@ -284,7 +324,7 @@ def test_held_out_controls_are_left_out_of_pretraining(two_types, tmp_path, monk
     seen, fit = [], checkpoint.Checkpoint.before_fit
     monkeypatch.setattr(checkpoint.Checkpoint, "before_fit",
                         lambda self: (seen.append(set(self.learn.dls.train_ds.items.id_code)), fit(self))[1])
-    recipe = replace(tiny, train=TrainSettings(epochs=1), controls=TrainSettings(epochs=1),
+    recipe = replace(tiny, train=TrainSettings(epochs=1), pretrain=TrainSettings(epochs=1),
                      data=DataSettings(batch_size=8, domain=None))
     learn = train_run(two_types, recipe, tmp_path / "run", wells="all", valid="experiment=HUVEC-02",
                       say=lambda *a: None)

@@ -331,7 +331,7 @@ class Watch(Callback):
 def staged():
     "A recipe with all its stages, on few images"
     return tiny("head.epochs=1", "head.lr=0.01", "head.find_lr=20", "train.find_lr=20", "finetune.epochs=2",
-                "finetune.average=2", "checkpoint.steps=3", "seed=4")
+                "finetune.average=2", "checkpoint.every_steps=3", "seed=4")
 
 
 @pytest.fixture(scope="module")

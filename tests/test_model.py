@@ -377,7 +377,7 @@ def test_controls_that_are_missing():
     x = torch.rand(16, 4)
     for role,kind in ((1, 'positive'), (2, 'negative')):
         rows = (c[:,1] == 4) | (c[:,3] != role)
-        with pytest.raises(ValueError, match=rf'experiment 5 .*no {kind} control in this batch: .*\(data.controls\)'):
+        with pytest.raises(ValueError, match=rf'experiment 5 .*no {kind} control in this batch: .*\(data.n_controls\)'):
             head(x[rows], c[rows])
     with pytest.raises(ValueError, match='no positive control'): head(x, c[:,:3]) # without roles all are treatments
     with pytest.raises(ValueError, match='needs the context'): head(x)

@@ -18,12 +18,12 @@ quick = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), 
 own_head = ("loss.name=cross_entropy", "loss.options={}", "model.head=linear")
 CASES = {
     "plain": (),
-    "controls in the batch": ("data.controls=4",),
-    "plates": ("data.domain=plate", "data.controls=2"),
-    "a sample of the domain": ("data.controls=4", "inference.pool_sites=12"),
-    "a head that compares": ("data.controls=4", "model.head=controls", "loss.name=cross_entropy", "loss.options={}"),
-    "centred plates and controls": ("data.controls=4", "inference.postprocess=center_plate"),
-    "tvn beside controls": ("data.controls=4", "inference.postprocess=tvn"),
+    "controls in the batch": ("data.n_controls=4",),
+    "plates": ("data.domain=plate", "data.n_controls=2"),
+    "a sample of the domain": ("data.n_controls=4", "inference.pool_sites=12"),
+    "a head that compares": ("data.n_controls=4", "model.head=controls", "loss.name=cross_entropy", "loss.options={}"),
+    "centred plates and controls": ("data.n_controls=4", "inference.postprocess=center_plate"),
+    "tvn beside controls": ("data.n_controls=4", "inference.postprocess=tvn"),
     "batches": (*own_head, "inference.batchnorm=batch", "inference.bagging=[16, 8]"),
 }
 

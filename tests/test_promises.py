@@ -552,7 +552,7 @@ def test_a_callback_history_of_ours_and_one_of_fastai(sites, tmp_path):
                          [['data.statistics="controls"', "data.domains_per_batch=2"],
                           ['model.head="controls"', 'loss.name="cross_entropy"', "loss.options={}"]])
 def test_learners_that_need_controls(screen, sites, settings):
-    own = change_recipe(recipe, "data.controls=4", *settings)
+    own = change_recipe(recipe, "data.n_controls=4", *settings)
     dls = recipe_dataloaders(sites, own, HELD, controls=control_sites(screen), cell_types=screen.cell_types,
                              experiments=screen.experiments)
     learn = calm(screen_learner(dls, own))

@@ -37,13 +37,13 @@ def test_one_difference_and_one_budget_for_all(ask):
     for (part, name), (recipe, _, _) in methods.items():
         base = methods["augmentation", "nothing"] if part == "augmentation" else methods["controls", "ignored"]
         settings = ask.AUGMENTATIONS.get(name, []) if part == "augmentation" else ask.CONTROLS[name][0]
-        changed = set(compare_recipes(base[0], recipe).index) - {"train.epochs", "controls.epochs"}
-        named = {s.partition("=")[0] for s in settings} - {"controls.epochs"}
+        changed = set(compare_recipes(base[0], recipe).index) - {"train.epochs", "pretrain.epochs"}
+        named = {s.partition("=")[0] for s in settings} - {"pretrain.epochs"}
         assert changed <= named and len(changed) >= min(1, len(named)), (part, name, changed)
         assert abs(ask.images_shown(recipe, ask.DESIGN) - ask.VIEWS) < 0.08 * ask.VIEWS, name
     off = methods["augmentation", "nothing"][0].data
     assert (off.d4, off.intensity, off.cutout, off.crop) == (False, 0, 0, None)
-    assert methods["controls", "pretraining"][0].controls.epochs > 0
+    assert methods["controls", "pretraining"][0].pretrain.epochs > 0
 
 
 @each("gain, said", [([0.1, 0.11, 0.12], "helps"), ([-0.1, -0.11, -0.12], "hurts"), ([0.01, 0.1, 0.2], "rather helps"),

@@ -1,7 +1,10 @@
 "Recipes from names, files and the command line."
 
 import json
-from dataclasses import asdict, fields, is_dataclass
+import re
+import warnings
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
 
 import pytest
 from cases import each
@@ -13,10 +16,11 @@ from rcic_fastai.model.head import cell_type_kinds, classifiers, head_kinds, poo
 from rcic_fastai.labels.threshold import threshold_methods
 from rcic_fastai.loss.by_name import losses
 from rcic_fastai.profile.correct import postprocess_names
-from rcic_fastai.recipe.check import recipe_from_json, recipe_to_json, settings_table
+from rcic_fastai.recipe.check import check_recipe, recipe_from_json, recipe_to_json, settings_table
 from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe, list_recipes, recipes
 from rcic_fastai.recipe.settings import _limits, _rule, InferenceSettings, LossSettings, ModelSettings, Recipe
 from rcic_fastai.recipe.settings import TrainSettings, compare_recipes
+from rcic_fastai.recipe.settings import current_name, recipe_from_dict, renamed_settings, stage_names
 from rcic_fastai.train.learner import _compile
 from rcic_fastai.train.network import recipe_model
 from rcic_fastai.train.mix import mixes
@@ -60,8 +64,9 @@ def test_every_setting_can_be_set_and_wrong_types_are_named(key, default):
     ('{"data": {"domain": "well"}}', 'data.domain is "well", expected one of null'),
     ('{"device": {"precision": "half"}}', "device.precision"),
     ('{"train": {"mix": "lisa"}}', "train.mix 'lisa' mixes experiments, so a batch cannot be of one"),
-    ('{"data": {"statistics": "controls"}}', "data.statistics 'controls' needs controls in the batches: data.controls"),
-    ('{"model": {"head": "controls"}, "loss": {"name": "cross_entropy"}}', "data.controls of 2 or more"),
+    ('{"data": {"statistics": "controls"}}',
+     "data.statistics 'controls' needs controls in the batches: data.n_controls"),
+    ('{"model": {"head": "controls"}, "loss": {"name": "cross_entropy"}}', "data.n_controls of 2 or more"),
     ('{"data": {"domain": null, "domains_per_batch": 2}}', "data.domains_per_batch needs data.domain"),
     ('{"data": {"batch_size": 9, "domains_per_batch": 2}}', "expected a multiple of data.domains_per_batch"),
     ('{"data": {"match_histograms": "plate", "standardize": "screen"}}', "has no grey values left"),
@@ -103,10 +108,10 @@ def test_changes_are_copies_and_compose():
 def test_a_laptop_recipe_keeps_the_system():
     "Stages in proportion, learning rates too; what the system is stays"
     full, small = recipes["densenet121_domain_bn"], laptop_recipe(recipes["densenet121_domain_bn"], epochs=40, lr=2e-3)
-    assert (small.controls.epochs, small.train.epochs, small.finetune.epochs) == (10, 28, 2)
+    assert (small.pretrain.epochs, small.train.epochs, small.finetune.epochs) == (10, 28, 2)
     assert (small.train.lr, small.finetune.lr) == (2e-3, 2e-4) and small.train.accumulate == 4
-    assert (small.data.domain, small.loss, small.train.steps, small.inference.bagging) == (
-        full.data.domain, full.loss, full.train.steps, [32, 64, 96, 128])
+    assert (small.data.domain, small.loss, small.train.milestones, small.inference.bagging) == (
+        full.data.domain, full.loss, full.train.milestones, [32, 64, 96, 128])
     assert not small.model.pretrained and small.data.cache and recipes["densenet121_domain_bn"].train.epochs == 275
     assert laptop_recipe(recipes["densenet161_first_place"], epochs=10).pseudo.start == 6
     assert laptop_recipe(recipes["laptop"], arch="resnet18").model.arch == "resnet18"
@@ -161,12 +166,12 @@ def test_every_setting_is_in_the_table_with_its_rule():
 @each("schedule", _rule(TrainSettings, "schedule")[1])
 def test_every_schedule_can_be_made(schedule):
     if schedule != "one_cycle":  # which is fastai's
-        assert schedule_function(TrainSettings(schedule=schedule, steps=[0.5]))(0) > 0
+        assert schedule_function(TrainSettings(schedule=schedule, milestones=[0.5]))(0) > 0
 
 
 @each("setting", ['loss.options={"m": 1, "m": 2}', 'loss.options={"m": "a"}', 'loss.options={"s": NaN}',
-                  'loss.options={"reduction": "none"}', "train.steps=[2]",
-                                     'train.steps=["a"]', "inference.bagging=[1]", 'train.loss_options={"m": 1}',
+                  'loss.options={"reduction": "none"}', "train.milestones=[2]",
+                                     'train.milestones=["a"]', "inference.bagging=[1]", 'train.loss_options={"m": 1}',
                   "inference.thresholds=best"])
 def test_lists_and_options_are_looked_into(setting):
     with pytest.raises(ValueError, match=setting.partition("=")[0]):
@@ -209,3 +214,100 @@ def test_a_compiler_that_there_is_not_is_named():
     with pytest.raises(ValueError, match=r"device\.compile is 'x', expected true, false or .*inductor"):
         _compile(torch.nn.Linear(2, 2), change_recipe(recipes["laptop"], "device.compile=x", "data.domain=null",
                                                       "data.domains_per_batch=1", "data.statistics=all"))
+
+
+# Names of version 0.1
+
+RECIPE_0_1_0 = Path(__file__).parent / "data" / "run_0_1_0" / "recipe.json"
+RENAMED = {
+    "data.controls=3": "data.n_controls=3", "controls.epochs=2": "pretrain.epochs=2",
+    "controls.steps=[0.5]": "pretrain.milestones=[0.5]",
+    'controls={"epochs": 2, "steps": [0.5]}': 'pretrain={"epochs": 2, "milestones": [0.5]}',
+    **{f"{s}.steps=[0.5]": f"{s}.milestones=[0.5]" for s in ("head", "train", "finetune", "cell_type")},
+    "checkpoint.steps=7": "checkpoint.every_steps=7", "checkpoint.keep=9": "checkpoint.keep_last=9",
+    "inference.domain=null": "inference.domain=as_trained"}  # fmt: skip
+
+
+def key_of(setting):
+    return setting.partition("=")[0]
+
+
+def said_by(function, *args):
+    "What a function returns, and what it warns of"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function(*args)
+    return result, [str(w.message) for w in caught]
+
+
+def nested(setting):
+    "A setting of the command line as a file has it"
+    key, _, text = setting.partition("=")
+    table, dot, name = key.partition(".")
+    value = json.loads(text) if text[0] in "0123456789[{n" else text
+    return {table: {name: value}} if dot else {table: value}
+
+
+@each("old, new", list(RENAMED.items()))
+def test_names_of_0_1_are_read_and_reported(old, new, tmp_path):
+    "On the command line and in files, with one warning that has both names"
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(nested(old)))
+    expected, silence = said_by(change_recipe, Recipe(), new)
+    assert silence == []
+    names = ["inference.domain null", '"as_trained"'] if "null" in old else [key_of(old), key_of(new)]
+    recipe, said = said_by(change_recipe, Recipe(), old)
+    assert recipe == expected and len(said) == 1, said
+    assert f"{names[0]} is called {names[1]}" in said[0] and said[0].endswith(" since 0.2")
+    if names[0] == "controls.epochs":  # a file has the stage as a table
+        names = ["controls", "pretrain"]
+    recipe, said = said_by(get_recipe, path)
+    assert recipe == expected and len(said) == 1, said
+    assert f"{names[0]} is called {names[1]}" in said[0] and said[0].startswith(f"{path}: ")
+
+
+def test_all_old_names_are_tried():
+    more = {"controls.epochs", "controls.steps", "inference.domain"}
+    assert {key_of(o) for o in RENAMED} == {*renamed_settings, *more} - {"pretrain.steps"}
+    assert all(current_name(new) == new for new in renamed_settings.values())
+    assert [current_name(s) for s in ("controls", *stage_names)] == ["pretrain", *stage_names]
+
+
+def test_a_file_of_0_1_is_read():
+    "As that version wrote it, with all settings: one warning, and what is written again has new names only"
+    recipe, said = said_by(get_recipe, RECIPE_0_1_0)
+    assert len(said) == 1 and said[0].startswith(f"{RECIPE_0_1_0}: data.controls is called data.n_controls, controls ")
+    old, new = json.loads(RECIPE_0_1_0.read_text()), asdict(recipe)
+    assert recipe.name == "old" and recipe.data.n_controls == old["data"]["controls"]
+    assert {n: v for n, v in new["pretrain"].items() if n != "milestones"}.items() <= old["controls"].items()
+    assert new["checkpoint"] == dict(every_steps=old["checkpoint"]["steps"], keep_last=old["checkpoint"]["keep"])
+    assert old["inference"]["domain"] is None and recipe.inference.domain == "as_trained"
+    assert recipe.data.domain == old["data"]["domain"]
+    assert said_by(recipe_from_json, recipe_to_json(recipe)) == (recipe, [])
+
+
+@each("settings", [("data.controls=3", "data.n_controls=3"), ("data.n_controls=3", "data.controls=4"),
+                   ("controls.steps=[0.5]", "pretrain.milestones=[0.5]"),
+                   ("checkpoint.keep=1", "train.lr=1", "checkpoint.keep_last=1"),
+                   ("train.milestones=[0.5]", "train.steps=[0.5]")])  # fmt: skip
+def test_a_setting_with_both_names_is_refused(settings):
+    old, new = key_of(settings[0]), key_of(settings[-1])
+    message = f"{old} and {new} are one setting, which is called {current_name(new)} since 0.2: give it once"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        change_recipe(Recipe(), *settings)
+    tables = {}
+    for s in settings:
+        for table, values in nested(s).items():
+            tables.setdefault(table, {}).update(values)
+    message = "controls and pretrain are one setting" if "controls" in tables else message
+    with pytest.raises(ValueError, match=re.escape(message)):
+        recipe_from_dict(tables)
+
+
+def test_as_trained_is_a_word():
+    "None is what files of 0.1 have; a recipe says 'as_trained'"
+    words = '"cell_type", "experiment", "plate", "screen", "as_trained"'
+    with pytest.raises(ValueError, match=f"inference.domain is null, expected one of {words}"):
+        check_recipe(replace(Recipe(), inference=InferenceSettings(domain=None)))
+    assert change_recipe(Recipe(), "data.domain=null").data.domain is None
+    assert settings_table().loc["inference.domain", "default"] == '"as_trained"'

@@ -47,7 +47,7 @@ def screen(tmp_path_factory):
 
 
 def test_schedules_are_their_closed_forms():
-    s = TrainSettings(epochs=10, lr=0.8, schedule="steps", steps=[0.5, 0.9])
+    s = TrainSettings(epochs=10, lr=0.8, schedule="steps", milestones=[0.5, 0.9])
     assert ([round(schedule_function(s)(p), 6) for p in (0, 0.49, 0.5, 0.89, 0.9, 1)] == [
         0.8, 0.8, 0.08, 0.08, 0.008, 0.008])
     f = schedule_function(replace(s, schedule="cosine"))
@@ -60,7 +60,7 @@ def test_schedules_are_their_closed_forms():
 
 @pytest.mark.parametrize("schedule", ["steps", "cosine", "exponential", "constant", "one_cycle"])
 def test_the_learner_follows_its_schedule(screen, schedule):
-    stage = TrainSettings(epochs=2, lr=0.01, schedule=schedule, steps=[0.5], decay=0.5, optimizer="adamw")
+    stage = TrainSettings(epochs=2, lr=0.01, schedule=schedule, milestones=[0.5], decay=0.5, optimizer="adamw")
     learn = screen_learner(recipe_dataloaders(select_sites(screen).head(48), quick), quick)
     with learn.no_bar(), learn.no_logging():
         fit_stage(learn, stage)
@@ -87,7 +87,7 @@ def test_accuracy_counts_what_is_known():
 @pytest.mark.parametrize("mix", [None, "mixup", "cutmix"])
 def test_controls_in_a_batch_shape_its_statistics_and_nothing_else(screen, mix):
     "The loss sees the treated sites alone; with statistics of the controls, the first BatchNorm's are exactly theirs."
-    recipe = change_recipe(quick, "data.controls=6", 'data.statistics="controls"', "data.domains_per_batch=2",
+    recipe = change_recipe(quick, "data.n_controls=6", 'data.statistics="controls"', "data.domains_per_batch=2",
                            f"train.mix={json.dumps(mix)}",
                            "device.precision=fp32")
     sites, seen, inputs = select_sites(screen), [], []
@@ -250,7 +250,7 @@ def test_the_truth_of_held_out_wells_changes_nothing_but_the_log(screen, tmp_pat
 def test_conditioning_on_controls(screen, tmp_path):
     """The head compares with controls of the experiment, in training and at inference; without them it says what is
     missing"""
-    recipe = change_recipe(quick, "data.controls=6", 'model.head="controls"',
+    recipe = change_recipe(quick, "data.n_controls=6", 'model.head="controls"',
                            'loss={"name": "cross_entropy", "options": {}}')
     learn = train_run(screen, recipe, tmp_path / "run", say=quiet)
     sites = select_sites(screen, "test")

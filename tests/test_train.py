@@ -220,8 +220,8 @@ class Spying(nn.Module):
 def test_inference_mode_and_plain_tensors(sites):
     """No gradients and no types of fastai where the network runs; ordinary tensors come out, and gradients flow
     afterwards."""
-    recipe = change_recipe(laptop, "loss.name=cross_entropy", "loss.options={}", "model.head=linear", "data.controls=0",
-                           "device.precision=fp32")
+    recipe = change_recipe(laptop, "loss.name=cross_entropy", "loss.options={}", "model.head=linear",
+                           "data.n_controls=0", "device.precision=fp32")
     dls = recipe_dataloaders(sites, recipe, valid="experiment=HUVEC-03")
     learn = screen_learner(dls, recipe, Spying())
     learn.splitter = one_group
@@ -427,7 +427,7 @@ def test_sample_sites_takes_some_of_each(sites):
 
 
 def test_pretraining_keeps_the_body(screen, tmp_path):
-    recipe = change_recipe(laptop, "controls.epochs=1", "controls.lr=0.001")
+    recipe = change_recipe(laptop, "pretrain.epochs=1", "pretrain.lr=0.001")
     learn = pretrain_on_controls(screen, recipe, path=tmp_path)
     controls = screen.wells[(screen.wells.well_type != "treatment") & (screen.wells.split == "train")]
     assert sorted(learn.dls.vocab) == sorted(controls.sirna.unique())
@@ -439,7 +439,7 @@ def test_pretraining_keeps_the_body(screen, tmp_path):
 
 def test_run_with_pretraining_writes_its_folder(screen, tmp_path):
     run = tmp_path / "run"
-    train_run(screen, change_recipe(laptop, "controls.epochs=1"), run, say=quiet)
+    train_run(screen, change_recipe(laptop, "pretrain.epochs=1"), run, say=quiet)
     assert {p.name for p in run.iterdir()} == {"history.csv", "recipe.json", "run.json", "model.safetensors"}
     history = pd.read_csv(run / "history.csv")
     assert list(history.columns) == ["stage", "epoch", "train_loss", "accuracy", "time"]

@@ -66,7 +66,7 @@ def test_each_group_follows_its_rate(sites, schedule):
         def after_pred(self):
             self.seen.append([h["lr"] for h in self.opt.hypers])
 
-    stage = TrainSettings(epochs=2, lr=1e-3, lr_ratio=100, schedule=schedule, steps=[0.5], decay=0.5)
+    stage = TrainSettings(epochs=2, lr=1e-3, lr_ratio=100, schedule=schedule, milestones=[0.5], decay=0.5)
     rates = Rates()
     learn = fit(sites, replace(small, train=stage), rates)
     seen = np.array(rates.seen)
@@ -177,7 +177,7 @@ def test_means_end_a_stage_with_other_weights_and_statistics(sites, change):
     (["train.freeze_epochs=99"], "expected at most the"), (["train.keep=first"], 'expected one of "last", "best"'),
     (["train.lr_ratio=0.5"], "expected at least 1"), (["per_cell_type=true", "cell_type.epochs=2"], "leaves nothing"),
     (["inference.assignment=zero"], '"exact", "vote", "vote_zero"'),
-    (["checkpoint.keep=0"], "checkpoint.keep is 0, expected at least 1"),
+    (["checkpoint.keep_last=0"], "checkpoint.keep_last is 0, expected at least 1"),
     (["train.emma=0.9"], "did you mean 'train.ema'"), (["train.freeze_epochs=yes"], "expected int")])
 def test_recipes_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):

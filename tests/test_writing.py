@@ -283,7 +283,7 @@ def test_a_plate_map_of_the_same_name_stays(tmp_path):
 
 def test_only_what_is_ours_is_removed(small_screen, tmp_path):
     "A folder `checkpoints` with files of the user's, hidden files, a folder `parts` within a store"
-    recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "checkpoint.steps=2")
+    recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "checkpoint.every_steps=2")
     theirs = [tmp_path / "run" / n for n in ("checkpoints/best.pt", "checkpoints/.notes", ".gitignore",
                                              ".run.json.1234", "model.txt")]
     ours = [tmp_path / "run" / n for n in ("checkpoints/.00000001-0123456789abcdef.2147483646.rcic-part.pt",

@@ -108,7 +108,7 @@ def _control_mean(x, domain, control, name):
     n = among.sum(1, keepdim=True)
     if not is_traced() and not n.all():
         raise ValueError(f'experiment {domain[n.argmin()].item()} of the context has no {name} control in this batch: '
-                         'put controls into the batch (data.controls)')
+                         'put controls into the batch (data.n_controls)')
     return among @ x / n
 
 def condition_on_controls(

@@ -16,7 +16,7 @@ from fastcore.docments import docments
 from ..files import parse_json
 from ..loss.by_name import create_loss, losses, multilabel_losses
 from ..predict.tta import tta_group
-from .settings import _choices, _limits, _rule
+from .settings import _choices, _limits, _read_table, _rule
 from .settings import Recipe, recipe_from_dict, stage_names
 
 # %% ../../nbs/61_recipe.check.ipynb #d2bf8569
@@ -61,17 +61,17 @@ _combinations = ( # setting and values, what must hold for the recipe, and why
      'has no grey values left to standardise by: data.standardize null or "image"'),
     ('data.standardize', (None,), lambda r: r.data.match_histograms is not None,
      'leaves grey values as they are: data.match_histograms "experiment" or "plate"'),
-    ('data.statistics', ('controls',), lambda r: r.data.controls > 0,
-     'needs controls in the batches: data.controls'),
-    ('model.head', ('controls',), lambda r: r.data.controls > 1,
-     'compares with positive and negative controls in the batch: data.controls of 2 or more'),
+    ('data.statistics', ('controls',), lambda r: r.data.n_controls > 0,
+     'needs controls in the batches: data.n_controls'),
+    ('model.head', ('controls',), lambda r: r.data.n_controls > 1,
+     'compares with positive and negative controls in the batch: data.n_controls of 2 or more'),
     ('model.head', ('controls',), lambda r: r.data.domain in ('experiment', 'plate'),
      'compares within an experiment: data.domain "experiment" or "plate"'),
     ('train.mix', ('lisa',), lambda r: r.data.domain in (None, 'cell_type'),
      'mixes experiments, so a batch cannot be of one: data.domain null or "cell_type"'),
     ('finetune.mix', ('lisa',), lambda r: r.train.mix == 'lisa',
      'needs batches of pairs, which train.mix "lisa" makes'),
-    ('controls.mix', ('lisa',), lambda r: False, 'is for treatments'))
+    ('pretrain.mix', ('lisa',), lambda r: False, 'is for treatments'))
 
 def _check_combinations(recipe):
     for key, values, holds, why in _combinations:
@@ -139,7 +139,7 @@ def check_recipe(
     recipe:Recipe # settings
 ) -> Recipe: # the same
     "Refuse what cannot work. Raises: ValueError naming the setting and what it may be."
-    recipe = recipe_from_dict(asdict(recipe)) # the rule of each setting
+    recipe = _read_table(asdict(recipe), Recipe(), '') # the rule of each setting
     _check_combinations(recipe)
     stages = {n: getattr(recipe, n) for n in stage_names}
     wrong = [w for n, s in stages.items() for w in _wrong_in_stage(n, s, recipe)] + [*_wrong_together(recipe)]
@@ -159,7 +159,7 @@ def recipe_from_json(
 
     Raises: ValueError for invalid JSON, an unknown setting, a value that its rule refuses or an impossible combination.
     """
-    return check_recipe(recipe_from_dict(parse_json(text, where, dict)))
+    return check_recipe(recipe_from_dict(parse_json(text, where, dict), where=where))
 
 def recipe_to_json(
     recipe:Recipe # settings

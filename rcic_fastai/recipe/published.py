@@ -16,7 +16,8 @@ from ..errors import did_you_mean
 from ..files import parse_json, read_text, user_path
 from ..model.backbone import check_arch
 from .settings import DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings
-from .settings import _nearest_setting, Recipe, recipe_from_dict, stage_names, TrainSettings
+from .settings import _by_current_names, _nearest_setting, _read_table
+from .settings import current_names, Recipe, stage_names, TrainSettings, warn_of_names
 from .check import check_recipe, recipe_from_json
 
 # %% ../../nbs/62_recipe.published.ipynb #1aade3cf
@@ -69,7 +70,7 @@ _add(
            cell_type=replace(_last, schedule='one_cycle', weight_decay=1e-4), inference=_voted))
 
 # %% ../../nbs/62_recipe.published.ipynb #176fb3f1
-_two_rates = TrainSettings(epochs=20, lr=1e-3, optimizer='adam', schedule='steps', steps=[.5], weight_decay=0.,
+_two_rates = TrainSettings(epochs=20, lr=1e-3, optimizer='adam', schedule='steps', milestones=[.5], weight_decay=0.,
                            keep='best', validate_steps=500)
 _pooled = InferenceSettings(batchnorm='domain', pool_sites=128)
 
@@ -89,8 +90,8 @@ _add(Recipe(
     data=DataSettings(domain='plate', batch_size=8, standardize='screen', intensity=0.),
     model=ModelSettings(arch='densenet121', pretrained=True, head='linear'),
     loss=LossSettings('one_hot_bce'),
-    controls=replace(_adam_16, epochs=100),
-    train=replace(_adam_16, epochs=275, schedule='steps', steps=[.8, 250/275]),
+    pretrain=replace(_adam_16, epochs=100),
+    train=replace(_adam_16, epochs=275, schedule='steps', milestones=[.8, 250/275]),
     finetune=replace(_adam_16, epochs=25, lr=1e-4, schedule='cosine', mix='mixup'),
     inference=InferenceSettings(batchnorm='batch', bagging=[32, 64, 96, 128])))
 
@@ -185,13 +186,18 @@ def get_recipe(
 # %% ../../nbs/62_recipe.published.ipynb #d5fcbed5
 _free = ('loss.options', 'model.arch_options') # tables whose keys are not settings
 
-def _put(d, setting):
-    "Put 'train.epochs=5' into nested dictionaries"
+def _parsed(setting):
+    "'train.epochs=5' as a name and a value"
     key, equals, text = setting.partition('=')
-    if not equals or not key.strip(' .'): raise ValueError(f'{setting!r} has no {"name of a setting before" if equals else ""} "=", expected something like train.epochs=5'.replace('  ', ' '))
+    if not key.strip(' .') or not equals:
+        lacks = 'no "="' if not equals else 'no name of a setting before "="'
+        raise ValueError(f'{setting!r} has {lacks}, expected something like train.epochs=5')
     try: json.loads(text)
-    except ValueError: value = text # no JSON, so it is a word
-    else: value = parse_json(text, key)
+    except ValueError: return key, text # no JSON, so it is a word
+    return key, parse_json(text, key)
+
+def _put(d, key, value):
+    "Put a value into nested dictionaries"
     *parents, last = key.split('.')
     for k in parents:
         if not isinstance(d.get(k), dict): raise ValueError(f'{key} is no setting{_nearest_setting(key)}')
@@ -199,14 +205,22 @@ def _put(d, setting):
     if last not in d and '.'.join(parents) not in _free: raise ValueError(f'{key} is no setting{_nearest_setting(key)}')
     d[last] = value
 
+# %% ../../nbs/62_recipe.published.ipynb #d64aca89
 def change_recipe(
     recipe:Recipe, # where to start
     *settings:str # such as 'train.epochs=5', 'data.domain=null', 'loss.options={"m": 0.2}'
 ) -> Recipe: # a checked copy
-    "Change single settings. Raises: ValueError naming the setting, or the nearest one if there is none of that name."
-    d = asdict(recipe)
-    for s in settings: _put(d, s)
-    return check_recipe(recipe_from_dict(d))
+    """Change single settings. Names of 0.1 are read, with a warning.
+
+    Raises: ValueError naming the setting, or the nearest one if there is none of that name.
+    """
+    d, given = asdict(recipe), [_parsed(s) for s in settings]
+    names = current_names(key for key, _ in given)
+    said = {old: new for old, new in names.items() if old != new}
+    for key, value in given: _put(d, names[key], value)
+    changed = check_recipe(_read_table(_by_current_names(d, said), Recipe(), '')) # values may be tables with old names
+    warn_of_names(said)
+    return changed
 
 # %% ../../nbs/62_recipe.published.ipynb #c51b0077
 # highest learning rates for `small_resnet`, chosen on held-out training experiments of a simulated screen

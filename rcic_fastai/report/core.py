@@ -46,7 +46,7 @@ from ..predict.tta import tta_group
 from ..predict.core import Predictions
 from ..predict.sites import _compares_with_controls, _forward, predict_sites, _prepare, _raw_batches, _sample
 from ..predict.assign import assign_predictions
-from ..recipe.settings import compare_recipes, Recipe
+from ..recipe.settings import compare_recipes, pooled_domain, Recipe, stage_names
 from ..recipe.published import recipes
 from ..train.inference import embed_with
 from ..run.folder import read_history, run_name
@@ -257,8 +257,7 @@ def recipe_changes(
     "The settings in which a recipe differs from the one it is named after, or is nearest to."
     def unlike(r): # stages that neither has do not count
         t = compare_recipes(r, recipe).drop(index=['name', 'source', 'score'], errors='ignore')
-        idle = [k for k in ('controls', 'head', 'train', 'finetune', 'cell_type')
-                if not getattr(r, k).epochs and not getattr(recipe, k).epochs]
+        idle = [k for k in stage_names if not getattr(r, k).epochs and not getattr(recipe, k).epochs]
         return t[[k.partition('.')[0] not in idle for k in t.index]]
     name = recipe.name.removesuffix('-laptop').removesuffix('-faithful')
     if name not in recipes: name = min(recipes, key=lambda n: len(unlike(recipes[n])))
@@ -281,8 +280,7 @@ def _of_data(c):
 def _of_network(c):
     "The network of a run, and how it was trained"
     r, i, task = c.recipe, c.info, c.task
-    stages = [f'{n} {getattr(r, n).epochs}' for n in ('controls', 'head', 'train', 'finetune', 'cell_type')
-              if getattr(r, n).epochs]
+    stages = [f'{n} {getattr(r, n).epochs}' for n in stage_names if getattr(r, n).epochs]
     parts = f', one for each of {", ".join(c.parts)}' if c.parts else ''
     domain = f'one {r.data.domain.replace("_", " ")}' if r.data.domain else f'any {task.source}'
     size = f'{" x ".join(map(str, i.get("image_size", [])))} pixels, {len(c.channels or [])} channels'
@@ -428,7 +426,7 @@ def load_network(
     if controls is not None: controls = _as_drawn(c, controls, sites)
     learn, r = run.learner(pd.concat([t for t in (sites, controls, reference) if t is not None],
                                      ignore_index=True)), run.recipe
-    return Network(learn, r, sites, controls, reference, r.inference.domain or r.data.domain or 'experiment')
+    return Network(learn, r, sites, controls, reference, pooled_domain(r) or 'experiment')
 
 # %% ../../nbs/81_report.core.ipynb #aa01b1e6
 def predict_again(
@@ -499,7 +497,7 @@ def shift_wells(
     "Wells of domains that were trained on and of others, spread evenly over all there are."
     n_domains = n_domains or int(np.clip(c.max_wells//n_wells, 2, 12))
     w, recipe = c.screen.wells, Run(c.networks[name]).recipe
-    by = c.task.source if c.task.several else recipe.inference.domain or recipe.data.domain or 'experiment'
+    by = c.task.source if c.task.several else pooled_domain(recipe) or 'experiment'
     w = w[w.cell_type==name] if name else w
     w = _domain_names(c, w[(w.well_type=='treatment')==(c.wells!='controls')], by)
     rank = lambda t: t.kind.map(dict(train=0, valid=1, test=2)).fillna(3)

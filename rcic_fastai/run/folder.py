@@ -30,7 +30,7 @@ from ..data.select import select_sites
 from ..data.store import read_site
 from ..model.core import load_weights
 from ..predict.core import Predictions
-from ..recipe.settings import Recipe, TrainSettings
+from ..recipe.settings import current_name, Recipe, TrainSettings
 from ..train.inference import inference_needs, Needs
 from ..train.loaders import recipe_dataloaders
 from ..train.network import recipe_model
@@ -130,7 +130,7 @@ def read_history(
         if lost := [k for k in ('stage', 'epoch', 'train_loss') if k not in t]:
             raise ValueError(f'column {lost[0]!r} is missing')
         return t.assign(seconds=t.pop('time').map(_seconds) if 'time' in t else np.nan,
-                        train_loss=t.train_loss.astype(float))
+                        stage=t.stage.map(current_name), train_loss=t.train_loss.astype(float))
 
 @patch
 def history(self:Run) -> pd.DataFrame: # see `read_history`
@@ -423,7 +423,7 @@ def _warn_of_size(run, sites):
 
 def _for_inference(recipe):
     "The recipe without what only a training needs"
-    return replace(recipe, data=replace(recipe.data, controls=0, domains_per_batch=1, statistics='all'),
+    return replace(recipe, data=replace(recipe.data, n_controls=0, domains_per_batch=1, statistics='all'),
                    train=TrainSettings(),
                    model=replace(recipe.model, pretrained=False), device=replace(recipe.device, compile=False))
 

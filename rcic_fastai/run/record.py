@@ -113,7 +113,7 @@ def _check_info(info, path):
 # %% ../../nbs/72_run.record.ipynb #b2e0d3ae
 def _read_recipe(settings, info, run):
     "The recipe; what is wrong with it says which version wrote it"
-    try: return recipe_from_dict(settings)
+    try: return recipe_from_dict(settings, where=run/'recipe.json')
     except ValueError as e:
         raise ValueError(f'{run/"recipe.json"}: {e}; written by rcic_fastai {info.get("version", "0.1")}, and this is '
                          f'{__version__}') from None

@@ -16,17 +16,17 @@ from fastai.callback.all import Callback
 from fastai.learner import Learner
 
 from ..files import read_json, write_json, write_whole
-from ..recipe.settings import compare_recipes, Recipe, recipe_from_dict, TrainSettings
+from ..recipe.settings import compare_recipes, current_name, Recipe, recipe_from_dict, stage_names, TrainSettings
 from ..train.checkpoint import Checkpoint, History, latest_checkpoint
 from ..train.learner import fit_stage, suggest_lr
 
 # %% ../../nbs/75_run.stages.ipynb #74a137af
 _BEGUN = 'begun.json' # in the folder of a run while it is trained
-_free = ('checkpoint.steps', 'checkpoint.keep', 'data.workers', 'data.cache') # change nothing of what is computed
+_free = ('checkpoint.every_steps', 'checkpoint.keep_last', 'data.workers', 'data.cache') # change nothing of what is computed
 
 def _differences(started, recipe, asked):
     "What a run was started with, against what is asked for now"
-    differ = compare_recipes(recipe_from_dict(started['recipe']), recipe).drop(index=list(_free), errors='ignore')
+    differ = compare_recipes(recipe_from_dict(started['recipe'], where='settings it was started with'), recipe).drop(index=list(_free), errors='ignore')
     text = lambda v: json.dumps(v, default=lambda o: o.item())
     lines = [f'{k} was {text(r.a)} and is {text(r.b)}' for k,r in differ.iterrows()]
     lines += [f'{k} was {text(started["asked"].get(k))} and is {text(v)}' for k,v in asked.items() if started['asked'].get(k, v)!=v]
@@ -47,7 +47,7 @@ def check_no_leak(
 
 class Stages:
     "The stages of a run: each is saved while it trains, and gone on with where a checkpoint says so."
-    order = ('controls', 'head', 'train', 'finetune')
+    order = tuple(s for s in stage_names if s != 'cell_type') # which is a run for each cell type
     def __init__(self,
         run:Path, # folder
         recipe:Recipe, # settings
@@ -61,6 +61,7 @@ class Stages:
         self.resume = latest_checkpoint(run/'checkpoints', say)
         if self.resume is None: return
         _check_same(self.resume['extra'], recipe, asked, run)
+        self.extra, self.resume['stage'] = self.resume['extra'], current_name(self.resume['stage'])
         at = 'its end' if self.resume['done'] else f'epoch {self.resume["epoch"]}' + (f', batch {self.resume["batch"]}' if self.resume['batch'] else '')
         say(f'Going on with {run}: stage {self.resume["stage"]}, {at}')
 
@@ -84,7 +85,7 @@ class Stages:
         write_whole(self.run/_BEGUN, json.dumps(self.extra, default=str)) # a training that is killed before its first checkpoint is known by it
         state, self.resume, self.history.stage = self.resume, None, name
         if stage.find_lr: stage = replace(stage, lr=self._found_lr(learn, name, stage))
-        checkpoint, cbs = Checkpoint(self.run/'checkpoints', name, settings.steps, settings.keep, state, self.extra, self.say), [self.history, *cbs]
+        checkpoint, cbs = Checkpoint(self.run/'checkpoints', name, settings.every_steps, settings.keep_last, state, self.extra, self.say), [self.history, *cbs]
         if state is None or not state['done']: return fit_stage(learn, stage, [*cbs, *self.cbs], checkpoint)
         with learn.added_cbs([*cbs, checkpoint]): checkpoint.load_done(state)
         return learn
@@ -92,7 +93,7 @@ class Stages:
     def _found_lr(self, learn, name, stage):
         "What `lr_find` suggests, looked for once: a run that goes on takes what is written"
         path, key = self.run/'learning_rates.json', xxhash.xxh3_64_hexdigest(json.dumps(self.extra, default=str).encode())
-        found = read_json(path) if path.exists() else {}
+        found = {current_name(k): v for k, v in (read_json(path) if path.exists() else {}).items()}
         if found.get('recipe')!=key: found = dict(recipe=key)
         if name not in found:
             found[name] = suggest_lr(learn, stage)

@@ -87,7 +87,7 @@ def _usable_domain(sites, recipe, target, say):
     say(f'{target} is the same for all sites of any one {d.replace("_", " ")}: batches are mixed, BatchNorm uses '
         f'running statistics')
     return replace(recipe, data=replace(recipe.data, domain=None),
-                   inference=replace(recipe.inference, batchnorm='running', domain=None, bagging=[], postprocess=None))
+                   inference=replace(recipe.inference, batchnorm='running', domain='as_trained', bagging=[], postprocess=None))
 
 def _check_losses(sites, recipe, target):
     "Each stage has a loss for the task of the target"
@@ -284,10 +284,10 @@ def _first_network(t, table, stages, start, dls, cell_types):
         set_seed(recipe.seed)
         model = load_weights(recipe_model(recipe, len(dls.vocab), len(t.screen.channels), len(cell_types)),
                              start.weights_path)
-    if not recipe.controls.epochs or stages.past('controls'): return model
-    t.say(f'Pretraining on the controls, {recipe.controls.epochs} epochs')
+    if not recipe.pretrain.epochs or stages.past('pretrain'): return model
+    t.say(f'Pretraining on the controls, {recipe.pretrain.epochs} epochs')
     learn = pretrain_on_controls(t.screen, recipe, t.present_only, t.run, t.say, set(table.sites.id_code[table.mask]),
-                                 lambda learn, stage: stages.fit(learn, 'controls', stage), stats=dls.stats,
+                                 lambda learn, stage: stages.fit(learn, 'pretrain', stage), stats=dls.stats,
                                  counts=dls.counts)
     return new_head(learn.model, recipe, len(dls.vocab), len(t.screen.cell_types))
 
@@ -432,7 +432,7 @@ def _train_parts(t):
         t.say('All cell types:')
         start = t.run/'all'
         _train_once(t, t.screen, own, start, ids, None)
-        own = replace(own, controls=off, train=last, finetune=off, pseudo=PseudoSettings())
+        own = replace(own, pretrain=off, train=last, finetune=off, pseudo=PseudoSettings())
     for name in t.screen.cell_types:
         t.say(f'{name}:')
         part = replace(t.screen, wells=t.screen.wells[t.screen.wells.cell_type==name].reset_index(drop=True))

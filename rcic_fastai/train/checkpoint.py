@@ -27,6 +27,7 @@ from ..files import clean_partials, refuse_links, regular_file, write_whole
 from ..private import train_metrics
 from ..renamed import renamed
 from ..data.context import plain
+from ..recipe.settings import current_name
 
 # %% ../../nbs/65_train.checkpoint.ipynb #a5df5417
 # names of version 0.1.0
@@ -120,7 +121,7 @@ class History(Callback):
 
     def state(self) -> dict: return dict(rows=self.rows)
     def load_state(self, state:dict):
-        self.rows = state['rows']
+        self.rows = [{**r, 'stage': current_name(r['stage'])} for r in state['rows']]
         if self.rows: self.write()
 
     def after_epoch(self):

@@ -35,13 +35,13 @@ def _plain_log(learn, say):
 def _among_controls(recipe):
     "A recipe in which controls are the classes, not a frame of reference"
     plain_head = recipe.model.head if recipe.model.head != 'controls' else 'linear'
-    return replace(recipe, data=replace(recipe.data, controls=0, domains_per_batch=1, statistics='all'),
+    return replace(recipe, data=replace(recipe.data, n_controls=0, domains_per_batch=1, statistics='all'),
                    model=replace(recipe.model, head=plain_head))
 
 # %% ../../nbs/67_train.controls.ipynb #efe92be9
 def pretrain_on_controls(
     screen:Screen, # whose control wells to use
-    recipe:Recipe, # `recipe.controls` says how long
+    recipe:Recipe, # `recipe.pretrain` says how long
     present_only:bool=False, # leave out sites with missing files?
     path:str|Path='.', # folder of the learner
     say:Callable=print, # where notices go
@@ -57,4 +57,4 @@ def pretrain_on_controls(
                              channels=screen.channels, **kwargs)
     learn = screen_learner(dls, recipe, path=path)
     _plain_log(learn, say)
-    return fit(learn, recipe.controls)
+    return fit(learn, recipe.pretrain)

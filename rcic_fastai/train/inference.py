@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from ..data.domains import domain_keys
 from ..predict.core import Predictions
 from ..predict.sites import _outputs, predict_sites
-from ..recipe.settings import Recipe
+from ..recipe.settings import pooled_domain, Recipe
 
 # %% ../../nbs/65_train.inference.ipynb #f7a1c0b2
 class Needs(NamedTuple):
@@ -30,7 +30,7 @@ def inference_needs(
 ) -> Needs:
     "What else a recipe looks at at inference."
     i = replace(recipe.inference, **inference)
-    in_training = recipe.data.controls > 0 or recipe.model.head=='controls'
+    in_training = recipe.data.n_controls > 0 or recipe.model.head=='controls'
     controls = in_training or i.batchnorm=='controls' or i.postprocess in ('sphering', 'tvn')
     return Needs(controls, i.postprocess is not None)
 
@@ -45,7 +45,7 @@ def predict_with(
     "`predict_sites` as a recipe says."
     i = recipe.inference
     needs = inference_needs(recipe, **{k: v for k, v in kwargs.items() if k in ('batchnorm', 'postprocess')})
-    own = dict(batchnorm=i.batchnorm, domain=i.domain or recipe.data.domain, tta=i.tta,
+    own = dict(batchnorm=i.batchnorm, domain=pooled_domain(recipe), tta=i.tta,
                controls=controls if needs.controls else None,
                pool_sites=i.pool_sites, bagging=i.bagging, postprocess=i.postprocess, head_weight=i.head_weight,
                seed=recipe.seed)
@@ -73,7 +73,7 @@ def embed_with(
 ) -> np.ndarray: # float32 (N, E)
     "What the classifier sees of each site when `predict_with` predicts it: the same statistics, views and passes."
     i = replace(recipe.inference, **kwargs)
-    domain = i.domain or recipe.data.domain or learn.dls.train.domain or 'experiment'
+    domain = pooled_domain(replace(recipe, inference=i)) or learn.dls.train.domain or 'experiment'
     table = _with_company(sites, sites if hosts is None else hosts, reference, domain,
                           i.batchnorm in ('domain', 'batch'))
     x = _outputs(learn, table.drop(columns='rides'), i.batchnorm, domain, i.tta, controls, i.pool_sites, 64, progress,

@@ -141,7 +141,7 @@ def _statistics_callbacks(data, model):
     cbs = [_ScreenInference('batch' if data.domain and batchnorm_layers(model) else 'running')]
     if data.domains_per_batch > 1 or data.statistics=='controls':
         cbs.append(DomainSlices(data.domain, reference=data.statistics))
-    return cbs + ([LeaveOutControls()] if data.controls else [])
+    return cbs + ([LeaveOutControls()] if data.n_controls else [])
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b034
 def _several_labels(dls):
@@ -170,8 +170,7 @@ def _asked_recipe(recipe, dls, loss_given, model=None) -> Recipe:
     "A recipe, or one around an architecture, with the batches that `dls` makes"
     if is_dataclass(recipe): return cast(Recipe, recipe)
     arch, dl, several = None if recipe is None else _arch_name(recipe), dls.train, _several_labels(dls)
-    names = dict(domain='domain', domains_per_batch='domains_per_batch', controls='n_controls')
-    data = {k: getattr(dl, o) for k,o in names.items() if hasattr(dl, o)}
+    data = {k: getattr(dl, k) for k in ('domain', 'domains_per_batch', 'n_controls') if hasattr(dl, k)}
     settings = ModelSettings(head='linear') if loss_given or several else ModelSettings()
     # the head of a network of one's own is no cosine
     one = LossSettings() if model is None or isinstance(_bare(model), ScreenModel) else LossSettings('cross_entropy')

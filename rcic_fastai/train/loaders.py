@@ -57,7 +57,7 @@ def recipe_dataloaders(
         screen_dataloaders, sites, valid=valid, domain=d.domain, bs=d.batch_size, num_workers=d.workers,
         seed=recipe.seed, cache=d.cache, read_size=d.read_size, multilabel=recipe.loss.name in multilabel_losses,
         domains_per_batch=d.domains_per_batch, pairs=recipe.train.mix == 'lisa', controls=controls,
-        n_controls=d.controls if controls is not None else 0, repeats=_repeats(sites, valid, d.epoch_sites), **kwargs)
+        n_controls=d.n_controls if controls is not None else 0, repeats=_repeats(sites, valid, d.epoch_sites), **kwargs)
     raw = make(transforms=[])
     if d.standardize not in (None, 'image'): stats = stats_with(raw, sites, d.standardize, stats, recipe.seed)
     if d.match_histograms: counts = histograms_with(raw, sites, d.match_histograms, counts, recipe.seed)

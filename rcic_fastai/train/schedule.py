@@ -23,6 +23,6 @@ def schedule_function(
     lr, decay = stage.lr, stage.decay
     kinds:dict[str, Callable[[float], float]] = dict(
         constant=lambda pos: lr, cosine=lambda pos: lr*(1+math.cos(math.pi*pos))/2,
-        steps=lambda pos: lr*decay**sum(pos >= s-1e-9 for s in stage.steps),
+        steps=lambda pos: lr*decay**sum(pos >= s-1e-9 for s in stage.milestones),
         exponential=lambda pos: lr*decay**math.floor(pos*stage.epochs+1e-6))
     return kinds[one_of(stage.schedule, kinds, 'schedule')]
