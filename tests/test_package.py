@@ -330,9 +330,9 @@ def test_the_public_environment_is_enough():
         foreign = tops - set(sys.stdlib_module_names) - {"rcic_fastai"}
         known = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "IPython": "ipython"}
         # the extra, and what a function looks for and does without
-        # h5py comes with anndata
+        # h5py comes with anndata, tifffile with scikit-image
         optional = {Requirement(r).name for e in ("phenomics", "zarr", "stack", "kaggle", "tracking")
-                    for r in settings()[f"{e}_requirements"].split()} | {"umap", "h5py"}
+                    for r in settings()[f"{e}_requirements"].split()} | {"umap", "h5py", "tifffile"}
         declared = {Requirement(r).name for r in settings()["requirements"].split()} | optional
         assert ({known.get(f, f)
                  for f in foreign}

@@ -1,0 +1,244 @@
+"What wrote a folder of images: names, indexes and headers of microscopes and projects, and what cannot be guessed."
+
+import numpy as np
+import pandas as pd
+import pytest
+import tifffile
+from formats_inputs import WELLS, hostile_zarr, make, write_csv
+
+from rcic_fastai.screen.formats import SYSTEMS, find_images
+from rcic_fastai.screen.formats_core import list_folder, xml_elements
+from rcic_fastai.screen.formats_guess import guess_names
+from rcic_fastai.screen.image_table import check_images, choose_t, choose_z, image_sites
+from rcic_fastai.screen.image_wells import match_wells
+from rcic_fastai.screen.well_names import well_name
+
+# input, system, names of channels, sites, planes of a stack, times, plates
+TEN = [("harmony", "harmony", ["HOECHST 33342", "Alexa 568"], 12, 3, 1, ["BR00121482", "BR00121483"]),
+       ("imagexpress", "metaxpress", ["1", "2"], 12, 1, 2, ["MyScreen"]),
+       ("cellvoyager", "cellvoyager", ["1", "2"], 6, 1, 1, ["AssayPlate_Greiner_#655090"]),
+       ("incell", "incell", ["390 - Blue", "473 - Green"], 6, 1, 1, [""]),
+       ("gen5", "gen5", ["DAPI", "GFP"], 6, 1, 1, [""]),
+       ("ome_tiff", "ome-tiff", ["DAPI", "GFP"], 6, 3, 1, [""]),
+       ("imagej", "tiff-stack", ["1", "2"], 6, 3, 1, [""]),
+       ("ome_set", "ome-tiff", ["DAPI", "GFP"], 6, 1, 1, [""]),
+       ("ome_zarr_04", "ome-zarr", ["DAPI", "GFP"], 6, 3, 1, ["BR00121482"]),
+       ("ome_zarr_05", "ome-zarr", ["DAPI", "GFP"], 6, 3, 1, ["BR00121482"]),
+       ("load_data", "load-data", ["DNA", "ER"], 6, 1, 1, ["BR00121482"]),
+       ("jump", "harmony", ["1", "2"], 12, 1, 1, ["BR00116991", "BR00116992"]),
+       ("rxrx19a", "rxrx", ["1", "2", "3", "4", "5"], 12, 1, 1, ["1"])]
+
+
+@pytest.mark.parametrize("name, system, channels, n_sites, n_planes, n_times, plates", TEN, ids=[t[0] for t in TEN])
+def test_ten_real_conventions(name, system, channels, n_sites, n_planes, n_times, plates, tmp_path):
+    if name.startswith("ome_zarr"): pytest.importorskip("zarr", reason="zarr writes the example")
+    found = find_images(make(name, tmp_path))
+    images = check_images(found.images)
+    assert found.system == system and found.why
+    assert [found.channel_names.get(c, c) for c in images.channel.unique()] == channels
+    assert (images.z.nunique(), images.t.nunique(), images.plate.unique().tolist()) == (n_planes, n_times, plates)
+    sites = image_sites(images).drop_duplicates(["plate", "well", "site"])
+    assert len(sites) == n_sites
+    if name != "rxrx19a":
+        fields = choose_t(images, 1).drop_duplicates(["plate", "well", "field"]).groupby("well").size()
+        assert {w: n // len(plates) for w, n in fields.items()} == WELLS
+    if (tmp_path / "wells.csv").is_file():
+        assert (match_wells(images, pd.read_csv(tmp_path / "wells.csv").assign(file="wells.csv")) >= 0).all()
+
+
+def spread(template, **parts):
+    "A text with each <part> replaced by each of its values"
+    out = [template]
+    for key, values in parts.items(): out = [o.replace(f"<{key}>", v) for o in out for v in values]
+    return out
+
+
+FIELDS = [("A01", 1), ("B02", 1), ("B02", 2)]  # uneven
+TIMED = ["X_20230918_135839", "Y_20230919_081500"]
+GUID = "0D3B1A52-75E6-426C-8B41-71A5693784E3"
+HARMONY = ["X__2021-03-29T16_51_44-Measurement 1", "Y__2021-03-29T19_02_10-Measurement 2"]
+# folders of two plates, most with times; a name for each field; channels; and what lies next to them
+LAYOUTS = {
+    "harmony": (HARMONY, "<P>/Images/r0{r}c0{c}f0{f}p01-ch<C>sk1fk1fl1.tiff", "12", []),
+    "columbus": ("XY", "<P>/00{r}00{c}-1-00{f}00100<C>.tif", "12", []),
+    "metaxpress": (["2023-02-21/X", "2023-02-22/Y"], f"<P>/My_{{w}}_s{{f}}_w<C>{GUID}.tif", "12",
+                   spread(f"2023-02-21/X/My_A01_s1_w<C>_thumb{GUID}.tif", C="12")),
+    "cellvoyager": (TIMED, "<P>/Greiner_{w}_T0001F00{f}L01A0<C>Z01C0<C>.tif", "12",
+                    [f"{TIMED[0]}/SC_BP445-45_40x_M10_CH01.tif"]),
+    "cq1": ("XY", "<P>/Image/W{n}F000{f}T0001Z001C<C>.tif", "12", ["X/Projection/W0001F0001T0001Z001C1.tif"]),
+    "incell": (TIMED, "<P>/{w0} - 0{c}(fld {f} wv <C>).tif", ["UV - DAPI", "Blue - FITC"], []),
+    "incell-full": ("XY", "<P>/{w0}_0{c}_f{f}_c<C>_z1_t1.tif", ["1_xUV_mDAPI", "2_xBlue_mFITC"], []),
+    "cellomics": (["X_150619170001", "Y_150619190001"], "<P>/<P>_{w}f0{f}d<C>.TIF", "01",
+                  ["X_150619170001/X_150619170001_A01f01o1.TIF"]),
+    "gen5": (["230125_110321_X", "230126_090000_Y"], "<P>/{w0}{c}_01_<C>_001.tif",
+             ["1_{f}_DAPI", "2_{f}_Bright Field"], ["230125_110321_X/A1_-2_1_1_Stitched[DAPI 377,447]_001.tif"]),
+    "bd-pathway": (["2009-09-21_000", "2009-09-22_000"], "<P>/Well {w}/<C> - n00000{f}.tif",
+                   ["Alexa 488 - Confocal", "Hoechst"], []),
+    "rxrx": ("12", "images/HUVEC-1/Plate<P>/{w}_s{f}_w<C>.png", "12", []),
+    "protein-atlas": (["921", "922"], "10005/<P>_{w}_{f}_<C>.jpg", ["blue", "green"],
+                      ["10005/921_A01_1_blue_red_green.jpg"])}
+
+
+def names_of(system):
+    "Paths of two plates of different times with uneven fields, and of what lies next to them"
+    plates, template, channels, beside = LAYOUTS[system]
+    for w, f in FIELDS:
+        r, c = "AB".index(w[0]) + 1, int(w[1:])
+        for name in spread(template, P=plates, C=channels):
+            yield name.format(w=w, w0=w[0], r=r, c=c, f=f, n=f"{24 * (r - 1) + c:04}")
+    yield from beside
+
+
+NAMED = [s for s in SYSTEMS if s not in ("ome-zarr", "load-data", "ome-tiff", "tiff-stack", "names")]
+
+
+@pytest.mark.parametrize("system", NAMED)
+def test_two_plates_uneven_fields_and_what_lies_next_to_them(system, tmp_path):
+    for i, path in enumerate(names_of(system)):
+        path = tmp_path / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path,
+                         np.full((4, 4), i, np.uint16)) if path.suffix.lower().startswith(".tif") else path.touch()
+    found = find_images(tmp_path, plate_size=384)
+    images = check_images(found.images)
+    assert found.system == system
+    assert images.plate.nunique() == 2 and images.channel.nunique() == 2
+    images = image_sites(images)  # BD Pathway has times instead of fields
+    fields = images.drop_duplicates(["plate", "well", "site"]).groupby(["plate", "well"]).size()
+    assert fields.index.get_level_values("well").tolist() == ["A01", "B02"] * 2 and fields.tolist() == [1, 2, 1, 2]
+    what = dict(metaxpress={"thumbnails": 2}, cellvoyager={"pictures for corrections": 1}, cq1={"projections": 1},
+                cellomics={"masks": 1}, gen5={"montages": 1})
+    assert found.skipped == what.get(system, {"pictures of several colours": 1} if system == "protein-atlas" else {})
+    if system not in ("protein-atlas", "rxrx", "bd-pathway"):
+        rows = pd.DataFrame(dict(plate=["X", "X", "Y"], well=["A1", "B2", "b02"], file="map.csv"))
+        assert np.bincount(match_wells(images, rows) + 1).tolist() == [2, 2, 4, 4]
+
+
+def test_planes_times_and_names_of_one_system_in_another_folder(tmp_path):
+    "A stack whose planes and times are folders, and the projection that the microscope has made"
+    for folder in ("TimePoint_1", "TimePoint_1/ZStep_1", "TimePoint_1/ZStep_2", "TimePoint_2", "TimePoint_2/ZStep_1",
+                   "TimePoint_2/ZStep_2"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for w in (1, 2): tifffile.imwrite(tmp_path / folder / f"Mine_A01_s1_w{w}.TIF", np.zeros((4, 4), np.uint16))
+    images = find_images(tmp_path).images
+    assert sorted(images.z.unique()) == [-1, 1, 2] and sorted(images.t.unique()) == [1, 2]
+    assert choose_z(images).z.tolist() == [1, 2] * 4 and image_sites(choose_z(images)).site.unique().tolist() == [1, 2]
+    assert choose_z(choose_t(images, 2), 2).path.tolist() == [f"TimePoint_2/ZStep_2/Mine_A01_s1_w{w}.TIF"
+                                                              for w in (1, 2)]
+
+
+SPELLINGS = ["A1", "A01", "A001", "a-01", "A - 1", "A_01", "r01c01", "R1C1", "001001", "R01_C01"]
+
+
+def test_wells_in_every_spelling():
+    assert {well_name(s) for s in SPELLINGS} == {"A01"}
+    every = [f"{r}{c:02}" for r in (*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *(f"A{x}" for x in "ABCDEF")) for c in range(1, 49)]
+    assert len(set(map(well_name, every))) == 1536 and [well_name(w) for w in every] == every
+    for wrong in ("", "A", "A0", "A49", "AG1", "1A", "well", "r00c01", "033001", "A1B"):
+        with pytest.raises(ValueError, match="is no well|is not on a plate"): well_name(wrong)
+
+
+def test_six_silent_errors(tmp_path):
+    "Each is right now, or a message that shows two names of files"
+    table = dict(well=["A01", "A02", "B01"])
+    # fields, planes and times are no channels
+    nine = spread("<w>_z<z>_t<t>_f<f>_<c>.png", w=table["well"], z="01", t="12", f="123", c=["DAPI", "ER"])
+    assert guess_names(nine, table) == "{well}_z{z}_t{t}_f{site}_{channel}.png"
+    # the time of a plate
+    timed = [p for f in ("P1__2021-03-29", "P2__2021-03-30")
+             for p in spread(f"{f}/<w>_<c>.png", w=table["well"], c=["DAPI", "ER"])]
+    assert guess_names(timed, table | dict(plate=["P1", "P2"])) == "{plate}__2021-03-{*}/{well}_{channel}.png"
+    # a well in the name of a plate
+    named = spread("MyPlate_B03_exp/<w>_s<s>_<c>.png", w=["B03", "C04"], s="12", c=["DAPI", "ER"])
+    assert guess_names(named, dict(well=["B03", "C04"])) == "MyPlate_B03_exp/{well}_s{site}_{channel}.png"
+    # a first well with one field
+    uneven = [p for w, n in WELLS.items() for p in spread(f"{w}_f<f>_<c>.png", f="123"[:n], c=["DAPI", "ER"])]
+    assert guess_names(uneven, table) == "{well}_f{site}_{channel}.png"
+    for path in uneven:
+        (tmp_path / path).touch()
+    images = check_images(find_images(tmp_path, known=table).images)
+    assert images.drop_duplicates(["well", "field"]).groupby("well").size().to_dict() == WELLS
+    # two numbers that say nothing
+    with pytest.raises(ValueError, match=r"A01_1_1.png and A01_\d_\d.png: what '1' and '2' mean is not clear.*--files"):
+        guess_names(spread("<w>_<a>_<b>.png", w=table["well"], a="12", b="12"), table)
+
+
+def test_guesses_that_can_be_wrong_are_refused(tmp_path):
+    for path in ("P/A01_s1_w1.tif", "P/A01_s1_w2.tif", "P/A01_c1_w1.tif"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / path, np.zeros((4, 4), np.uint16))
+    with pytest.raises(ValueError, match="P/A01_s1_w1.tif: what 'c1' and 's1' mean is not"):
+        find_images(tmp_path, known=dict(well=["A01", "A02"]))
+    fields = [f"{w}_{f}.png" for w, n in WELLS.items() for f in ("f1", "f2", "f3")[:n]]
+    for path in fields: (tmp_path / path).touch()
+    found = find_images(tmp_path, files="{well}_{channel}.png")
+    assert found.skipped == {"images that do not fit": 3}
+    with pytest.raises(ValueError, match="channel 'f3' is in 1 of 3 sites: B01_f3.png is there, and nothing"):
+        check_images(found.images)
+    assert len(check_images(found.images, ["f1"])) == 3
+    alike = r"A02_f1.png and A02_f2.png are both well A02, field 1, channel '1'.*they differ in 'f1' and 'f2'"
+    with pytest.raises(ValueError, match=alike):
+        check_images(find_images(tmp_path, files="{well}_{*}.png").images)
+
+
+def test_plates_that_cannot_be_told_apart(tmp_path):
+    images = find_images(make("harmony", tmp_path)).images
+    rows = pd.read_csv(tmp_path / "wells.csv").assign(file="wells.csv")
+    with pytest.raises(ValueError, match="BR00121482__.* and BR00121483__.* are both of the one plate of wells.csv"):
+        match_wells(images, rows[["well", "file"]][:3])
+    assert (match_wells(images, rows[rows.plate == "BR00121482"]) >= 0).sum() == len(images) // 2
+    with pytest.raises(ValueError, match="its plates are x, y, those of the images BR00121482, BR00121483"):
+        match_wells(images, rows.assign(plate=["x"] * 3 + ["y"] * 3))
+
+
+HOSTILE = ['<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><a>&c;</a>',
+           '<!DOCTYPE a SYSTEM "file:///etc/passwd"><a/>',
+           '<?xml version="1.0" encoding="utf-16"?><!DOCTYPE a [<!ENTITY b "b">]><a>&b;</a>']
+
+
+def test_an_index_is_not_trusted(tmp_path):
+    for i, text in enumerate(HOSTILE):
+        path = tmp_path / f"{i}.xml"
+        path.write_bytes(text.encode("utf-16" if "utf-16" in text else "utf-8"))
+        with pytest.raises(ValueError, match="has a document type declaration, which is not read"):
+            xml_elements(path, "a")
+    (tmp_path / "deep.xml").write_text("<a>" * 100_000 + "</a>" * 100_000)
+    assert len(xml_elements(tmp_path / "deep.xml", "a")) == 1
+    for folder, path in dict(above="../../etc", root="/etc/1").items():
+        hostile_zarr(tmp_path / folder, path)
+        with pytest.raises(ValueError, match="leads out of|is no well"): find_images(tmp_path / folder)
+
+
+def test_damaged_indexes_and_headers_name_the_file(tmp_path):
+    root = make("harmony", tmp_path / "harmony")
+    index = next(root.rglob("Index.idx.xml"))
+    index.write_text(index.read_text()[:-30])
+    with pytest.raises(ValueError, match="Index.idx.xml is no XML: .*line 1"): find_images(root)
+    root = make("ome_tiff", tmp_path / "ome")
+    (root / "A02_f1.ome.tiff").write_bytes(b"not a TIFF")
+    with pytest.raises(ValueError, match="A02_f1.ome.tiff is damaged, or no TIFF file"): find_images(root)
+    root = make("load_data", tmp_path / "table")
+    next((root / "images").iterdir()).unlink()
+    with pytest.raises(FileNotFoundError,
+                       match=r"load_data.csv: row \d: .* does not exist in the folder of the images"):
+        find_images(root)
+
+
+def test_tables_with_a_row_per_site(tmp_path):
+    "BBBC021 has no column for sites, and BBBC022 calls the well a position"
+    for i in range(4): tifffile.imwrite(tmp_path / f"{i}.tif", np.zeros((4, 4), np.uint16))
+    columns = {"ImageNumber": [1, 2], "Image_FileName_DAPI": ["0.tif", "1.tif"], "Image_PathName_DAPI": "Week1/x",
+               "Image_FileName_Actin": ["2.tif", "3.tif"], "Image_PathName_Actin": "Week1/x",
+               "Image_Metadata_Plate_DAPI": "Week1_22123",
+               "Image_Metadata_Well_DAPI": "B02", "Image_Metadata_Compound": "DMSO"}
+    write_csv(tmp_path / "BBBC021_v1_image.csv", columns)
+    images = find_images(tmp_path).images
+    assert images[["plate", "well", "field", "channel", "path"]].values.tolist() == [
+        ["Week1_22123", "B02", 1, "Actin", "2.tif"], ["Week1_22123", "B02", 1, "DAPI", "0.tif"],
+        ["Week1_22123", "B02", 2, "Actin", "3.tif"], ["Week1_22123", "B02", 2, "DAPI", "1.tif"]]
+
+
+def test_a_zarr_plate_is_not_walked(tmp_path):
+    pytest.importorskip("zarr", reason="zarr writes the example")
+    listing = list_folder(make("ome_zarr_04", tmp_path))
+    assert listing.paths == ("plate.ome.zarr", "wells.csv")
