@@ -342,6 +342,7 @@ def check_real_size(experiments, n_classes=1108):
     return table
 
 
+@pytest.mark.slow
 @needs_rcic
 def test_real_layout_of_all_training_experiments():
     wells = pd.read_csv(SHARED/'rcic'/'train.csv')

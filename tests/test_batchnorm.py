@@ -131,6 +131,7 @@ NETWORKS = {'resnet18': lambda: torchvision.models.resnet18(num_classes=4),
             'densenet': lambda: timm.create_model('densenet121', growth_rate=4, num_classes=4, block_config=(2,2,2,2),
                                                   drop_rate=.5)}
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', NETWORKS.values(), ids=NETWORKS)
 def test_deep_networks_equal_one_training_batch(make):
     model = make().double()

@@ -38,6 +38,7 @@ def job(name, *settings, variants=None):
     return dict(screen=screen, recipe=asdict(recipe), valid=None, variants=variants or {name: {}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["densenet121_domain_bn", "densenet161_first_place", "densenet161_domain_batches"])
 def test_the_budget_is_what_the_network_is_shown(bench, work, name, monkeypatch):
     """`images_shown` counts the images of all stages, pseudo-labelled wells and controls included (to a well or two
@@ -78,12 +79,14 @@ def test_a_finished_training_is_not_done_again(bench, work, monkeypatch):
         bench.run_job(work, job("laptop", "train.lr=0.5"))
 
 
+@pytest.mark.slow
 def test_everybody_has_the_same_budget(bench):
     for name, (recipe, _, _) in bench.contestants(8000, bench.DESIGN).items():
         assert abs(bench.images_shown(recipe, bench.DESIGN) - 8000) < 700, name
         assert recipe.model.arch == "resnet10t" and not recipe.model.pretrained
 
 
+@pytest.mark.slow
 def test_variants_of_one_training_share_it(bench):
     args = bench.arguments(["--seeds", "0", "1"])
     methods = bench.contestants(args.views, args.design)

@@ -95,6 +95,7 @@ def test_killed_at_twenty_moments_the_weights_are_the_same(tmp_path):
     assert not list(tmp_path.glob("killed/**/.*"))  # temporary files of the killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_first_and_say_so(screen, whole, tmp_path, monkeypatch, capsys, signum, code):
     "Through the command: the exit status is 128 plus the signal, and the same command goes on"
@@ -121,6 +122,7 @@ def test_signals_save_first_and_say_so(screen, whole, tmp_path, monkeypatch, cap
     assert not (tmp_path / "run/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_while_validating(screen, whole, tmp_path):
     class Validating(At):
         run_valid = True
@@ -291,6 +293,7 @@ def two_types(tmp_path_factory):
     return read_screen(simulate_screen(folder, progress=False, **settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("valid", ["well=0/3", "experiment=HUVEC-02,RPE-02"])
 def test_no_stage_validates_on_what_another_has_trained_on(two_types, tmp_path, monkeypatch, valid):
     "The wells of each stage as its learner has them; then one is planted"

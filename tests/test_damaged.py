@@ -173,6 +173,7 @@ def test_screen_of_ones_own(tmp_path):
                                                                                            "channel"))
 
 
+@pytest.mark.slow
 def test_stores(small_screen, tmp_path):
     screen = read_screen(small_screen)
     part = type(screen)(**{**screen.__dict__, "wells": screen.wells.head(4)})
@@ -197,6 +198,7 @@ def test_stores(small_screen, tmp_path):
                       pack_screen(part, tmp_path / "copy", say=quiet, progress=False)), names=("unfinished store",))
 
 
+@pytest.mark.slow
 def test_simulation(tmp_path):
     (tmp_path / "simulation.json").write_text('{"n_sirnas": 3}')
     assert not faults(tmp_path / "simulation.json", lambda: simulate_screen(tmp_path, n_sirnas=4, progress=False),
@@ -242,6 +244,7 @@ WRONG = {  # value of run.json, and whether `rcic-submit`, which has the predict
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", WRONG)
 def test_run_json_that_does_not_fit_is_named_by_every_command(run, small_screen, tmp_path, key):
     from rcic_fastai.kaggle.core import build_kernel
@@ -262,6 +265,7 @@ def test_run_json_that_does_not_fit_is_named_by_every_command(run, small_screen,
             assert key in str(e.value), (name, value, str(e.value))
 
 
+@pytest.mark.slow
 def test_models_of_a_stack(tmp_path):
     "Each value missing or of another kind is told by the name of the file"
     pytest.importorskip("lightgbm", reason="stacking needs LightGBM (pip install rcic_fastai[stack])")
@@ -303,6 +307,7 @@ def test_tables_of_a_store_are_compared_when_it_is_read(small_screen, tmp_path):
     read_screen(store)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes of POSIX")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ["run.json", "recipe.json", "predictions/test.npz", "model.safetensors",

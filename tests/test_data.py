@@ -142,6 +142,7 @@ def test_missing_files_are_an_error_or_are_left_out_and_reported(tmp_path):
         select_sites(screen, present_only=True, warn=said.append)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "train" / "HEPG2-01").is_dir(), reason="the real images are not in ../shared/rcic")
 def test_real_controls_that_are_present():
     said = []
@@ -346,6 +347,7 @@ def test_length_is_the_number_of_batches(seed):
                                 assert not sizes or max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.slow
 @each("seed", range(12))
 def test_length_with_several_domains_and_pairs(seed):
     keys, half, repeats = random_domains(seed)
@@ -582,6 +584,7 @@ def test_batches_of_pairs(sites, controls, domain, workers, k):
 # images in memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_are_read_once(tmp_path, workers):
     settings = dict(n_sirnas=4, n_train=1, n_test=1, cell_types="RPE", image_size=16, workers=1, progress=False)
@@ -886,6 +889,7 @@ def assert_same_batches(a, b):
         assert all((torch.as_tensor(o) == torch.as_tensor(p)).all() for o, p in zip(x, y))
 
 
+@pytest.mark.slow
 @each("workers", [0, 2])
 @each("kind", ["files", "cache", "store", "channels", "controls"])
 def test_whole_batches_are_those_of_the_items(small_screen, packed, kind, workers):

@@ -153,6 +153,7 @@ def real_planes():
     return {c: np.asarray(Image.open(f).convert("RGB"))[..., band[c]] for c, f in files.items()}
 
 
+@pytest.mark.slow
 def test_real_field_under_resizing_jpeg_and_flips(real_planes):
     for name, x in real_planes.items():
         h, canonical = perceptual_hash(x), perceptual_hash(x, canonical=True)
@@ -277,6 +278,7 @@ def test_other_ids_are_no_external_ids(id):
             external_keys(["10580_1610_C1_1", id])
 
 
+@pytest.mark.slow
 def test_real_ids():
     if not REAL.exists():
         pytest.skip(f"no real tables at {REAL}")

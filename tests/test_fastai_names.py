@@ -72,6 +72,7 @@ def found():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_star_import_replaces_no_name_of_fastai_nor_of_what_people_import_beside_it(found):
     assert found["n"] > 1000 and 140 < found["ours"] < 180 and found["replaced"] == []
 

@@ -176,6 +176,7 @@ def real():
     return y, external_keys(both.Id), len(train)
 
 
+@pytest.mark.slow
 def test_real_train_and_external_are_divided_without_a_leak(real):
     """Antibodies, wells and duplicates: 13 % of the training images get a twin among the external ones, as in
     reality, some of them several"""
@@ -198,6 +199,7 @@ def test_real_train_and_external_are_divided_without_a_leak(real):
     assert np.ptp(np.bincount(folds)) < 0.01 * len(y) / 5
 
 
+@pytest.mark.slow
 def test_real_external_list_against_iterative_stratification_of_images(real):
     """It is more even, for it may divide antibodies, and divides 99 % of them; a class of seven antibodies cannot be
     even in whole ones"""

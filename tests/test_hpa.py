@@ -107,6 +107,7 @@ def run(atlas, tmp_path_factory):
 # The real tables and the real field
 
 
+@pytest.mark.slow
 @real
 def test_real_tables():
     atlas = read_hpa(HPA, external=True)
@@ -141,6 +142,7 @@ def test_real_field_at_full_brightness():
         assert (image_hashes(turned, canonical=True) == image_hashes(small, canonical=True)).all()
 
 
+@pytest.mark.slow
 @real
 def test_real_field_is_predicted_in_patches(run):
     "The network of simulated images takes windows of a real one: what counts is that the road is open"
@@ -259,6 +261,7 @@ def test_a_fold_without_a_positive_is_told_and_works(atlas):
 # Batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_hold_rows_of_labels(atlas, tmp_path, packed):
     if packed:
@@ -342,6 +345,7 @@ def whole(atlas, staged, tmp_path_factory):
     return path, watch
 
 
+@pytest.mark.slow
 def test_stages_train_what_they_should(staged, whole):
     path, watch = whole
     losses = [s[0] for s in watch.seen]
@@ -356,6 +360,7 @@ def test_stages_train_what_they_should(staged, whole):
     assert {"average_precision", "macro_f1"} <= set(history)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 13])
 def test_a_run_that_was_interrupted_ends_the_same(atlas, staged, whole, tmp_path, stop):
     "Also in the stage whose learning rate was looked for"
@@ -394,6 +399,7 @@ def test_submission_with_thresholds_and_score(run, atlas, folder, tmp_path):
     assert left.support["macro"] < table.support["macro"]
 
 
+@pytest.mark.slow
 def test_without_images_set_aside_shares_are_matched(atlas, tmp_path):
     run = tmp_path / "run"
     train_run(atlas, replace(tiny(), valid=None), run, say=quiet)
@@ -406,6 +412,7 @@ def test_without_images_set_aside_shares_are_matched(atlas, tmp_path):
     assert np.abs(share - wanted).max() < 0.05
 
 
+@pytest.mark.slow
 def test_stack_and_mean_of_two_runs(run, atlas, tmp_path):
     other = tmp_path / "other"
     train_run(atlas, tiny("loss.name=focal_lovasz", "loss.options={}", "seed=5"), other, valid=f"run={run}", say=quiet)
@@ -442,6 +449,7 @@ def command(name, *args, cwd):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_from_files_to_a_score_by_commands(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = [o for s in TINY[:-1] for o in ("--set", s)]

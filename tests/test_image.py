@@ -56,6 +56,7 @@ def real_sites():
     return screen.sites(screen.wells.query("well == 'B02' and split == 'train' and experiment.str.endswith('-01')"))
 
 
+@pytest.mark.slow
 @real
 def test_the_complete_real_sites_have_the_pixels_of_their_files(real_sites):
     sites, left_out = present_sites(real_sites)

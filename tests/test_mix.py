@@ -250,6 +250,7 @@ def epoch(learn, cbs=None):
 class OwnMix(MixHandler): pass
 
 
+@pytest.mark.slow
 @each('theirs,ours', [(MixUp(), "use ScreenMixUp() or create_mix('mixup')"), (CutMix, "use ScreenCutMix() or "
                                                                               "create_mix('cutmix')"),
                                          (CutMix(alpha=.3), 'ScreenCutMix'), (OwnMix(), 'ScreenMixUp'),
@@ -273,6 +274,7 @@ def test_other_callbacks_are_not_refused():
     refuse_plain_mix([ScreenMixUp(), LISA, GradientClip, Callback()]); refuse_plain_mix(None)
 
 
+@pytest.mark.slow
 @each('cb', [lambda: GradientAccumulation(32), lambda: GradientClip(.1), MixedPrecision,
              lambda: [CSVLogger(), TerminateOnNaNCallback()],
                                 lambda: ReduceLROnPlateau('valid_loss')])
@@ -289,6 +291,7 @@ def test_losses_of_fastai(dls, loss):
     assert np.isfinite(epoch(learn)).all() and learn.get_preds()[0].sum(1).sub(1).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('settings',
                          [['device.precision=fp32'], ['device.precision=bf16'],
                           ['data.domains_per_batch=2', 'device.precision=fp32']])
@@ -304,6 +307,7 @@ def test_a_network_that_was_trained_is_exported_copied_and_traced(dls, settings)
         torch.testing.assert_close(other(x, c).detach(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @each('mix', [ScreenMixUp, ScreenCutMix, LISA])
 @each('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), LabelSmoothingCrossEntropy(),
                FocalLoss(),

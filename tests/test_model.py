@@ -52,6 +52,7 @@ def context(b=4): return torch.tensor([[i%3, i, 1] for i in range(b)])
 
 # ---- networks
 
+@pytest.mark.slow
 @each('arch', ['small_seresnext', 'se_resnext50_32x4d', 'resnet18', 'densenet121', 'efficientnet_b0',
                'legacy_seresnext26_32x4d',
                                   'convnext_atto', 'mobilenetv3_small_050', 'regnetx_002', 'repvgg_a0'])
@@ -89,6 +90,7 @@ def test_the_first_network_of_a_process_draws_what_the_next_one_draws(monkeypatc
     torch.manual_seed(0); second = M._seresnext('small_seresnext').state_dict()
     assert all(torch.equal(v, second[k]) for k,v in first.items())
 
+@pytest.mark.slow
 def test_seresnext_computes_what_pretrainedmodels_computes():
     net = senet.se_resnext50_32x4d(pretrained=None).eval()
     ours = M._seresnext('se_resnext50_32x4d').eval()
@@ -204,6 +206,7 @@ def test_timm_loads_its_own(monkeypatch):
     with pytest.raises(Stop): create_backbone('resnet18', pretrained='file.pth')
     assert seen['pretrained'] is False
 
+@pytest.mark.slow
 @each('suffix', ['.pth', '.safetensors'])
 @each('classifier', [True, False])
 def test_weights_from_a_file(tmp_path, suffix, classifier):
@@ -382,6 +385,7 @@ def test_controls_that_are_missing():
     with pytest.raises(ValueError, match='no positive control'): head(x, c[:,:3]) # without roles all are treatments
     with pytest.raises(ValueError, match='needs the context'): head(x)
 
+@pytest.mark.slow
 @each('kw', [dict(head='controls', n_cell_types=2, dropout=.1), dict(head='controls', classifier='linear_cosine'),
                                 dict(head='neck', classifier='linear_cosine', n_cell_types=2, cell_type='embedding',
                                      n_hidden=8),
@@ -497,6 +501,7 @@ def written(kind, n):
 
 def same(out, wanted): torch.testing.assert_close(out.detach(), wanted, rtol=1e-5, atol=1e-5)
 
+@pytest.mark.slow
 @each('kind,n', INPUTS)
 def test_a_network_is_exported(kind, n):
     model,inputs,wanted = written(kind, n)
@@ -507,6 +512,7 @@ def test_a_network_is_exported(kind, n):
     more = [torch.cat([i, i.flip(0)]) for i in inputs] # another number of sites
     with torch.no_grad(): same(module(*more), model(*more))
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 @each('kind,n', INPUTS)
 def test_a_network_is_traced(kind, n, tmp_path):
@@ -517,6 +523,7 @@ def test_a_network_is_traced(kind, n, tmp_path):
     more = [torch.cat([i, i.flip(0)]) for i in inputs]
     with torch.no_grad(): same(again(*more), model(*more))
 
+@pytest.mark.slow
 @each('kind,n', INPUTS)
 def test_a_network_is_copied_pickled_and_compiled(kind, n):
     model,inputs,wanted = written(kind, n)
@@ -526,6 +533,7 @@ def test_a_network_is_copied_pickled_and_compiled(kind, n):
                   torch.compile(copy.deepcopy(model), backend='eager')):
         with torch.no_grad(): same(other(*inputs), wanted)
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::UserWarning')
 @pytest.mark.parametrize('kind,n,dynamo',
                          [('gem', 1, True), ('neck', 2, False), ('neck', 2, True), ('controls', 2, False)])

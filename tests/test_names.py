@@ -85,6 +85,7 @@ def test_paths_of_every_name_are_read_and_packed(own, tmp_path):
     assert packed.wells.treatment.tolist() == screen.wells.treatment.tolist()
 
 
+@pytest.mark.slow
 def test_simulated_screen_in_such_a_folder(tmp_path):
     screen = read_screen(simulate_screen(tmp_path / FOLDER, n_sirnas=4, n_train=2, n_test=1, cell_types=("HUVEC",),
                                          image_size=32, progress=False))
@@ -146,6 +147,7 @@ def test_patterns_with_braces_of_their_own(tmp_path):
 
 # Pictures
 
+@pytest.mark.slow
 @each("name", [*TREATMENTS, "$", "$$", "$a", r"\$x$", "$\\frac{1}$", "a_b^c", "$%$"])
 def test_pictures_show_names_as_they_are(name):
     figures = [plot_plate(np.zeros((8, 12)), name), plot_map(np.random.rand(6, 2), [name] * 3 + ["other"] * 3, name),
@@ -161,6 +163,7 @@ def test_pictures_show_names_as_they_are(name):
 
 # Treatments by name
 
+@pytest.mark.slow
 def test_scores_by_name(own, own_run, tmp_path):
     (screen, truth), (run, submission) = own, own_run
     ids, given = pd.read_csv(submission).id_code, pd.read_csv(submission)
@@ -221,6 +224,7 @@ def test_report_by_name(own, own_run, tmp_path, monkeypatch):
 
 # Commands
 
+@pytest.mark.slow
 def test_wells_are_shown_by_whatever_they_are_called(own, small_screen, tmp_path):
     for screen in (own[0], read_screen(small_screen)):
         w = screen.wells.iloc[len(screen.wells) // 2]
@@ -280,6 +284,7 @@ def test_run_and_data_that_move(small_run, small_screen, tmp_path, monkeypatch):
     assert run_data("first", tmp_path / "other") == tmp_path / "other"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [20, 23])
 def test_short_tests_of_learning_rates(small_screen, steps):
     found = find_lr(read_screen(small_screen), laptop_recipe(get_recipe("laptop"), 1, virtual_batch=8), steps=steps,

@@ -107,6 +107,7 @@ def test_names_of_files_are_guessed(tmp_path, names, pattern):
     assert files == set(names)
 
 
+@pytest.mark.slow
 def test_channels_get_names_of_their_own(tmp_path):
     "Files are found by what they are called, pictures show the other name; a later batch takes both from the first."
     names = [f"B{c:02}_ch{i}.tif" for c in (2, 3) for i in (1, 2)]
@@ -289,6 +290,7 @@ def test_a_well_is_shown(own):
     assert MultiChannelImage.create(screen.sites().files.iloc[0], screen.channels).shape == (2, 64, 64)
 
 
+@pytest.mark.slow
 def test_from_a_plate_map_to_a_submission(own, tmp_path):
     "Replicates: no plate groups and no one-to-one assignment; names of treatments in the submission"
     from rcic_fastai.run.predict import predict_run
@@ -387,6 +389,7 @@ def test_a_description_stays_with_its_screen(own, tmp_path):
     assert len(describe_screen(tmp_path / "named", say=lambda *a: None).wells) == 1
 
 
+@pytest.mark.slow
 def test_a_run_knows_its_treatments_by_name(own, tmp_path):
     """A screen whose numbers mean other treatments is refused by all that reads it with the run; one that grew is
     welcome"""

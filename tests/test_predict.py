@@ -256,6 +256,7 @@ def test_embeddings_are_what_the_classifier_sees(learn, sites):
     np.testing.assert_allclose(logits, predict_sites(learn, sites, "domain", progress=False).logits, atol=1e-3)
 
 
+@pytest.mark.slow
 @each("name", postprocess_names)
 def test_postprocessing_by_name(screen, learn, sites, name):
     "Scores of every class from class centres of labelled sites, the same as by hand on the embeddings"

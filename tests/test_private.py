@@ -80,6 +80,7 @@ def test_what_is_used_is_written_down():
     assert not left, f"no public names, and neither in nbs/05_private.ipynb: {sorted(left)}"
 
 
+@pytest.mark.slow
 def test_what_is_overridden_is_written_down():
     assert set(overridden()) <= set(PRIVATE_PARTS)
 

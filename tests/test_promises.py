@@ -55,6 +55,8 @@ from rcic_fastai.run.folder import load_run
 matplotlib.use("Agg")
 
 KINDS = "screen_learner", "train_run", "load_run", "load_learner"
+# the first kind is quick
+EACH_KIND = [KINDS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])]
 HELD = "experiment=HUVEC-03"
 recipe = change_recipe(laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16), "device.precision=fp32",
                        'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}', "loss.options.m=0.2",
@@ -98,12 +100,12 @@ def learners(screen, sites, new_sites, tmp_path_factory):
     return dict(valid=two(HELD), none=two(None))
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 def learn(learners, request):
     return calm(learners["valid"][request.param])
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_KIND)
 def bare(learners, request):
     "A learner without a validation set; from `load_learner` one without any sites"
     return calm(learners["none"][request.param])

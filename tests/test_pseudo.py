@@ -237,6 +237,7 @@ def test_sites_of_a_screen(small_screen):
     assert together.dtypes.drop('pseudo').equals(train.dtypes)
 
 
+@pytest.mark.slow
 def test_the_layout_lowers_the_mislabel_rate_on_the_real_plates(real_rcic):
     screen = read_screen(real_rcic)
     wells = screen.wells[screen.wells.experiment.isin(['HUVEC-03', 'RPE-05']) & (screen.wells.well_type == 'treatment')]

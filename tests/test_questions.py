@@ -30,6 +30,7 @@ def ask():
     os.environ.update(environment)
 
 
+@pytest.mark.slow
 def test_one_difference_and_one_budget_for_all(ask):
     """Beside the number of epochs, a contestant differs from its base in the settings it is named after, and shows
     the network as many images"""

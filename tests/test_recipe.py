@@ -155,6 +155,7 @@ def test_the_words_of_a_setting_are_those_of_its_module(table, setting, names):
     assert set(_rule(table, setting)[1]) == set(names)
 
 
+@pytest.mark.slow
 def test_every_setting_is_in_the_table_with_its_rule():
     table = settings_table()
     assert list(table.index) == [key for key, _ in leaves(Recipe())]

@@ -219,6 +219,7 @@ def test_templates_are_clean(several, kind):
     assert not re.search(r"/(tmp|home|root|work)/", json.dumps(nb))
 
 
+@pytest.mark.slow
 def test_kernel_is_this_python_whatever_is_registered(tmp_path, monkeypatch):
     kernel = tmp_path / "jupyter" / "kernels" / "python3"
     kernel.mkdir(parents=True)
@@ -256,6 +257,7 @@ def test_page_of_a_persons_own_cells():
     assert "<script>" not in table(pd.DataFrame({"x": ["<script>"]})).data
 
 
+@pytest.mark.slow
 def test_blend_has_a_context_without_networks(run, small_screen, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     screen = read_screen(small_screen)

@@ -58,6 +58,7 @@ def test_schedules_are_their_closed_forms():
         schedule_function(replace(s, schedule="linear"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["steps", "cosine", "exponential", "constant", "one_cycle"])
 def test_the_learner_follows_its_schedule(screen, schedule):
     stage = TrainSettings(epochs=2, lr=0.01, schedule=schedule, milestones=[0.5], decay=0.5, optimizer="adamw")
@@ -84,6 +85,7 @@ def test_accuracy_counts_what_is_known():
     assert known_accuracy((scores, scores.flip(1)), soft) == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", [None, "mixup", "cutmix"])
 def test_controls_in_a_batch_shape_its_statistics_and_nothing_else(screen, mix):
     "The loss sees the treated sites alone; with statistics of the controls, the first BatchNorm's are exactly theirs."

@@ -66,6 +66,7 @@ def well_row(experiment, plate=1, well="B02", sirna=None, split="train"):
 # the same bytes
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(small_bytes, tmp_path):
     assert contents(simulate_screen(tmp_path, **{**SMALL, "workers": 2})) == small_bytes
 
@@ -147,6 +148,7 @@ def test_an_interrupted_write_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     assert {p.name for p in folder.iterdir()} == TABLES | {"train"}  # the tables come first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_ends_every_process_and_the_screen_can_be_completed(tmp_path):
     settings = dict(SMALL, n_positive=3, n_train=20, image_size=64, workers=2)
@@ -205,6 +207,7 @@ def test_no_test_experiment(tmp_path):
     assert {p.name for p in path.iterdir()} == {"train.csv", "train_controls.csv", "simulation.json", "train"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_plates", [1, 2, 3])
 def test_fewer_plates(n_plates, tmp_path):
     path = simulate_screen(tmp_path, **{**SMALL, "n_plates": n_plates, "n_sirnas": 6, "cell_types": "U2OS",
@@ -277,6 +280,7 @@ def test_controls_are_where_the_real_ones_are():
     assert set(treatments(ours).well) == set(real.well)
 
 
+@pytest.mark.slow
 @each("seed", range(3))
 @each("n_types", [1, 2, 4])
 @each("n_test", [1, 2, 3])

@@ -147,6 +147,7 @@ def test_without_test_set_or_external_images():
 # the files
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes_and_a_lost_file_comes_back(small, tmp_path):
     assert contents(simulate_hpa(tmp_path / "two", **{**SMALL, "workers": 2})) == contents(small)
     before = contents(small)
@@ -246,6 +247,7 @@ def statistics(c, protein):
     return np.array([*grain, *where, *same, np.log(total), (p > .5).mean()])
 
 
+@pytest.mark.slow
 def test_every_pattern_can_be_told_from_the_others():
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 

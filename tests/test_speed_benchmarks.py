@@ -144,6 +144,7 @@ def test_layouts_have_the_real_shape(assignment):
         assert all(len(set(groups[truth[plates == p]])) == 1 for p in range(1, 5))
 
 
+@pytest.mark.slow
 def test_real_layouts(assignment, real_rcic):
     layouts = list(assignment.real_layouts(real_rcic))
     assert len(layouts) == 33 and sum(len(plates) for plates, *_ in layouts) == 36515

@@ -68,6 +68,7 @@ def copy(packed, tmp_path):
     return Path(shutil.copytree(packed, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format, preset", FORMATS, ids=NAMES)
 def test_every_bit_comes_back(screen, tmp_path, format, preset):
     need_zarr(format)

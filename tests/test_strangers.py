@@ -143,6 +143,7 @@ def test_a_copied_run_is_data_alone(small_run, tmp_path):
     assert not (copied / "recipe.json").is_symlink() and read_run(copied)[1] == read_run(small_run)[1]
 
 
+@pytest.mark.slow
 def test_a_kernel_installs_only_the_wheels_that_were_named(tmp_path, monkeypatch):
     "Others may lie beside the weights of an attached dataset, also under the same name"
     def wheel(path, text):

@@ -431,6 +431,7 @@ def test_best_cuts_lose_more_the_fewer_positives_there_are(benchmark):
     assert (mean.optimism > mean["lost, f1"]).all()
 
 
+@pytest.mark.slow
 def test_shrinking_wins_some_of_it_back_unless_scores_differ_between_classes(benchmark):
     counts = np.array([12885, 3621, 1561, 802, 322, 53, 45, 28, 21, 11])
     mean, error = benchmark.shrinking(6, spreads=(0.0, 1.0), strengths=(0, 10, 50), counts=counts)

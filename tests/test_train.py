@@ -478,6 +478,7 @@ def test_a_target_that_is_the_domain_switches_domain_batches_off(screen, tmp_pat
     assert any("batches are mixed" in s for s in said) and screen.wells.equals(wells)
 
 
+@pytest.mark.slow
 @each("standardize", ["image", "plate", "experiment", "screen"])
 def test_every_standardisation_reaches_new_experiments(screen, tmp_path, standardize):
     run = tmp_path / "run"

@@ -55,6 +55,7 @@ def test_rates_are_geometric(n, ratio):
         np.testing.assert_allclose(rates[1:] / rates[:-1], ratio ** (1 / (n - 1)))
 
 
+@pytest.mark.slow
 @each("schedule", ["one_cycle", "cosine", "steps", "exponential", "constant"])
 def test_each_group_follows_its_rate(sites, schedule):
     class Rates(Callback):
@@ -154,6 +155,7 @@ def test_the_best_weights_are_those_of_the_best_validation(sites, tmp_path):
     assert (tmp_path / "best.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["train.ema=0.9", "train.average=2"])
 def test_means_end_a_stage_with_other_weights_and_statistics(sites, change):
     """The mean is no network that was trained; its BatchNorm statistics are pooled anew, without a trace in the
@@ -204,6 +206,7 @@ def test_originals_are_there():
         get_recipe("laptop", faithful=True)
 
 
+@pytest.mark.slow
 def test_fastai_tools_work(screen, sites, tmp_path, monkeypatch):
     "`lr_find` with suggestions and a picture, `fine_tune`, `ShowGraphCallback`"
     import matplotlib

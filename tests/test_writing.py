@@ -216,6 +216,7 @@ COMMANDS = {  # what it would have written over, and the message
 }
 
 
+@pytest.mark.slow
 @each("name", COMMANDS)
 def test_what_is_read_stays(mine, name):
     command, message = COMMANDS[name]
@@ -316,6 +317,7 @@ THROUGH_LINKS = {  # the link inside the run, and the command that would follow 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
 @each("name", THROUGH_LINKS)
 def test_no_folder_inside_a_folder_of_ours_leads_out_of_it(mine, tmp_path, name):
@@ -360,6 +362,7 @@ OVER = {  # file, the command that would replace it, and what it is not
 }
 
 
+@pytest.mark.slow
 @each("name", OVER)
 def test_a_file_of_others_is_not_replaced(mine, tmp_path, name):
     "It is told before the work; what the same command has written before is replaced"
