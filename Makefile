@@ -100,9 +100,8 @@ benches: ## list the names that `make bench NAME=...` takes
 	@for f in benchmarks/*.py; do if grep -q __main__ $$f; then printf '%-14s %s\n' $$(basename $$f .py) "$$(head -1 $$f | tr -d '"')"; fi; done
 
 .PHONY: lint
-lint: $(STAMP) ## ruff: setup.py, tests and tools; of the generated modules only what is an error in Python 3.10
+lint: $(STAMP) ## ruff: the library, setup.py, tests, tools and benchmarks
 	@$(RUN) ruff check
-	@$(RUN) ruff check --quiet --isolated --target-version py310 --select E9,F63,F7,F82 rcic_fastai
 
 .PHONY: check
 check: $(STAMP) ## modules, README and notebooks are what `make export` makes of them (works on a copy)

@@ -3623,6 +3623,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'rcic_fastai/train/learner.py'),
                                            'rcic_fastai.train.learner._need_training': ( 'train.learner.html#_need_training',
                                                                                          'rcic_fastai/train/learner.py'),
+                                           'rcic_fastai.train.learner._of_kind': ( 'train.learner.html#_of_kind',
+                                                                                   'rcic_fastai/train/learner.py'),
                                            'rcic_fastai.train.learner._one_well': ( 'train.learner.html#_one_well',
                                                                                     'rcic_fastai/train/learner.py'),
                                            'rcic_fastai.train.learner._pick': ('train.learner.html#_pick', 'rcic_fastai/train/learner.py'),

@@ -124,8 +124,8 @@ def main(folder, kills):
     chosen = [[*stage, 1] for stage in stages]
     chosen += rng.sample([s for s in steps if s not in chosen], max(0, kills - len(chosen)))
     killed = []
-    for where in sorted(chosen, key=steps.index):
-        where = [*where, rng.choice(MOMENTS)]
+    for i, where in enumerate(sorted(chosen, key=steps.index)):
+        where = [*where, MOMENTS[i % len(MOMENTS)]]
         if attempt(screen, folder / "killed", where, answer):
             break
         killed.append(where)

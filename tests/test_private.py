@@ -16,9 +16,7 @@ FOREIGN = ("fastai", "fastcore", "fasttransform", "torch", "timm", "lightgbm", "
 # of Python itself: documented in spite of their names
 DOCUMENTED = {"_asdict", "_replace", "_fields", "_exit", "_getframe"}
 # have a function in `private` or a public name, and are still used elsewhere
-TO_MOVE = {"_suptitle", "_BatchNorm", "_do_epoch_validate", "_foreach_copy_", "_foreach_lerp_", "_set_device",
-           "_train_mets",
-           "_grab_cbs"}
+TO_MOVE = {"_suptitle"}
 
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):

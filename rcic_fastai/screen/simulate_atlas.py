@@ -9,7 +9,7 @@ __all__ = ['label_sets', 'draw_label_sets', 'AtlasSimulation', 'simulate_picture
 # %% ../../nbs/14_screen.simulate_atlas.ipynb #02cdb517
 import re, string
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +137,7 @@ def simulate_picture(
     return np.clip(np.rint(grey), 0, 255).astype(np.uint8)
 
 # %% ../../nbs/14_screen.simulate_atlas.ipynb #9d4c1ba1
-@lru_cache(maxsize=None)
+@cache
 def _nearby_sets(labels):
     "Label sets that differ from `labels` by one class, and their probabilities"
     sets, counts = label_sets()

@@ -370,10 +370,14 @@ def _complete_loss(learn):
     finally: learn.loss_func = own
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b003
+def _of_kind(learn, kind):
+    "The callbacks of a learner that are of a kind"
+    return [cb for cb in learn.cbs if isinstance(cb, kind)]
+
 def _with_controls(learn, dl):
     "The loader with controls, if the learner was trained with some and knows those of the same domains"
     own = learn.dls.train
-    if dl.n_controls or not getattr(own, 'n_controls', 0) or not learn._grab_cbs(LeaveOutControls): return dl
+    if dl.n_controls or not getattr(own, 'n_controls', 0) or not _of_kind(learn, LeaveOutControls): return dl
     try: control_pools(dl.sites, own.controls.table, dl.domain)
     except ValueError:
         if _must_have_controls(learn): raise
@@ -388,7 +392,7 @@ def _measure_new(learn, sites):
 
 def _must_have_controls(learn):
     by_head = getattr(getattr(learn.model, 'head', None), 'controls', False)
-    return by_head or any(cb.reference=='controls' for cb in learn._grab_cbs(DomainSlices))
+    return by_head or any(cb.reference=='controls' for cb in _of_kind(learn, DomainSlices))
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b022
 def _companions(learn, dl):
@@ -410,7 +414,7 @@ def _companions(learn, dl):
 # %% ../../nbs/66_train.learner.ipynb #cb9b6439
 def _with_companions(learn, dl):
     "The loader with these sites behind its own, if its batches shape their statistics"
-    mode = next(iter(learn._grab_cbs(InferenceMode)), None)
+    mode = next(iter(_of_kind(learn, InferenceMode)), None)
     if mode is None or mode.mode!='batch' or dl.domain is None: return dl
     if not isinstance(dl.sites, pd.DataFrame) or 'files' not in dl.sites: return dl
     others = _companions(learn, dl)
@@ -427,7 +431,7 @@ def _few_wells(learn, dl):
     "Domains of which a loader has one well alone, and nothing else shapes their statistics: key, name of the well"
     if not isinstance(dl, DomainDL) or dl.domain is None or dl.n_controls: return {}
     if not isinstance(dl.sites, pd.DataFrame): return {}
-    if not any(cb.mode=='batch' for cb in learn._grab_cbs(InferenceMode)): return {}
+    if not any(cb.mode=='batch' for cb in _of_kind(learn, InferenceMode)): return {}
     wells = dl.sites['id_code' if 'id_code' in dl.sites else 'files'].reset_index(drop=True)
     alone = {k: own for k, own in wells.groupby(dl.keys, sort=False) if own.nunique()==1}
     return {k: dl.sites.files.iloc[own.index[0]] if len(own)==1 else own.iloc[0] for k, own in alone.items()}
@@ -445,7 +449,7 @@ def _warn_of_few(learn, dl):
 @contextmanager
 def _running_for_few(learn, dl, batches):
     "Running statistics for the batches, lists of rows, that hold a single well"
-    cbs, few = learn._grab_cbs(_ScreenInference), _few_wells(learn, dl)
+    cbs, few = _of_kind(learn, _ScreenInference), _few_wells(learn, dl)
     alone = [i for i, rows in enumerate(batches) if few and len(rows) and dl.keys[rows[0]] in few]
     for cb in cbs: cb.few = frozenset(alone)
     try: yield
@@ -542,7 +546,7 @@ def summary(self:ScreenLearner):
     if getattr(getattr(self.model, 'head', None), 'controls', False):
         raise ValueError('summary shows the network one site, and this one compares it with controls: '
                          'print(learn.model) lists its layers')
-    with self.removed_cbs(self._grab_cbs(DomainSlices)): return Learner.summary(self)
+    with self.removed_cbs(_of_kind(self, DomainSlices)): return Learner.summary(self)
 
 @patch
 def lr_find(self:ScreenLearner, *args, **kwargs):
