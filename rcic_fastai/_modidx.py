@@ -923,6 +923,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'rcic_fastai/labels/metrics.py'),
                                             'rcic_fastai.labels.metrics._share': ( 'labels.metrics.html#_share',
                                                                                    'rcic_fastai/labels/metrics.py'),
+                                            'rcic_fastai.labels.metrics._with_macro': ( 'labels.metrics.html#_with_macro',
+                                                                                        'rcic_fastai/labels/metrics.py'),
                                             'rcic_fastai.labels.metrics._without': ( 'labels.metrics.html#_without',
                                                                                      'rcic_fastai/labels/metrics.py'),
                                             'rcic_fastai.labels.metrics.average_precision': ( 'labels.metrics.html#average_precision',

@@ -227,7 +227,7 @@ def test_a_full_disk_while_saving(screen, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "write_whole", full)
     with pytest.raises(RuntimeError, match="power cut"):
         train(screen, tmp_path / "run", At(9, fail), say=said.append)
-    assert any("not written (No space left on device); the training goes on" in s for s in said)
+    assert any("not written (No space left on device); the training continues" in s for s in said)
     folder = tmp_path / "run/checkpoints"
     assert latest_checkpoint(folder)["stage"] == "train"
     assert len(checkpoint_files(folder)) == len(list(folder.iterdir()))

@@ -262,7 +262,7 @@ def test_fastais_mixing_is_refused_and_leaves_no_trace(dls, theirs, ours):
                 lambda: learn.fine_tune(1, cbs=theirs),
                 lambda: learn.add_cbs(theirs), lambda: screen_learner(dls, RECIPE, cbs=theirs)):
         with pytest.raises(ValueError) as e: how()
-        assert ours in str(e.value) and 'cannot mix a batch that has a context beside the image' in str(e.value)
+        assert ours in str(e.value) and 'cannot mix a batch that has a context next to the image' in str(e.value)
         assert str(e.value).count('.') == 0
         learn.unfreeze()
     assert [type(cb) for cb in learn.cbs] == before and learn.loss_func is loss

@@ -750,7 +750,7 @@ def test_learners_that_cannot_be(learners, sites):
     dls = learners["valid"]["screen_learner"].dls
     block = DataBlock(blocks=(SixChannelImageBlock, CategoryBlock), get_x=ColReader("files"), get_y=ColReader("sirna"))
     own = block.dataloaders(sites, bs=8)
-    for args, message in (((own, "resnet10t"), "these batches have no context beside the image"),
+    for args, message in (((own, "resnet10t"), "these batches have no context next to the image"),
                           ((dls, accuracy), "recipe is the function accuracy"),
                           ((dls, Small),
                            r"recipe is the class Small: a network of your own is given as model=Small\(\)"),

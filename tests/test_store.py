@@ -217,7 +217,7 @@ def test_index_and_tables_are_verified(screen, copy):
 
 def test_an_unfinished_store_is_no_screen(screen, copy):
     (copy / "packing.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="packing was interrupted; run the same rcic-pack to go on"):
+    with pytest.raises(FileNotFoundError, match="packing was interrupted; run the same rcic-pack to resume"):
         read_screen(copy)
     (copy / "packing.json").unlink()
     (copy / "manifest.json").unlink()
@@ -373,7 +373,7 @@ def test_packing_goes_on_only_with_the_same_settings(screen, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         pack_sites(sites, tmp_path / "s", shard_sites=8, progress=False)
     monkeypatch.undo()
-    with pytest.raises(FileNotFoundError, match="packing was interrupted: run the same command to go on"):
+    with pytest.raises(FileNotFoundError, match="packing was interrupted: run the same command to resume"):
         Store(tmp_path / "s")
     with pytest.raises(ValueError, match="unfinished store with preset 'default' instead of 'fast'"):
         pack_sites(sites, tmp_path / "s", preset="fast", shard_sites=8, progress=False)

@@ -231,7 +231,7 @@ def _read_manifest(self:Store, where):
     try: manifest = parse_json(_read_bytes(_join(self.path, _MANIFEST)).decode(errors='replace'), where, dict)
     except FileNotFoundError:
         begun = '://' not in self.path and (Path(self.path)/_PLAN).exists()
-        again = '; packing was interrupted: run the same command to go on' if begun else ''
+        again = '; packing was interrupted: run the same command to resume' if begun else ''
         raise FileNotFoundError(f'{self.shown} holds no finished store{again}') from None
     _check_manifest(manifest, where)
     if '://' in self.path and (known := manifest['format']) != 'zarr':
@@ -461,7 +461,7 @@ def read_ahead(self:Store,
     batches:Iterable[Sequence[int]], # rows of each batch
     threads:int=2, # that read at a time; 0 reads when a batch is asked for
     ahead:int=2, # batches that are read before they are asked for
-    pin_memory:bool=False # into memory that a GPU copies from while the program goes on?
+    pin_memory:bool=False # into memory that a GPU copies from while the program continues?
 ) -> Iterator[Tensor]: # uint8 (N, C, H, W), one by one in order
     "Batches, read by threads while the caller works."
     return read_ahead(batches, self.read_into, self._buffers[pin_memory].take, threads, ahead)

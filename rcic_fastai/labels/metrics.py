@@ -113,6 +113,13 @@ def _check_names(names, n_classes) -> list:
         raise ValueError(f'the name {next(n for n in names if names.count(n)>1)!r} is given to two classes')
     return names
 
+# %% ../../nbs/50_labels.metrics.ipynb #44f78e75
+def _with_macro(table, resampled):
+    "The table with a last row of means, whose interval is that of `macro_f1_interval`"
+    macro = table.mean().to_frame('macro').T
+    macro[['low', 'high']] = _reflected(table.f1.mean(), resampled.mean(1))
+    return pd.concat([table, macro.astype(table.dtypes)]).rename_axis('class')
+
 # %% ../../nbs/50_labels.metrics.ipynb #2ff1c6e1
 def f1_table(
     y:ArrayLike, # (N, K) of 0 and 1: labels
@@ -138,9 +145,7 @@ def f1_table(
                    precision=_share(tp, pred.sum(0)), recall=_share(tp, y.sum(0)), f1=f1, low=low, high=high)
     if groups is None: del columns['groups']
     table = pd.DataFrame(columns, index=pd.Index(names, dtype=object, name='class'))
-    macro = table.mean().to_frame('macro').T
-    macro[['low', 'high']] = _reflected(f1.mean(), resampled.mean(1))
-    table = pd.concat([table, macro.astype(table.dtypes)]).rename_axis('class')
+    table = _with_macro(table, resampled)
     table.loc['macro', ['support', 'predicted']] = y.sum(), pred.sum()
     if groups is not None: table.loc['macro', 'groups'] = pd.Series(np.asarray(groups)).nunique()
     if thresholds is not None: table['threshold'] = [*np.broadcast_to(thresholds, len(names)).astype(float), np.nan]
@@ -222,9 +227,8 @@ def plot_co_occurrence(
     names:Sequence[str]=None, # K names of classes; None: their numbers
     ax:plt.Axes=None # matplotlib axes; None: new ones
 ) -> plt.Axes: # matplotlib axes
-    """A map of the shares of `co_occurrence`: of the images of the row's class, how many have the column's, too; beside
-    the name, images of the class.
-    """
+    """A map of the shares of `co_occurrence`: of the images of the row's class, how many have the column's, too.
+    The number of images of a class stands next to its name."""
     table, counts = co_occurrence(y, names, share=True), _binary(y, 'y').sum(0)
     k = len(table)
     if ax is None: ax = plt.subplots(figsize=(1.8+.15*k, 1.4+.15*k))[1]

@@ -138,7 +138,7 @@ class Retrieval(BaseEstimator):
         precision:float=.8, # share of right labels that a threshold chosen without probabilities has to reach
         decision:float|Sequence[float]|np.ndarray=.5, # thresholds, one or (K,); None: `score` gets the probabilities
         score:Callable=macro_f1, # function of labels and decisions (N, K) that is to be high
-        own_group:bool=False, # may an image find others of its own group?
+        own_group:bool=False, # may an image find others of the same group?
         block:int=1024, # images compared at a time
         device:str='cpu' # where cosines are computed
     ):

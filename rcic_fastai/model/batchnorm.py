@@ -285,8 +285,8 @@ def pool(self:BatchNormMode,
 ) -> list: # outputs in the order of `batches`, under the pooled statistics
     """Exact statistics over all `batches` for every BatchNorm; kept in `stats` for `with`.
 
-    The activations of all batches are in memory at once, as for a single batch of that size (with gradients on, all
-    of their graphs): for a large domain pool a sample of it and apply the statistics to the rest with `with`.
+    The activations of all batches are in memory at once, as for a single batch of that size; with gradients on, so are
+    their graphs. For a large domain, pool a sample of it and apply the statistics to the rest with `with`.
     Statistics are constants to autograd. A domain of a single image works while feature maps are larger than one
     pixel, but its statistics are then the image's own content: what makes the well bright or dense is normalised
     away together with its batch effect. Pool controls or neighbours with it.
@@ -528,7 +528,7 @@ def domain_slices(
     warning.
     Raises: `ValueError`, from the forward, if it has other rows than `domains`, a domain has no reference row, or one
     value per channel.
-    Source: the controls as reference are those of CS-ARM-BN (2026)."""
+    Source: controls as reference are those of CS-ARM-BN, https://arxiv.org/abs/2604.20824"""
     _check_reachable(model)
     device = next((p.device for p in model.parameters()), None)
     rows,layers = _DomainRows(domains, reference, device),batchnorm_layers(model)

@@ -173,7 +173,7 @@ def _two_best_shared(bounds, value_of, max_plates=8):
 
 def _enough_groups(table):
     if len(table) > table.shape[1]:
-        raise ValueError(f'{len(table)} plates but {table.shape[1]} groups; each plate needs a group of its own')
+        raise ValueError(f'{len(table)} plates but {table.shape[1]} groups; each plate needs its own group')
 
 def _as_mapping(table, cols): return {p: int(table.columns[c]) for p, c in zip(table.index.tolist(), cols)}
 

@@ -66,8 +66,8 @@ def check_members(
 ):
     """Refuse predictions that cannot be averaged; the order of ids and classes may differ.
 
-    Raises: ValueError if there are fewer than two members, if an id or class occurs twice, if a score is not finite, or
-    if members differ in ids, classes, level, split or target; with the names of both and the first example."""
+    Raises: ValueError if there are fewer than two members, an id or class occurs twice, or a score is not finite. It
+    names both members, and the first example, if they differ in ids, classes, level, split or target."""
     if len(members) < 2: raise ValueError(f'a blend needs two members or more, got {_listed(members) or "none"}')
     for name, p in members.items(): _check_member(p, repr(name))
     (first, a), *others = members.items()

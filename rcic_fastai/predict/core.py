@@ -104,18 +104,6 @@ def only(self:Predictions,
                    views=None if self.views is None else self.views[..., keep])
 
 # %% ../../nbs/46_predict.core.ipynb #ce516c2d
-_made = dict(level=('site', 'well'), activation=('softmax', 'sigmoid')) # what may be said
-
-def _check_made(made, path):
-    "Refuse what no prediction of ours says of itself. Raises: ValueError naming the entry."
-    for k, known in _made.items():
-        if made.get(k, known[0]) not in known: raise ValueError(f'{path}: {k} is {json.dumps(made[k])[:60]}, expected {" or ".join(known)}')
-    for k in ('run', 'recipe', 'split', 'target', 'batchnorm'):
-        if not isinstance(made.get(k), (str, type(None))): raise ValueError(f'{path}: {k} is {json.dumps(made[k])[:60]}, expected a text')
-    weights = made.get('weights', {})
-    if not isinstance(weights, dict) or not all(isinstance(w, (int, float)) for w in weights.values()): raise ValueError(f'{path}: weights are {json.dumps(weights)[:60]}, expected numbers in braces')
-    return made
-
 def _tta_setting(tta):
     "A number or name as it was given, a group as its settings: what JSON can hold"
     return tta_group(tta).changes() if isinstance(tta, (TTA, dict)) else tta
@@ -135,6 +123,22 @@ def combine(self:Predictions,
                          f'{lost[0]!r}: kept are those of tta {self.made.get("tta")!r}')
     logits = combine_views(torch.from_numpy(self.views[[at[n] for n in names]]), group, self.activation).numpy()
     return replace(self, logits=logits, made={**self.made, 'tta': _tta_setting(tta)})
+
+# %% ../../nbs/46_predict.core.ipynb #59df9675
+_made = dict(level=('site', 'well'), activation=('softmax', 'sigmoid')) # what may be said
+
+def _check_made(made, path):
+    "Refuse what no prediction of ours says of itself. Raises: ValueError naming the entry."
+    for k, known in _made.items():
+        if made.get(k, known[0]) not in known:
+            raise ValueError(f'{path}: {k} is {json.dumps(made[k])[:60]}, expected {" or ".join(known)}')
+    for k in ('run', 'recipe', 'split', 'target', 'batchnorm'):
+        if not isinstance(made.get(k), (str, type(None))):
+            raise ValueError(f'{path}: {k} is {json.dumps(made[k])[:60]}, expected a text')
+    weights = made.get('weights', {})
+    if not isinstance(weights, dict) or not all(isinstance(w, (int, float)) for w in weights.values()):
+        raise ValueError(f'{path}: weights are {json.dumps(weights)[:60]}, expected numbers in braces')
+    return made
 
 # %% ../../nbs/46_predict.core.ipynb #9323c5ca
 def _save_arrays(path, arrays):

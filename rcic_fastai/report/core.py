@@ -8,7 +8,7 @@ __all__ = ['read_truth', 'JudgedRun', 'run_context', 'training_time', 'headline'
            'embed_again', 'accuracy_steps', 'shift_wells', 'batchnorm_shift', 'embedding_maps', 'embedding_numbers',
            'map_labels', 'plot_map', 'well_images', 'worst_pictures', 'pair_pictures', 'report_template', 'make_report']
 
-# %% ../../nbs/81_report.core.ipynb #5494eeff
+# %% ../../nbs/81_report.core.ipynb #b3468df5
 import json, sys, warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -28,6 +28,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+# %% ../../nbs/81_report.core.ipynb #5494eeff
 from ..files import check_ours, check_output, check_target, is_marked, read_arrays, read_json
 from ..files import regular_file, user_path, write_whole
 from ..screen.tables import is_unknown
@@ -55,7 +56,6 @@ from .accuracy import accuracy_by, BLUE, clean_axes, GREY, judge_wells, ORANGE
 from .accuracy import statistic_shift, worst_wells
 from .html import duration, execute_notebook, interval, notebook_page, percent, source_date
 from .html import with_parameters
-
 
 # %% ../../nbs/81_report.core.ipynb #cd1b3fbc
 def _true_classes(rows, target, screen, path):
@@ -700,7 +700,7 @@ def _is_report(path):
 
 # %% ../../nbs/81_report.core.ipynb #7b2aa341
 def _check_page(out, *inputs):
-    "The page, and the notebook beside it, replace nothing but an earlier report"
+    "The page, and the notebook next to it, replace nothing but an earlier report"
     if out.suffix not in ('.html', '.htm'): raise ValueError(f'{out}: a report is written as .html')
     beside = out.with_suffix('.ipynb')
     for path in (out, beside):

@@ -431,9 +431,9 @@ def _for_inference(recipe):
 def need_network(self:Run,
     what:str='load' # what to do with one of its members, for the message
 ):
-    "Refuse a run without a network of its own. Raises: ValueError naming its members."
+    "Refuse a run without a network. Raises: ValueError naming its members."
     if self.blend:
-        raise ValueError(f'{self} is a blend of {", ".join(self.info["blend"])} and has no network of its own')
+        raise ValueError(f'{self} is a blend of {", ".join(self.info["blend"])} and has no network')
     if self.parts:
         raise ValueError(f'{self} has a network for each cell type: {what} '
                          f'{" or ".join(map(str, self.members.values()))}')

@@ -34,7 +34,7 @@ def _differences(started, recipe, asked):
 
 def _check_same(started, recipe, asked, run):
     other = _differences(started, recipe, asked)
-    if other: raise ValueError(f'{run} was started otherwise: {other}. Ask for the same to go on with it, or give another folder')
+    if other: raise ValueError(f'{run} was started otherwise: {other}. Ask for the same to resume it, or give another folder')
 
 def check_no_leak(
     trained:Iterable[str], # id_codes of wells whose labels some stage trains on
@@ -91,7 +91,7 @@ class Stages:
         return learn
 
     def _found_lr(self, learn, name, stage):
-        "What `lr_find` suggests, looked for once: a run that goes on takes what is written"
+        "What `lr_find` suggests, looked for once: a run that resumes takes what is written"
         path, key = self.run/'learning_rates.json', xxhash.xxh3_64_hexdigest(json.dumps(self.extra, default=str).encode())
         found = {current_name(k): v for k, v in (read_json(path) if path.exists() else {}).items()}
         if found.get('recipe')!=key: found = dict(recipe=key)

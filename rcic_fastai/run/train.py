@@ -247,7 +247,7 @@ def _start_of(t):
     if t.start is None: return None
     run = Run(t.start, t.screen)
     if run.blend:
-        raise ValueError(f'{run} is a blend and has no network of its own; start from one of '
+        raise ValueError(f'{run} is a blend and has no network; start from one of '
                          f'{", ".join(map(str, run.members.values()))}')
     if run.parts:
         raise ValueError(f'{run} has a network for each cell type; start from one of {", ".join(run.parts)} within it')
@@ -415,7 +415,7 @@ def _chosen_once(t):
     return set(train.id_code[valid_mask(train, t.valid, t.recipe.seed)]) if isinstance(t.valid, str) else set(t.valid)
 
 def _train_once(t, screen, recipe, run, valid, start):
-    "A network in a folder of its own, if it is not finished; else None"
+    "A network in a subfolder, if it is not finished; else None"
     asked = screen, recipe, run, t.target, t.wells, valid, t.present_only
     return None if finished_run(*asked, start) else train_run(*asked, t.say, t.cbs, start)
 

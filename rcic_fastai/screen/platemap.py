@@ -49,7 +49,7 @@ def _check_columns(columns, own, name):
         if theirs not in own: raise ValueError(f'{name}: there is no column {theirs!r}{did_you_mean(theirs, own)}')
 
 def _known_columns(own, columns):
-    "Which of its own columns a table means by each of our names"
+    "Which column of a table stands for each name of the schema"
     free, found = [c for c in own if c not in columns.values()], {}
     for ours, known in _aliases.items():
         candidates = sorted((c for c in free if _plain(c) in known), key=lambda c: known.index(_plain(c)))

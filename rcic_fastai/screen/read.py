@@ -41,7 +41,7 @@ def read_screen(
     """
     if (Path(path)/'packing.json').is_file():
         raise FileNotFoundError(f'{path} holds no finished store: packing was interrupted; '
-                                'run the same rcic-pack to go on')
+                                'run the same rcic-pack to resume')
     root, layout = _find_screen(path, layout)
     if layout == 'hpa':
         from rcic_fastai.screen.atlas import read_hpa  # only where there is an atlas

@@ -281,7 +281,7 @@ def save(self:Checkpoint,
     try: return save_checkpoint(self.folder, self.capture(batch, done), self.keep)
     except OSError as e:
         self.say(f'checkpoint of epoch {self.learn.epoch} not written ({e.strerror or e}); '
-                 'the training goes on, the one before stays')
+                 'the training continues, the one before stays')
     return None
 
 @patch

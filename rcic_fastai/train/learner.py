@@ -198,7 +198,7 @@ def _need_context(dls):
     tls = getattr(getattr(dls, 'train_ds', None), 'tls', None)
     if tls is None: return # loaders that are no fastai data sets may have any batches
     if len(tls) > 1 and any(hasattr(t, 'cell_types') for t in tls[1].tfms): return
-    raise ValueError('these batches have no context beside the image (cell type, experiment, plate): make them with '
+    raise ValueError('these batches have no context next to the image (cell type, experiment, plate): make them with '
                      'screen_dataloaders or screen_block; for others there is fastai\'s '
                      "vision_learner(dls, 'resnet18', n_in=6)")
 

@@ -74,7 +74,7 @@ class SkipEmptyValidation(Callback):
 # %% ../../nbs/65_train.metrics.ipynb #96b8174e
 class LeaveOutControls(Callback):
     "Drop the controls that are there for the statistics alone before the loss, the metrics and `get_preds` see them."
-    order = 70 # after mixing, which gives targets of its own to the loss and the plain ones back afterwards
+    order = 70 # after mixing, which gives mixed targets to the loss and puts the plain ones back afterwards
     def before_batch(self):
         context, self.keep = self.learn.xb[1], None
         context = plain(getattr(context, 'context', context))

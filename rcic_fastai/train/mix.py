@@ -278,5 +278,5 @@ def refuse_plain_mix(
         kind = cb if isinstance(cb, type) else type(cb)
         if not issubclass(kind, MixHandler): continue
         name = 'cutmix' if issubclass(kind, CutMix) else 'mixup'
-        raise ValueError(f"fastai's {kind.__name__} cannot mix a batch that has a context beside the image: "
+        raise ValueError(f"fastai's {kind.__name__} cannot mix a batch that has a context next to the image: "
                          f"use {mixes[name].__name__}() or create_mix({name!r})")
