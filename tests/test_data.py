@@ -1018,7 +1018,7 @@ def test_loaders_of_a_screen_and_fastai_names(screen, sites, monkeypatch):
 @pytest.mark.parametrize("channels", [None, ["DAPI", "ER"]])
 def test_channels_that_are_not_there(sites, channels):
     "Other files of the site are named, where there are some"
-    files = sites.files if channels else sites.files.str.replace("_w{channel}", "_{channel}", regex=False)
+    files = sites.files if channels else sites.files.astype(str).str.replace("_w{channel}", "_{channel}", regex=False)
     with pytest.raises(FileNotFoundError,
                        match=r"of this site there are \w+_s1_w1.png, .*: say which channels those are, "
                        r"channels=screen.channels"):

@@ -24,7 +24,8 @@ from rcic_fastai.recipe.published import get_recipe, laptop_recipe
 from rcic_fastai.report.core import make_report, plot_map, run_context
 from rcic_fastai.run.submit import submit_run
 from rcic_fastai.run.train import find_lr, train_run
-from rcic_fastai.screen.sites import check_files, escape_braces, has_channels, packed_row, pattern_parts, site_files
+from rcic_fastai.screen.sites import check_files, site_files
+from rcic_fastai.screen.sources import escape_braces, has_channels, packed_row, pattern_parts
 from rcic_fastai.screen.core import plain_text
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.split import valid_mask

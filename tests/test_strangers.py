@@ -260,7 +260,7 @@ def test_names_of_a_screen_lead_nowhere(own, tmp_path):
         with pytest.raises(ValueError, match="has a slash in its name"): read_screen(theirs)
     away = described(own, tmp_path / "away", images="../away-images")  # as --out of rcic-describe writes it
     shutil.copytree(own, tmp_path / "away-images")
-    assert read_screen(away).sites().files.str.contains("away-images/").all()
+    assert read_screen(away).sites().files.astype(str).str.contains("away-images/").all()
 
 
 def test_ids_and_cell_types_lead_nowhere(small_screen, tmp_path):

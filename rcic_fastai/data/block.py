@@ -19,6 +19,7 @@ from ..files import user_path
 from ..versions import check_versions
 from ..screen.channels import CHANNELS
 from ..screen.core import Screen
+from ..screen.sources import store_column
 from ..screen.atlas import hpa_classes
 from ..screen.split import _VALID, valid_mask
 from .augment import screen_transforms
@@ -114,7 +115,7 @@ def packed_sites(
     Raises: ValueError naming the first site that the store does not hold.
     """
     store = source if isinstance(source, Store) else open_store(source)
-    return sites.assign(files=[f'{store.path}#{i}' for i in store.rows(sites.site_id)])
+    return sites.assign(files=store_column(store.path, store.rows(sites.site_id)))
 
 def _default_target(sites):
     "The siRNA, or the labels where there are none"

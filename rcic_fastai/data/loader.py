@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..files import user_path
-from ..screen.sites import has_channels, packed_row
+from ..screen.sources import as_pixels, ImageFiles, pixel_column, SitePixels
 from .context import ContextEncoder, DOMAINS, ROLES, ScreenContext
 from .buffers import BatchBuffers, read_ahead
 from .store import read_site
@@ -201,16 +201,16 @@ class _BatchSource:
     "Whole batches of a `DomainDL`: pixels into memory that is used again, contexts and targets from arrays"
     def __init__(self, dl):
         tls, tables = dl.dataset.tls, [dl.sites] + ([dl.controls.table] if dl.n_controls else [])
-        self.reader, self.files = tls[0].tfms.fs[-1], [f for t in tables for f in t.files]
+        self.reader = tls[0].tfms.fs[-1]
+        self.files = pd.concat([pd.Series(pixel_column(t.files)) for t in tables]).array
         self.context = torch.from_numpy(np.concatenate([tls[1].tfms.fs[-1].table(t) for t in tables]))
         self.target, self.buffers, self.pin_memory = None, None, dl.device is not None and dl.device.type=='cuda'
         if len(tls)==3: self._read_targets(dl, tls[2].tfms.fs[-1])
         self.store = None if self.reader.cache else self.reader.store(self.files)
         if self.store is not None and self.reader.size not in (None, min(self.store.shape[1:])):
             self.store = None # resized one by one
-        if self.store is not None: self.rows = np.array([self._row(f) for f in self.files])
+        if self.store is not None: self.rows = self.files.packed()[1]
 
-    def _row(self, file): return int(row) if (row := packed_row(file)[1]).isdecimal() else -1
     def _read_targets(self, dl, encode):
         value = _Target(dl.target_name)
         own = [encode.number(value({dl.target_name: v})) for v in dl.sites[dl.target_name]]
@@ -245,7 +245,7 @@ def read(self:_BatchSource, batches, threads):
     if self.store is None: return read_ahead(batches, self.read_into, self.buffers.take, threads)
     missing = next((i for b in batches for i in b if self.rows[i] < 0), None)
     if missing is not None:
-        raise FileNotFoundError(f'{self.files[missing]} does not exist: {self.store.path} does not hold this site')
+        self.files[missing].read() # which says what is missing
     return read_ahead([self.rows[b] for b in batches], self.read_into, self.buffers.take, threads)
 
 @patch
@@ -392,16 +392,16 @@ def show_results(self:DomainDL, b, out, max_n=9, ctxs=None, show=True, **kwargs)
 
 # %% ../../nbs/23_data.loader.ipynb #c3d1a002
 def sites_table(
-    items:pd.DataFrame|pd.Series|str|Path|Sequence # sites, one row, a path pattern or a packed site; or a list of these
+    items:pd.DataFrame|pd.Series|SitePixels|str|Path|Sequence # sites, a row, a reference or path pattern; or a list
 ) -> pd.DataFrame: # a row per site
     """Sites in any form as a table; cell type, experiment and plate of a path count as new ones.
 
     Raises: ValueError for anything else, or a table that lacks a column, such as that of the wells.
     """
-    if isinstance(items, (str, Path)):
-        files = str(user_path(items) if str(items).startswith('~') else items)
+    if isinstance(items, (str, Path, SitePixels)):
+        files = as_pixels(user_path(str(items)) if str(items).startswith('~') else items)
         unknown = dict(cell_type='', experiment='', plate=0, well_type=ROLES[0])
-        items = pd.DataFrame([dict(files=files, **unknown, site_id=files, id_code=files)])
+        items = pd.DataFrame(dict(files=pixel_column([files]), **unknown, site_id=str(files), id_code=str(files)))
     if hasattr(items, '_asdict'): items = items._asdict() # a row of `itertuples`
     if isinstance(items, dict): items = pd.Series(items)
     if isinstance(items, pd.Series): items = items.to_frame().T.infer_objects()
@@ -416,6 +416,8 @@ def sites_table(
     return items
 
 # %% ../../nbs/23_data.loader.ipynb #9ff27cc6
+def _is_one_file(item): return isinstance(r := as_pixels(item), ImageFiles) and r.composite # a composite, or an id
+
 class ScreenDataLoaders(DataLoaders):
     "DataLoaders of a screen; `test_dl` takes sites as `sites_table` does, and the ids of wells and sites that it has."
     stats, counts = None, None # what images are standardised by, see `recipe_dataloaders`
@@ -427,7 +429,7 @@ class ScreenDataLoaders(DataLoaders):
 
     def _named(self, item):
         "The sites of a well or a site that an id names; anything else as it is"
-        if not isinstance(item, (str, Path)) or has_channels(str(item)) or packed_row(str(item)): return item
+        if not isinstance(item, (str, Path)) or not _is_one_file(item): return item
         for table in (dl.sites for dl in self.loaders if isinstance(dl.sites, pd.DataFrame)):
             for column in ('id_code', 'site_id'):
                 if column in table and (rows := table[table[column]==str(item)]).shape[0]: return rows
@@ -440,8 +442,7 @@ class ScreenDataLoaders(DataLoaders):
 def _refuse_one_channel(item, reader):
     "A path without `{channel}` may be a composite of all channels, but not one of them"
     path = user_path(item)
-    if reader is None or len(reader.channels) < 2 or packed_row(str(item)) or has_channels(str(item)): return
-    if not path.is_file(): return
+    if reader is None or len(reader.channels) < 2 or not _is_one_file(item) or not path.is_file(): return
     if len(read_site(str(path), reader.channels)) > 1: return
     raise ValueError(f'{item} is an image of one channel, and a site has {len(reader.channels)}: '
                      "give a row of the sites, or a path pattern with {channel} in the place of the channel, "

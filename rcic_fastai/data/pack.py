@@ -26,8 +26,9 @@ from ..errors import one_of
 from ..files import check_output, claim_folder, clean_partials, folder_contents, path_within
 from ..files import read_json, refuse_linked_folders, refuse_links, user_path, write_json, write_whole
 from ..screen.tables import WELL_COLUMNS
-from ..screen.channels import CHANNELS
-from ..screen.sites import check_files, _expand, has_channels, present_sites
+from ..screen.channels import channel_file, CHANNELS
+from ..screen.sources import as_pixels
+from ..screen.sites import check_files, present_sites
 from ..screen.core import Screen
 from .codec import _Blosc2, _presets
 from .store import FORMATS, Store, _digest, _INDEX, _KIND, _MANIFEST, _PLAN, _source_image
@@ -48,7 +49,7 @@ def _plan(sites, channels, format, preset, size, shard_sites, tables):
     first = sites.files.iloc[0]
     return dict(
         kind=_KIND, format=format, preset=preset, shape=list(_source_image(first, channels, size).shape),
-        channels=list(channels), composite=not has_channels(first), size=size, n_sites=len(sites),
+        channels=list(channels), composite=as_pixels(first).composite, size=size, n_sites=len(sites),
         shard_sites=shard_sites or (64 if format == 'zarr' else 256), tables=tables,
         sites=xxhash.xxh3_64_hexdigest('\n'.join(sites.site_id).encode()))
 
@@ -321,8 +322,9 @@ def check_screen_output(
     if '://' in str(screen.path): return check_output(out, *inputs, option=option)
     root = Path(screen.path)
     out = check_output(out, root, *(root/t for t in _tables_of(root)), *inputs, option=option)
-    real, ask = Path(os.path.realpath(out)), screen.sites().files if out.exists() else ()
-    files = (Path(f) for pattern in ask for f in _expand(pattern, screen.channels) if Path(f).name == real.name)
+    real, names = Path(os.path.realpath(out)), [channel_file(c) for c in screen.channels]
+    ask = screen.sites().files if out.exists() and screen.packed is None else ()
+    files = (Path(f) for r in ask for f in as_pixels(r).paths(names) if Path(f).name == real.name)
     store = []
     if (root/_MANIFEST).is_file(): store = [Path(os.path.realpath(root/n)) for n in (_MANIFEST, _INDEX, 'shards')]
     if real in store or set(store) & set(real.parents) or any(Path(os.path.realpath(f)) == real for f in files):

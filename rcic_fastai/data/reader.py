@@ -9,7 +9,6 @@ __all__ = ['SiteReader', 'site_size', 'check_sizes']
 import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..screen.channels import CHANNELS
-from ..screen.sites import has_channels, packed_row, pattern_parts, site_files
+from ..screen.sources import as_pixels, has_channels, pattern_parts, pixel_column, SitePixels
+from ..screen.sites import site_files
 from ..screen.planes import resize_site
 from .store import open_store, read_site, Store
 from .image import MultiChannelImage
@@ -36,14 +36,14 @@ class SiteReader(DisplayedTransform):
         size:int=None # shorter side that images are brought to, in pixels; None: as they are
     ):
         self.channels, self.cache, self.size = tuple(channels), cache, size
-        self._images:dict[str, np.ndarray] = {}
+        self._images:dict[SitePixels, np.ndarray] = {}
 
     def __getstate__(self): return {**self.__dict__, '_images': {}}
     def _resized(self, x): return resize_site(x, self.size) if self.size else x
     def encodes(self, site):
         if isinstance(site, pd.Series): site = site['files']
         if isinstance(site, (np.ndarray, Tensor)): return MultiChannelImage.create(self._resized(np.asarray(site)))
-        if not isinstance(site, (str, Path, list)):
+        if not isinstance(site, (str, Path, list, SitePixels)):
             expected = 'a path pattern, a list of paths, pixels, or a row of the sites'
             raise ValueError(f'a site is given as {type(site).__name__}, expected {expected}')
         x = self.pixels(site)
@@ -52,10 +52,10 @@ class SiteReader(DisplayedTransform):
 # %% ../../nbs/22_data.reader.ipynb #d78d3519
 def _files_of_channels(files):
     "Names of the files that exist with any text in place of the channel, where a pattern names no file"
-    if not isinstance(files, (str, Path)) or not has_channels(str(files)): return []
+    if not has_channels(files): return []
     def star(text, field):
         return glob.escape(text) + ('*' if field=='channel' else glob.escape(f'{{{field}}}') if field else '')
-    return sorted(Path(f).name for f in glob.glob(''.join(star(*part) for part in pattern_parts(str(files)))))
+    return sorted(Path(f).name for f in glob.glob(''.join(star(*part) for part in pattern_parts(files))))
 
 @patch
 def _read(self:SiteReader, files):
@@ -69,33 +69,33 @@ def _read(self:SiteReader, files):
 
 @patch
 def pixels(self:SiteReader,
-    files:str|Path|Sequence # path pattern, or the paths of the channels
+    files:SitePixels|str|Path|Sequence # reference, path pattern, or the paths of the channels
 ) -> np.ndarray: # uint8 (C, H, W), not to be written to
     "Read a site, or get it from the cache."
-    x = self._images.get(str(files))
+    site = as_pixels(files)
+    x = self._images.get(site)
     if x is None:
-        x = self._resized(self._read(files))
-        if self.cache: self._images[str(files)] = x
+        x = self._resized(self._read(site))
+        if self.cache: self._images[site] = x
     return x
 
 # %% ../../nbs/22_data.reader.ipynb #3e10c831
 @patch
 def store(self:SiteReader,
-    files:Sequence[str] # path patterns
-) -> 'Store|None': # None if they are image files
+    files:Sequence # references or path patterns
+) -> 'Store|None': # None if they are image files, or of several stores
     "The packed store that sites lie in."
-    paths = {(packed_row(f) or ('',))[0] for f in files}
-    return open_store(paths.pop()) if len(paths)==1 and '' not in paths else None
+    packed = pixel_column(files).packed()
+    return None if packed is None else open_store(packed[0])
 
 # %% ../../nbs/22_data.reader.ipynb #7d7fe7e5
 def site_size(
-    files:str|Path|Sequence, # path pattern, or the paths of the channels
+    files:SitePixels|str|Path|Sequence, # reference, path pattern, or the paths of the channels
     channels:Sequence[int|str]=CHANNELS # numbers or names of the channels
 ) -> tuple[int, int]|None: # height and width; None where no header says them: a packed site, or a file that is missing
     "Size of an image file, without reading its pixels."
-    if isinstance(files, (str, Path)) and packed_row(str(files)): return None
     try:
-        with Image.open(next(iter(site_files(cast(str, files), channels)))) as image: return image.height, image.width
+        with Image.open(next(iter(site_files(files, channels)))) as image: return image.height, image.width
     except (OSError, UnidentifiedImageError, StopIteration, ValueError, TypeError): return None
 
 # %% ../../nbs/22_data.reader.ipynb #7196dc84

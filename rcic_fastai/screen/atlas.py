@@ -20,8 +20,8 @@ from .duplicates import external_keys, join_groups, resolve_labels
 from .labels import label_matrix, parse_labels
 from .tables import _own_table, read_table, WELL_COLUMNS
 from .folds import grouped_folds
-from .sites import escape_braces
-from .core import _packed_files, Screen
+from .sources import escape_braces, pattern_column
+from .core import _packed_column, _packed_files, Screen
 
 # %% ../../nbs/13_screen.atlas.ipynb #53f4b017
 hpa_channels = 'red', 'green', 'blue', 'yellow' # microtubules, the protein, nucleus, endoplasmic reticulum
@@ -80,11 +80,9 @@ def sites(self:Atlas,
     table = table.assign(site_id=table.id_code+'_1', site=1)
     where = {k: escape_braces(f'{self.path.as_posix()}/{name}/') for k,(name, _) in self.folders.items()}
     keys = list(zip(table.experiment, table.split))
-    table['files'] = [f'{where[k]}{escape_braces(i)}_{{channel}}{self.folders[k][1]}'
-                      for k,i in zip(keys, table.id_code)]
-    if self.packed is not None:
-        table['files'] = table.site_id.map(self.packed).fillna(f'{self.path.as_posix()}#' + table.site_id)
-    return table
+    if self.packed is not None: return table.assign(files=_packed_column(self, table.site_id))
+    return table.assign(files=pattern_column([f'{where[k]}{escape_braces(i)}_{{channel}}{self.folders[k][1]}'
+                                              for k,i in zip(keys, table.id_code)]))
 
 @patch(as_prop=True)
 def classes(self:Atlas) -> list[int]:

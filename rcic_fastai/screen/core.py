@@ -26,6 +26,7 @@ from .tables import CELL_TYPES, PLATE_ROWS, _require, _require_unique, _SPLITS, 
 from .tables import _where
 from .groups import _labelled, plate_groups
 from .sites import well_sites
+from .sources import store_column
 
 # %% ../../nbs/12_screen.core.ipynb #d1e49057
 def _check_roles(wells):
@@ -150,7 +151,7 @@ class Screen:
     wells:pd.DataFrame # one row per well, columns `WELL_COLUMNS`
     channels:tuple[int|str,...]=CHANNELS # numbers or texts of the channels a site has, see `as_channel`
     site_rows:pd.DataFrame=None # `id_code` and `site` of every site; None: sites 1 and 2 of every well
-    packed:pd.Series=None # `files` by `site_id`, if the folder is a store of packed sites
+    packed:pd.Series=None # references by `site_id`, in the order of the rows, if the folder is a store
     target = 'sirna' # column of the wells that is to be predicted
 
     def sites(self,
@@ -159,9 +160,7 @@ class Screen:
         "One row per site of the wells."
         if wells is None: wells = self.wells
         table = well_sites(wells, self.path, self.layout, (1, 2) if self.site_rows is None else self.site_rows)
-        if self.packed is not None:
-            table['files'] = table.site_id.map(self.packed).fillna(f'{self.path.as_posix()}#' + table.site_id)
-        return table
+        return table if self.packed is None else table.assign(files=_packed_column(self, table.site_id))
 
 # %% ../../nbs/12_screen.core.ipynb #8fb3a9b0
 @patch(as_prop=True)
@@ -191,13 +190,17 @@ def _check_tables(root):
                          f'(rcic-pack --verify --out {root} compares all); bring it back, or pack the screen again')
 
 def _packed_files(root):
-    "What takes the place of files for the sites in a store, by their ids, see `rcic_fastai.data.store`."
+    "References to the sites in a store, by their ids."
     _check_tables(root)
     with naming(root/'sites.parquet', 'index of a store (Parquet)'):
         ids = pd.read_parquet(root/'sites.parquet', columns=['site_id']).site_id
     twice = ids[ids.isna() | ids.duplicated()]
     if len(twice): raise ValueError(f'{root/"sites.parquet"}: site {twice.iloc[0]} is missing or is there twice')
-    return pd.Series([f'{root.as_posix()}#{i}' for i in range(len(ids))], index=ids)
+    return pd.Series(store_column(root, np.arange(len(ids))), index=ids)
+
+def _packed_column(screen, site_ids):
+    "References to sites of a packed screen"
+    return store_column(screen.path, screen.packed.index.get_indexer(site_ids), site_ids)
 
 # %% ../../nbs/12_screen.core.ipynb #ac166477
 def _counts(wells, full):

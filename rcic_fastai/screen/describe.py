@@ -21,7 +21,8 @@ from .channels import as_channel, check_channel_names
 from .tables import alike, alike_names, read_rows, _require
 from .platemap import _aliases, column_alias, _natural, _plain, plate_map_wells, read_plate_map
 from .platemap import _require_wells, _well_name
-from .sites import escape_braces, pattern_parts, site_files
+from .sources import escape_braces, ImageFiles, pattern_column, pattern_parts
+from .sites import site_files
 from .core import _packed_files, Screen
 from .planes import read_grey
 
@@ -220,7 +221,7 @@ def _chosen_channels(found, asked, n_sites, say):
 def _with_limits(channel, root, patterns):
     "A channel with the grey limits of its deep images"
     paths = [p for f in patterns
-             if (p := site_files(f'{escape_braces(Path(root).as_posix())}/{f}', [channel])[0]).exists()]
+             if (p := site_files(ImageFiles(f'{escape_braces(Path(root).as_posix())}/{f}'), [channel])[0]).exists()]
     if not paths: raise ValueError(f'{root}: no image of channel {str(channel)!r} was found')
     limits = find_grey_limits(paths)
     return channel if limits is None else replace(channel, limits=limits)
@@ -292,13 +293,13 @@ def _described_sites(root, d, rows, wells):
     ids = wells.set_index('row').id_code.reindex(rows.row.loc[sites.index])
     start = escape_braces(os.path.normpath(root/d['images']).replace(os.sep, '/'))
     return pd.DataFrame(dict(id_code=ids.to_numpy(), site=sites.site.to_numpy(),
-                             files=(start+'/'+sites.files).to_numpy()))
+                             files=pattern_column(start+'/'+sites.files)))
 
 def _packed_sites(packed):
     "The same of what was packed"
     parts = packed.index.to_series().str.rpartition('_')
     return pd.DataFrame(dict(id_code=parts[0].to_numpy(), site=parts[2].astype('int64').to_numpy(),
-                             files=packed.to_numpy()))
+                             files=packed.array))
 
 # %% ../../nbs/13_screen.describe.ipynb #59cfeb6c
 def read_platemap(

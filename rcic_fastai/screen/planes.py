@@ -13,20 +13,24 @@ from pathlib import Path
 import torch
 import numpy as np
 import torch.nn.functional as F
+from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 
 from ..files import regular_file
 from .channels import as_channel, Channel, CHANNELS
-from .sites import site_files
+from .sources import as_pixels, Plane, SitePixels
 
 # %% ../../nbs/12_screen.planes.ipynb #ec0aea24
 @contextmanager
-def _image_file(path):
-    "An open image, and errors that say which file it is"
+def _image_file(path, index=None):
+    "An open image at one of its pages, and errors that say which file it is"
     try:
         with Image.open(regular_file(path)) as im:
-            if (n := getattr(im, 'n_frames', 1)) > 1:
-                raise ValueError(f'{path} holds {n} images, expected one file per channel')
+            n = getattr(im, 'n_frames', 1)
+            if index is None and n > 1: raise ValueError(f'{path} holds {n} images, expected one file per channel')
+            if index is not None and (len(index) != 1 or not 0 <= index[0] < n):
+                raise ValueError(f'{Plane(str(path), index)} does not exist, the file holds {n} images')
+            if index: im.seek(index[0])
             yield im
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
     except UnidentifiedImageError: raise ValueError(f'{path} is not an image') from None
@@ -35,13 +39,14 @@ def _image_file(path):
 
 # %% ../../nbs/12_screen.planes.ipynb #a09b550e
 def read_grey(
-    path:str|Path # PNG, TIFF or JPEG of one grey plane, of any depth
+    path:str|Path, # PNG, TIFF or JPEG of one grey plane, of any depth
+    index:tuple=None # page of a file that holds several
 ) -> np.ndarray: # (H, W), uint8, uint16, int32 or float32 as the file has them
     """Grey values of one image file, whatever their depth.
 
     Raises: `FileNotFoundError`; `ValueError` for a file that is no image, holds several, or is in colour.
     """
-    with _image_file(path) as im: x = np.asarray(im.convert('L') if im.mode in ('1', 'P') else im)
+    with _image_file(path, index) as im: x = np.asarray(im.convert('L') if im.mode in ('1', 'P') else im)
     if x.ndim == 3 and all((x[..., 0] == x[..., k]).all() for k in (1, 2)): return x[..., 0]  # grey, written as RGB
     if x.ndim != 2: raise ValueError(f'{path}: a colour image, expected one grey plane per file')
     return x
@@ -68,17 +73,18 @@ _deep = dict.fromkeys(('I;16', 'I;16B', 'I', 'F'),
 def read_channel(
     path:str|Path, # PNG, TIFF or JPEG, grey or RGB; of 8 bits, or with `limits` of any depth
     color:str=None, # one of `stain_planes`, if it may be a picture in that colour, or of 16 bits
-    limits:tuple=None # grey values that become 0 and 255, those outside are clipped; None: values stay as they are
+    limits:tuple=None, # grey values that become 0 and 255, those outside are clipped; None: values stay as they are
+    index:tuple=None # page of a file that holds several
 ) -> np.ndarray: # uint8 (H, W), or (H, W, 3) for a composite
     """Read one image file as it is; of a picture in the `color` of its stain, the planes that carry it.
 
     Raises: `FileNotFoundError`; `ValueError` for a file that is no image, holds several, or is not of 8 bits
     (with `color`, not of 8 or 16).
     """
-    if limits is not None: return _scaled(read_grey(path), limits)
+    if limits is not None: return _scaled(read_grey(path, index), limits)
     if color is not None and color not in stain_planes:
         raise ValueError(f'color is {color!r}, expected one of {", ".join(stain_planes)}')
-    with _image_file(path) as im:
+    with _image_file(path, index) as im:
         if color is not None and im.mode in ('I;16', 'I;16B', 'I'): return _eight_bits(np.asarray(im), path)
         if im.mode not in ('L', 'RGB'):
             raise ValueError(f'{path}: mode {im.mode}, expected 8-bit grey (L) or RGB' + _deep.get(im.mode, ''))
@@ -87,23 +93,25 @@ def read_channel(
     return np.round(x[..., stain_planes[color]].mean(-1)).astype(np.uint8)
 
 # %% ../../nbs/12_screen.planes.ipynb #b0cc349f
-def _plane(path, channel):
-    "A channel; None for a missing file whose channel is optional"
+def _read_plane(plane, channel, reference):
+    "A channel; None for a missing plane whose channel is optional"
     color = channel.name if channel.name in stain_planes else None
-    try: return read_channel(path, color, channel.limits)
+    try:
+        if plane is None: raise FileNotFoundError(f'channel {channel.file} of {reference} does not exist')
+        return read_channel(plane.path, color, channel.limits, plane.index)
     except FileNotFoundError:
         if not channel.optional: raise
 
-def _require_alike(planes, paths):
-    for p, x in zip(paths, planes):
+def _require_alike(pixels, planes):
+    for p, x in zip(planes, pixels):
         if x.ndim != 2: raise ValueError(f'{p}: a colour image, expected one grey image per channel')
-        if x.shape == planes[0].shape: continue
-        h, w = planes[0].shape
-        raise ValueError(f'{p}: {x.shape[0]}x{x.shape[1]} pixels, but {paths[0].name} has {h}x{w}')
+        if x.shape == pixels[0].shape: continue
+        h, w = pixels[0].shape
+        raise ValueError(f'{p}: {x.shape[0]}x{x.shape[1]} pixels, but {Path(planes[0].path).name} has {h}x{w}')
 
 # %% ../../nbs/12_screen.planes.ipynb #a289f204
 def read_planes(
-    files:str|Path|Sequence, # path pattern with `{channel}`, one composite, or the paths of the channels
+    files:SitePixels|str|Path|Sequence, # reference, path pattern with `{channel}`, one composite, or paths of channels
     channels:Sequence=CHANNELS # numbers or texts of the channels, see `as_channel`
 ) -> np.ndarray: # uint8 (C, H, W)
     """Read all channels of one site; those named after a colour may be pictures in that colour, or of 16 bits.
@@ -111,16 +119,24 @@ def read_planes(
     Raises: `FileNotFoundError` naming the first missing file; `ValueError` if channels differ in size or a composite is
     mixed with others.
     """
-    paths = site_files(str(files), channels) if isinstance(files, (str, Path)) else [Path(f) for f in files]
-    if not paths: raise ValueError(f'{files!r} with channels {channels!r} is no file, expected one per channel')
-    named = [as_channel(c) for c in channels] if len(channels) == len(paths) else [Channel('')]*len(paths)
-    planes = [_plane(p, c) for p, c in zip(paths, named)]
-    first = next((x for x in planes if x is not None), None)
-    if first is None: raise FileNotFoundError(f'{paths[0]} does not exist, and no other channel of it')
-    planes = [np.zeros_like(first) if x is None else x for x in planes]
-    if len(planes) == 1 and planes[0].ndim == 3: return planes[0].transpose(2, 0, 1).copy()
-    _require_alike(planes, paths)
-    return np.stack(planes)
+    reference, named = as_pixels(files), [as_channel(c) for c in channels]
+    planes = reference.planes([c.file for c in named])
+    if not planes: raise ValueError(f'{files!r} with channels {channels!r} is no file, expected one per channel')
+    if len(named) != len(planes): named = [Channel('')]*len(planes)
+    pixels = [_read_plane(p, c, reference) for p, c in zip(planes, named)]
+    first = next((x for x in pixels if x is not None), None)
+    if first is None: raise FileNotFoundError(f'{planes[0] or reference} does not exist, and no other channel of it')
+    pixels = [np.zeros_like(first) if x is None else x for x in pixels]
+    if len(pixels) == 1 and pixels[0].ndim == 3: return pixels[0].transpose(2, 0, 1).copy()
+    _require_alike(pixels, planes)
+    return np.stack(pixels)
+
+@patch
+def read(self:SitePixels,
+    channels:Sequence=CHANNELS # numbers or texts of the channels, see `as_channel`
+) -> np.ndarray: # uint8 (C, H, W)
+    "Read all channels. Raises: as `read_planes` does."
+    return read_planes(self, channels)
 
 # %% ../../nbs/12_screen.planes.ipynb #9e4c4ea4
 def resize_site(
