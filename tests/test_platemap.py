@@ -58,7 +58,7 @@ def test_names_of_wells(tmp_path, well, name):
 @each("text, columns, message", [
     ("a,b\n1,2\n", None, "is known to name the well"),
     ("well,treatment\n", None, "the table is empty"),
-    ("well,treatment\nQ1,x\n", None, "row 2: well 'Q01' is not on a plate"),
+    ("well,treatment\nAG1,x\n", None, "row 2: well 'AG1' is not on a plate"),
     ("well,treatment\nwell,treatment\nA1,x\n", None, "wells.csv: row 2: the header is there once more"),
     ("well,treatment\nA1,x\nA01,y\n", None, "row 3: id_code experiment-1_1_A01 is already in wells.csv: row 2"),
     ("well,treatment,well_type\nA1,x,control\n", None, "well_type 'control' is unknown"),

@@ -15,25 +15,27 @@ import pandas as pd
 
 from ..errors import did_you_mean
 from ..files import user_path
-from .tables import is_unknown, PLATE_ROWS, read_rows, _require, _require_unique
-from .tables import WELL_COLUMNS, WELL_TYPES, _WELLS
+from .tables import is_unknown, read_rows, _require, _require_unique, WELL_COLUMNS, WELL_TYPES
+from .well_names import well_name
 
 # %% ../../nbs/11_screen.platemap.ipynb #5dc2aef3
 _aliases = dict(
-    well=('well', 'wellid', 'wellname', 'wellposition', 'position'),
-    plate=('plate', 'plateid', 'platename', 'barcode', 'platebarcode'),
-    experiment=('experiment', 'batch', 'screen'), cell_type=('celltype', 'cellline', 'cells'),
+    well=('well', 'wellid', 'wellname', 'wellposition', 'position', 'cpdwellposition', 'address'),
+    plate=('plate', 'plateid', 'platename', 'barcode', 'platebarcode', 'assayplatebarcode'),
+    experiment=('experiment', 'batch', 'screen', 'experimentname'), cell_type=('celltype', 'cellline', 'cells'),
     well_type=('welltype',), split=('split', 'dataset'),
     treatment=('treatment', 'compound', 'sirna', 'perturbation', 'gene', 'drug', 'label', 'class'))
 
 # less plain names of treatments: a kind counts where there is no plainer one, and if one column alone is called so
 _treatment_names = (
     ('compoundname', 'treatmentname', 'drugname', 'sirnaname', 'genename', 'perturbationname',
-     'samplename', 'moleculename'),
+     'samplename', 'moleculename', 'pertiname', 'sourcecompoundname'),
     ('sample', 'compoundid', 'treatmentid', 'drugid', 'sirnaid', 'perturbationid', 'genesymbol', 'perturbagen',
-     'molecule', 'reagent', 'condition'))
+     'molecule', 'reagent', 'condition', 'broadsample', 'pertid', 'jcp2022'))
 
-def _plain(name): return re.sub(r'[^a-z0-9]', '', name.lower())
+def _plain(name):
+    "Small letters and digits, without the prefixes that CellProfiler gives"
+    return re.sub(r'[^a-z0-9]', '', re.sub(r'^(image_)?metadata_|^image_', '', str(name).lower()))
 
 def column_alias(
     name:str, # of a column, as people call it
@@ -63,13 +65,14 @@ def _known_columns(own, columns):
 def read_plate_map(
     path:str|Path, # CSV file, a row per well, see `read_rows`
     columns:dict=None, # its column for each of our names, such as 'well' or 'treatment', where that is not obvious
+    table:pd.DataFrame=None, # its rows, if they are read already
 ) -> pd.DataFrame: # its columns as text under their own names, and those that are known under ours; `file` and `row`
     """A plate map as text, with its columns recognised.
 
     Raises: `FileNotFoundError`; `ValueError` for a table without rows or wells, or a column that it does not have.
     """
     path, columns = user_path(path), dict(columns or {})
-    table = read_rows(path, 'a CSV file with a row per well')
+    if table is None: table = read_rows(path, 'a CSV file with a row per well')
     own = table.columns.drop(['file', 'row'])
     _check_columns(columns, own, path.name)
     found = {ours: table[theirs] for ours, theirs in _known_columns(own, columns).items()}
@@ -81,15 +84,17 @@ def read_plate_map(
 
 # %% ../../nbs/11_screen.platemap.ipynb #f46f57f8
 def _well_name(text):
-    "`b2` and `r02c02` as `B02`"
-    text = text.upper().replace(' ', '')
-    if (m := re.fullmatch(r'R(\d{1,2})C(\d{1,2})', text)) and 1 <= int(m[1]) <= 16:
-        text = f'{PLATE_ROWS[int(m[1])-1]}{int(m[2])}'
-    return re.sub(r'^([A-Z])(\d)$', r'\g<1>0\2', text)
+    "`b2` and `r02c02` as `B02`; a text that is no well stays"
+    try: return well_name(text)
+    except ValueError: return text
+
+def _is_well(text):
+    try: return well_name(text) == text
+    except ValueError: return False
 
 def _require_wells(rows):
-    _require(rows, rows.well.isin(_WELLS),
-             lambda r: f'well {r.well!r} is not on a plate of 384 wells or fewer; expected A01 to P24')
+    _require(rows, rows.well.isin([w for w in rows.well.unique() if _is_well(w)]),
+             lambda r: f'well {r.well!r} is not on a plate of 1,536 wells or fewer; expected A01 to AF48')
 
 # %% ../../nbs/11_screen.platemap.ipynb #51f85ec8
 def _natural(text): return [int(t) if t.isdecimal() else t.lower() for t in re.split(r'(\d+)', str(text))]
