@@ -13,37 +13,44 @@ from urllib.parse import quote, quote_plus, unquote, urlsplit
 # %% ../nbs/02_credentials.ipynb #8aa30b83
 _colon, _slash = r'(?::|%(?:25)*3[Aa])', r'(?:\\?/|%(?:25)*2[Ff])'
 _address = re.compile(rf"""(\b[A-Za-z][\w+.-]+{_colon}{_slash}{{1,3}})([^\s"'<>]+)""")
-_query = re.compile(r"""((?:[?&]|\\u0026|%(?:25)*(?:3[Ff]|26))(?:amp;)?[\w.~\[\]-]+(?:=|%(?:25)*3[Dd]))[^\s&"'<>\\]*[^\s&"'<>\\:,.;)\]}]""")
+_query = re.compile(r"""((?:[?&]|\\u0026|%(?:25)*(?:3[Ff]|26))(?:amp;)?[\w.~\[\]-]+(?:=|%(?:25)*3[Dd]))"""
+                    r"""[^\s&"'<>\\]*[^\s&"'<>\\:,.;)\]}]""")
 
 def _without_user(m):
     "The address without what lies before its @, which a path may hold too"
     at = list(re.finditer(r'@|%(?:25)*40', m[2]))
     if not at: return m[0]
-    host, before = re.split(r'[/\\?#]|%(?:25)*2[Ff]' if '%' in m[1] else r'[/\\?#]', m[2],
-                            maxsplit=1)[0], m[2][:at[-1].start()]
+    end = r'[/\\?#]|%(?:25)*2[Ff]' if '%' in m[1] else r'[/\\?#]'
+    host, before = re.split(end, m[2], maxsplit=1)[0], m[2][:at[-1].start()]
     if re.search('@|%(?:25)*40', host) or re.search(_colon, before): return f'{m[1]}***@{m[2][at[-1].end():]}'
     return m[0]
 
 # no scheme: a user of two letters or more (a drive of Windows has one), a password, and what looks like a host
-_bare = re.compile(rf"""(?<![\w.%+-])[\w.%+-]{{2,}}?{_colon}(?![/\\:*]|%(?:25)*(?:2[Ff]|3[Aa]))([^\s"'<>]+)(?:@|%(?:25)*40)(?=(\[|(?:\d+\.){{3}}\d|[A-Za-z][\w-]*(?:[./\\:]|%(?:25)*2[Ff]))|[A-Za-z])""")
+_bare = re.compile(
+    rf"""(?<![\w.%+-])[\w.%+-]{{2,}}?{_colon}(?![/\\:*]|%(?:25)*(?:2[Ff]|3[Aa]))([^\s"'<>]+)(?:@|%(?:25)*40)"""
+    r"""(?=(\[|(?:\d+\.){3}\d|[A-Za-z][\w-]*(?:[./\\:]|%(?:25)*2[Ff]))|[A-Za-z])""")
 
 # `u:password@host:/path`, as scp has it: here a user of one letter is none of Windows' drives
 _scp = re.compile(r'''(?<![\w.%+/\\-])[\w.%+-]:[^\s"'<>/\\:@]+@(?=[\w-]+:[/~]|[\w-]+(?:\.[\w-]+)+[:/])''')
 
 def _without_passwords(text):
-    return _scp.sub('***@',
-                    _bare.sub(lambda m: '***@' if m[2] or len(m[1]) > 5 else m[0], _address.sub(_without_user, text)))
+    text = _address.sub(_without_user, text)
+    return _scp.sub('***@', _bare.sub(lambda m: '***@' if m[2] or len(m[1]) > 5 else m[0], text))
 
 def _scrub_addresses(text): return _query.sub(r'\1***', _without_passwords(text))
 
 # %% ../nbs/02_credentials.ipynb #0e6edd13
-_named = r'(?<![\w.-])(?:[\w.-]*(?:passw(?:or)?d|passphrase|secret|credential|signature|api[_-]?key|access[_-]?key|account[_-]?key|private[_-]?key|security[_-]?token|access[_-]?token|refresh[_-]?token|auth[_-]?token)\w*|pwd|sig)'
+_named = (r'(?<![\w.-])(?:[\w.-]*(?:passw(?:or)?d|passphrase|secret|credential|signature|api[_-]?key|access[_-]?key'
+          r'|account[_-]?key|private[_-]?key|security[_-]?token|access[_-]?token|refresh[_-]?token|auth[_-]?token)'
+          r'\w*|pwd|sig)')
 _quote = r'''\\{0,4}["']'''
 
 _pairs = [re.compile(p, re.I) for p in (
-    rf'''((?:{_quote})(?:{_named}|\w{{0,30}}token)(?:{_quote})\s*[:=,]\s*b?(?P<q>{_quote}))(?:(?!(?P=q)).)+''', # JSON, dictionaries
+    # JSON, dictionaries
+    rf'''((?:{_quote})(?:{_named}|\w{{0,30}}token)(?:{_quote})\s*[:=,]\s*b?(?P<q>{_quote}))(?:(?!(?P=q)).)+''',
     rf'''((?:{_quote})key(?:{_quote})\s*[:=,]\s*b?(?P<q>{_quote}))(?:(?!(?P=q)).){{8,}}''',
-    rf'''({_named}\s*[=:]\s*b?)(?:(?P<q>{_quote})(?:(?!(?P=q)).)+(?P=q)|(?!\*\*\*)[^\s"'&;,(){{}}\[\]\\]+)''', # INI, headers, connection strings
+    # INI, headers, connection strings
+    rf'''({_named}\s*[=:]\s*b?)(?:(?P<q>{_quote})(?:(?!(?P=q)).)+(?P=q)|(?!\*\*\*)[^\s"'&;,(){{}}\[\]\\]+)''',
     rf'''(\b(?:\w{{0,30}}token|key)(?:=|:\s?)(?:{_quote})?)(?=[^\s"'&;,)]*\d)[^\s"'&;,)\]}}\\]{{8,}}''',
     rf'''(\b\w{{0,30}}token=(?:{_quote})?)[^\s"'&;,)\]}}\\]{{8,}}''',
     rf'''(\b(?:proxy-)?authorization(?:{_quote})?\s*[:=,]\s*b?(?:{_quote})?)[^"'\n,)\]}}\\]+''',
@@ -51,15 +58,18 @@ _pairs = [re.compile(p, re.I) for p in (
 
 _schemes = re.compile(r'(\b(?i:basic|bearer)\s+)(?=\S*[\dA-Z=])[\w.~+/=*-]{8,}')
 
-_shapes = re.compile(r'\bKGAT_\w+|\bhf_\w{16,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w+|\bxox[abprs]-[\w-]+|\b(?:AKIA|ASIA)[A-Z0-9]{12,}|\bsk-[\w-]{20,}|\bAIza[\w-]{30,}'
-                     r'|\bya29\.[\w-]+|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|(?s:-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))')
+_private_key = r'(?s:-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))'
+_shapes = re.compile(r'\bKGAT_\w+|\bhf_\w{16,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w+|\bxox[abprs]-[\w-]+'
+                     r'|\b(?:AKIA|ASIA)[A-Z0-9]{12,}|\bsk-[\w-]{20,}|\bAIza[\w-]{30,}'
+                     r'|\bya29\.[\w-]+|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|'+_private_key)
 
 def _scrub_names(text):
     text = _shapes.sub('***', _schemes.sub(r'\1***', text))
     for p in _pairs: text = p.sub(lambda m: m[1]+'***', text)
     return text
 
-_signature = re.compile(r'(?i)[?&#][\w.~-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|credential|(?:api|access|account)[_-]?key)[\w.~-]*=[^&\s]')
+_signature = re.compile(r'(?i)[?&#][\w.~-]*(?:sig|signature|token|secret|passw(?:or)?d|pwd|credential'
+                        r'|(?:api|access|account)[_-]?key)[\w.~-]*=[^&\s]')
 
 # %% ../nbs/02_credentials.ipynb #50b046e0
 def refuse_password(
@@ -74,7 +84,8 @@ def refuse_password(
                          'it would be kept in files')
 
 # %% ../nbs/02_credentials.ipynb #7459b9d6
-_secret_variable = re.compile(r'(?i)(?:passw(?:or)?d|_pwd|secret|token|credentials?|(?:^|_)key|apikey|(?:^|_)sas|connection_string)(?:_id)?$')
+_secret_variable = re.compile(r'(?i)(?:passw(?:or)?d|_pwd|secret|token|credentials?|(?:^|_)key|apikey|(?:^|_)sas'
+                              r'|connection_string)(?:_id)?$')
 
 def _known_secrets() -> Iterator[str]:
     "Of the environment: keys and tokens, and passwords of addresses such as that of a proxy"

@@ -99,7 +99,7 @@ def test_killed_at_any_moment_the_weights_are_the_same(tmp_path, kills):
 @pytest.mark.slow
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_first_and_say_so(screen, whole, tmp_path, monkeypatch, capsys, signum, code):
-    "Through the command: the exit status is 128 plus the signal, and the same command goes on"
+    "Through the command: the exit status is 128 plus the signal, and the same command resumes"
     (tmp_path / "recipe.json").write_text(recipe_to_json(tiny))
     command = dict(data=screen.path, recipe=str(tmp_path / "recipe.json"), run=tmp_path / "run",
                    valid="experiment=HUVEC-03")
@@ -115,7 +115,7 @@ def test_signals_save_first_and_say_so(screen, whole, tmp_path, monkeypatch, cap
     message = capsys.readouterr().err
     saved = checkpoint_files(tmp_path / 'run/checkpoints')[-1]
     assert f"stopped by {signal.Signals(signum).name}, saved as {saved}" in message
-    assert "the same command goes on" in message
+    assert "the same command resumes" in message
     state = latest_checkpoint(tmp_path / "run/checkpoints")
     assert state["train_iter"] == 6
     cli.rcic_train(**command)

@@ -183,7 +183,7 @@ def test_packing_that_is_interrupted_says_how_to_go_on(small_screen, tmp_path, m
 
     monkeypatch.setattr(store, "pack_screen", interrupted)
     status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s")
-    assert status == 1 and err.strip() == "rcic-pack: interrupted; run the same command to go on"
+    assert status == 1 and err.strip() == "rcic-pack: interrupted; run the same command to resume"
     status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--out", tmp_path / "nothing", "--verify")
     assert status == 1 and "nothing holds no finished store" in err
 

@@ -265,7 +265,7 @@ def test_what_kaggle_would_refuse_is_refused_here(tiny_run, tmp_path, monkeypatc
         (dict(user=None), "Give --user NAME"),
         (dict(kind="test"), "kind is 'test'"),
         (dict(kind="infer"), "needs weights"),
-        (dict(run=tiny_run), "makes a run of its own"),
+        (dict(run=tiny_run), "makes a new run"),
         (dict(recipe=get_recipe("densenet161_first_place")), "this kernel has no internet"),
         (dict(values=dict(EPOCHS=3)), "assigns EPOCHS 0 times"),
     ]

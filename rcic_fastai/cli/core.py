@@ -7,19 +7,31 @@ __all__ = ['one_line_errors', 'command', 'rcic_simulate', 'rcic_describe', 'rcic
            'rcic_predict', 'rcic_embed', 'rcic_blend', 'rcic_submit', 'rcic_score', 'rcic_report', 'rcic_demo']
 
 # %% ../../nbs/91_cli.core.ipynb #d74bc3d9
-import inspect, logging, math, os, re, signal, sys, time, traceback, warnings
+import inspect, linecache, logging, math, os, re, signal, sys, time, traceback, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
-from ..files import output_path, user_path
+from ..files import claim_folder, output_path, user_path
 from ..credentials import refuse_password, scrub
 from .script import call_parse, CliError
 
 # %% ../../nbs/91_cli.core.ipynb #974ff64a
-warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai and timm are imported; nothing a user can act on
+# raised while fastai and timm are imported; nothing a user can act on
+warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)
+
+# %% ../../nbs/91_cli.core.ipynb #52f7ed49
+def _message(error):
+    "What a person gets of an exception: one line, without credentials"
+    name, said = type(error).__name__, str(error)
+    if isinstance(error, OSError) and not error.filename and error.strerror: said = error.strerror
+    elif not isinstance(error, (ValueError, OSError, FloatingPointError)):
+        said = f'{name}: {said} (unexpected; --debug shows where)'
+    said = re.sub(r'^Exception occured in .*?:\s+', '', said) # fastai tells in which callback
+    if not said.strip(' .:'): said = f'{name}, of which nothing more is known; --debug shows where it arose'
+    return ' '.join(scrub(said).split())
 
 # %% ../../nbs/91_cli.core.ipynb #52f479aa
 def _scrubbed_traceback(kind, error, trace):
@@ -36,44 +48,55 @@ def _safe_children():
         if before is None: os.environ.pop('PYTHONSAFEPATH', None)
         else: os.environ['PYTHONSAFEPATH'] = before
 
+# %% ../../nbs/91_cli.core.ipynb #671d6666
+def _clean_record(make):
+    "A factory of log records whose messages hold no credentials"
+    def clean(*args, **kwargs):
+        record = make(*args, **kwargs)
+        with suppress(Exception): # a message that does not fit its arguments is logging's to tell
+            if (said := scrub(record.getMessage())) != record.getMessage(): record.msg, record.args = said, ()
+        return record
+    return clean
+
+def _clean_warning(show):
+    "A function that shows warnings without credentials, also where the line of source code holds one"
+    def clean(message, category, filename, lineno, file=None, line=None):
+        if (said := scrub(message)) != str(message): message = said
+        line = scrub(linecache.getline(filename, lineno) if line is None else line)
+        show(message, category, scrub(filename), lineno, file, line)
+    return clean
+
 @contextmanager
 def _clean_logs():
     "What other libraries log or warn of holds no credentials"
-    record, show = logging.getLogRecordFactory(), warnings.showwarning
-    def clean(*args, **kwargs):
-        found = record(*args, **kwargs)
-        with suppress(Exception): # a message that does not fit its arguments is logging's to tell
-            if (said := scrub(found.getMessage()))!=found.getMessage(): found.msg, found.args = said, ()
-        return found
-    def show_clean(message, category, *args, **kwargs): return show(said if (said := scrub(message))!=str(message) else message, category, *args, **kwargs)
-    logging.setLogRecordFactory(clean)
-    warnings.showwarning = show_clean
+    make, show = logging.getLogRecordFactory(), warnings.showwarning
+    logging.setLogRecordFactory(_clean_record(make))
+    warnings.showwarning = clean = _clean_warning(show)
     try: yield
     finally:
-        logging.setLogRecordFactory(record)
-        if warnings.showwarning is show_clean: warnings.showwarning = show
+        logging.setLogRecordFactory(make)
+        if warnings.showwarning is clean: warnings.showwarning = show
 
+# %% ../../nbs/91_cli.core.ipynb #a4bd2bbd
 @contextmanager
 def one_line_errors(
     debug:bool # let exceptions through, with their traceback?
 ) -> Iterator[None]:
     "Turn an exception into the message of a command, without credentials."
+    name = Path(sys.argv[0]).name
     if debug: sys.excepthook = _scrubbed_traceback
     try:
         with _safe_children(), _clean_logs(): yield
     except CliError: raise
     except KeyboardInterrupt as e:
         if debug: raise
-        said, signum = (f'{e}; the same command goes on', e.signum) if hasattr(e, 'signum') else ('interrupted', signal.SIGINT) # a `TrainingStopped` has one
-        print(scrub(f'{Path(sys.argv[0]).name}: {said}'), file=sys.stderr)
-        raise SystemExit(128+signum) from None
+        signum = getattr(e, 'signum', None) # of a `TrainingStopped`
+        said = 'interrupted' if signum is None else f'{e}; the same command resumes'
+        print(scrub(f'{name}: {said}'), file=sys.stderr)
+        raise SystemExit(128+(signum or signal.SIGINT)) from None
     except Exception as e:
         if debug: raise
-        expected = isinstance(e, (ValueError, OSError, FloatingPointError))
-        message = (isinstance(e, OSError) and not e.filename and e.strerror or str(e)) if expected else f'{type(e).__name__}: {e} (unexpected; --debug shows where)'
-        message = re.sub(r'^Exception occured in .*?:\s+', '', message) # fastai tells in which callback
-        if not message.strip(' .:'): message = f'{type(e).__name__}, of which nothing more is known; --debug shows where it arose'
-        raise CliError(f'{Path(sys.argv[0]).name}: error: {" ".join(scrub(message).split())}') from None
+        raise CliError(f'{name}: error: {_message(e)}') from None
 
 # %% ../../nbs/91_cli.core.ipynb #7465faf8
 def _say(*args):
@@ -83,82 +106,127 @@ def _say(*args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None # what a shell calls a process that SIGPIPE ended
 
+def _require(value, what):
+    "End as `argparse` does where a required option is missing"
+    if value is not None: return
+    print(f'{Path(sys.argv[0]).name}: error: the following arguments are required: {what}', file=sys.stderr)
+    raise SystemExit(2)
+
 # %% ../../nbs/91_cli.core.ipynb #b5126075
 def _expanded(value):
     if isinstance(value, Path): return user_path(value)
     return [_expanded(v) for v in value] if isinstance(value, list) else value
 
+def _option(name): return f'--{name.replace("_", "-")}'
+
+# %% ../../nbs/91_cli.core.ipynb #3dc9832d
 # lowest and highest value of each option that is a number
 _limits:dict[str, tuple[float, float]] = dict(
-    sirnas=(1, 100_000), train_experiments=(1, 10_000), test_experiments=(0, 10_000), image_size=(16, 4096), sites=(1, 2), effect=(0, 100), batch_effect=(0, 100),
-    seed=(0, 2**32-1), workers=(1, 1024), site=(0, 1_000_000), size=(1, 16_384), laptop=(1, 100_000), steps=(20, 1_000_000),
-    images=(1, 1_000_000), test=(0, 1_000_000), external=(0, 1_000_000), size_shift=(.1, 10), contrast=(1e-3, 100), max_distance=(0, 64), folds=(2, 1000), repeats=(1, 1000),
-    min_positives=(0, 1_000_000), hours=(.01, 1000))
+    sirnas=(1, 100_000), train_experiments=(1, 10_000), test_experiments=(0, 10_000), image_size=(16, 4096),
+    sites=(1, 2), effect=(0, 100), batch_effect=(0, 100), seed=(0, 2**32-1), workers=(1, 1024), site=(0, 1_000_000),
+    size=(1, 16_384), laptop=(1, 100_000), steps=(20, 1_000_000), images=(1, 1_000_000), test=(0, 1_000_000),
+    external=(0, 1_000_000), size_shift=(.1, 10), contrast=(1e-3, 100), max_distance=(0, 64), folds=(2, 1000),
+    repeats=(1, 1000), min_positives=(0, 1_000_000), hours=(.01, 1000))
 
-def _check_limits(func, args, kwargs):
-    for name, value in inspect.signature(func).bind_partial(*args, **kwargs).arguments.items():
+def _check_limits(given):
+    for name, value in given.items():
         if value is None or name not in _limits: continue
         low, high = _limits[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high: # NaN is neither
-            raise ValueError(f'--{name.replace("_", "-")} is {value}, expected {low:,} to {high:,}')
+            raise ValueError(f'{_option(name)} is {value}, expected {low:,} to {high:,}')
 
-_not_kept = {'url'} # an option that may hold a password: it is noted nowhere
+# %% ../../nbs/91_cli.core.ipynb #eb467350
+_not_kept = {'url'}
 
-def _check_passwords(func, args, kwargs):
+def _check_passwords(given):
     "Refuse an address with a password, which would be kept in files or logs; what exists here is a path"
-    for name, value in inspect.signature(func).bind_partial(*args, **kwargs).arguments.items():
+    for name, value in given.items():
         for v in (value if isinstance(value, list) else [value]) if name not in _not_kept else ():
-            if isinstance(v, (str, Path)) and not os.path.lexists(v): refuse_password(str(v), f'--{name.replace("_", "-")}')
+            if isinstance(v, (str, Path)) and not os.path.lexists(v): refuse_password(str(v), _option(name))
 
+# %% ../../nbs/91_cli.core.ipynb #4c3c373d
 _outputs = {'out', 'to'} # options that are files or folders to write, whatever the command
 
-_written:dict[str, str] = dict(rcic_simulate='out', rcic_describe='out', rcic_pack='out', rcic_blend='out', rcic_demo='out', rcic_download='out', rcic_train='run',
-                               rcic_hpa_simulate='out', rcic_hpa_duplicates='out', rcic_hpa_stack='out', rcic_kaggle='folder') # option of each command that is a folder to write
+# option of each command that is a folder to write
+_written:dict[str, str] = dict(
+    rcic_simulate='out', rcic_describe='out', rcic_pack='out', rcic_train='run', rcic_blend='out', rcic_demo='out',
+    rcic_hpa_simulate='out', rcic_hpa_duplicates='out', rcic_hpa_stack='out', rcic_kaggle='folder', rcic_download='out')
 
-def _check_folder(func, args, kwargs):
+def _check_folder(command, given):
     "Refuse a file, or a link that leads nowhere, where a folder is written"
-    name, given = _written.get(func.__name__), inspect.signature(func).bind_partial(*args, **kwargs).arguments
+    name = _written.get(command)
     for o in _outputs | {name}:
-        if given.get(o) is not None: output_path(given[o], f'--{o}')
+        if given.get(o) is not None: output_path(given[o], _option(o))
     if (path := given.get(name)) is None: return
-    option, path = f'--{name}', Path(path)
-    if path.is_symlink() and not path.exists(): raise ValueError(f'{option} {path} is a link to {os.readlink(path)}, which does not exist: give another folder')
+    option, path = _option(name), Path(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f'{option} {path} is a link to {os.readlink(path)}, which does not exist: give another folder')
     if path.exists() and not path.is_dir(): raise ValueError(f'{option} {path} is a file, expected a folder')
+
+# %% ../../nbs/91_cli.core.ipynb #41a89ad0
+def command(
+    func:Callable # its parameters are the options; `debug` is one of them
+) -> Callable: # reads the options from the command line, or is called like `func`
+    "A command: `call_parse`, with checked options, `~` for the home folder in every path, and errors of one line."
+    @wraps(func)
+    def called(*args, **kwargs):
+        with one_line_errors(kwargs.get('debug', False)):
+            given = lambda: inspect.signature(func).bind_partial(*args, **kwargs).arguments
+            _check_passwords(given())
+            args, kwargs = _expanded(list(args)), {k: _expanded(v) for k, v in kwargs.items()}
+            _check_limits(given())
+            _check_folder(func.__name__, given())
+            return func(*args, **kwargs)
+    return call_parse(called)
+
+# %% ../../nbs/91_cli.core.ipynb #96178e18
+_Required = Annotated[Path, dict(required=True)]
+_Repeated = Annotated[str, dict(action='append')]
+_Runs = Annotated[list[Path], dict(type=Path, metavar='(path)', required=True, action='append')]
 
 def _check_picture(path):
     "Refuse a picture that matplotlib does not write, before the work"
     from matplotlib.backend_bases import FigureCanvasBase
     path, kinds = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix and path.suffix[1:].lower() not in kinds: raise ValueError(f'--out {path} is no kind of picture; the name ends with one of {", ".join("."+k for k in kinds)}')
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        ends = ', '.join('.'+k for k in kinds)
+        raise ValueError(f'--out {path} is no kind of picture; the name ends with one of {ends}')
     if path.is_dir(): raise ValueError(f'--out {path} is a folder, expected the name of a picture')
 
+# %% ../../nbs/91_cli.core.ipynb #5b829f3d
 def _numbers(text, option, kind=int, low=-math.inf):
     "Numbers between commas"
     try: found = [kind(t) for t in text.split(',')]
     except ValueError: found = [math.nan]
     if all(math.isfinite(f) and f >= low for f in found): return found
-    raise ValueError(f'--{option} {text!r} is not understood; expected numbers'+(f' from {low} on' if low > -math.inf else '')+' with commas between')
+    least = f' from {low} on' if low > -math.inf else ''
+    raise ValueError(f'--{option} {text!r} is not understood; expected numbers{least} with commas between')
 
-def command(
-    func:Callable # its parameters are the options
-) -> Callable: # reads the options from the command line, or is called like `func`
-    "A command: `call_parse`, with the home folder in place of ~ in every path, and no password in any option."
-    @wraps(func)
-    def called(*args, **kwargs):
-        with one_line_errors(kwargs.get('debug', False)):
-            _check_passwords(func, args, kwargs)
-            args, kwargs = _expanded(list(args)), {k: _expanded(v) for k, v in kwargs.items()}
-            _check_limits(func, args, kwargs)
-            _check_folder(func, args, kwargs)
-        return func(*args, **kwargs)
-    return call_parse(called)
+def _words(text): return [w.strip() for w in text.split(',')]
+
+def _pairs(options, name):
+    "`well=Position` as a dictionary"
+    bad = [o for o in options or [] if '=' not in o]
+    if bad: raise ValueError(f'--{name} {bad[0]!r} is not understood; expected something like well=Position')
+    return dict(o.split('=', 1) for o in options or [])
+
+# %% ../../nbs/91_cli.core.ipynb #2b7a99c6
+def _chosen_recipe(recipe, set, laptop, faithful=False):
+    "The recipe that `--recipe`, `--set`, `--laptop` and `--faithful` say"
+    from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+    chosen = get_recipe(recipe or 'laptop', faithful)
+    return change_recipe(chosen if laptop is None else laptop_recipe(chosen, laptop), *(set or []))
 
 # %% ../../nbs/91_cli.core.ipynb #361d90a9
-_simulated = dict(n_sirnas='--sirnas', n_train='--train-experiments', n_test='--test-experiments', cell_types='--cell-types', n_sites='--sites') # what messages of `simulate_screen` are about
+# what messages of `simulate_screen` are about
+_simulated = dict(n_sirnas='--sirnas', n_train='--train-experiments', n_test='--test-experiments',
+                  cell_types='--cell-types', n_sites='--sites')
+
+def _naming_options(error): return ValueError(re.sub('|'.join(_simulated), lambda m: _simulated[m[0]], str(error)))
 
 @command
 def rcic_simulate(
-    out:Annotated[Path, dict(required=True)]=None, # folder to write the screen to
+    out:_Required=None, # folder to write the screen to
     sirnas:int=48, # number of treatment siRNAs
     train_experiments:int=6, # training experiments of each cell type
     test_experiments:int=2, # test experiments of each cell type
@@ -172,119 +240,145 @@ def rcic_simulate(
     debug:bool=False, # show the traceback of an error
 ):
     "Write a screen with known truth and a real batch effect, in the layout of the RCIC archive."
-    with one_line_errors(debug):
-        from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.screen.simulate import simulate_screen
-        try: simulate_screen(out, sirnas, train_experiments, test_experiments, tuple(filter(None, cell_types.split(','))), image_size,
-                             n_sites=sites, effect=effect, batch_effect=batch_effect, seed=seed, workers=workers)
-        except ValueError as e: raise ValueError(re.sub('|'.join(_simulated), lambda m: _simulated[m[0]], str(e))) from None
-        _say(read_screen(out))
+    from rcic_fastai.screen.read import read_screen
+    from rcic_fastai.screen.simulate import simulate_screen
+    size = sirnas, train_experiments, test_experiments, tuple(filter(None, cell_types.split(','))), image_size
+    how:dict = dict(effect=effect, batch_effect=batch_effect, seed=seed, workers=workers)
+    try: simulate_screen(out, *size, n_sites=sites, **how)
+    except ValueError as e: raise _naming_options(e) from None
+    _say(read_screen(out))
 
 # %% ../../nbs/91_cli.core.ipynb #b4037f79
-def _pairs(options, name):
-    "`well=Position` as a dictionary"
-    bad = [o for o in options or [] if '=' not in o]
-    if bad: raise ValueError(f'--{name} {bad[0]!r} is not understood; expected something like well=Position')
-    return dict(o.split('=', 1) for o in options or [])
-
 @command
 def rcic_describe(
-    data:Annotated[Path, dict(required=True)]=None, # folder of the images, with whatever folders in it
+    data:_Required=None, # folder of the images, with whatever folders in it
     table:Path=None, # plate map, a CSV file with a row per well; by default the only one in that folder
     files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; by default guessed
-    channels:str=None, # in which order, as in the names of the files, separated by commas, the nucleus first; w1=DAPI,w2=ER names them; by default all
-    column:Annotated[str, dict(action='append')]=None, # what the plate map calls well, plate, experiment, cell_type or treatment, such as well=Position; may be repeated
-    negative:Annotated[str, dict(action='append')]=None, # treatment that is a negative control; may be repeated
-    positive:Annotated[str, dict(action='append')]=None, # treatment that is a positive control; may be repeated
+    channels:str=None, # in order, as in the names of files, with commas, the nucleus first, such as w1=DAPI,w2=ER
+    column:_Repeated=None, # what the plate map calls well, plate, treatment, ...: well=Position; may be repeated
+    negative:_Repeated=None, # treatment that is a negative control; may be repeated
+    positive:_Repeated=None, # treatment that is a positive control; may be repeated
     out:Path=None, # folder for screen.json and a copy of the plate map; by default that of the images
-    like:Path=None, # folder of a screen described before, whose channels, grey limits and numbers of treatments are used
+    like:Path=None, # screen described before, whose channels, grey limits and numbers of treatments are used
     debug:bool=False, # show the traceback of an error
 ):
     "Make a screen of a folder of channel files and a plate map; --data of the other commands takes it from then on."
-    with one_line_errors(debug):
-        from rcic_fastai.screen.describe import describe_screen
-        screen = describe_screen(data, table, files, channels and [c.strip() for c in channels.split(',')], _pairs(column, 'column'), negative or (), positive or (), out, like, say=_say)
-        _say(screen)
-        _say(f'Channels: {", ".join(map(str, screen.channels))}\nWritten: {screen.path/"screen.json"}; look at a well with rcic-show --data {screen.path}')
+    from rcic_fastai.screen.describe import describe_screen
+    names, columns = _words(channels) if channels else channels, _pairs(column, 'column')
+    screen = describe_screen(data, table, files, names, columns, negative or (), positive or (), out, like, say=_say)
+    written = screen.path/'screen.json'
+    _say(screen)
+    _say(f'Channels: {", ".join(map(str, screen.channels))}')
+    _say(f'Written: {written}; look at a well with rcic-show --data {screen.path}')
 
+# %% ../../nbs/91_cli.core.ipynb #7a108258
 @command
 def rcic_show(
-    data:Annotated[Path, dict(required=True)]=None, # folder of the screen, or of a store
-    well:str=None, # id such as HUVEC-01_1_B03 or that of an atlas, plate and name such as 2_B03, or a name such as B03; by default the first with images
+    data:_Required=None, # folder of the screen, or of a store
+    well:str=None, # id such as HUVEC-01_1_B03, plate and name such as 2_B03, or B03; by default the first with images
     site:int=None, # number of the site; by default its first
     out:Path=Path('well.png'), # picture to write
     debug:bool=False, # show the traceback of an error
 ):
     "A picture of a well: all stains in colour, then each in grey."
-    with one_line_errors(debug):
-        import matplotlib.pyplot as plt
-        from rcic_fastai.files import check_ours, write_picture
-        from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.data.pack import check_screen_output
-        _check_picture(out)
-        screen = read_screen(data)
-        out = check_ours(check_screen_output(out, screen), 'a picture')
-        with plt.ioff():
-            fig = screen.show_well(well, site)[0].figure
-            write_picture(fig, out, dpi=150, bbox_inches='tight')
-        _say(f'Written: {out}, {fig._suptitle.get_text()}')
+    import matplotlib.pyplot as plt
+    from rcic_fastai.files import check_ours, write_picture
+    from rcic_fastai.screen.read import read_screen
+    from rcic_fastai.data.pack import check_screen_output
+    import rcic_fastai.data.image # noqa: F401 it gives screens the method `show_well`
+    _check_picture(out)
+    screen = read_screen(data)
+    out = check_ours(check_screen_output(out, screen), 'a picture')
+    with plt.ioff():
+        fig = screen.show_well(well, site)[0].figure
+        write_picture(fig, out, dpi=150, bbox_inches='tight')
+    _say(f'Written: {out}, {fig._suptitle.get_text()}')
 
 # %% ../../nbs/91_cli.core.ipynb #10789587
+def _say_verified(store, screen, workers):
+    "Say which sites are not as they were packed. Raises: ValueError with their number"
+    from rcic_fastai.data.store import verify_store
+    problems = verify_store(store, None if screen is None else screen.sites(), workers)
+    for p in problems[:20].itertuples(): _say(f'{p.site_id}: {p.problem}')
+    if len(problems) > 20: _say(f'... and {len(problems)-20:,} more')
+    unknown = int(problems.problem.str.startswith('could not be compared').sum())
+    wrong, sites, tables = len(problems)-unknown, f'{len(store):,} sites', len(store.manifest['files'])
+    if unknown: _say(f'{unknown:,} sites could not be compared with the files of {screen.path}')
+    if wrong: raise ValueError(f'{wrong:,} of {sites} and {tables} tables are not as they were packed')
+    if unknown: raise ValueError(f'{unknown:,} of {sites} could not be compared')
+    _say(f'{sites} are as they were packed' + ('' if screen is None else f', compared with {screen.path}'))
+
+# %% ../../nbs/91_cli.core.ipynb #a4fd0da1
 @command
 def rcic_pack(
     data:Path=None, # folder of the screen; not needed to verify checksums
-    out:Annotated[Path, dict(required=True)]=None, # folder of the store; packing that was interrupted goes on where it was
-    format:str='blosc2', # blosc2, zarr (for napari, dask and object stores) or raw (for memmap, three times the PNGs)
-    preset:str='default', # of blosc2: default, small (packing takes some 30 times as long), fast (larger; packing takes 10 times as long) or windows
-    size:int=None, # shorter side that images are reduced to by area average, in pixels; by default they stay as they are, losslessly
+    out:_Required=None, # folder of the store; packing that was interrupted is resumed
+    format:str='blosc2', # blosc2, zarr (for napari, dask, object stores) or raw (for memmap, three times the PNGs)
+    preset:str='default', # of blosc2: default, small (30 times as long), fast (larger) or windows (10 times as long)
+    size:int=None, # shorter side that images are reduced to by area average, in pixels; by default as they are
     present_only:bool=False, # pack the sites whose files are all there, instead of stopping at a missing one
     workers:int=None, # threads; by default one per core
     verify:bool=False, # compare every pixel with the files of --data afterwards, or those of a finished store
     debug:bool=False, # show the traceback of an error
 ):
-    "Pack a screen once, losslessly, into a store that is read many times faster; give it to --data of the other commands."
-    with one_line_errors(debug):
-        from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.data.store import Store, verify_store
-        from rcic_fastai.data.pack import pack_screen
-        if data is None and not verify: raise ValueError('--data is missing: the folder of the screen to pack')
-        screen = None if data is None else read_screen(data)
-        if screen is None or verify and (out/'manifest.json').exists(): store = Store(out)
-        else:
-            try: store = pack_screen(screen, out, present_only, _say, format=format, preset=preset, size=size, workers=workers)
-            except KeyboardInterrupt: raise CliError('rcic-pack: interrupted; run the same command to go on') from None
-        _say(store)
-        if not verify: return
-        problems = verify_store(store, None if screen is None else screen.sites(), workers)
-        for p in problems[:20].itertuples(): _say(f'{p.site_id}: {p.problem}')
-        if len(problems) > 20: _say(f'... and {len(problems)-20:,} more')
-        unknown = int(problems.problem.str.startswith('could not be compared').sum())
-        if unknown: _say(f'{unknown:,} sites could not be compared with the files of {screen.path}')
-        if len(problems) > unknown: raise ValueError(f'{len(problems)-unknown:,} of {len(store):,} sites and {len(store.manifest["files"])} tables are not as they were packed')
-        if unknown: raise ValueError(f'{unknown:,} of {len(store):,} sites could not be compared')
-        _say(f'{len(store):,} sites are as they were packed' + ('' if screen is None else f', compared with {screen.path}'))
+    "Pack a screen once, losslessly, into a store that is read many times faster; --data of other commands takes it."
+    from rcic_fastai.screen.read import read_screen
+    from rcic_fastai.data.store import Store
+    from rcic_fastai.data.pack import pack_screen
+    if data is None and not verify: raise ValueError('--data is missing: the folder of the screen to pack')
+    screen, how = None if data is None else read_screen(data), dict(format=format, preset=preset, size=size)
+    if screen is None or verify and (out/'manifest.json').exists(): store = Store(out)
+    else:
+        try: store = pack_screen(screen, out, present_only, _say, **how, workers=workers)
+        except KeyboardInterrupt: raise CliError('rcic-pack: interrupted; run the same command to resume') from None
+    _say(store)
+    if verify: _say_verified(store, screen, workers)
 
+# %% ../../nbs/91_cli.core.ipynb #5e2ef673
 def _after_training(run, valid, submit):
     "What a run is worth on the wells that were set aside, and the submission"
     from rcic_fastai.screen.atlas import Atlas
     if valid is not None:
         run.predict('valid', say=lambda *a: None)
-        said = isinstance(run.screen, Atlas) and not submit if run.task.several else True # a submission of labels says it too
-        if said: _say(f'Validation, {valid}: {run.validation()}')
+        said = submit or not isinstance(run.screen, Atlas) # a submission of labels says it
+        if not run.task.several or not said: _say(f'Validation, {valid}: {run.validation()}')
     if not submit: return
     run.predict('test', say=_say)
     run.submit(say=_say)
 
+def _train(screen, recipe, run, asked, log, submit):
+    "Train what is not trained yet, and make what comes after training"
+    from rcic_fastai.run.submit import Run
+    from rcic_fastai.run.train import finished_run, logger, train_run
+    with claim_folder(run): # until the submission is written
+        if finished_run(screen, recipe, run, **asked): _say(f'{run} is trained; what comes after training is made')
+        else:
+            cbs = [] if log is None else [logger(log, run, recipe)]
+            train_run(screen, recipe, run, **asked, say=_say, cbs=cbs)
+        _after_training(Run(run, screen), asked['valid'], submit)
+
+# %% ../../nbs/91_cli.core.ipynb #74b289e7
+_no_recipe = "No --recipe: using 'laptop', a small network with domain batches that trains on a CPU in minutes"
+
+def _check_run_folder(run, recipe, data, start):
+    "Refuse a run folder that holds what is read: the recipe, the screen, the run to start from"
+    from rcic_fastai.files import check_output
+    run = Path(run)
+    own = recipe and Path(recipe).is_file() and not (run/'run.json').exists()
+    check_output(run/'recipe.json', recipe if own else None, option='--run: its')
+    check_output(run, data, start, option='--run')
+
+# %% ../../nbs/91_cli.core.ipynb #783f7793
 @command
 def rcic_train(
-    data:Path=None, # folder of the screen: Kaggle archive, RxRx1 release, RxRx1-WILDS, an atlas, a simulated one, your own after rcic-describe, or what rcic-pack made of it
+    data:Path=None, # folder of a screen (RCIC, RxRx1, WILDS, an atlas, simulated, described) or of its store
     recipe:str=None, # name of a system or a JSON file; by default `laptop`, a small network for a CPU
-    run:Path=Path('runs/latest'), # folder to write; a run that was killed goes on with the same command
-    set:Annotated[str, dict(action='append')]=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
+    run:Path=Path('runs/latest'), # folder to write; a run that was killed is resumed by the same command
+    set:_Repeated=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
     target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
     wells:str='treatments', # treatments, controls or all
-    valid:str=None, # wells to set aside: experiment=HUVEC-07,RPE-07 or plate=4 or fold=0/3 (experiments; of an atlas, groups of images) or well=0/5 (at random) or run=FOLDER (those of that run)
-    start:Path=None, # finished run whose network to go on with
+    valid:str=None, # wells to set aside: experiment=RPE-07,RPE-09, plate=4, fold=0/3, well=0/5 (random), run=FOLDER
+    start:Path=None, # finished run whose network to start from
     faithful:bool=False, # the recipe as it was published, mistakes included
     log:str=None, # tensorboard or wandb
     submit:bool=False, # predict the test split and write submission.csv as well
@@ -294,35 +388,23 @@ def rcic_train(
     debug:bool=False, # show the traceback of an error
 ):
     "Train a recipe on the training split of a screen."
-    with one_line_errors(debug):
-        from rcic_fastai.recipe.published import list_recipes
-        if list: return _say(list_recipes().to_string())
-        if data is None:
-            print('rcic-train: error: the following arguments are required: --data (or --list)', file=sys.stderr)
-            raise SystemExit(2)
-        from rcic_fastai.files import check_output, claim_folder
-        from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
-        from rcic_fastai.run.submit import Run
-        from rcic_fastai.run.train import finished_run, logger, train_run
-        from rcic_fastai.screen.read import read_screen
-        if recipe is None: _say("No --recipe: using 'laptop', a small network with domain batches that trains on a CPU in minutes")
-        settings = get_recipe(recipe or 'laptop', faithful)
-        settings = change_recipe(settings if laptop is None else laptop_recipe(settings, laptop), *(set or []))
-        screen, valid = read_screen(data), valid or settings.valid
-        target, written = target or screen.target, Path(run)/'recipe.json'
-        check_output(written, recipe if recipe and Path(recipe).is_file() and not written.with_name('run.json').exists() else None, option='--run: its')
-        check_output(run, data, start, option='--run')
-        with claim_folder(run): # until the submission is written
-            if finished_run(screen, settings, run, target, wells, valid, present_only, start): _say(f'{run} is trained; what comes after training is made')
-            else: train_run(screen, settings, run, target, wells, valid, present_only, _say, [] if log is None else [logger(log, run, settings)], start)
-            _after_training(Run(run, screen), valid, submit)
-        _say(f'Run folder: {run}')
+    from rcic_fastai.recipe.published import list_recipes
+    from rcic_fastai.screen.read import read_screen
+    if list: return _say(list_recipes().to_string())
+    _require(data, '--data (or --list)')
+    if recipe is None: _say(_no_recipe)
+    chosen, screen = _chosen_recipe(recipe, set, laptop, faithful), read_screen(data)
+    _check_run_folder(run, recipe, data, start)
+    asked = dict(target=target or screen.target, wells=wells, valid=valid or chosen.valid, present_only=present_only)
+    _train(screen, chosen, run, asked | dict(start=start), log, submit)
+    _say(f'Run folder: {run}')
 
+# %% ../../nbs/91_cli.core.ipynb #a88652cd
 @command
 def rcic_find_lr(
-    data:Annotated[Path, dict(required=True)]=None, # folder of the screen
+    data:_Required=None, # folder of the screen
     recipe:str='laptop', # name of a system or a JSON file
-    set:Annotated[str, dict(action='append')]=None, # change a setting of the recipe; may be repeated
+    set:_Repeated=None, # change a setting of the recipe; may be repeated
     target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
     steps:int=100, # steps of the test, in which the learning rate rises from 1e-7 to 10
     out:Path=Path('lr_find.png'), # picture of the loss against the learning rate
@@ -331,196 +413,232 @@ def rcic_find_lr(
     debug:bool=False, # show the traceback of an error
 ):
     "Suggest a learning rate for the main stage of a recipe, with fastai's `lr_find`."
-    with one_line_errors(debug):
-        from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
-        from rcic_fastai.run.train import find_lr
-        from rcic_fastai.screen.read import read_screen
-        _check_picture(out)
-        settings = get_recipe(recipe)
-        settings = change_recipe(settings if laptop is None else laptop_recipe(settings, laptop), *(set or []))
-        for name, rate in find_lr(read_screen(data), settings, target, steps, out, present_only, _say)._asdict().items(): _say(f'{name:>8}: {rate:.2e}')
-        _say(f'Written: {out}; choose with --set train.lr=...')
+    from rcic_fastai.run.train import find_lr
+    from rcic_fastai.screen.read import read_screen
+    _check_picture(out)
+    chosen = _chosen_recipe(recipe, set, laptop)
+    found = find_lr(read_screen(data), chosen, target, steps, out, present_only, _say)
+    for name, rate in found._asdict().items(): _say(f'{name:>8}: {rate:.2e}')
+    _say(f'Written: {out}; choose with --set train.lr=...')
 
+# %% ../../nbs/91_cli.core.ipynb #25581e00
 @command
 def rcic_predict(
-    run:Annotated[Path, dict(required=True)]=None, # folder of a finished run
+    run:_Required=None, # folder of a finished run
     split:str='test', # test, train, or valid for the wells that training set aside
     data:Path=None, # folder of the screen; by default the one of the run
     batchnorm:str=None, # running, batch, domain or controls; by default what the recipe says
-    domain:str=None, # what statistics are pooled over: cell_type, experiment or plate; by default that of the training batches
+    domain:str=None, # pool statistics over cell_type, experiment or plate; by default as the training batches
     bagging:str=None, # batch sizes of repeated passes for batchnorm 'batch', separated by commas
-    postprocess:str=None, # centers, center_plate, center_experiment, sphering or tvn: cosines of embeddings to class centres
-    tta:str=None, # views per site, 1 to 64, or the name of a group: d4, s4, hpa_first_place; by default what the recipe says
+    postprocess:str=None, # centers, center_plate, center_experiment, sphering or tvn: cosines to class centres
+    tta:str=None, # views per site, 1 to 64, or a group: d4, s4, hpa_first_place; by default what the recipe says
     present_only:bool=False, # use the sites whose files are all there
     debug:bool=False, # show the traceback of an error
 ):
     "Predict a split of a screen with a finished run; writes predictions/SPLIT.npz into its folder."
-    with one_line_errors(debug):
-        from rcic_fastai.run.submit import Run
-        sizes = _numbers(bagging, 'bagging', low=2) if bagging else None
-        views = int(tta) if tta and tta.isdecimal() else tta
-        finished = Run(run, data)
-        _say(finished.predict(split, batchnorm, views, present_only=present_only or None, say=_say, domain=domain, bagging=sizes, postprocess=postprocess))
-        _say(f'Written: {finished.predictions_path(split)}')
+    from rcic_fastai.run.submit import Run
+    sizes = _numbers(bagging, 'bagging', low=2) if bagging else None
+    settings = dict(batchnorm=batchnorm, domain=domain, bagging=sizes, postprocess=postprocess)
+    views, finished = int(tta) if tta and tta.isdecimal() else tta, Run(run, data)
+    _say(finished.predict(split, tta=views, present_only=present_only or None, say=_say, **settings))
+    _say(f'Written: {finished.predictions_path(split)}')
 
+# %% ../../nbs/91_cli.core.ipynb #40ed2245
+def _say_separation(x, wells):
+    "How well embeddings tell siRNAs apart and batches together, on the wells whose siRNA is known"
+    from rcic_fastai.profile.metrics import embedding_report
+    known = wells.sirna.notna().to_numpy()
+    if not (known & (wells.well_type == 'treatment').to_numpy()).any():
+        return _say('How well they tell siRNAs apart needs a truth: the siRNAs of this split are unknown, '
+                    'and --truth FILE (id_code,sirna) gives them')
+    left_out = f'{(~known).sum():,} of {len(known):,}'
+    if not known.all(): _say(f'The numbers leave {left_out} wells out, whose siRNA is unknown')
+    _say(embedding_report(x[known], wells[known].reset_index(drop=True)).to_string(float_format=lambda v: f'{v:.3f}'))
+
+def _add_truth(screen, truth):
+    "The siRNAs of a table that is given later; a wrong one is told before the work"
+    from rcic_fastai.predict.submission import merge_truth, treatment_numbers
+    from rcic_fastai.screen.atlas import Atlas
+    if isinstance(screen, Atlas):
+        raise ValueError('--truth is for one siRNA per well, and this is an atlas: '
+                         'without it the embeddings are written')
+    screen.wells = merge_truth(screen.wells, truth, treatment_numbers(screen.wells))
+
+# %% ../../nbs/91_cli.core.ipynb #5c657fb2
 @command
 def rcic_embed(
-    run:Annotated[Path, dict(required=True)]=None, # folder of a finished run
+    run:_Required=None, # folder of a finished run
     split:str='test', # test, train, or valid for the wells that training set aside
     data:Path=None, # folder of the screen; by default the one of the run
-    out:Path=None, # file to write, .npz or .h5ad (AnnData for scanpy); by default embeddings/SPLIT.npz in the run folder
+    out:Path=None, # .npz or .h5ad (AnnData for scanpy) to write; by default embeddings/SPLIT.npz in the run folder
     batchnorm:str=None, # running, batch, domain or controls; by default what the recipe says
     truth:Path=None, # CSV file with id_code, sirna, for the metrics of a test split
     present_only:bool=False, # use the sites whose files are all there
     debug:bool=False, # show the traceback of an error
 ):
     "Embeddings of a split, as a file, and how well they tell siRNAs apart and batches together."
-    with one_line_errors(debug):
-        from rcic_fastai.predict.submission import merge_truth, treatment_numbers
-        from rcic_fastai.profile.metrics import embedding_report
-        from rcic_fastai.screen.atlas import Atlas
-        from rcic_fastai.run.predict import _claimed, embed_run, embeddings_path, write_embeddings
-        from rcic_fastai.run.submit import Run
-        from rcic_fastai.data.pack import check_screen_output
-        finished = Run(run, data)
-        screen, out = finished.screen, out or finished.embeddings_path(split)
-        out = embeddings_path(check_screen_output(out, screen, truth, *finished.files()))
-        if truth is not None:
-            if isinstance(screen, Atlas): raise ValueError('--truth is for one siRNA per well, and this is an atlas: without it the embeddings are written')
-            screen.wells = merge_truth(screen.wells, truth, treatment_numbers(screen.wells)) # told to be wrong before the work
-        with _claimed(run, out):
-            x, wells = embed_run(run, screen, split, batchnorm, present_only=present_only or None, say=_say)
-            write_embeddings(x, wells, out)
-        _say(f'Written: {out}, {x.shape[0]:,} wells x {x.shape[1]:,}')
-        known = wells.sirna.notna().to_numpy()
-        if isinstance(screen, Atlas): return
-        if not (known & (wells.well_type=='treatment').to_numpy()).any(): return _say(f'How well they tell siRNAs apart needs a truth: the siRNAs of this split are unknown, and --truth FILE (id_code,sirna) gives them')
-        if not known.all(): _say(f'The numbers leave {(~known).sum():,} of {len(known):,} wells out, whose siRNA is unknown')
-        _say(embedding_report(x[known], wells[known].reset_index(drop=True)).to_string(float_format=lambda v: f'{v:.3f}'))
+    from rcic_fastai.screen.atlas import Atlas
+    from rcic_fastai.run.predict import _claimed, embed_run, embeddings_path, write_embeddings
+    from rcic_fastai.run.submit import Run
+    from rcic_fastai.data.pack import check_screen_output
+    finished = Run(run, data)
+    screen, out = finished.screen, out or finished.embeddings_path(split)
+    out = embeddings_path(check_screen_output(out, screen, truth, *finished.files()))
+    if truth is not None: _add_truth(screen, truth)
+    with _claimed(run, out):
+        x, wells = embed_run(run, screen, split, batchnorm, present_only=present_only or None, say=_say)
+        write_embeddings(x, wells, out)
+    _say(f'Written: {out}, {x.shape[0]:,} wells x {x.shape[1]:,}')
+    if not isinstance(screen, Atlas): _say_separation(x, wells)
 
 # %% ../../nbs/91_cli.core.ipynb #16cdaf82
 @command
 def rcic_blend(
-    run:Annotated[list[Path], dict(type=Path, metavar='(path)', required=True, action='append')]=None, # folder of a finished run; at least two
+    run:_Runs=None, # folder of a finished run; at least two
     out:Path=Path('runs/blend'), # folder to write; rcic-submit takes it like a run
-    weights:str=None, # numbers separated by commas, or `chosen` (on the wells that were set aside); by default all the same
+    weights:str=None, # numbers separated by commas, or `chosen` (on the wells set aside); by default all the same
     space:str='probability', # what is averaged: probability or logit
     data:Path=None, # folder of the screen; by default the one of the first run
     present_only:bool=False, # use the sites whose files are all there
     debug:bool=False, # show the traceback of an error
 ):
-    "Average the predictions of several runs; says how good each is on the wells that were set aside, and how much they agree."
-    with one_line_errors(debug):
-        from rcic_fastai.run.blend import blend_runs
-        from rcic_fastai.run.submit import Run
-        if len(run) < 2: raise ValueError('a blend needs at least two runs: repeat --run')
-        screen = Run(run[0], data).screen
-        given = weights if weights in (None, 'chosen') else _numbers(weights, 'weights', float, 0)
-        report = blend_runs(run, screen, out, given, space, present_only, _say)
-        _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
-        _say(f'Written: {out}')
+    "Average predictions of several runs; how good each is on the wells that were set aside, and how much they agree."
+    from rcic_fastai.run.blend import blend_runs
+    from rcic_fastai.run.submit import Run
+    if len(run) < 2: raise ValueError('a blend needs at least two runs: repeat --run')
+    screen = Run(run[0], data).screen
+    given = weights if weights in (None, 'chosen') else _numbers(weights, 'weights', float, 0)
+    report = blend_runs(run, screen, out, given, space, present_only, _say)
+    _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
+    _say(f'Written: {out}')
 
+# %% ../../nbs/91_cli.core.ipynb #19109d71
+def _submit_labels(finished, out, sample, thresholds):
+    "Submit labels; their thresholds are written into the run folder"
+    with claim_folder(finished.path): return finished.submit(out, sample, thresholds, _say)
+
+def _submit_wells(finished, out, sample, assignment, groups, one_to_one):
+    from rcic_fastai.run.predict import _claimed
+    with _claimed(finished.path, out or finished.submission_path):
+        finished.submit(out, sample, assignment, _say, groups=groups, one_to_one=one_to_one)
+
+# %% ../../nbs/91_cli.core.ipynb #12daf329
 @command
 def rcic_submit(
-    run:Annotated[Path, dict(required=True)]=None, # folder of a run with predictions of its test split
+    run:_Required=None, # folder of a run with predictions of its test split
     out:Path=None, # file to write; by default submission.csv in the run folder
     data:Path=None, # folder of the screen; by default the one of the run
     sample:Path=None, # sample submission that gives ids and order; by default that of the screen
     no_groups:bool=False, # leave the plate groups out
     no_assignment:bool=False, # let a siRNA win several wells of an experiment
-    thresholds:str=None, # where there are several labels: how thresholds are chosen, such as repeated_f1_to_share or share; by default what the recipe says
-    assignment:str=None, # exact, vote (plates vote for their groups, each well on its own) or vote_zero; by default what the recipe says
+    thresholds:str=None, # of several labels: repeated_f1_to_share, share, ...; by default what the recipe says
+    assignment:str=None, # exact, vote (plates vote for their groups) or vote_zero; by default what the recipe says
     debug:bool=False, # show the traceback of an error
 ):
     "Plate groups, one-to-one assignment and checks: from predictions to submission.csv."
-    with one_line_errors(debug):
-        from rcic_fastai.screen.atlas import Atlas
-        from rcic_fastai.run.submit import Run
-        finished = Run(run, data)
-        if isinstance(finished.screen, Atlas):
-            if no_groups or no_assignment or assignment: raise ValueError('an atlas has no plate groups and no assignment; --thresholds says how scores become labels')
-            return finished.submit(out, sample, thresholds, _say)
+    from rcic_fastai.screen.atlas import Atlas
+    from rcic_fastai.run.submit import Run
+    finished = Run(run, data)
+    if not isinstance(finished.screen, Atlas):
         if thresholds: raise ValueError('--thresholds is for several labels per image, and this is a screen of siRNAs')
-        finished.submit(out, sample, assignment, _say, groups=not no_groups, one_to_one=not no_assignment)
+        return _submit_wells(finished, out, sample, assignment, not no_groups, not no_assignment)
+    if no_groups or no_assignment or assignment:
+        raise ValueError('an atlas has no plate groups and no assignment; --thresholds says how scores become labels')
+    _submit_labels(finished, out, sample, thresholds)
 
+# %% ../../nbs/91_cli.core.ipynb #a9c634c8
 @command
 def rcic_score(
-    submission:Annotated[Path, dict(required=True)]=None, # CSV file with id_code and sirna (numbers) or treatment (names); or with Id, Predicted
-    truth:Annotated[Path, dict(required=True)]=None, # the same, or with well, plate and treatment as in a plate map; or with Id, Target
-    data:Path=None, # folder of the screen, which says which well and which treatment is which, where the two files do not
+    submission:_Required=None, # CSV file with id_code and sirna (numbers) or treatment (names); or with Id, Predicted
+    truth:_Required=None, # the same, or with well, plate and treatment as in a plate map; or with Id, Target
+    data:Path=None, # folder of the screen, for files in which well and treatment have other names
     debug:bool=False, # show the traceback of an error
 ):
-    "Accuracy of a submission per experiment, and over all wells on the last line; of several labels macro-F1, and F1 per class."
-    with one_line_errors(debug):
-        from rcic_fastai.predict.submission import score_submission, score_table
-        from rcic_fastai.run.labels import label_score_table
-        from rcic_fastai.labels.submission import score_label_submission
-        from rcic_fastai.screen.tables import read_rows
-        from rcic_fastai.screen.read import read_screen
-        if 'Id' in read_rows(truth, 'a table with the truth'):
-            _say(label_score_table(submission, truth).to_string(float_format=lambda v: f'{v:.4f}'))
-            return _say(f'{score_label_submission(submission, truth):.6f}')
-        screen = None if data is None else read_screen(data)
-        _say(score_table(submission, truth, screen=screen).to_string(float_format=lambda v: f'{v:.4f}'))
-        _say(f'{score_submission(submission, truth, screen):.6f}')
+    "Accuracy of a submission per experiment, and over all wells on the last line; of labels macro-F1 and F1 per class."
+    from rcic_fastai.predict.submission import score_submission, score_table
+    from rcic_fastai.run.labels import label_score_table
+    from rcic_fastai.labels.submission import score_label_submission
+    from rcic_fastai.screen.tables import read_rows
+    from rcic_fastai.screen.read import read_screen
+    shown = lambda table: table.to_string(float_format=lambda v: f'{v:.4f}')
+    if 'Id' in read_rows(truth, 'a table with the truth'):
+        _say(shown(label_score_table(submission, truth)))
+        return _say(f'{score_label_submission(submission, truth):.6f}')
+    screen = None if data is None else read_screen(data)
+    _say(shown(score_table(submission, truth, screen=screen)))
+    _say(f'{score_submission(submission, truth, screen):.6f}')
 
+# %% ../../nbs/91_cli.core.ipynb #5b691d77
 @command
 def rcic_report(
     folder:Annotated[Path, dict(nargs='?')], # folder of a finished run, or of a blend
     run:Path=None, # the same, as with the other commands
     out:Path=None, # file to write; by default report.html in the run folder
     data:Path=None, # folder of the screen; by default the one of the run
-    truth:Path=None, # CSV file with the labels of the test split; by default truth.csv of the screen, where there is one
-    template:Path=None, # notebook to execute; by default the one of the library, which is a good start for your own
+    truth:Path=None, # CSV file with the labels of the test split; by default truth.csv of the screen, if it exists
+    template:Path=None, # notebook to execute; by default that of the library, a good start for a new one
     debug:bool=False, # show the traceback of an error
 ):
-    "A page about a run, in one HTML file: curves, what each step brings, plates, confusions, worst wells, embeddings, calibration."
-    with one_line_errors(debug):
-        if (folder or run) is None:
-            print('rcic-report: error: the following arguments are required: the folder of a run', file=sys.stderr)
-            raise SystemExit(2)
-        from rcic_fastai.report.core import make_report
-        _say(f'Written: {make_report(folder or run, out, data, truth, template, say=_say)}')
+    "A page about a run: curves, what each step brings, plates, confusions, worst wells, embeddings, calibration."
+    from rcic_fastai.report.core import make_report
+    _require(folder or run, 'the folder of a run')
+    _say(f'Written: {make_report(folder or run, out, data, truth, template, say=_say)}')
 
 # %% ../../nbs/91_cli.core.ipynb #7a7e540f
+def _demo_recipe(tiny, seed, settings):
+    from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
+    recipe = get_recipe('laptop')
+    if tiny: recipe = laptop_recipe(recipe, 6, virtual_batch=16)
+    return change_recipe(recipe, 'name=demo', f'seed={seed}', *(settings or []))
+
+def _demo_screen(out, tiny, sirnas, seed):
+    "A simulated screen, packed"
+    from rcic_fastai.screen.read import read_screen
+    from rcic_fastai.screen.simulate import simulate_screen
+    from rcic_fastai.data.pack import pack_screen
+    size:dict = dict(n_train=3, n_test=1, cell_types=('HUVEC',), image_size=48) if tiny else {}
+    screen = read_screen(simulate_screen(out/'screen', sirnas, seed=seed, **size))
+    _say(screen)
+    if not (out/'packed'/'manifest.json').exists(): _say(pack_screen(screen, out/'packed'))
+    return read_screen(out/'packed')
+
+# %% ../../nbs/91_cli.core.ipynb #7f3194cc
+def _demo_submission(run, screen):
+    "Predictions with both kinds of statistics, the submission, and what each step adds"
+    from rcic_fastai.predict.submission import write_submission
+    from rcic_fastai.predict.assign import accuracy_ladder, assign_predictions
+    from rcic_fastai.run.predict import predict_run
+    from rcic_fastai.screen.groups import plate_groups
+    running, domain = (predict_run(run, screen, 'test', batchnorm=m, say=_say) for m in ('running', 'domain'))
+    groups, truth = plate_groups(screen.wells), screen.path/'truth.csv'
+    table = assign_predictions(domain, groups)
+    sample = screen.path/'sample_submission.csv'
+    submission = write_submission(table.id_code, table.sirna, sample, run/'submission.csv')
+    return submission, accuracy_ladder({'running BatchNorm': running, 'domain BatchNorm': domain}, truth, groups)
+
+# %% ../../nbs/91_cli.core.ipynb #0320dcbc
 @command
 def rcic_demo(
-    out:Path=Path('runs/demo'), # folder for the screen and the run; kept if it holds a simulated screen already
+    out:Path=Path('runs/demo'), # folder for the screen and the run; a simulated screen in it is kept
     sirnas:int=48, # number of treatment siRNAs
     seed:int=0, # of the screen and of the training
-    set:Annotated[str, dict(action='append')]=None, # change a setting of the `demo` recipe; may be repeated
+    set:_Repeated=None, # change a setting of the `demo` recipe; may be repeated
     tiny:bool=False, # 8 siRNAs, 48 pixels, 6 epochs of a small ResNet: a quick look at whether everything works
     debug:bool=False, # show the traceback of an error
 ):
     "All of it on a simulated screen: simulate, pack, train, predict, assign, submit, score, report."
-    with one_line_errors(debug):
-        from rcic_fastai.predict.submission import write_submission
-        from rcic_fastai.predict.assign import accuracy_ladder, assign_predictions
-        from rcic_fastai.run.predict import predict_run
-        from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
-        from rcic_fastai.report.core import make_report
-        from rcic_fastai.run.train import finished_run, train_run
-        from rcic_fastai.screen.groups import plate_groups
-        from rcic_fastai.screen.read import read_screen
-        from rcic_fastai.screen.simulate import simulate_screen
-        from rcic_fastai.data.pack import pack_screen
-        start, out = time.time(), Path(out)/('tiny' if tiny else f'seed{seed}') if out==Path('runs/demo') else Path(out)
-        size:dict = dict(n_train=3, n_test=1, cell_types=('HUVEC',), image_size=48) if tiny else {}
-        if tiny: sirnas = 8
-        recipe = laptop_recipe(get_recipe('laptop'), 6, virtual_batch=16) if tiny else get_recipe('laptop')
-        recipe = change_recipe(recipe, 'name=demo', f'seed={seed}', *(set or []))
-        screen = read_screen(simulate_screen(out/'screen', sirnas, seed=seed, **size))
-        _say(screen)
-        if not (out/'packed'/'manifest.json').exists(): _say(pack_screen(screen, out/'packed'))
-        screen, run = read_screen(out/'packed'), out/'run'
-        if not finished_run(screen, recipe, run): train_run(screen, recipe, run, say=_say)
-        running, domain = (predict_run(run, screen, 'test', batchnorm=m, say=_say) for m in ('running', 'domain'))
-        groups, truth = plate_groups(screen.wells), screen.path/'truth.csv'
-        table = assign_predictions(domain, groups)
-        submission = write_submission(table.id_code, table.sirna, screen.path/'sample_submission.csv', run/'submission.csv')
-        ladder = accuracy_ladder({'running BatchNorm': running, 'domain BatchNorm': domain}, truth, groups)
-        _say(f'\nAccuracy on {screen.wells[screen.wells.split=="test"].experiment.nunique()} test experiments that training never saw '
-             f'({recipe.model.arch}, {sirnas} siRNAs, chance {1/sirnas:.3f}):\n')
-        _say(ladder.to_string(float_format=lambda v: f'{v:.3f}'))
-        report = make_report(run, say=_say)
-        _say(f'\nSubmission: {submission}\nTruth:      {truth}\nRun folder: {run}\nReport:     {report}\n{time.time()-start:.0f} s')
+    from rcic_fastai.report.core import make_report
+    from rcic_fastai.run.train import finished_run, train_run
+    start, out = time.time(), Path(out)/('tiny' if tiny else f'seed{seed}') if out == Path('runs/demo') else Path(out)
+    if tiny: sirnas = 8
+    recipe, run = _demo_recipe(tiny, seed, set), out/'run'
+    screen = _demo_screen(out, tiny, sirnas, seed)
+    if not finished_run(screen, recipe, run): train_run(screen, recipe, run, say=_say)
+    submission, ladder = _demo_submission(run, screen)
+    experiments = screen.wells[screen.wells.split == 'test'].experiment.nunique()
+    _say(f'\nAccuracy on {experiments} test experiments that training never saw '
+         f'({recipe.model.arch}, {sirnas} siRNAs, chance {1/sirnas:.3f}):\n')
+    _say(ladder.to_string(float_format=lambda v: f'{v:.3f}'))
+    report = make_report(run, say=_say)
+    _say(f'\nSubmission: {submission}\nTruth:      {screen.path/"truth.csv"}\nRun folder: {run}\nReport:     {report}')
+    _say(f'{time.time()-start:.0f} s')

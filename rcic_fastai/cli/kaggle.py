@@ -9,89 +9,129 @@ __all__ = ['rcic_kaggle', 'rcic_download']
 from pathlib import Path
 from typing import Annotated
 
-from .core import command, one_line_errors, _say
+from .core import _chosen_recipe, command, _Repeated, _Required, _say, _words
+from .script import with_options
 
-# %% ../../nbs/92_cli.kaggle.ipynb #d5252f1c
-def _steps(folder, meta):
-    "What to do with a folder that was built"
-    lines = [f'Written: {folder}, {(Path(folder)/meta["code_file"]).stat().st_size/1000:.0f} kB; address {meta["id"]}']
-    if (Path(folder)/'weights').exists(): lines.append(f'First the weights, once: kaggle datasets create -p {Path(folder)/"weights"} --dir-mode zip')
-    return '\n'.join([*lines, f'Then: rcic-kaggle push --folder {folder}'])
+# %% ../../nbs/92_cli.kaggle.ipynb #c51d928b
+_Wheels = Annotated[list[Path], dict(type=Path, metavar='(path)', action='append')]
 
-@command
-def rcic_kaggle(
-    action:Annotated[str, dict(choices=('build', 'push', 'status', 'output'))], # build a kernel; upload and start it; ask how it goes; fetch what it wrote
-    folder:Path=Path('kaggle-kernel'), # of the kernel: build writes it, the others read its address
-    kind:str='train', # of build: train, or infer for a kernel that only loads weights
-    recipe:str=None, # of a kernel that trains: name of a system or a JSON file; by default laptop
-    set:Annotated[str, dict(action='append')]=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
-    laptop:int=None, # shrink the recipe to a small network and so many epochs in all
-    faithful:bool=False, # the recipe as it was published, mistakes included
-    valid:str=None, # wells to set aside, as for rcic-train
-    target:str=None, # column of the wells to predict, as for rcic-train
-    present_only:bool=False, # use the sites whose files are all there
-    hours:float=8.5, # training stops and saves itself after so many hours; sessions on a GPU end after 9 or 12
-    go_on:bool=False, # attach the output of the last version, to go on with its training
-    run:Path=None, # of kind infer: finished run; its weights are written to a folder for `kaggle datasets create`
-    weights:str=None, # of kind infer: USER/NAME of the dataset of weights; by default named after the title
-    user:str=None, # owner; by default the one the client's credentials belong to
-    title:str=None, # of the kernel, 5 to 50 characters; by default after the recipe
+def _attached(
     competition:str=None, # attached competition; by default RCIC, for recipes of several labels the Human Protein Atlas
-    dataset:Annotated[str, dict(action='append')]=None, # attach a dataset, USER/NAME; may be repeated
-    kernel:Annotated[str, dict(action='append')]=None, # attach the output of another kernel, USER/NAME; may be repeated
-    model:Annotated[str, dict(action='append')]=None, # attach a model, USER/NAME/FRAMEWORK/VARIATION/VERSION; may be repeated
+    dataset:_Repeated=None, # attach a dataset, USER/NAME; may be repeated
+    kernel:_Repeated=None, # attach the output of another kernel, USER/NAME; may be repeated
+    model:_Repeated=None, # attach a model, USER/NAME/FRAMEWORK/VARIATION/VERSION; may be repeated
+    wheel:_Wheels=None, # put a further wheel into the notebook; may be repeated
+    attached_wheel:_Wheels=None, # let the kernel install this wheel from an attached dataset; may be repeated
+    no_wheel:bool=False # put no wheel into the notebook but the library's and those of --wheel
+):
+    "What a kernel finds there or brings along, as `build_kernel` takes it"
+    sources = dict(competition=competition, datasets=dataset or (), kernels=kernel or (), models=model or ())
+    return dict(sources, wheels=wheel or (), attached=attached_wheel or (), **(dict(lacking=()) if no_wheel else {}))
+
+def _machine(
     machine:str=None, # accelerator by Kaggle's name, such as NvidiaTeslaT4
     no_gpu:bool=False, # run without a GPU
     internet:bool=False, # run with internet; most competitions take no submission from such a kernel
-    public:bool=False, # let everyone see the kernel
-    wheel:Annotated[list[Path], dict(type=Path, metavar='(path)', action='append')]=None, # put a further wheel into the notebook; may be repeated
-    attached_wheel:Annotated[list[Path], dict(type=Path, metavar='(path)', action='append')]=None, # let the kernel install this wheel from an attached dataset; may be repeated
-    no_wheel:bool=False, # put no wheel into the notebook but the library's and those of --wheel
+    public:bool=False # let everyone see the kernel
+):
+    "Where a kernel runs, and who sees it"
+    return dict(machine=machine, gpu=not no_gpu, internet=internet, private=not public)
+
+# %% ../../nbs/92_cli.kaggle.ipynb #8f666c14
+def _first_cell(
+    valid:str=None, # wells to set aside, as for rcic-train
+    target:str=None, # column of the wells to predict, as for rcic-train
+    present_only:bool=False, # use the sites whose files are all there
+    hours:float=8.5 # training stops and saves itself after so many hours; sessions on a GPU end after 9 or 12
+):
+    "Settings that a person may change in the notebook"
+    return dict(VALID=valid, TARGET=target, PRESENT_ONLY=present_only, HOURS=hours)
+
+def _recipe_of_kernel(
+    recipe:str=None, # of a kernel that trains: name of a system or a JSON file; by default laptop
+    set:_Repeated=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
+    laptop:int=None, # shrink the recipe to a small network and so many epochs in all
+    faithful:bool=False # the recipe as it was published, mistakes included
+):
+    "Options of the recipe, for `_chosen_recipe`"
+    return dict(recipe=recipe, set=set, laptop=laptop, faithful=faithful)
+
+def _chosen(kind, options):
+    "The recipe of a kernel that trains, or None"
+    if kind == 'train': return _chosen_recipe(**options)
+    if not any(options[k] for k in ('recipe', 'set', 'laptop')): return None
+    raise ValueError('--recipe, --set and --laptop are for kernels that train; '
+                     'one that infers has the recipe of its run')
+
+# %% ../../nbs/92_cli.kaggle.ipynb #c4beeea5
+def _say_built(folder, meta, recipe, datasets):
+    "What was written, and what to do with it"
+    if recipe is not None and isinstance(recipe.model.pretrained, str):
+        attached = ', '.join(datasets) or 'no dataset yet'
+        _say(f'The kernel will look for {recipe.model.pretrained} in what is attached: {attached}')
+    size, weights = (Path(folder)/meta['code_file']).stat().st_size, Path(folder)/'weights'
+    _say(f'Written: {folder}, {size/1000:.0f} kB; address {meta["id"]}')
+    if weights.exists(): _say(f'First the weights, once: kaggle datasets create -p {weights} --dir-mode zip')
+    _say(f'Then: rcic-kaggle push --folder {folder}')
+
+def _run_client(action, folder, to):
+    "Hand a folder to Kaggle's client"
+    from rcic_fastai.kaggle.core import read_kernel
+    from rcic_fastai.kaggle.client import run_client
+    name, to = read_kernel(folder)['id'], to or Path(folder)/'output'
+    args = dict(push=('push', '-p', folder), status=('status', name), output=('output', name, '-p', to))[action]
+    run_client('kernels', *map(str, args), say=lambda line: print(line, end='', flush=True))
+    if action == 'output': _say(f'Fetched: {to}')
+
+# %% ../../nbs/92_cli.kaggle.ipynb #d5252f1c
+_Action = Annotated[str, dict(choices=('build', 'push', 'status', 'output'))]
+
+@command
+@with_options(recipe=_recipe_of_kernel, values=_first_cell, attached=_attached, how=_machine)
+def rcic_kaggle(
+    action:_Action, # build a kernel; upload and start it; ask how it goes; fetch what it wrote
+    folder:Path=Path('kaggle-kernel'), # of the kernel: build writes it, the others read its address
+    kind:str='train', # of build: train, or infer for a kernel that only loads weights
+    recipe:dict=None, # from `_recipe_of_kernel`
+    values:dict=None, # from `_first_cell`
+    go_on:bool=False, # attach the output of the last version, to resume its training
+    run:Path=None, # of kind infer: finished run; its weights are written for `kaggle datasets create`
+    weights:str=None, # of kind infer: USER/NAME of the dataset of weights; by default named after the title
+    user:str=None, # owner; by default the one the client's credentials belong to
+    title:str=None, # of the kernel, 5 to 50 characters; by default after the recipe
+    attached:dict=None, # from `_attached`
+    how:dict=None, # from `_machine`
     to:Path=None, # of output: folder to fetch to; by default output in that of the kernel
     debug:bool=False, # show the traceback of an error
 ):
     "A notebook for Kaggle that carries this library: build it, upload it, ask how it goes, fetch what it wrote."
-    with one_line_errors(debug):
-        if action=='build':
-            from rcic_fastai.kaggle.core import build_kernel
-            from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
-            from rcic_fastai.kaggle.packages import image_lacks
-            chosen = None
-            if kind=='train':
-                chosen = get_recipe(recipe or 'laptop', faithful)
-                chosen = change_recipe(chosen if laptop is None else laptop_recipe(chosen, laptop), *(set or []))
-            elif recipe or set or laptop: raise ValueError('--recipe, --set and --laptop are for kernels that train; one that infers has the recipe of its run')
-            values = dict(VALID=valid, TARGET=target, PRESENT_ONLY=present_only, HOURS=hours) if kind=='train' else {}
-            meta = build_kernel(folder, kind, chosen, run, weights, user, title, competition, dataset or (), wheel or (), () if no_wheel else image_lacks, go_on, values,
-                                private=not public, gpu=not no_gpu, internet=internet, kernels=kernel or (), models=model or (), machine=machine, attached=attached_wheel or ())
-            if chosen is not None and isinstance(chosen.model.pretrained, str): _say(f'The kernel will look for {chosen.model.pretrained} in what is attached: {", ".join(dataset or ["no dataset yet"])}')
-            return _say(_steps(folder, meta))
-        from rcic_fastai.kaggle.core import read_kernel
-        from rcic_fastai.kaggle.client import run_client
-        name, to = read_kernel(folder)['id'], to or Path(folder)/'output'
-        args = dict(push=('push', '-p', folder), status=('status', name), output=('output', name, '-p', to))[action]
-        run_client('kernels', *map(str, args), say=lambda line: print(line, end='', flush=True))
-        if action=='output': _say(f'Fetched: {to}')
+    if action != 'build': return _run_client(action, folder, to)
+    from rcic_fastai.kaggle.core import build_kernel
+    chosen, values = _chosen(kind, recipe), values if kind == 'train' else {}
+    meta = build_kernel(folder, kind, chosen, run, weights, user, title, go_on=go_on, values=values, **attached, **how)
+    _say_built(folder, meta, chosen, attached['datasets'])
 
 # %% ../../nbs/92_cli.kaggle.ipynb #9ef73508
+_Source = Annotated[str, dict(required=True, choices=('competition', 'rxrx1'))]
+
 @command
 def rcic_download(
-    source:Annotated[str, dict(required=True, choices=('competition', 'rxrx1'))]=None, # the competition, by Kaggle's client, or the public RxRx1 release
-    out:Annotated[Path, dict(required=True)]=None, # folder to write; the same command goes on where it was cut off
-    competition:str='recursion-cellular-image-classification', # of source competition: its name, such as human-protein-atlas-image-classification
-    file:Annotated[str, dict(action='append')]=None, # of source competition: a single file instead of the archive; may be repeated
+    source:_Source=None, # the competition, by Kaggle's client, or the public RxRx1 release
+    out:_Required=None, # folder to write; the same command resumes where it was cut off
+    competition:str='recursion-cellular-image-classification', # of source competition: the last part of its address
+    file:_Repeated=None, # of source competition: a single file instead of the archive; may be repeated
     parts:str='metadata,images', # of source rxrx1: metadata (1 MB), images (46 GB), embeddings (51 MB)
     url:str=None, # of source rxrx1: where the archives lie; by default where Recursion published them
     no_extract:bool=False, # leave archives packed
     keep_archive:bool=False, # leave archives there when they have been unpacked
     debug:bool=False, # show the traceback of an error
 ):
-    "Download a screen: resumable, with sizes and checksums compared, and archives that cannot write outside the folder."
-    with one_line_errors(debug):
-        from rcic_fastai.kaggle.download import download_competition, download_rxrx1, rxrx1_url
-        from rcic_fastai.screen.read import read_screen
-        if source=='rxrx1': download_rxrx1(out, [p.strip() for p in parts.split(',')], url or rxrx1_url, not no_extract, keep_archive, say=_say)
-        else: download_competition(out, competition, file or (), not no_extract, keep_archive, say=_say)
-        if no_extract or file: return _say(f'Written: {out}')
-        try: _say(read_screen(out))
-        except FileNotFoundError: _say(f'Written: {out}')
+    "Download a screen: resumable, sizes and checksums compared, and no archive writes outside the folder."
+    from rcic_fastai.kaggle.download import download_competition, download_rxrx1, rxrx1_url
+    from rcic_fastai.screen.read import read_screen
+    how:dict = dict(extract=not no_extract, keep_archive=keep_archive, say=_say)
+    if source == 'rxrx1': download_rxrx1(out, _words(parts), url or rxrx1_url, **how)
+    else: download_competition(out, competition, file or (), **how)
+    if no_extract or file: return _say(f'Written: {out}')
+    try: _say(read_screen(out))
+    except FileNotFoundError: _say(f'Written: {out}')

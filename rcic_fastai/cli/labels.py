@@ -7,15 +7,14 @@ __all__ = ['rcic_hpa_simulate', 'rcic_hpa_duplicates', 'rcic_hpa_stack']
 
 # %% ../../nbs/92_cli.labels.ipynb #950d60e6
 from pathlib import Path
-from typing import Annotated
 
 from ..files import parse_json
-from .core import command, one_line_errors, _say
+from .core import command, _Required, _Runs, _say
 
-# %% ../../nbs/92_cli.labels.ipynb #57d02e91
+# %% ../../nbs/92_cli.labels.ipynb #b8aa031b
 @command
 def rcic_hpa_simulate(
-    out:Annotated[Path, dict(required=True)]=None, # folder to write the atlas to
+    out:_Required=None, # folder to write the atlas to
     images:int=1500, # training images
     test:int=600, # test images
     external:int=900, # images that the atlas published itself
@@ -26,17 +25,28 @@ def rcic_hpa_simulate(
     workers:int=None, # processes; by default one per core
     debug:bool=False, # show the traceback of an error
 ):
-    "Write an atlas with known truth: 28 protein patterns, twins, labels that disagree, in the layout of the Human Protein Atlas challenge."
-    with one_line_errors(debug):
-        from rcic_fastai.screen.atlas import read_hpa
-        from rcic_fastai.screen.simulate_atlas import simulate_hpa
-        simulate_hpa(out, images, test, external, image_size, size_shift=size_shift, contrast=contrast, seed=seed, workers=workers)
-        _say(read_hpa(out))
+    "Write an atlas with known truth, in the layout of the Human Protein Atlas challenge: 28 patterns, twins."
+    from rcic_fastai.screen.atlas import read_hpa
+    from rcic_fastai.screen.simulate_atlas import simulate_hpa
+    how:dict = dict(size_shift=size_shift, contrast=contrast, seed=seed, workers=workers)
+    simulate_hpa(out, images, test, external, image_size, **how)
+    _say(read_hpa(out))
+
+# %% ../../nbs/92_cli.labels.ipynb #18bca422
+def _say_folds(atlas, folds):
+    "How the labelled images of an atlas are divided"
+    from rcic_fastai.screen.folds import fold_report
+    from rcic_fastai.screen.atlas import atlas_folds
+    known = atlas.wells[atlas.wells.labels.notna()]
+    report = fold_report(atlas.labels(known), atlas_folds(known, folds), atlas.class_names, known.group)
+    straddling = report.attrs['straddling']
+    _say(f'\n{folds} folds (--valid fold=0/{folds}); groups in more than one of them: {straddling}\n')
+    _say(report.to_string(float_format=lambda v: f'{v:.2f}'))
 
 @command
 def rcic_hpa_duplicates(
-    data:Annotated[Path, dict(required=True)]=None, # folder of the atlas
-    out:Path=None, # folder for groups.csv, duplicates.csv and the hashes; by default that of the atlas, where the other commands look for groups.csv
+    data:_Required=None, # folder of the atlas
+    out:Path=None, # folder for groups.csv, duplicates.csv, hashes; by default that of the atlas, where others look
     max_distance:int=6, # bits of 64 in which the hash of each channel may differ
     canonical:bool=False, # find flipped and turned twins too
     folds:int=5, # how many folds the report is about
@@ -44,22 +54,16 @@ def rcic_hpa_duplicates(
     debug:bool=False, # show the traceback of an error
 ):
     "Find images that are the same picture, and write which images must not be divided between training and validation."
-    with one_line_errors(debug):
-        from rcic_fastai.screen.folds import fold_report
-        from rcic_fastai.screen.atlas import atlas_folds, read_hpa
-        from rcic_fastai.data.hashes import find_duplicates
-        from rcic_fastai.screen.labels import label_matrix
-        _say(find_duplicates(read_hpa(data), out, max_distance, canonical, present_only, say=_say).to_string(float_format=lambda v: f'{v:.3f}'))
-        if out is not None and out.resolve()!=data.resolve(): return
-        atlas = read_hpa(data)
-        known = atlas.wells[atlas.wells.labels.notna()]
-        report = fold_report(label_matrix(known.labels, len(atlas.class_names)), atlas_folds(known, folds), atlas.class_names, known.group)
-        _say(f'\n{folds} folds (--valid fold=0/{folds}); groups in more than one of them: {report.attrs["straddling"]}\n')
-        _say(report.to_string(float_format=lambda v: f'{v:.2f}'))
+    from rcic_fastai.screen.atlas import read_hpa
+    from rcic_fastai.data.hashes import find_duplicates
+    found = find_duplicates(read_hpa(data), out, max_distance, canonical, present_only, say=_say)
+    _say(found.to_string(float_format=lambda v: f'{v:.3f}'))
+    if out is None or out.resolve() == data.resolve(): _say_folds(read_hpa(data), folds)
 
+# %% ../../nbs/92_cli.labels.ipynb #57d02e91
 @command
 def rcic_hpa_stack(
-    run:Annotated[list[Path], dict(type=Path, metavar='(path)', required=True, action='append')]=None, # folder of a finished run that set images aside; may be repeated
+    run:_Runs=None, # folder of a finished run that set images aside; may be repeated
     out:Path=Path('runs/stack'), # folder to write; rcic-submit takes it like a run
     data:Path=None, # folder of the atlas; by default the one of the first run
     repeats:int=1, # of the outer folds; 20 in the 8th place's solution
@@ -70,13 +74,12 @@ def rcic_hpa_stack(
     seed:int=0, # of the folds
     debug:bool=False, # show the traceback of an error
 ):
-    "Weigh several runs, and what the images look like, by LightGBM for each class; goes on where it was interrupted."
-    with one_line_errors(debug):
-        from rcic_fastai.screen.atlas import read_hpa
-        from rcic_fastai.run.submit import Run
-        from rcic_fastai.run.stack import stack_runs
-        settings = parse_json(params, '--params', dict) if params else None
-        atlas = read_hpa(Run(run[0], data).data)
-        report = stack_runs(run, atlas, out, repeats, not no_statistics, combine, min_positives, settings, seed=seed, say=_say)
-        _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
-        _say(f'Written: {out}')
+    "Weigh several runs, and what the images look like, by LightGBM for each class; resumes where it was interrupted."
+    from rcic_fastai.screen.atlas import read_hpa
+    from rcic_fastai.run.submit import Run
+    from rcic_fastai.run.stack import stack_runs
+    settings = parse_json(params, '--params', dict) if params else None
+    atlas, statistics = read_hpa(Run(run[0], data).data), not no_statistics
+    report = stack_runs(run, atlas, out, repeats, statistics, combine, min_positives, settings, seed=seed, say=_say)
+    _say(report.to_string(float_format=lambda v: f'{v:.3f}'))
+    _say(f'Written: {out}')

@@ -8,7 +8,6 @@ __all__ = ['kaggle_user', 'scrub_kaggle', 'run_client']
 # %% ../../nbs/85_kaggle.client.ipynb #d27b2f0c
 import base64, importlib.util, io, os, re, subprocess, sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 from ..credentials import scrub
@@ -18,8 +17,8 @@ def _kaggle_folder():
     "Where the client keeps its files, found as it does"
     own = Path.home()/'.kaggle'
     if os.environ.get('KAGGLE_CONFIG_DIR'): return Path(os.environ['KAGGLE_CONFIG_DIR'])
-    if sys.platform.startswith('linux') and not own.exists(): return Path(os.environ.get('XDG_CONFIG_HOME') or Path.home()/'.config')/'kaggle'
-    return own
+    if not sys.platform.startswith('linux') or own.exists(): return own
+    return Path(os.environ.get('XDG_CONFIG_HOME') or Path.home()/'.config')/'kaggle'
 
 def kaggle_user(
     default:str=None # where nothing says so; None: an error
@@ -38,7 +37,8 @@ _files = 'kaggle.json', 'credentials.json', 'access_token', 'access_token.txt'
 def _credential_files():
     "All files in which the client may find a key or a token"
     given = [os.environ.get(n) for n in ('KAGGLE_API_TOKEN', 'KAGGLE_API_V1_TOKEN_PATH')]
-    found = [folder/f for folder in (_kaggle_folder(), Path.home()/'.kaggle') for f in _files] + [Path(g) for g in given if g and len(g) < 4096]
+    found = [folder/f for folder in (_kaggle_folder(), Path.home()/'.kaggle') for f in _files]
+    found += [Path(g) for g in given if g and len(g) < 4096]
     return [f for f in dict.fromkeys(found) if f.is_file()]
 
 def _client_secrets():
@@ -46,7 +46,8 @@ def _client_secrets():
     known = [os.environ.get(n, '') for n in ('KAGGLE_KEY', 'KAGGLE_API_TOKEN', 'KAGGLE_IAP_TOKEN')]
     for f in _credential_files():
         text = f.read_text(errors='replace')
-        known += re.findall(r'"(?:key|\w*token)"\s*:\s*"([^"]+)"', text) if text.lstrip().startswith('{') else [text.strip()]
+        if not text.lstrip().startswith('{'): known.append(text.strip())
+        else: known += re.findall(r'"(?:key|\w*token)"\s*:\s*"([^"]+)"', text)
     user = kaggle_user(default='')
     return [s for k in known if len(k) >= 6 for s in (k, base64.b64encode(f'{user}:{k}'.encode()).decode())]
 
@@ -61,6 +62,22 @@ def scrub_kaggle(
 # as `python -m kaggle` does, but without this folder in the path, where something may be called kaggle
 _start = "import sys; sys.path[:], sys.argv[0] = filter(None, sys.path), 'kaggle'; from kaggle.cli import main; main()"
 
+def _lines(stream):
+    "Lines as they come; bars end theirs with a carriage return"
+    out, line = io.TextIOWrapper(stream, errors='replace', newline=''), ''
+    while c := out.read(1):
+        line += c
+        if c not in '\r\n': continue
+        yield line
+        line = ''
+    if line: yield line
+
+def _start_client(args):
+    env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'VERBOSE': 'false', 'VERBOSE_OUTPUT': 'false', 'PYTHONSAFEPATH': '1'}
+    pipes:dict = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, '-c', _start, *map(str, args)], env=env, **pipes)
+
+# %% ../../nbs/85_kaggle.client.ipynb #0ac3f3e9
 def run_client(
     *args:str, # of the command `kaggle`, such as 'kernels', 'status', 'ada/rcic'
     say:Callable=None # where lines go as they come, such as `print(line, end='')`; None: nowhere
@@ -69,20 +86,17 @@ def run_client(
 
     Raises: ValueError with what it said last if it is not installed, does not know who asks, or fails.
     """
-    if importlib.util.find_spec('kaggle') is None: raise ValueError("Kaggle's client is not installed: pip install kaggle")
-    env, said = {**os.environ, 'PYTHONUNBUFFERED': '1', 'VERBOSE': 'false', 'VERBOSE_OUTPUT': 'false', 'PYTHONSAFEPATH': '1'}, []
-    hide = partial(scrub_kaggle, secrets=_client_secrets())
-    with subprocess.Popen([sys.executable, '-c', _start, *map(str, args)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as p:
-        out, line = io.TextIOWrapper(p.stdout, errors='replace', newline=''), '' # bars end their lines with a carriage return
-        while c := out.read(1):
-            line += c
-            if c not in '\r\n': continue
-            said.append(hide(line))
-            if say: say(said[-1])
-            line = ''
-        if line: said.append(hide(line))
-    text = ''.join(said)
+    if importlib.util.find_spec('kaggle') is None:
+        raise ValueError("Kaggle's client is not installed: pip install kaggle")
+    text, secrets = '', _client_secrets()
+    with _start_client(args) as p:
+        for line in _lines(p.stdout):
+            text += (shown := scrub_kaggle(line, secrets))
+            if say and line[-1] in '\r\n': say(shown)
     last = ' '.join(text.split('\n\n')[-1].split()) if text.strip() else 'no word'
-    if 'Authentication required' in text or '401 Client Error' in text: raise ValueError('Kaggle does not know who asks: `kaggle auth login`, or a token as https://www.kaggle.com/settings/api says')
-    if p.returncode or re.search(r'error: |are not valid', text): raise ValueError(f'kaggle {args[0]} {args[1]}: {last[-600:]}')
+    if 'Authentication required' in text or '401 Client Error' in text:
+        raise ValueError('Kaggle does not know who asks: `kaggle auth login`, '
+                         'or a token as https://www.kaggle.com/settings/api says')
+    if p.returncode or re.search(r'error: |are not valid', text):
+        raise ValueError(f'kaggle {args[0]} {args[1]}: {last[-600:]}')
     return text

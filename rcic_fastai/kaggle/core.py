@@ -21,6 +21,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from safetensors import safe_open
 
+from ..errors import one_of
 from ..files import check_free, check_name, check_output, claim_folder, clean_partials, naming, path_within
 from ..files import read_json, read_text, write_json, write_whole
 from ..credentials import refuse_password
@@ -30,6 +31,8 @@ from ..screen.atlas import Atlas, label_truth
 from ..predict.core import well_accuracy
 from ..predict.assign import accuracy_ladder
 from ..labels.metrics import average_precision, f1_floors
+
+# %% ../../nbs/86_kaggle.core.ipynb #cc1fd3bd
 from ..recipe.settings import Recipe
 from ..recipe.check import recipe_to_json
 from ..recipe.published import get_recipe
@@ -43,14 +46,17 @@ from .packages import image_lacks, input_folders, install_wheels, installed_whee
 
 # %% ../../nbs/86_kaggle.core.ipynb #196499a8
 import warnings
-warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning) # raised while fastai is imported; nothing a user can act on
+# raised while fastai is imported; nothing a user can act on
+warnings.filterwarnings('ignore', message='.*torch.jit', category=FutureWarning)
 
 # %% ../../nbs/86_kaggle.core.ipynb #f97f43bd
-def _one_of(found, what, root, hint):
-    if len(found)==1: return found[0]
+def _only_one(found, what, root, hint):
+    if len(found) == 1: return found[0]
+    if found:
+        listing = ', '.join(map(str, found))
+        raise ValueError(f'{len(found)} folders below {root} hold a {what}: {listing}; attach one of them only')
     listing = ', '.join(p.relative_to(root).as_posix() for p in input_folders(root, 2)) or 'nothing'
-    if not found: raise FileNotFoundError(f'there is no {what} below {root}, which holds {listing}: {hint}')
-    raise ValueError(f'{len(found)} folders below {root} hold a {what}: {", ".join(map(str, found))}; attach one of them only')
+    raise FileNotFoundError(f'there is no {what} below {root}, which holds {listing}: {hint}')
 
 def find_competition(
     root:str|Path # folder that inputs lie in, `/kaggle/input`
@@ -59,25 +65,36 @@ def find_competition(
 
     Raises: FileNotFoundError that says what is there instead; ValueError for several.
     """
-    found = [f for f in input_folders(root) if (f/'train.csv').is_file() and any((f/n).is_file() for n in ('test.csv', 'sample_submission.csv'))]
+    test_tables = 'test.csv', 'sample_submission.csv'
+    found = [f for f in input_folders(root)
+             if (f/'train.csv').is_file() and any((f/n).is_file() for n in test_tables)]
     packed = [f for f in found if (f/'manifest.json').is_file()]
-    return _one_of(packed or found, 'competition (train.csv and test.csv or sample_submission.csv)', root, 'attach it, `rcic-kaggle build --competition NAME`')
+    return _only_one(packed or found, 'competition (train.csv and test.csv or sample_submission.csv)', root,
+                     'attach it, `rcic-kaggle build --competition NAME`')
 
+# %% ../../nbs/86_kaggle.core.ipynb #cd29e0c2
 def _is_run(f): return (f/'run.json').is_file() and (f/'recipe.json').is_file()
 
 def find_run(
     root:str|Path # folder that inputs lie in
 ) -> Path: # folder of a finished run
-    "The finished run of an attached dataset. Raises: FileNotFoundError that says what is there instead; ValueError for several."
-    found = [f for f in input_folders(root) if _is_run(f) and not _is_run(f.parent)] # a network per cell type lies in a folder of its run
-    return _one_of(found, 'finished run (run.json and recipe.json)', root, 'attach the dataset of weights, `rcic-kaggle build --weights USER/NAME`')
+    """The finished run of an attached dataset.
 
+    Raises: FileNotFoundError that says what is there instead; ValueError for several.
+    """
+    # a network per cell type lies in a folder of its run
+    found = [f for f in input_folders(root) if _is_run(f) and not _is_run(f.parent)]
+    return _only_one(found, 'finished run (run.json and recipe.json)', root,
+                     'attach the dataset of weights, `rcic-kaggle build --weights USER/NAME`')
+
+# %% ../../nbs/86_kaggle.core.ipynb #b635b91e
 _run_suffixes = '.json', '.csv', '.npz', '.npy', '.safetensors', '.pt', '.pth', '.parquet', '.h5ad', '.html', '.png'
 
-def _not_of_a_run(folder, names):
-    "What is not copied: files that no run has, such as programs, and links to folders"
-    here = [Path(folder)/n for n in names]
-    return [p.name for p in here if p.name.startswith('.') or (p.is_symlink() if p.is_dir() else not p.is_file() or p.suffix not in _run_suffixes and 'tfevents' not in p.name)]
+def _is_of_a_run(path):
+    "Is this data of a run? Programs are not, nor links to folders"
+    if path.name.startswith('.'): return False
+    if path.is_dir(): return not path.is_symlink()
+    return path.is_file() and (path.suffix in _run_suffixes or 'tfevents' in path.name)
 
 def copy_run(
     source:Path, # run folder; inputs can only be read
@@ -87,18 +104,23 @@ def copy_run(
     run = Path(run)
     if run.exists(): return run
     copy = run.with_name(f'.{run.name}.{os.getpid()}')
-    shutil.copytree(source, copy, copy_function=shutil.copyfile, ignore=_not_of_a_run) # without the permissions of what can only be read
+    ignore = lambda folder, names: [n for n in names if not _is_of_a_run(Path(folder)/n)]
+    shutil.copytree(source, copy, copy_function=shutil.copyfile, ignore=ignore) # without the permissions of inputs
     os.replace(copy, run)
     return run
 
+# %% ../../nbs/86_kaggle.core.ipynb #f5542218
 def go_on(
     run:str|Path, # run folder of this session
     root:str|Path # folder that inputs lie in
 ) -> Path: # the first
-    "Take over what an earlier session left in a folder of the same name, if its output is attached. Raises: ValueError for several."
+    """Take over what an earlier session left in a folder of the same name, if its output is attached.
+
+    Raises: ValueError for several.
+    """
     left = 'run.json', 'checkpoints/*.pt', '*/run.json', '*/checkpoints/*.pt'
-    found = [f for f in input_folders(root) if f.name==Path(run).name and any(any(f.glob(p)) for p in left)]
-    return copy_run(_one_of(found, 'training that was begun', root, ''), run) if found else Path(run)
+    begun = [f for f in input_folders(root) if f.name == Path(run).name and any(any(f.glob(p)) for p in left)]
+    return copy_run(_only_one(begun, 'training that was begun', root, ''), run) if begun else Path(run)
 
 # %% ../../nbs/86_kaggle.core.ipynb #afa1e21c
 class StopAfter(Callback):
@@ -125,49 +147,65 @@ def attached_weights(
     name = recipe.model.pretrained
     if not isinstance(name, str) or Path(name).is_file(): return recipe
     found = [f/name for f in [Path(root), *input_folders(root)] if (f/name).is_file()]
-    if not found: raise FileNotFoundError(f'model.pretrained is {name!r}, which no folder below {root} holds: attach its dataset, `rcic-kaggle build --dataset USER/NAME`')
+    if not found:
+        raise FileNotFoundError(f'model.pretrained is {name!r}, which no folder below {root} holds: '
+                                'attach its dataset, `rcic-kaggle build --dataset USER/NAME`')
     return replace(recipe, model=replace(recipe.model, pretrained=str(found[0])))
 
 # %% ../../nbs/86_kaggle.core.ipynb #9a7febca
 def _quiet(*args): pass
 
+def _ladder(run, screen):
+    "Accuracy with each step, for siRNAs; the predictions are kept in the run folder, the submitted ones last"
+    method, how, steps = run.recipe.inference.batchnorm, dict(progress=False, say=_quiet), {}
+    if method != 'running': steps['running BatchNorm'] = run.predict('valid', batchnorm='running', **how)
+    steps[f'{method} BatchNorm'] = p = run.predict('valid', **how)
+    truth = screen.wells.loc[screen.wells.id_code.isin(p.wells().ids), ['id_code', 'sirna']]
+    return accuracy_ladder(steps, truth, plate_groups(screen.wells))
+
+def _label_measures(run, atlas, p):
+    "Macro-F1 with its interval, average precision and the floors, for several labels"
+    found, y = fit_thresholds(p, atlas, run.recipe.inference.thresholds)[1], label_truth(atlas, p.wells().ids)[0]
+    rows = {'macro-F1': found.macro_f1, 'at least': found.low, 'at most': found.high,
+            'average precision': average_precision(y, p.wells().probabilities), **f1_floors(y)}
+    return pd.Series(rows, name=f'{len(y):,} images').to_frame()
+
+# %% ../../nbs/86_kaggle.core.ipynb #7e4ce735
 def validation_table(
     run:str|Path|Run, # folder of a finished run
     screen:Screen # where its wells are
 ) -> pd.DataFrame: # steps for siRNAs, measures for several labels; the history if nothing was set aside
     "What a run is worth on the wells that were set aside."
     run = Run(run, screen)
-    if not run.valid_wells: return pd.read_csv(run.path/'history.csv') if (run.path/'history.csv').exists() else pd.DataFrame()
-    method, how, running = run.recipe.inference.batchnorm, dict(progress=False, say=_quiet), None
-    if run.target=='sirna' and method!='running': running = run.predict('valid', batchnorm='running', **how)
-    p = run.predict('valid', **how) # as it will be submitted, and kept in the run folder
-    if run.target=='sirna':
-        truth = screen.wells.loc[screen.wells.id_code.isin(p.wells().ids), ['id_code', 'sirna']]
-        return accuracy_ladder({**({} if running is None else {'running BatchNorm': running}), f'{method} BatchNorm': p}, truth, plate_groups(screen.wells))
-    if not run.task.several:
-        right, n = well_accuracy(p, screen.wells, run.target)
-        return pd.DataFrame(dict(wells=n, right=right, accuracy=right/n), index=[run.target])
-    if not isinstance(screen, Atlas): raise ValueError(f'{run} predicts labels, and {screen.path} is no atlas')
-    found, y = fit_thresholds(p, screen, run.recipe.inference.thresholds)[1], label_truth(screen, p.wells().ids)[0]
-    rows = {'macro-F1': found.macro_f1, 'at least': found.low, 'at most': found.high, 'average precision': average_precision(y, p.wells().probabilities), **f1_floors(y)}
-    return pd.Series(rows, name=f'{len(y):,} images').to_frame()
+    history = run.path/'history.csv'
+    if not run.valid_wells: return pd.read_csv(history) if history.exists() else pd.DataFrame()
+    if run.target == 'sirna': return _ladder(run, screen)
+    p = run.predict('valid', progress=False, say=_quiet)
+    if run.task.several and isinstance(screen, Atlas): return _label_measures(run, screen, p)
+    if run.task.several: raise ValueError(f'{run} predicts labels, and {screen.path} is no atlas')
+    right, n = well_accuracy(p, screen.wells, run.target)
+    return pd.DataFrame(dict(wells=n, right=right, accuracy=right/n), index=[run.target])
 
 # %% ../../nbs/86_kaggle.core.ipynb #0941bae0
-competitions = dict(sirna='recursion-cellular-image-classification', labels='human-protein-atlas-image-classification')
+competitions = dict(sirna='recursion-cellular-image-classification',
+                    labels='human-protein-atlas-image-classification')
 
 def kaggle_slug(
     title:str # of a kernel or a dataset
 ) -> str: # the last part of its address
     "What Kaggle makes of a title. Raises: ValueError for one it would not take."
     refuse_password(title, 'title')
-    if not 5 <= len(title) <= 50 or not title.isascii(): raise ValueError(f'title {title!r}: Kaggle takes 5 to 50 characters, here plain ones, so that its address is known')
+    if not 5 <= len(title) <= 50 or not title.isascii():
+        raise ValueError(f'title {title!r}: Kaggle takes 5 to 50 characters, '
+                         'here plain ones, so that its address is known')
     return re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')
 
 def _check_source(what, name, parts):
-    if not re.fullmatch('/'.join(['[A-Za-z0-9][A-Za-z0-9._-]*']*parts), str(name)):
-        raise ValueError(f'{what} is {name!r}, expected ' + {1: 'a NAME, the last part of its address', 2: 'USER/NAME'}.get(parts, 'USER/NAME/FRAMEWORK/VARIATION/VERSION'))
-    return name
+    if re.fullmatch('/'.join(['[A-Za-z0-9][A-Za-z0-9._-]*']*parts), str(name)): return name
+    expected = {1: 'a NAME, the last part of its address', 2: 'USER/NAME', 5: 'USER/NAME/FRAMEWORK/VARIATION/VERSION'}
+    raise ValueError(f'{what} is {name!r}, expected {expected[parts]}')
 
+# %% ../../nbs/86_kaggle.core.ipynb #bd50cbb6
 def kernel_metadata(
     user:str, # owner, the first part of the kernel's address
     title:str, # 5 to 50 characters
@@ -182,23 +220,26 @@ def kernel_metadata(
     machine:str=None # accelerator by Kaggle's name, such as NvidiaTeslaT4; None: the usual one
 ) -> dict: # for `kernel-metadata.json`
     "How a kernel is to run, checked. Raises: ValueError naming the setting and what was expected."
-    meta = dict(id=f'{_check_source("--user", user, 1)}/{kaggle_slug(title)}', title=title, code_file=code_file, language='python', kernel_type='notebook',
-                is_private=private, enable_gpu=gpu, enable_tpu=False, enable_internet=internet, dataset_sources=[_check_source('--dataset', d, 2) for d in datasets],
-                competition_sources=[_check_source('--competition', competition, 1)] if competition else [], kernel_sources=[_check_source('--kernel', k, 2) for k in kernels],
-                model_sources=[_check_source('--model', m, 5) for m in models])
+    checked = lambda option, names, parts: [_check_source(option, n, parts) for n in names]
+    meta = dict(id=f'{_check_source("--user", user, 1)}/{kaggle_slug(title)}', title=title, code_file=code_file,
+                language='python', kernel_type='notebook', is_private=private, enable_gpu=gpu, enable_tpu=False,
+                enable_internet=internet, dataset_sources=checked('--dataset', datasets, 2),
+                competition_sources=checked('--competition', [competition] if competition else [], 1),
+                kernel_sources=checked('--kernel', kernels, 2), model_sources=checked('--model', models, 5))
     return meta if machine is None else dict(**meta, machine_shape=machine)
 
 # %% ../../nbs/86_kaggle.core.ipynb #87bd8654
 def read_kernel(
     folder:str|Path # with `kernel-metadata.json`
 ) -> dict: # what that says
-    "The metadata of a kernel. Raises: FileNotFoundError; ValueError for an address that is none, or a notebook outside the folder."
+    "The metadata of a kernel. Raises: FileNotFoundError; ValueError for a wrong address, or a notebook elsewhere."
     path = Path(folder)/'kernel-metadata.json'
     if not path.is_file(): raise FileNotFoundError(f'{path} is not there: rcic-kaggle build writes it')
     meta = read_json(path)
     _check_source(f'{path}: id', meta.get('id'), 2)
     code = meta.get('code_file', 'kernel.ipynb')
-    if not isinstance(code, str) or not Path(code).name: raise ValueError(f'{path}: code_file is {code!r}, expected the name of a notebook in the same folder')
+    if not isinstance(code, str) or not Path(code).name:
+        raise ValueError(f'{path}: code_file is {code!r}, expected the name of a notebook in the same folder')
     try: path_within(folder, code)
     except ValueError as e: raise ValueError(f'{path}: code_file {e}; it would be uploaded') from None
     return meta
@@ -211,9 +252,18 @@ def _with_values(source, values):
     "Assignments at the beginning of lines get new values; comments stay"
     for name, value in values.items():
         source, n = re.subn(rf'^{name} = .*?(?=  #|$)', lambda m: f'{name} = {value!r}', source, flags=re.M)
-        if n!=1: raise ValueError(f'the template assigns {name} {n} times, expected once')
+        if n != 1: raise ValueError(f'the template assigns {name} {n} times, expected once')
     return source
 
+def _recipe_cell(recipe):
+    text = recipe_to_json(recipe).replace("'''", r'\u0027\u0027\u0027')
+    return f"RECIPE = r'''\n{text}'''"
+
+def _wheel_cell(source, packed, attached):
+    source = source.replace("PACKED = ''", f"PACKED = '''\n{packed}\n'''")
+    return source.replace('ATTACHED = {}', f'ATTACHED = {attached}')
+
+# %% ../../nbs/86_kaggle.core.ipynb #9d9e4f35
 def kernel_notebook(
     kind:str, # 'train' or 'infer'
     title:str, # heading
@@ -222,52 +272,36 @@ def kernel_notebook(
     values:dict=None, # settings of the first cell, such as VALID='fold=0/5'
     attached:dict=None # wheels in attached datasets: name -> SHA-256
 ) -> dict: # notebook, as JSON has it
-    "The template with a recipe, settings and wheels. Raises: ValueError for another kind, or a setting that is none."
-    if kind not in _kinds: raise ValueError(f'kind is {kind!r}, expected one of {", ".join(_kinds)}')
+    "The template with a recipe, settings and wheels. Raises: ValueError for another kind or setting."
+    one_of(kind, _kinds, 'kind')
     nb = json.loads((files('rcic_fastai')/'templates'/'kernel.ipynb').read_text(encoding='utf-8'))
     tags = lambda c: c['metadata'].get('tags', [])
     nb['cells'] = [c for c in nb['cells'] if kind in tags(c) or not set(tags(c)) & set(_kinds)]
     text = {'title': lambda s: s.replace('TITLE', title), 'settings': lambda s: _with_values(s, values or {}),
-            'recipe': lambda s: "RECIPE = r'''\n" + recipe_to_json(recipe).replace("'''", r'\u0027\u0027\u0027') + "'''",
+            'recipe': lambda s: _recipe_cell(recipe),
             'functions': lambda s: '\n'.join(inspect.getsource(f) for f in (input_folders, install_wheels)),
-            'wheels': lambda s: s.replace("PACKED = ''", f"PACKED = '''\n{packed}\n'''").replace('ATTACHED = {}', f'ATTACHED = {attached or {}}')}
+            'wheels': lambda s: _wheel_cell(s, packed, attached or {})}
     for c in nb['cells']:
         source = ''.join(c['source'])
         for tag in tags(c): source = text.get(tag, lambda s: s)(source)
         c['source'] = source.strip('\n')
-        if c['cell_type']=='code': c.update(outputs=[], execution_count=None)
+        if c['cell_type'] == 'code': c.update(outputs=[], execution_count=None)
     return nb
 
 # %% ../../nbs/86_kaggle.core.ipynb #3ab078ee
-_of_weights = 'recipe.json', 'model.safetensors', 'histograms.npz'
-
-def weights_folder(
-    run:str|Path|Run, # folder of a finished run
-    out:str|Path, # folder to write
-    user:str, # owner of the dataset
-    title:str # of the dataset, 6 to 50 characters
-) -> tuple[Path, str]: # the folder; USER/NAME of the dataset
-    """A folder for `kaggle datasets create` that holds what inference needs of a run.
-
-    Raises: FileNotFoundError if the run is not finished; ValueError for a blend, which has no network; FileExistsError for a folder of something else.
-    """
-    run = Run(run)
-    name, out = _check_weights(run, user, title), check_output(out, run.path)
-    _check_dataset(out, name)
-    with claim_folder(out): return _write_weights(run, out, title, name), name
-
-def _check_dataset(out, name):
-    note = check_free(out, 'dataset-metadata.json', 'dataset of weights')/'dataset-metadata.json'
-    if note.exists() and (there := read_json(note).get('id'))!=name: raise FileExistsError(f'{out} holds the dataset {there}, not {name}: give another folder')
-
-def _check_weights(run, user, title):
-    "The name of a dataset of weights"
-    if run.blend: raise ValueError(f'{run} is a blend of {", ".join(map(str, run.members.values()))}: build a kernel of each of them')
-    for folder in run.networks.values(): _check_network(Run(folder))
-    _check_with_data(run)
-    name = f'{_check_source("--user", user, 1)}/{kaggle_slug(title)}'
-    if len(title) < 6: raise ValueError(f'title {title!r}: Kaggle takes 6 to 50 characters for a dataset')
-    return name
+def _check_network(run):
+    "Refuse weights that are damaged, or those of another network, by the head of their file"
+    recipe, path, sizes = run.recipe, run.weights_path, (len(run.classes), len(run.channels), len(run.cell_types))
+    with naming(path, 'file of weights'), safe_open(path, 'pt') as f:
+        found = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    with torch.random.fork_rng(devices=[]):
+        model = recipe_model(replace(recipe, model=replace(recipe.model, pretrained=False)), *sizes)
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
+    wrong = next((k for k in own if found.get(k) != own[k]), None)
+    if wrong is None: return
+    of = f'the {sizes[0]} classes and {sizes[1]} channels of run.json'
+    raise ValueError(f'{path} is not of the network of recipe.json with {of}: '
+                     f'{wrong} is {found.get(wrong, "missing")}, expected {own[wrong]}')
 
 def _check_with_data(run):
     "Hold run.json against the screen it was trained on, if that is here"
@@ -276,29 +310,8 @@ def _check_with_data(run):
     run.check_classes()
     run.check_channels()
 
-def _check_network(run):
-    "Refuse weights that are damaged, or those of another network, by the head of their file"
-    recipe, path, sizes = run.recipe, run.weights_path, (len(run.classes), len(run.channels), len(run.cell_types))
-    with naming(path, 'file of weights'), safe_open(path, 'pt') as f: found = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    with torch.random.fork_rng(devices=[]):
-        model = recipe_model(replace(recipe, model=replace(recipe.model, pretrained=False)), *sizes)
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
-    wrong = [k for k in own if found.get(k)!=own[k]]
-    of = f'the {sizes[0]} classes and {sizes[1]} channels of run.json'
-    if wrong: raise ValueError(f'{path} is not of the network of recipe.json with {of}: {wrong[0]} is {found.get(wrong[0], "missing")}, expected {own[wrong[0]]}')
-
-def _write_weights(run, out, title, name):
-    "Copy what inference needs; what an earlier run had and this one has not is removed"
-    _remove_weights(out)
-    write_json(out/'dataset-metadata.json', dict(title=title, id=name, licenses=[dict(name='other')]))
-    for part in ['.', *run.parts]:
-        for f in _of_weights:
-            if (run.path/part/f).exists(): write_whole(out/part/f, partial(shutil.copyfile, run.path/part/f))
-        own = {**read_json(run.path/part/'run.json'), 'data': '/kaggle/input', 'start': None, 'request': None}
-        write_json(out/part/'run.json', own)
-    if run.task.several and run.predictions_path('valid').exists():
-        write_whole(out/'predictions'/'valid.npz', partial(shutil.copyfile, run.predictions_path('valid')))
-    return out
+# %% ../../nbs/86_kaggle.core.ipynb #641a9852
+_of_weights = 'recipe.json', 'model.safetensors', 'histograms.npz'
 
 def _remove_weights(out):
     "What `_write_weights` has written, and no more"
@@ -307,21 +320,76 @@ def _remove_weights(out):
     for folder in (*(out/p for p in parts), out/'predictions', out):
         clean_partials(folder, held=True)
         for f in (*_of_weights, 'run.json', 'valid.npz'): (folder/f).unlink(missing_ok=True)
-        with suppress(OSError): folder!=out and folder.rmdir()
+        with suppress(OSError): folder != out and folder.rmdir()
+
+def _write_weights(run, out, title, name):
+    "Copy what inference needs; what an earlier run had and this one has not is removed"
+    _remove_weights(out)
+    write_json(out/'dataset-metadata.json', dict(title=title, id=name, licenses=[dict(name='other')]))
+    copy = lambda path, to: write_whole(to, partial(shutil.copyfile, path))
+    for part in ['.', *run.parts]:
+        for f in _of_weights:
+            if (run.path/part/f).exists(): copy(run.path/part/f, out/part/f)
+        own = {**read_json(run.path/part/'run.json'), 'data': '/kaggle/input', 'start': None, 'request': None}
+        write_json(out/part/'run.json', own)
+    predicted = run.predictions_path('valid')
+    if run.task.several and predicted.exists(): copy(predicted, out/'predictions'/'valid.npz')
+    return out
+
+# %% ../../nbs/86_kaggle.core.ipynb #4a92cf1b
+def _check_dataset(out, name):
+    note = check_free(out, 'dataset-metadata.json', 'dataset of weights')/'dataset-metadata.json'
+    if note.exists() and (there := read_json(note).get('id')) != name:
+        raise FileExistsError(f'{out} holds the dataset {there}, not {name}: give another folder')
+
+def _check_weights(run, user, title):
+    "The name of a dataset of weights"
+    if run.blend:
+        members = ', '.join(map(str, run.members.values()))
+        raise ValueError(f'{run} is a blend of {members}: build a kernel of each of them')
+    for folder in run.networks.values(): _check_network(Run(folder))
+    _check_with_data(run)
+    name = f'{_check_source("--user", user, 1)}/{kaggle_slug(title)}'
+    if len(title) < 6: raise ValueError(f'title {title!r}: Kaggle takes 6 to 50 characters for a dataset')
+    return name
+
+# %% ../../nbs/86_kaggle.core.ipynb #20b51aaf
+def weights_folder(
+    run:str|Path|Run, # folder of a finished run
+    out:str|Path, # folder to write
+    user:str, # owner of the dataset
+    title:str # of the dataset, 6 to 50 characters
+) -> tuple[Path, str]: # the folder; USER/NAME of the dataset
+    """A folder for `kaggle datasets create` that holds what inference needs of a run.
+
+    Raises: FileNotFoundError if the run is not finished; ValueError for a blend, which has no network;
+    FileExistsError for a folder of something else.
+    """
+    run = Run(run)
+    name, out = _check_weights(run, user, title), check_output(out, run.path)
+    _check_dataset(out, name)
+    with claim_folder(out): return _write_weights(run, out, title, name), name
 
 # %% ../../nbs/86_kaggle.core.ipynb #9d92af95
-def _check_kernel(kind, recipe, run, weights, internet):
-    if kind not in _kinds: raise ValueError(f'kind is {kind!r}, expected one of {", ".join(_kinds)}')
-    if kind=='infer' and run is None and weights is None: raise ValueError('a kernel that only infers needs weights: --run FOLDER of a finished run, or --weights USER/NAME of a dataset that is there')
-    if kind=='train' and run is not None: raise ValueError(f'{run}: a kernel that trains makes a run of its own; --kind infer takes one')
-    if kind=='train' and recipe.model.pretrained is True and not internet:
-        raise ValueError(f'recipe {recipe.name} begins with weights that are downloaded, and this kernel has no internet: --set model.pretrained=NAME/FILE with --dataset USER/NAME '
-                         'that holds the file, --set model.pretrained=false, or --internet')
+def _check_kernel(kind, recipe, run, weights, values, internet):
+    one_of(kind, _kinds, 'kind')
+    for name, value in values.items(): refuse_password(str(value), name)
+    if kind == 'infer' and run is None and weights is None:
+        raise ValueError('a kernel that only infers needs weights: --run FOLDER of a finished run, '
+                         'or --weights USER/NAME of a dataset that is there')
+    if kind == 'train' and run is not None:
+        raise ValueError(f'{run}: a kernel that trains makes a new run; --kind infer takes one')
+    if kind == 'train' and recipe.model.pretrained is True and not internet:
+        raise ValueError(f'recipe {recipe.name} begins with weights that are downloaded, and this kernel has no '
+                         'internet: --set model.pretrained=NAME/FILE with --dataset USER/NAME that holds the file, '
+                         '--set model.pretrained=false, or --internet')
 
+# %% ../../nbs/86_kaggle.core.ipynb #34ce1ad9
 def _check_wheels(wheels, option):
     given = [Path(w) for w in wheels]
     for w in given:
-        if not zipfile.is_zipfile(w) or w.suffix!='.whl' or w.name.count('-') < 4: raise ValueError(f'{option} {w}: this is no wheel')
+        if not zipfile.is_zipfile(w) or w.suffix != '.whl' or w.name.count('-') < 4:
+            raise ValueError(f'{option} {w}: this is no wheel')
     return given
 
 def _embedded(wheels, lacking, folder):
@@ -333,25 +401,76 @@ def _embedded(wheels, lacking, folder):
 def _check_size(text, wheels):
     if (size := len(text.encode())) <= notebook_limit: return
     largest, most = max(((w, len(pack_wheels([w]))) for w in wheels), key=lambda x: x[1])
-    raise ValueError(f'the notebook has {size/1e6:.2f} MB and Kaggle takes {notebook_limit/1e6:g} MB; {largest.name} alone takes {most/1e6:.2f} MB: '
-                     'put it into a dataset, attach that (--dataset), and give the wheel as --attached-wheel, not as --wheel')
+    raise ValueError(f'the notebook has {size/1e6:.2f} MB and Kaggle takes {notebook_limit/1e6:g} MB; '
+                     f'{largest.name} alone takes {most/1e6:.2f} MB: put it into a dataset, attach that (--dataset), '
+                     'and give the wheel as --attached-wheel, not as --wheel')
 
+# %% ../../nbs/86_kaggle.core.ipynb #f5483a14
 def _check_folder(out):
     notebook = check_free(out, 'kernel-metadata.json', 'kernel')/'kernel.ipynb'
-    if notebook.exists() and 'PACKED = ' not in read_text(notebook): raise FileExistsError(f'{notebook} is a notebook of somebody else: give another folder')
+    if notebook.exists() and 'PACKED = ' not in read_text(notebook):
+        raise FileExistsError(f'{notebook} is a notebook of somebody else: give another folder')
+    return out
 
 def _check_metadata(out, meta):
-    "A kernel is replaced by itself: by one of the same address, whose notebook this library has written"
     path = out/'kernel-metadata.json'
-    if not path.exists() or (there := read_json(path))==meta: return
-    if there.get('id')!=meta['id']: raise FileExistsError(f'{path} is of the kernel {there.get("id")}, not {meta["id"]}: delete it, or give another folder')
-    if not (out/meta['code_file']).exists(): raise FileExistsError(f'{path} is not of a kernel that rcic_fastai has written: delete it, or give another folder')
+    if not path.exists() or (there := read_json(path)) == meta: return
+    if there.get('id') != meta['id']:
+        raise FileExistsError(f'{path} is of the kernel {there.get("id")}, not {meta["id"]}: '
+                              'delete it, or give another folder')
+    if not (out/meta['code_file']).exists():
+        raise FileExistsError(f'{path} is not of a kernel that rcic_fastai has written: '
+                              'delete it, or give another folder')
 
+def _write_kernel(out, meta, text, run, named):
+    "Write the notebook, and the weights of a run under the owner and title that they are named by"
+    write_json(out/'kernel-metadata.json', meta)
+    write_whole(out/meta['code_file'], text)
+    if run is not None: weights_folder(run, out/'weights', *named)
+
+# %% ../../nbs/86_kaggle.core.ipynb #d30b4e0c
+def _default_title(kind, recipe):
+    return f'{"Train" if kind == "train" else "Infer with"} {recipe.name.replace("_", " ")}'[:50].strip()
+
+def _run_and_recipe(run, recipe):
+    if run is None: return None, recipe or get_recipe('laptop')
+    return (run := Run(run)), run.recipe
+
+def _dataset_of_weights(kind, out, run, weights, user, title):
+    "Owner and title of the dataset that a kernel takes its weights from, and its address in a list"
+    if kind == 'train': return None, []
+    named = weights.split('/') if weights else (user, f'{title[:42].strip()} weights')
+    if run is None: return named, [weights]
+    address = _check_weights(run, *named)
+    _check_dataset(out/'weights', address)
+    return named, [address]
+
+def _described(out, user, title, recipe, competition, datasets, go_on, metadata):
+    "What `kernel-metadata.json` says of a kernel, sources named once"
+    kernels = [*metadata.pop('kernels', ()), *([f'{user}/{kaggle_slug(title)}'] if go_on else [])]
+    competition = competition or competitions[task_of_loss(recipe.loss.name).target]
+    meta = kernel_metadata(user, title, competition=competition, datasets=dict.fromkeys(datasets),
+                           kernels=dict.fromkeys(kernels), **metadata)
+    _check_metadata(out, meta)
+    return meta
+
+# %% ../../nbs/86_kaggle.core.ipynb #e11287fa
+def _kernel_text(kind, title, recipe, values, wheels, lacking, attached):
+    "The notebook as text, with its wheels. Raises: ValueError where Kaggle would not take it"
+    hashes = {w.name: hashlib.sha256(w.read_bytes()).hexdigest() for w in _check_wheels(attached, '--attached-wheel')}
+    with tempfile.TemporaryDirectory() as folder:
+        found = _embedded(wheels, lacking, folder)
+        nb = kernel_notebook(kind, title, pack_wheels(found), recipe if kind == 'train' else None, values, hashes)
+        text = json.dumps(nb, indent=1, ensure_ascii=False)+'\n'
+        _check_size(text, found)
+    return text
+
+# %% ../../nbs/86_kaggle.core.ipynb #c3443350
 def build_kernel(
     out:str|Path, # folder to write
     kind:str='train', # 'train', or 'infer' for a kernel that only loads weights
     recipe:Recipe=None, # of a kernel that trains; None: 'laptop'
-    run:str|Path|Run|None=None, # finished run whose weights a kernel infers with; they are written to `weights` in the folder
+    run:str|Path|Run|None=None, # finished run that a kernel infers with; its weights go to `weights` in the folder
     weights:str=None, # USER/NAME of the dataset of weights; None: named after the title
     user:str=None, # owner; None: see `kaggle_user`
     title:str=None, # of the kernel; None: after the recipe
@@ -359,38 +478,21 @@ def build_kernel(
     datasets:Sequence[str]=(), # further attached datasets, USER/NAME
     wheels:Sequence[str|Path]=(), # further wheels to put into the notebook
     lacking:Sequence[str]=image_lacks, # installed packages whose wheels go into it too
-    go_on:bool=False, # attach the output of the last version, to go on with its training
+    go_on:bool=False, # attach the output of the last version, to resume its training
     values:dict=None, # settings of the notebook's first cell, such as VALID='fold=0/5'
-    attached:Sequence[str|Path]=(), # wheels that lie in an attached dataset too; the kernel installs these very files, and none that it finds beside them
+    attached:Sequence[str|Path]=(), # wheels in an attached dataset, which the kernel installs, and no others there
     **metadata # of `kernel_metadata`: private, gpu, internet, kernels, models, machine
 ) -> dict: # what `kernel-metadata.json` says
     """Write a folder for `kaggle kernels push`: a notebook and `kernel-metadata.json`.
 
-    Raises: ValueError for what Kaggle would refuse, or what could not run there; FileNotFoundError for a run that is not finished.
+    Raises: ValueError for what Kaggle would refuse, or could not run; FileNotFoundError for an unfinished run.
     """
-    run = None if run is None else Run(run)
-    recipe = recipe or get_recipe('laptop') if run is None else run.recipe
-    out = check_output(out, None if run is None else run.path, *wheels, option='--folder')
-    _check_kernel(kind, recipe, run, weights, metadata.get('internet', False))
-    for name, value in (values or {}).items(): refuse_password(str(value), name)
-    user, title = user or kaggle_user(), title or f'{"Train" if kind=="train" else "Infer with"} {recipe.name.replace("_", " ")}'[:50].strip()
-    datasets, kernels = list(datasets), list(metadata.pop('kernels', ()))
-    _check_folder(out)
-    if kind=='infer':
-        named = weights.split('/') if weights else (user, f'{title[:42].strip()} weights')
-        datasets.append(weights if run is None else _check_weights(run, *named))
-        if run is not None: _check_dataset(out/'weights', datasets[-1])
-    if go_on: kernels.append(f'{user}/{kaggle_slug(title)}')
-    competition = competition or competitions[task_of_loss(recipe.loss.name).target]
-    meta = kernel_metadata(user, title, competition=competition, datasets=dict.fromkeys(datasets), kernels=dict.fromkeys(kernels), **metadata)
-    _check_metadata(out, meta)
-    hashes = {w.name: hashlib.sha256(w.read_bytes()).hexdigest() for w in _check_wheels(attached, '--attached-wheel')}
-    with tempfile.TemporaryDirectory() as folder:
-        found = _embedded(wheels, lacking, folder)
-        text = json.dumps(kernel_notebook(kind, title, pack_wheels(found), recipe if kind=='train' else None, values, hashes), indent=1, ensure_ascii=False)+'\n'
-        _check_size(text, found)
-    with claim_folder(out):
-        write_json(out/'kernel-metadata.json', meta)
-        write_whole(out/meta['code_file'], text)
-        if kind=='infer' and run is not None: weights_folder(run, out/'weights', *named)
+    run, recipe = _run_and_recipe(run, recipe)
+    out = _check_folder(check_output(out, None if run is None else run.path, *wheels, option='--folder'))
+    _check_kernel(kind, recipe, run, weights, values or {}, metadata.get('internet', False))
+    user, title = user or kaggle_user(), title or _default_title(kind, recipe)
+    named, own = _dataset_of_weights(kind, out, run, weights, user, title)
+    meta = _described(out, user, title, recipe, competition, [*datasets, *own], go_on, metadata)
+    text = _kernel_text(kind, title, recipe, values, wheels, lacking, attached)
+    with claim_folder(out): _write_kernel(out, meta, text, run, named)
     return meta

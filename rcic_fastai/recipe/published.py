@@ -265,8 +265,9 @@ def laptop_recipe(
     short, size = _shorter(recipe, epochs), min(recipe.data.batch_size, virtual_batch)
     factor = (lr or laptop_rates.get(recipe.name.removesuffix('-faithful'), recipe.train.lr))/recipe.train.lr
     stages = {s: _short_stage(getattr(recipe, s), short, factor, virtual_batch//size) for s in stage_names}
+    name = recipe.name if recipe.name.rpartition('-')[2] == 'laptop' else f'{recipe.name}-laptop'
     return check_recipe(replace(
-        recipe, **stages, name=f'{recipe.name}-laptop',
+        recipe, **stages, name=name,
         data=replace(recipe.data, batch_size=size, cache=True, workers=0, read_size=recipe.data.read_size and 64),
         model=replace(recipe.model, **{'pretrained': False, **(model or small_resnet)}),
         pseudo=_short_pseudo(recipe.pseudo, short, stages['train'].epochs),

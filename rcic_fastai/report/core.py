@@ -9,7 +9,7 @@ __all__ = ['read_truth', 'JudgedRun', 'run_context', 'training_time', 'headline'
            'map_labels', 'plot_map', 'well_images', 'worst_pictures', 'pair_pictures', 'report_template', 'make_report']
 
 # %% ../../nbs/81_report.core.ipynb #b3468df5
-import json, sys, warnings
+import hashlib, json, sys, warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib.resources import files
@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 
 # %% ../../nbs/81_report.core.ipynb #5494eeff
 from ..files import check_ours, check_output, check_target, is_marked, read_arrays, read_json
-from ..files import regular_file, user_path, write_whole
+from ..files import read_text, user_path, write_whole
 from ..screen.tables import is_unknown
 from ..screen.groups import plate_groups
 from ..screen.sites import present_sites
@@ -718,12 +718,25 @@ def _page_date(run):
     return datetime.fromtimestamp((run/'run.json').stat().st_mtime), 'run of '
 
 # %% ../../nbs/81_report.core.ipynb #aa01b20b
+def _name_cells(nb):
+    "Ids for the cells that have none, from their place and text; those that nbformat makes are random"
+    for i, c in enumerate(nb['cells']):
+        text = f'{i} {"".join(c.get("source", ""))}'
+        if not c.get('id'): c['id'] = hashlib.sha256(text.encode()).hexdigest()[:8]
+    nb['nbformat_minor'] = max(5, nb['nbformat_minor']) # earlier ones know no ids
+    return nb
+
 def _read_template(path):
-    "A notebook to execute"
+    "A notebook to execute; the same file gives the same ids"
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist; expected a notebook to execute')
-    try: return nbformat.read(regular_file(path), 4)
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError) as e:
+    try:
+        raw = nbformat.reader.parse_json(read_text(path))
+        if raw['nbformat'] == 4: return nbformat.reads(json.dumps(_name_cells(raw)), 4)
+        nb = nbformat.reads(json.dumps(raw), 4)
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, KeyError, AttributeError, TypeError) as e:
         raise ValueError(f'{path} is no notebook: {str(e).splitlines()[0]}') from None
+    for c in nb.cells: c.pop('id', None)
+    return _name_cells(nb)
 
 # %% ../../nbs/81_report.core.ipynb #2465ae66
 @patch
