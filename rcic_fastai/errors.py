@@ -47,9 +47,10 @@ def one_of(
     choices:Iterable, # what there is; None may be one of them
     name:str # of the setting, parameter or option
 ) -> T: # the same value
-    "A value that is one of the choices. Raises: ValueError with the name, the value, the choices, and the one that is meant."
+    "A value that is one of the choices. Raises: ValueError with the name, the value and the choices."
     choices = list(choices)
     if any(value is c or (type(value) is type(c) and value == c) for c in choices): return value
     close = nearest(value, [c for c in choices if c is not None])
     meant = f'; did you mean {close[0]!r}?' if close else ''
-    raise ValueError(f"{name} is {value!r}, expected {'one of ' if len(choices) > 1 else ''}{_listed(choices, 20)}{meant}")
+    expected = 'one of ' if len(choices) > 1 else ''
+    raise ValueError(f'{name} is {value!r}, expected {expected}{_listed(choices, 20)}{meant}')

@@ -24,8 +24,9 @@ def user_path(
 ) -> Path: # with the home folder in place of ~
     "A path that a person gave. Raises: ValueError for a path that no system has, such as one with a NUL."
     if '\0' in str(path): raise ValueError(f'{str(path)!r} is no path: it holds a NUL character')
-    if '://' not in str(path) and (long := [p for p in Path(path).parts if len(os.fsencode(p)) > 255] or len(os.fsencode(path)) > 4000):
-        raise ValueError(f'{str(path)[:60]}... is no path: ' + ('a name in it is longer than 255 bytes' if isinstance(long, list) else 'it is longer than 4,000 bytes'))
+    too_long = ('a name in it is longer than 255 bytes' if any(len(os.fsencode(p)) > 255 for p in Path(path).parts)
+                else 'it is longer than 4,000 bytes' if len(os.fsencode(path)) > 4000 else '')
+    if too_long and '://' not in str(path): raise ValueError(f'{str(path)[:60]}... is no path: {too_long}')
     try: return Path(path).expanduser()
     except RuntimeError: return Path(path) # a folder whose name begins with ~, and no user of that name
 
@@ -151,7 +152,8 @@ def write_whole(
         os.replace(temporary, path)
     except OSError as e:
         if e.errno is None: raise OSError(f'{path} cannot be written: {e}') from None
-        if e.filename is not None and str(temporary) not in map(str, (e.filename, e.filename2)): raise # of a file that is read
+        if e.filename is not None and str(temporary) not in map(str, (e.filename, e.filename2)):
+            raise # of a file that is read
         raise OSError(e.errno, e.strerror, str(path)) from None
     finally: temporary.unlink(missing_ok=True)
     if sync and os.name == 'posix': _sync(path.parent)
@@ -219,8 +221,8 @@ def parse_json(
     except json.JSONDecodeError as e: raise ValueError(f'{where}: line {e.lineno}: {e.msg}') from None
     except RecursionError: raise ValueError(f'{where}: nested too deeply') from None
     if kind is None or isinstance(found, kind): return found
-    raise ValueError(f'{where}: {json.dumps(found)[:60]} where '
-                     f'{dict(dict="an object in braces", list="a list in brackets").get(kind.__name__, kind.__name__)} is expected')
+    expected = {dict: 'an object in braces', list: 'a list in brackets'}.get(kind, kind.__name__)
+    raise ValueError(f'{where}: {json.dumps(found)[:60]} where {expected} is expected')
 
 # %% ../nbs/01_files.ipynb #31dface5
 def regular_file(

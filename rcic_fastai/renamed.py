@@ -16,7 +16,7 @@ def renamed(
     module:str, # `__name__` of the module
     **names:str # new name of each old one
 ) -> Callable[[str], Any]: # the `__getattr__` of the module
-    "Find things by the names they had in the release before, with a warning. Raises: `AttributeError` for any other name."
+    "Find things by their names of the release before, with a warning. Raises: `AttributeError` for any other name."
     def __getattr__(name):
         if name not in names: raise AttributeError(f'module {module!r} has no attribute {name!r}')
         warnings.warn(f'{module}.{name} is called {names[name]} now; the old name leaves with the next release',

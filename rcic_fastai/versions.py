@@ -19,9 +19,11 @@ def clashing_versions(
 ) -> str|None: # what does not fit, and what to install; None if all is well
     "Releases that pip lets stand side by side, and that do not work together."
     if Version(fastai) < Version('2.8.9') and Version(fastcore) >= Version('2'):
-        return f'fastai {fastai} does not work with fastcore {fastcore}: pip install -U fastai, or pip install "fastcore<2"'
+        return (f'fastai {fastai} does not work with fastcore {fastcore}: pip install -U fastai, '
+                'or pip install "fastcore<2"')
     if Version(fasttransform) < Version('0.0.4') and Version(plum) >= Version('2.10'):
-        return f'fasttransform {fasttransform} does not work with plum {plum}: pip install -U fasttransform, or pip install "plum-dispatch<2.10"'
+        return (f'fasttransform {fasttransform} does not work with plum {plum}: pip install -U fasttransform, '
+                'or pip install "plum-dispatch<2.10"')
     return None
 
 def check_versions():
