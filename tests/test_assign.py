@@ -367,6 +367,7 @@ def test_real_layout_of_all_training_experiments():
     assert len(check_real_size(layouts())) == 33
 
 
+@pytest.mark.slow
 def test_synthetic_layout_of_real_size():
     def layouts(n=8):
         groups = np.random.default_rng(0).permutation(np.arange(1108) % 4)

@@ -66,6 +66,7 @@ def bench_recipe(one):
     return recipe_from_dict(one["recipe"])
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_not_done_again(bench, work, monkeypatch):
     one = job("laptop", variants={"a": {}, "b": dict(batchnorm="running")})
     first = bench.run_job(work, one)

@@ -206,6 +206,7 @@ def test_certain_members_do_not_end_in_a_tie():
     assert blend_predictions(dict(a=a, b=b)).labels.tolist() == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["probability", "logit"])
 def test_chosen_weights_are_never_worse_than_the_best_member(space):
     "Twenty random cases, some with unlabelled wells; and in most of them better"

@@ -140,6 +140,7 @@ def test_a_signal_while_validating(screen, whole, tmp_path):
     assert same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_and_left_out(screen, whole, tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         train(screen, tmp_path / "run", At(7, fail))
@@ -151,6 +152,7 @@ def test_a_damaged_checkpoint_is_told_and_left_out(screen, whole, tmp_path):
     assert "Going on with" in said[1] and same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, message", [
     ("train.lr=0.01", "train.lr was 0.001 and is 0.01"),
     ("loss.options.m=0.3", r"loss.options was .*0.2.* and is .*0.3"),
@@ -166,6 +168,7 @@ def test_another_recipe_is_refused(screen, tmp_path, change, message):
     assert [p.read_bytes() for p in checkpoint_files(tmp_path / "run/checkpoints")] == before
 
 
+@pytest.mark.slow
 def test_what_changes_nothing_may_change(screen, whole, tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         train(screen, tmp_path / "run", At(5, fail))
@@ -323,6 +326,7 @@ def test_no_stage_validates_on_what_another_has_trained_on(two_types, tmp_path, 
         train_run(two_types, recipe, tmp_path / "run", valid=valid, say=lambda *a: None)
 
 
+@pytest.mark.slow
 def test_held_out_controls_are_left_out_of_pretraining(two_types, tmp_path, monkeypatch):
     "Where controls are validated on, they are not what is pretrained on"
     seen, fit = [], checkpoint.Checkpoint.before_fit
@@ -338,6 +342,7 @@ def test_held_out_controls_are_left_out_of_pretraining(two_types, tmp_path, monk
 # Where the network of a run goes on
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_the_network_of_another(two_types, tmp_path):
     say = lambda *a: None  # noqa: E731
     recipe = replace(tiny, train=TrainSettings(epochs=1, lr=1e-9, weight_decay=0.0))

@@ -160,6 +160,7 @@ def test_screens(small_screen, tmp_path):
                           names=("train.csv", "train_controls.csv", "test.csv", "test_controls.csv", "HUVEC")), name
 
 
+@pytest.mark.slow
 def test_screen_of_ones_own(tmp_path):
     for w in ("B02", "B03"):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"{w}_DAPI.png")
@@ -338,6 +339,7 @@ def test_a_pipe_is_not_waited_for(run, small_screen, tmp_path, name):
         reads.get(name, lambda: (read_screen(store), Store(store).read(0)))()
 
 
+@pytest.mark.slow
 def test_a_manifest_does_not_say_how_long_something_takes(small_screen, tmp_path):
     for format in ("blosc2", "raw", "zarr"):
         store = tmp_path / format
@@ -404,6 +406,7 @@ def with_index(store, change):
     (store / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "digest"}))
 
 
+@pytest.mark.slow
 def test_an_index_that_is_not_ours(small_screen, tmp_path):
     for name, change in dict(once=lambda t: t.assign(site_id=t.site_id.iloc[0]),
                              files=lambda t: t.assign(files="x")).items():

@@ -205,6 +205,7 @@ def test_unknown_targets_are_masked(sites):
     assert y.tolist() == expected and MASKED in expected and y.dtype == torch.int64
 
 
+@pytest.mark.slow
 @each("target", ["sirna", "cell_type", "experiment", "plate", "well_type"])
 def test_any_column_is_a_target(screen, target):
     table = select_sites(screen, wells="all")
@@ -284,6 +285,7 @@ def test_training_batches(sites, domain, workers):
     assert ids_of(dls.train, table) == first  # and the first again
 
 
+@pytest.mark.slow
 @each("domain, workers", LOADERS)
 def test_validation_batches(sites, domain, workers):
     dls = loaders(sites.sample(frac=1, random_state=2), domain=domain, num_workers=workers)
@@ -401,6 +403,7 @@ def domain_columns(domain):
     return {None: [], "cell_type": [0], "experiment": [1], "plate": [1, 2]}[domain]
 
 
+@pytest.mark.slow
 @each("domain, workers, k", [(None, 0, 1), ("cell_type", 0, 1), ("experiment", 2, 2), ("plate", 0, 1)])
 def test_controls_follow_the_sites_of_their_domain(sites, controls, domain, workers, k):
     settings = dict(domain=domain, num_workers=workers, bs=4, domains_per_batch=k, seed=3)
@@ -740,6 +743,7 @@ def test_the_other_layouts(tmp_path, layout):
 # predictions come back in the order of the table
 
 
+@pytest.mark.slow
 @each("domain, workers", LOADERS)
 def test_get_preds_in_the_order_of_the_table(sites, test_sites, domain, workers):
     learn = learner(loaders(sites, domain=domain, num_workers=workers))
@@ -848,6 +852,7 @@ def test_show_batch_unique_shows_one_site(sites):
     assert all((x == images[0]).all() for x in images)
 
 
+@pytest.mark.slow
 def test_show_results_says_what_was_right(sites, test_sites):
     dls = loaders(sites)
     b = dls.valid.one_batch()

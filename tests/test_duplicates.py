@@ -197,6 +197,7 @@ def plain_twins(a, b, has_a, has_b, d, rule, min_channels, same):
     return [(i, j, total[i, j] / n[i, j], largest[i, j], n[i, j]) for i, j in np.argwhere(near) if not same or i < j]
 
 
+@pytest.mark.slow
 @each("rule", ["all", "mean"])
 @each("same", [True, False])
 @each("d, min_channels, blank", [(1, 1, 0.2), (4, 1, 0.6), (4.5, 2, 0.2), (30, 3, 0)])

@@ -77,14 +77,17 @@ def test_a_star_import_replaces_no_name_of_fastai_nor_of_what_people_import_besi
     assert found["n"] > 1000 and 140 < found["ours"] < 180 and found["replaced"] == []
 
 
+@pytest.mark.slow
 def test_nor_is_one_of_ours_replaced_where_fastai_comes_second(found):
     assert found["lost"] == []
 
 
+@pytest.mark.slow
 def test_it_brings_no_modules_and_hides_no_builtins(found):
     assert found["modules"] == [] and found["builtins"] == []
 
 
+@pytest.mark.slow
 def test_no_method_of_fastai_or_torch_is_replaced(found):
     assert found["classes"] > 300 and found["patched"] == []
 

@@ -125,6 +125,7 @@ def test_real_tables():
     assert report.spread.max() < 0.15 and not report["empty"].any()
 
 
+@pytest.mark.slow
 @real
 def test_real_field_at_full_brightness():
     field = str(HPA / (FIELD + "_{channel}.jpg"))
@@ -196,6 +197,7 @@ def test_groups_of_another_atlas_are_refused(tmp_path):
         read_hpa(tmp_path)
 
 
+@pytest.mark.slow
 def test_missing_channel_and_missing_yellow(tmp_path, folder):
     atlas = read_hpa(folder)
     strict = read_hpa(folder, yellow="raise")
@@ -211,6 +213,7 @@ def test_missing_channel_and_missing_yellow(tmp_path, folder):
         read_site(str(tmp_path / "a_{channel}.png"), hpa_channels[1:])
 
 
+@pytest.mark.slow
 def test_colour_where_grey_is_expected(folder):
     colored = next((folder / "external").glob("*_red.jpg"))
     with pytest.raises(ValueError, match="a colour image, expected one grey image per channel"):
@@ -219,6 +222,7 @@ def test_colour_where_grey_is_expected(folder):
         read_channel(colored, "magenta")
 
 
+@pytest.mark.slow
 @each("conflicts", ["keep", "union", "intersection", "majority", "train", "drop"])
 def test_policies_for_twins_that_disagree(folder, conflicts):
     before, after = read_hpa(folder).wells, read_hpa(folder, conflicts=conflicts).wells
@@ -228,6 +232,7 @@ def test_policies_for_twins_that_disagree(folder, conflicts):
     assert (len(after) < len(before)) == (conflicts == "drop")
 
 
+@pytest.mark.slow
 def test_planted_twins_are_found(folder):
     planted = pd.read_csv(folder / "twins.csv")
     found = pd.read_csv(folder / "duplicates.csv")
@@ -238,6 +243,7 @@ def test_planted_twins_are_found(folder):
     assert np.mean(inside) > 0.9
 
 
+@pytest.mark.slow
 def test_a_validation_fold_shares_nothing_with_training(atlas):
     train = atlas.wells[atlas.wells.split == "train"].reset_index(drop=True)
     masks = np.array([valid_mask(train, f"fold={k}/4") for k in range(4)])
@@ -246,6 +252,7 @@ def test_a_validation_fold_shares_nothing_with_training(atlas):
         assert not set(train.group[mask]) & set(train.group[~mask])
 
 
+@pytest.mark.slow
 def test_a_fold_without_a_positive_is_told_and_works(atlas):
     known = atlas.wells[atlas.wells.labels.notna()].iloc[:60]
     y = atlas.labels(known)
@@ -282,6 +289,7 @@ def test_batches_hold_rows_of_labels(atlas, tmp_path, packed):
         "labels " + ", ".join(atlas.class_names[i] for i in sites.labels[0]))
 
 
+@pytest.mark.slow
 def test_a_list_of_external_images_that_were_not_packed(folder, tmp_path):
     "The store holds the table of images that nobody had; they are none of its images"
     without = read_hpa(folder, external=False)
@@ -291,6 +299,7 @@ def test_a_list_of_external_images_that_were_not_packed(folder, tmp_path):
     check_files(packed.sites(), packed.channels)
 
 
+@pytest.mark.slow
 def test_images_of_two_sizes_need_one(atlas):
     sites = atlas.sites()
     with pytest.raises(ValueError, match="read_size"):
@@ -301,6 +310,7 @@ def test_images_of_two_sizes_need_one(atlas):
 # Training
 
 
+@pytest.mark.slow
 def test_losses_and_labels_must_fit(atlas, tmp_path):
     with pytest.raises(ValueError, match="labels is a set of labels, and 'am_softmax' is a loss of one label"):
         train_run(atlas, laptop_recipe(get_recipe("laptop"), 1), tmp_path / "a", say=quiet)
@@ -377,6 +387,7 @@ def test_a_run_that_was_interrupted_ends_the_same(atlas, staged, whole, tmp_path
 # Inference and submission
 
 
+@pytest.mark.slow
 def test_predictions_are_probabilities_of_each_label(run, atlas):
     p = Predictions.load(run / "predictions" / "test.npz")
     assert p.activation == "sigmoid" and p.classes.tolist() == list(range(28))
@@ -384,6 +395,7 @@ def test_predictions_are_probabilities_of_each_label(run, atlas):
     assert set(p.wells().ids) == set(atlas.wells.id_code[atlas.wells.split == "test"])
 
 
+@pytest.mark.slow
 def test_submission_with_thresholds_and_score(run, atlas, folder, tmp_path):
     said = []
     path = submit_labels(run, atlas, tmp_path / "s.csv", method="global", say=said.append)
@@ -429,6 +441,7 @@ def test_stack_and_mean_of_two_runs(run, atlas, tmp_path):
         blend_runs([run, other], atlas, tmp_path / "blend2", weights="chosen", say=quiet)
 
 
+@pytest.mark.slow
 def test_metric_learning_on_antibodies(atlas, tmp_path):
     recipe = change_recipe(laptop_recipe(get_recipe("hpa_resnet50_arcface"), 1), "data.read_size=32", "data.size=32")
     learn = train_run(atlas, recipe, tmp_path / "run", target="antibody", say=quiet)
@@ -465,6 +478,7 @@ def test_from_files_to_a_score_by_commands(folder, tmp_path, monkeypatch, capsys
     assert code == 0 and (tmp_path / "share.csv").exists(), out
 
 
+@pytest.mark.slow
 def test_labels_of_a_table_in_a_data_block_of_ones_own(atlas):
     "Tuples with our block; fastai's takes lists, and says so with nothing better than a TypeError"
     from fastai.data.all import ColReader, DataBlock, MultiCategoryBlock, RandomSplitter

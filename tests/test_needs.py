@@ -85,6 +85,7 @@ def test_the_same_statistics_everywhere(screen, tmp_path, name, monkeypatch):
         np.testing.assert_allclose(drawn, x[pd.Index(wells.id_code).get_indexer(ids)], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_embed_without_and_with_a_truth(small_run, small_screen, tmp_path, capsys, monkeypatch):
     """Without labels the file and a sentence; a truth fills in what is unknown, keeps the controls, and may not
     contradict"""

@@ -202,6 +202,7 @@ def test_modules_import_only_lower_floors():
     assert not ahead, f"imports of the same or of a higher floor: {sorted(ahead)}"
 
 
+@pytest.mark.slow
 def test_the_drawing_of_the_import_graph():
     "Made by a tool that reads the imports in another way than this file"
     tool = runpy.run_path(str(ROOT / "tools" / "imports.py"))
@@ -318,6 +319,7 @@ def test_readme_converter(readme, tmp_path):
             "[in](#here)" in relinked)
 
 
+@pytest.mark.slow
 def test_the_public_environment_is_enough():
     "Modules import nothing that only the development environment has (nbdev's index aside)"
     dev = {Requirement(r).name.replace("-", "_") for r in settings()["dev_requirements"].split()} - {

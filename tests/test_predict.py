@@ -140,6 +140,7 @@ def test_views_are_averaged(learn, sites, monkeypatch):
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_windows_of_large_images(screen, tmp_path):
     "A network of 32-pixel windows predicts 48-pixel images, by number and by group."
     from rcic_fastai.recipe.published import change_recipe, get_recipe

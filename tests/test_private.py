@@ -83,6 +83,7 @@ def test_what_is_overridden_is_written_down():
     assert set(overridden()) <= set(PRIVATE_PARTS)
 
 
+@pytest.mark.slow
 def test_what_is_written_down_is_used():
     source = "\n".join(ast.unparse(t) for n, t in modules() if n != "private")
     for name in PRIVATE_PARTS: assert re.search(rf"{name.rpartition('.')[2]}\b", source), name

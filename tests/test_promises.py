@@ -395,6 +395,7 @@ TAKES = r"there is no validation set: {}\(dl=learn.dls.test_dl\(sites{}\)\) take
 LABELS = ", with_labels=True"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call, labels", [("validate", LABELS), ("get_preds", ""), ("show_results", LABELS),
                                           ("tta", "")])
 def test_no_validation_set(bare, sites, call, labels):
@@ -489,6 +490,7 @@ def test_metrics_loss_optimiser_and_splitter_that_are_given(sites):
     assert len(screen_learner(dls, recipe, metrics=None).metrics) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opt_func", [Adam, radam, partial(SGD, mom=0.9)])
 def test_a_stage_respects_them(sites, opt_func):
     stage, seen = TrainSettings(epochs=1, lr=1e-3, optimizer="adamw", loss="cross_entropy"), []
@@ -513,6 +515,7 @@ def test_a_stage_without_metrics(sites):
     assert [len(v) for v in learn.recorder.values] == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [dict(), dict(loss_func=CrossEntropyLossFlat())])
 @pytest.mark.parametrize("domain", ["experiment", None])
 def test_an_architecture_in_place_of_a_recipe(sites, kwargs, domain):
@@ -550,6 +553,7 @@ def test_a_callback_history_of_ours_and_one_of_fastai(sites, tmp_path):
 # Controls in the batch, statistics of plates, several labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings",
                          [['data.statistics="controls"', "data.domains_per_batch=2"],
                           ['model.head="controls"', 'loss.name="cross_entropy"', "loss.options={}"]])
@@ -599,6 +603,7 @@ def several(tmp_path_factory):
     return calm(screen_learner(dls, own))
 
 
+@pytest.mark.slow
 def test_several_labels(several):
     n, row = len(several.dls.valid_ds), several.dls.valid_ds.items.iloc[0]
     loss, precision, f1 = several.validate()
@@ -781,6 +786,7 @@ def test_an_atlas_in_two_lines(several, tmp_path):
         several.fit(1, cbs=ScreenMixUp())
 
 
+@pytest.mark.slow
 def test_home_folder_everywhere(small_run, small_screen, tmp_path, monkeypatch):
     "What reads or writes a run, predictions, a table or a store takes ~"
     shutil.copytree(small_run, tmp_path / "run")
@@ -805,6 +811,7 @@ def test_loaders_of_a_recipe_take_a_screen(screen, sites):
     assert recipe_dataloaders(screen, recipe, HELD, channels=(1, 2)).one_batch()[0].shape[1] == 2
 
 
+@pytest.mark.slow
 def test_the_learner_of_a_run(learners, sites, new_sites, screen):
     "Its own sites, any others, and its validation wells wherever they are among them"
     run = learners["valid"]["train_run"].path
@@ -827,6 +834,7 @@ def test_the_learner_of_a_run(learners, sites, new_sites, screen):
             load_run(run, wrong)
 
 
+@pytest.mark.slow
 def test_a_loss_that_the_data_set_knows(sites, several):
     "A plain Learner needs none; rows that are unknown do not count"
     some = sites.assign(sirna=sites.sirna.where(np.arange(len(sites)) % 3 > 0))
@@ -853,6 +861,7 @@ def cross_entropy_of_rows(scores, y, reduction="mean"):
     return nn.functional.cross_entropy(scores, y, reduction=reduction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), cross_entropy_of_rows, plain_cross_entropy])
 def test_a_loss_without_activation(learners, loss):
     learn = calm(screen_learner(learners["valid"]["screen_learner"].dls, "resnet10t", loss_func=loss).to_fp32())

@@ -53,6 +53,7 @@ def test_make_knows_its_targets():
     for t in set(targets): subprocess.run(["make", "-n", t], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_pip_accepts_what_is_installed():
     "`pip install .` and its extras: the names exist and the project is one that pip can read"
     installs = [w for w in commands() if w[0] == "pip"]

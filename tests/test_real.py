@@ -23,6 +23,7 @@ def test_cell_types_of_real_controls(real_rcic, tmp_path):
     assert time.time() - start < 180
 
 
+@pytest.mark.slow
 def test_without_present_only_the_missing_file_is_an_error(real_rcic, tmp_path, monkeypatch, capsys):
     args = "--data", real_rcic, "--target", "cell_type", "--wells", "controls", "--run", tmp_path / "run"
     status, _, err = in_process(monkeypatch, capsys, "rcic-train", *args)

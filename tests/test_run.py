@@ -249,6 +249,7 @@ def test_the_truth_of_held_out_wells_changes_nothing_but_the_log(screen, tmp_pat
     assert runs[0][0] == runs[1][0] and runs[0][1][0]["wells"] == runs[1][1][0]["wells"] > 0
 
 
+@pytest.mark.slow
 def test_conditioning_on_controls(screen, tmp_path):
     """The head compares with controls of the experiment, in training and at inference; without them it says what is
     missing"""

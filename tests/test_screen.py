@@ -236,6 +236,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @each("fault", BAD)
 def test_bad_table_is_named_with_file_and_row(tmp_path, fault):
     root, (file, damage, words) = write_kaggle(tmp_path), BAD[fault]

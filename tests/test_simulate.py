@@ -470,6 +470,7 @@ def nearest_centroid_accuracy(effect, n_sirnas=8):
     return (distance.argmin(-1) == np.arange(n_sirnas)[:, None]).mean()
 
 
+@pytest.mark.slow
 def test_a_phenotype_can_be_told_from_texture_alone():
     assert nearest_centroid_accuracy(0.5) > 0.7
     assert nearest_centroid_accuracy(0) < 0.3  # an eighth by chance
@@ -500,6 +501,7 @@ def test_the_table_of_real_intensities_is_that_of_the_real_files(cell_type):
     np.testing.assert_allclose(std, x.std((2, 3)).mean(0), atol=0.006)
 
 
+@pytest.mark.slow
 def test_the_module_needs_no_torch():
     "Worker processes import it, and should start fast"
     code = "import sys, rcic_fastai.screen.simulate; sys.exit('torch' in sys.modules)"

@@ -149,6 +149,7 @@ def test_one_shape(screen, tmp_path):
         pack_screen(broken, tmp_path / "s", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["blosc2", "raw", "zarr"])
 def test_every_flipped_byte_is_found(screen, tmp_path, format):
     "Bytes all over a shard, the first and the last ones included"
@@ -181,6 +182,7 @@ def test_every_flipped_byte_is_found(screen, tmp_path, format):
             Store(store.path).read(2)
 
 
+@pytest.mark.slow
 def test_verify_compares_with_the_files(screen, copy, tmp_path):
     assert len(verify_store(Store(copy), screen.sites(), progress=False)) == 0
     changed = read_screen(shutil.copytree(screen.path, tmp_path / "changed"))

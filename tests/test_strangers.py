@@ -103,6 +103,7 @@ def stranger(tmp_path, monkeypatch):
     assert not mark.exists(), mark.read_text() if mark.is_file() else "a template"
 
 
+@pytest.mark.slow
 def test_a_report_executes_nothing_of_the_run_folder(small_run, small_screen, stranger, tmp_path):
     "The page of a run whose folder is full of modules, asked for from within it"
     shutil.copytree(small_run, stranger, dirs_exist_ok=True)

@@ -155,6 +155,7 @@ def test_precision_auto_never_emulates(monkeypatch):
         assert fast_precision(cpu, depthwise) == "fp32"
 
 
+@pytest.mark.slow
 @each("arch, precision, setting, expected", [
     ("resnet10t", "fp32", "auto", True), ("efficientnet_lite0", "fp32", "auto", True),
     ("efficientnet_lite0", "bf16", "auto", False),

@@ -465,6 +465,7 @@ def test_killed_at_any_moment(tmp_path):
     assert dict(rows.command.value_counts()) == dict(train=13, stack=11, simulate=8, report=7, embed=5)
 
 
+@pytest.mark.slow
 def test_predictions_and_descriptions_have_one_holder(small_screen, small_run, tmp_path):
     """A second process is told who holds the run, or the folder that is described; the holder itself goes on, and
     files elsewhere need no claim"""
