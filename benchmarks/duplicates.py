@@ -1,5 +1,4 @@
-"""All pairs of perceptual hashes: time and peak memory of the library's search, of the plain one, and of an index by
-parts of the bits.
+"""All pairs of perceptual hashes: time and peak memory of the library's search and of two others.
 
 Each run is a fresh process with hashes of its own: random ones, `even` with all bits alike and `skewed` with bits that
 hang together as those of images do, 3 % of the first channel blank, and planted twins of known distances. A search that

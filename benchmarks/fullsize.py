@@ -1,5 +1,6 @@
-"""Each recipe at full size: build its network and take one real optimiser step on two real sites of 6x512x512 (those of
-the Human Protein Atlas: 4x512x512).
+"""Each recipe at full size: build its network and take one real optimiser step on two real sites.
+
+A site has 6x512x512 pixels, one of the Human Protein Atlas 4x512x512.
 
 `make bench NAME=fullsize`; needs ../shared/rcic beside the checkout (or --data). No weights are downloaded: networks
 begin at random.

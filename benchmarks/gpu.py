@@ -1,5 +1,4 @@
-"""Training steps on a GPU at the real size: precisions, memory layouts, torch.compile; our learner against a bare loop;
-feeding against the step.
+"""Training steps on a GPU at the real size: precisions, memory layouts, torch.compile, a bare loop, feeding.
 
 `make bench NAME=gpu` on a machine with a CUDA GPU. `--torch-only` needs nothing but torch, timm, numpy and pandas and
 leaves out what needs the library. `--device cpu --quick` walks through everything in seconds; its numbers mean nothing.

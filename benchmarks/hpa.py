@@ -1,5 +1,6 @@
-"""Several labels, from files to a scored submission: what thresholds, views, means of weights, stack and retrieval are
-worth on simulated atlases.
+"""Several labels, from files to a scored submission: what each step is worth on simulated atlases.
+
+The steps are thresholds, views, means of weights, stack and retrieval.
 
 `make bench NAME=hpa` runs it in about 40 minutes on one core. It can be stopped and started again: runs, predictions
 and tables that are finished are kept in `--work`. Nothing but the labels of the training images, and of those set aside

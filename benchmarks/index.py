@@ -1,5 +1,4 @@
-"""The index of a store of a million sites: how long it takes to open, how much memory it holds; and how far apart the
-sites of a batch lie.
+"""The index of a store of a million sites: time to open, memory, and how far apart the sites of a batch lie.
 
 The index is written by the library for simulated rows; no pixels are needed. It is opened in a fresh process for each
 repeat. The distances are those between the end of one site and the start of the next, in the order in which

@@ -1,5 +1,4 @@
-"""What all benchmarks share: contestants measured in turns, medians with their spread, Markdown, the machine they ran
-on."""
+"What all benchmarks share: contestants measured in turns, medians with their spread, Markdown, the machine."
 
 import platform
 import time

@@ -1,5 +1,4 @@
-"""Two open questions of the ten-day log, asked on simulated screens: which augmentation helps with six channels, and
-what to do with the controls.
+"""Two questions of the ten-day log on simulated screens: augmentation for six channels, and what to do with controls.
 
 `make bench NAME=questions` runs it at its default size in less than 30 minutes on one core. It can be stopped and
 started again, as `batch_effect.py`, whose trainings and tables it uses: a training that has finished is kept in

@@ -1,5 +1,4 @@
-"""A real batch effect, measured: how well a linear probe tells plates and cell types of real control wells from
-embeddings.
+"""A real batch effect: how well a linear probe tells plates and cell types of real control wells from embeddings.
 
 Wells B02 of four experiments (one per cell type), four plates each, two sites, the four stains that both sites have;
 every site in 16 windows of 128 pixels. A small network learns the cell type from plates 1-3. The probe of the plate

@@ -1,5 +1,4 @@
-"""The published systems side by side: the same small network, the same number of images, simulated screens with known
-truth.
+"""The published systems side by side: one small network, one number of images, simulated screens with known truth.
 
 `make bench NAME=recipes` runs it in about 20 minutes on one core. It can be stopped and started again: a training that
 has finished is kept in `--work`, and is done again only if one of its settings has changed. What differs between the

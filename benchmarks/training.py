@@ -1,5 +1,4 @@
-"""An epoch of our learner against a bare PyTorch loop, each switch of the recipe on and off, and training from the
-packed store against a naive pipeline.
+"""An epoch of our learner against a bare PyTorch loop, each switch of the recipe on and off, and a naive pipeline.
 
 `make bench NAME=training` (ARGS="--sections loop switches" for a part of it). Images are simulated; nothing is
 downloaded.

@@ -82,7 +82,7 @@ def same(run, weights):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which this system does not have")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [12, pytest.param(40, marks=pytest.mark.bench)])
+@pytest.mark.parametrize("kills", [8, pytest.param(40, marks=pytest.mark.bench)])
 def test_killed_at_any_moment_the_weights_are_the_same(tmp_path, kills):
     """SIGKILL in every stage of every network, with accumulation, EMA, mixing, pseudo-labels, domain batches and
     controls in them"""

@@ -441,7 +441,7 @@ def test_killed_commands_end_with_the_same_files_and_folders_have_one_holder(tmp
                           text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for name, moments in dict(simulate=4, train=6, embed=1, report=2, stack=4).items():
+    for name, moments in dict(simulate=3, train=4, embed=1, report=1, stack=3).items():
         assert found[name] == dict(ends=[-9] * moments, last=[0, ""], differ=[]), name
     assert found["orphans"] == ""
     for name in ("simulate", "pack", "train"):

@@ -1,5 +1,4 @@
-"""Entries of the API pages and of the command reference: from docments to Markdown that Sphinx's Python domain
-understands."""
+"Entries of the API pages and of the command reference: docments as Markdown for Sphinx's Python domain."
 
 import argparse
 import ast
