@@ -11,8 +11,8 @@ VENV ?= .venv
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(1, min(4, os.cpu_count() or 1)))')
 STAMP := $(VENV)/.installed
 BENCH := $(VENV)/.bench
-# what shares a fixture runs in one process, and what takes longest begins first (tests/conftest.py)
-PYTEST_N := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=15
+# the tests of a file run in one process, and the longest files begin first (tests/conftest.py)
+PYTEST_N := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 # the benchmarks of speed; `make bench` runs them one after the other
 SPEED := loading training inference assignment index
 RUN := PATH="$$(cd $(VENV)/bin && pwd):$$PATH"

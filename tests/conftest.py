@@ -13,24 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).parents[1].parent / "shared"
 
 
-# files whose tests share what is expensive to make: with `--dist loadgroup` one worker runs all of a file, so that it
-# is made once.
-# The longest come first, so that no worker is left with one of them at the end.
-LONGEST = ("test_matrix", "test_readme", "test_report", "test_promises", "test_run", "test_kaggle")
-TOGETHER = (*LONGEST, "test_data", "test_hpa", "test_names", "test_predict", "test_stack", "test_store",
-            "test_strangers", "test_train", "test_weights",
-            "test_benchmarks", "test_damaged", "test_multilabel", "test_fastai_names", "test_checkpoint",
-            "test_simulate", "test_simulate_hpa")
+# Tests of a file run in one process (`--dist loadfile`), so that what they share is made once. The longest files come
+# first, so that no worker is left with one of them at the end.
+LONGEST = ("test_matrix", "test_docs", "test_readme", "test_report", "test_promises", "test_run", "test_kaggle",
+           "test_hpa", "test_data", "test_model", "test_writing", "test_checkpoint", "test_speed_benchmarks",
+           "test_simulate", "test_mix", "test_damaged")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Groups of pytest-xdist, the longest files at the front; a browser and processes that are killed are slow"
+    "The longest files at the front; a browser and processes that are killed are slow"
     for item in items:
         if {"chromium", "pages"} & set(item.fixturenames) or item.name.startswith("test_killed"):
             item.add_marker(pytest.mark.slow)
-        if item.path.stem in TOGETHER and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
