@@ -50,12 +50,12 @@ def everything():
 
 
 class Steps(Callback):
-    "Counts the steps of all stages, and kills the process at one of them"
+    "Counts the steps of all stages, and kills the process at one of them, or at the first after it that has the moment"
 
     order = 150
 
-    def __init__(self, where=None):
-        self.where, self.seen = where, []
+    def __init__(self, where=None, stages=()):
+        self.where, self.stages, self.seen = where, stages, []
 
     def _at(self, moment):
         if not self.learn.training:
@@ -64,7 +64,10 @@ class Steps(Callback):
                        self.learn.checkpoint.stage], self.learn.train_iter + (moment != "after_batch")
         if moment == "after_batch":
             self.seen.append([*stage, step])
-        if self.where is None or self.where[:2] != stage or step < self.where[2]:
+        if self.where is None:
+            return
+        position = lambda stage, step: (self.stages.index(tuple(stage)), step)
+        if position(stage, step) < position(self.where[:2], self.where[2]):
             return
         if self.where[3] == moment:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -87,14 +90,14 @@ class Steps(Callback):
         self._at("after_batch")
 
 
-def attempt(screen, run, where, answer):
+def attempt(screen, run, where, answer, stages=()):
     "Train in a fork; True if it came to its end"
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1] == 0
     try:
         locks_of_its_own()
-        steps, said = Steps(where), []
+        steps, said = Steps(where, stages), []
         train_run(screen, everything(), run, valid="experiment=HUVEC-03,RPE-03", say=said.append, cbs=[steps])
         answer.write_text(json.dumps(steps.seen))
         os._exit(0)
@@ -126,7 +129,7 @@ def main(folder, kills):
     killed = []
     for i, where in enumerate(sorted(chosen, key=steps.index)):
         where = [*where, MOMENTS[i % len(MOMENTS)]]
-        if attempt(screen, folder / "killed", where, answer):
+        if attempt(screen, folder / "killed", where, answer, stages):
             break
         killed.append(where)
     if not (folder / "killed" / "run.json").exists():

@@ -40,7 +40,8 @@ def in_process(monkeypatch, capsys, name, *args):
     try:
         run_cli(getattr(importlib.import_module(module), function).__wrapped__)
     except SystemExit as e:
-        status, message = (1, f"{e.code}\n") if isinstance(e.code, str) else (e.code or 0, "")  # Python prints a text and exits with 1
+        # Python prints a text and exits with 1
+        status, message = (1, f"{e.code}\n") if isinstance(e.code, str) else (e.code or 0, "")
     out = capsys.readouterr()
     return status, out.out, out.err + message
 
@@ -51,7 +52,8 @@ def test_help(name, monkeypatch, capsys):
     assert status == 0 and "usage:" in out and "--debug" in out
     for line in out.splitlines():  # every option is explained
         if line.startswith("  --"):
-            assert len(line.split("  ", 2)) > 2 or out.splitlines()[out.splitlines().index(line) + 1].startswith("      ")
+            assert len(line.split("  ", 2)) > 2 or out.splitlines()[out.splitlines().index(line) + 1].startswith(
+                "      ")
 
 
 @pytest.mark.parametrize("name", [c for c in COMMANDS if c != "rcic-demo"])
@@ -63,19 +65,22 @@ def test_what_is_required_is_said(name, monkeypatch, capsys):
 def test_installed_command_fails_in_one_line(tmp_path):
     "As a process: exit status 1, one line on standard error, no traceback; the traceback with --debug."
     done = run("rcic-simulate", "--out", tmp_path / "none", "--sirnas", 2, ok=False)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("rcic-simulate: error: ") and "4 to 1108" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("rcic-simulate: error: ")
+    assert "4 to 1108" in done.stderr
     debug = run("rcic-simulate", "--out", tmp_path / "none", "--sirnas", 2, "--debug", ok=False)
     assert debug.returncode != 0 and "Traceback" in debug.stderr
 
 
 def test_help_is_said_at_once():
     "Nothing heavy is imported before a command knows what it shall do."
-    code = "import sys, rcic_fastai.cli.core, rcic_fastai.cli.labels, rcic_fastai.cli.kaggle; print([m for m in ('torch', 'fastai', 'pandas', 'numpy') if m in sys.modules])"
+    code = ("import sys, rcic_fastai.cli.core, rcic_fastai.cli.labels, rcic_fastai.cli.kaggle; print([m for m in "
+            "('torch', 'fastai', 'pandas', 'numpy') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_head_may_stop_reading():
-    code = f"'{sys.executable}' -c \"from rcic_fastai.cli.core import _say; [_say('x' * 1000) for _ in range(10000)]\" | head -1; exit ${{PIPESTATUS[0]}}"
+    code = (f"'{sys.executable}' -c \"from rcic_fastai.cli.core import _say; [_say('x' * 1000) for _ in "
+            f"range(10000)]\" | head -1; exit ${{PIPESTATUS[0]}}")
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     assert done.returncode == 141 and done.stderr == "" and done.stdout.count("\n") == 1
 
@@ -86,7 +91,8 @@ def command(monkeypatch, capsys):
 
 
 def test_outputs_that_cannot_be_are_refused_before_the_work(command, small_screen, tmp_path):
-    "A picture of no kind, a file in the place of a folder, a link that leads nowhere: one sentence that names the option, and nothing is written"
+    """A picture of no kind, a file in the place of a folder, a link that leads nowhere: one sentence that names the
+    option, and nothing is written"""
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -95,8 +101,9 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(command, small_scree
         assert status == 1 and "--out" in err and "x.csv is no kind of picture" in err and ".png" in err
         status, _, err = command(name, "--data", small_screen, "--out", tmp_path)
         assert status == 1 and f"--out {tmp_path} is a folder" in err
-    commands = [("rcic-simulate", "out"), ("rcic-pack", "out", "--data", small_screen), ("rcic-train", "run", "--data", small_screen), ("rcic-demo", "out"),
-                ("rcic-describe", "out", "--data", small_screen), ("rcic-kaggle", "folder", "build")]  # fmt: skip
+    commands = [("rcic-simulate", "out"), ("rcic-pack", "out", "--data", small_screen),
+                ("rcic-train", "run", "--data", small_screen), ("rcic-demo", "out"),
+                ("rcic-describe", "out", "--data", small_screen), ("rcic-kaggle", "folder", "build")]
     for name, option, *more in commands:
         for place, message in (("file", "is a file, expected a folder"), ("link", "is a link to")):
             status, _, err = command(name, *more, f"--{option}", tmp_path / place)
@@ -129,11 +136,14 @@ def test_errors_of_each_command(command, small_screen, small_run, tmp_path):
 def test_the_road(command, tmp_path):
     "Simulate, train, predict, submit and score a small screen, and the score is that of the file."
     data, run_folder, out = tmp_path / "data", tmp_path / "run", tmp_path / "submission.csv"
-    assert command("rcic-simulate", "--out", data, "--sirnas", 8, "--train-experiments", 3, "--test-experiments", 1, "--cell-types", "RPE",
-                   "--image-size", 48)[0] == 0  # fmt: skip
-    status, said, err = command("rcic-train", "--data", data, "--run", run_folder, "--valid", "experiment=RPE-02", "--laptop", 2)
+    assert command("rcic-simulate", "--out", data, "--sirnas", 8, "--train-experiments", 3, "--test-experiments", 1,
+                   "--cell-types", "RPE",
+                   "--image-size", 48)[0] == 0
+    status, said, err = command("rcic-train", "--data", data, "--run", run_folder, "--valid", "experiment=RPE-02",
+                                "--laptop", 2)
     assert status == 0, err
-    assert "No --recipe: using 'laptop'" in said and "Validation, experiment=RPE-02: " in said and f"Run folder: {run_folder}" in said
+    assert "No --recipe: using 'laptop'" in said and "Validation, experiment=RPE-02: " in said
+    assert f"Run folder: {run_folder}" in said
     assert "█" not in said  # no progress bar in a pipe, but a line per epoch
     assert said.count("\n             1 ") == 1
     assert command("rcic-predict", "--run", run_folder, "--tta", 2)[0] == 0
@@ -152,7 +162,8 @@ def test_the_road(command, tmp_path):
 
 def test_pack_and_verify(small_screen, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    status, out, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s", "--preset", "fast", "--verify")
+    status, out, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s",
+                                  "--preset", "fast", "--verify")
     assert status == 0, err
     assert "blosc2 fast" in out and f"sites are as they were packed, compared with {small_screen}" in out
     status, _, err = in_process(monkeypatch, capsys, "rcic-pack", "--data", small_screen, "--out", tmp_path / "s")
@@ -214,18 +225,29 @@ def test_every_option_that_is_a_number_has_limits():
     assert seen > 150
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/store", "https://host/x", "memory:///x", "simplecache::s3://bucket/x"])
+@pytest.mark.parametrize("address",
+                         ["s3://bucket/store", "https://host/x", "memory:///x", "simplecache::s3://bucket/x"])
 def test_no_output_is_an_address(command, small_screen, small_run, tmp_path, monkeypatch, address):
     "No folder `s3:` is made; the library refuses it like the commands"
     from rcic_fastai.files import check_output, claim_folder, write_whole
 
     monkeypatch.chdir(tmp_path)
-    for name, option, *more in [("rcic-simulate", "out"), ("rcic-pack", "out", "--data", small_screen), ("rcic-train", "run", "--data", small_screen), ("rcic-demo", "out"), ("rcic-show", "out", "--data", small_screen),
-                                ("rcic-find-lr", "out", "--data", small_screen), ("rcic-embed", "out", "--run", small_run), ("rcic-submit", "out", "--run", small_run), ("rcic-report", "out", small_run),
-                                ("rcic-blend", "out", "--run", small_run), ("rcic-describe", "out", "--data", small_screen), ("rcic-kaggle", "folder", "build"), ("rcic-kaggle", "to", "output"),
-                                ("rcic-hpa-simulate", "out"), ("rcic-hpa-stack", "out", "--run", small_run), ("rcic-hpa-duplicates", "out", "--data", small_screen), ("rcic-download", "out", "--source", "rxrx1")]:  # fmt: skip
+    for name, option, *more in [("rcic-simulate", "out"), ("rcic-pack", "out", "--data", small_screen),
+                                ("rcic-train", "run", "--data", small_screen), ("rcic-demo", "out"),
+                                ("rcic-show", "out", "--data", small_screen),
+                                ("rcic-find-lr", "out", "--data", small_screen),
+                                ("rcic-embed", "out", "--run", small_run), ("rcic-submit", "out", "--run", small_run),
+                                ("rcic-report", "out", small_run),
+                                ("rcic-blend", "out", "--run", small_run),
+                                ("rcic-describe", "out", "--data", small_screen), ("rcic-kaggle", "folder", "build"),
+                                ("rcic-kaggle", "to", "output"),
+                                ("rcic-hpa-simulate", "out"), ("rcic-hpa-stack", "out", "--run", small_run),
+                                ("rcic-hpa-duplicates", "out", "--data", small_screen),
+                                ("rcic-download", "out", "--source", "rxrx1")]:
         status, _, err = command(name, *more, f"--{option}", address)
-        assert status == 1 and f"--{option} " in err and "is an address, and outputs are files and folders of this machine" in err and err.count("\n") == 1, (name, err)
+        assert (status == 1 and f"--{option} " in err
+                and "is an address, and outputs are files and folders of this machine" in err
+                and err.count("\n") == 1), (name, err)
     for write in (lambda p: write_whole(p, "x"), check_output, lambda p: claim_folder(p).__enter__()):
         with pytest.raises(ValueError, match="is an address, and outputs"): write(Path(address))
     assert not list(tmp_path.iterdir())
@@ -233,9 +255,12 @@ def test_no_output_is_an_address(command, small_screen, small_run, tmp_path, mon
 
 def test_messages_name_options_that_the_command_has(command, tmp_path):
     "And what only Python has is said to be so"
-    for args, message in {("--images", 40): "draw 336 or more", ("--test", 30): "30 images cannot hold 6 .* draw 168 or more", ("--image-size", 16): "image_size is 16, expected at least 22"}.items():
+    for args, message in {("--images", 40): "draw 336 or more",
+                          ("--test", 30): "30 images cannot hold 6 .* draw 168 or more",
+                          ("--image-size", 16): "image_size is 16, expected at least 22"}.items():
         status, _, err = command("rcic-hpa-simulate", "--out", tmp_path / "a", *args)
-        assert status == 1 and re.search(message, err) and "cell_radius" not in err and ("min_positives" not in err or "in Python a smaller min_positives" in err), err
+        assert status == 1 and re.search(message, err) and "cell_radius" not in err and (
+            "min_positives" not in err or "in Python a smaller min_positives" in err), err
     assert not (tmp_path / "a").exists()
     status, out, _ = command("rcic-embed", "--help")
     assert status == 0 and "--present-only" in out  # the message of a missing file names it
@@ -246,15 +271,19 @@ def test_messages_name_options_that_the_command_has(command, tmp_path):
 
 @pytest.mark.parametrize("command, message", [
     (lambda run, data, tmp: cli.rcic_predict(run=run, data=data, tta="²"), "tta is '²', expected a number of views"),
-    (lambda run, data, tmp: cli.rcic_predict(run=run, data=data, split="x"), "split is 'x', expected one of 'test', 'train', 'valid'"),
-    (lambda run, data, tmp: cli.rcic_embed(run=run, data=data, split="x", out=tmp / "x.npz"), "split is 'x', expected one of 'test', 'train', 'valid'"),
-    (lambda run, data, tmp: cli.rcic_train(data=data, run=tmp / "run", set=["="]), "'=' has no name of a setting before \"=\""),
+    (lambda run, data, tmp: cli.rcic_predict(run=run, data=data, split="x"),
+     "split is 'x', expected one of 'test', 'train', 'valid'"),
+    (lambda run, data, tmp: cli.rcic_embed(run=run, data=data, split="x", out=tmp / "x.npz"),
+     "split is 'x', expected one of 'test', 'train', 'valid'"),
+    (lambda run, data, tmp: cli.rcic_train(data=data, run=tmp / "run", set=["="]),
+     "'=' has no name of a setting before \"=\""),
     (lambda run, data, tmp: cli.rcic_train(data=data, run=tmp / ("x" * 300)), "a name in it is longer than 255 bytes"),
     (lambda run, data, tmp: cli.rcic_train(data=Path("x/" * 3000), run=tmp / "run"), "it is longer than 4,000 bytes"),
     (lambda run, data, tmp: cli.rcic_simulate(out=tmp / "s", sirnas=1), "--sirnas is 1; 4 plates hold 4 to"),
     (lambda run, data, tmp: cli.rcic_simulate(out=tmp / "s", cell_types="HUVEC,huvec"), "--cell-types is .*each once"),
-    (lambda run, data, tmp: cli.rcic_simulate(out=tmp / "s", cell_types="con"), "cell type 'con' cannot be the name of a file"),
-])  # fmt: skip
+    (lambda run, data, tmp: cli.rcic_simulate(out=tmp / "s", cell_types="con"),
+     "cell type 'con' cannot be the name of a file"),
+])
 def test_a_message_names_what_is_wrong(small_run, small_screen, tmp_path, command, message):
     with pytest.raises(CliError, match=message) as e: command(small_run, small_screen, tmp_path)
     assert "unexpected" not in str(e.value) and not any(tmp_path.iterdir())
@@ -269,12 +298,15 @@ def test_weights_whose_sum_is_infinite(small_run, small_screen, tmp_path):
 def test_h5ad_without_anndata_is_told_before_the_work(small_run, small_screen, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
     monkeypatch.setattr("rcic_fastai.run.predict.embed_run", lambda *a, **k: pytest.fail("it was embedded"))
-    with pytest.raises(CliError, match="x.h5ad: .h5ad needs the package anndata: pip install"): cli.rcic_embed(run=small_run, data=small_screen, out=tmp_path / "x.h5ad")
+    with pytest.raises(CliError, match="x.h5ad: .h5ad needs the package anndata: pip install"):
+        cli.rcic_embed(run=small_run, data=small_screen, out=tmp_path / "x.h5ad")
 
 
 def test_pretrained_weights_out_of_reach(small_screen, tmp_path, monkeypatch):
     def offline(*args, **kwargs): raise OSError("first\nsecond")
     monkeypatch.setattr("timm.create_model", offline)
-    with pytest.raises(CliError, match="model.pretrained is true, and the weights of resnet18 cannot be downloaded: .*--set model.pretrained=FILE.*first second") as e:
+    with pytest.raises(CliError,
+                       match="model.pretrained is true, and the weights of resnet18 cannot be downloaded: .*--set "
+                       "model.pretrained=FILE.*first second") as e:
         cli.rcic_train(data=small_screen, run=tmp_path / "run", set=["model.arch=resnet18", "model.pretrained=true"])
     assert "\n" not in str(e.value)

@@ -1,4 +1,5 @@
-"Kernels executed from start to end where this library is not installed, and the official client against a server on this machine."
+"""Kernels executed from start to end where this library is not installed, and the official client against a server
+on this machine."""
 
 import base64
 import configparser
@@ -46,7 +47,8 @@ NO_NETWORK = """
 import socket
 def only_here(real):
     def connect(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+        internet = self.family in (socket.AF_INET, socket.AF_INET6)
+        if internet and not str(address[0]).startswith(("127.", "::1", "localhost")):
             raise OSError(f"there is no network: {address}")
         return real(self, address)
     return connect
@@ -71,30 +73,37 @@ def nobody(monkeypatch, tmp_path):
 
 @pytest.fixture
 def bare(tmp_path):
-    "A function that runs Python in an environment like this one, without this library, what Kaggle's image lacks, and a network"
+    """A function that runs Python in an environment like this one, without this library, what Kaggle's image lacks,
+    and a network"""
     root = tmp_path / "environment"
     venv.create(root, symlinks=True, with_pip=importlib.util.find_spec("pip") is None)
     site = next(root.glob("lib/python*/site-packages"))
-    hidden = tuple(n.replace("-", "_") for n in ("rcic_fastai", "__editable__", "munch", *image_lacks))  # munch: comes with pretrainedmodels
+    # munch: comes with pretrainedmodels
+    hidden = tuple(n.replace("-", "_") for n in ("rcic_fastai", "__editable__", "munch", *image_lacks))
     for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
         for p in Path(folder).iterdir():
-            if not p.name.lstrip("_").startswith(tuple(h.lstrip("_") for h in hidden)) and p.name != "__pycache__" and not (site / p.name).exists():
+            if not p.name.lstrip("_").startswith(
+                tuple(h.lstrip("_") for h in hidden)) and p.name != "__pycache__" and not (site / p.name).exists():
                 (site / p.name).symlink_to(p)
     (site / "sitecustomize.py").write_text(NO_NETWORK)
     (root / "share").mkdir(exist_ok=True)
     (root / "share" / "jupyter").symlink_to(Path(sys.prefix) / "share" / "jupyter")  # templates of nbconvert
     keep = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "JUPYTER_PATH")}
-    state = {n: str(tmp_path / "jupyter" / n) for n in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    state = {n: str(tmp_path / "jupyter" / n) for n in ("JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR",
+                                                        "IPYTHONDIR")}
 
     def run(*args, ok=True, **env):
-        done = subprocess.run([root / "bin" / "python", *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
-                              env={**keep, **state, "PIP_NO_INDEX": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg", **env})  # fmt: skip
+        done = subprocess.run([root / "bin" / "python", *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=600,
+                              env={**keep, **state, "PIP_NO_INDEX": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "agg",
+                                   **env})
         assert not ok or done.returncode == 0, done.stderr[-3000:]
         return done
 
     for module in ("rcic_fastai", *image_lacks):
         assert "ModuleNotFoundError" in run("-c", f"import {module}", ok=False).stderr
-    assert "there is no network" in run("-c", "import socket; socket.create_connection(('192.0.2.1', 80), 1)", ok=False).stderr
+    assert "there is no network" in run("-c", "import socket; socket.create_connection(('192.0.2.1', 80), 1)",
+                                        ok=False).stderr
     return run
 
 
@@ -109,7 +118,7 @@ def tiny_run(small_screen, tmp_path_factory):
     "A run of a very small network, with the submission that the library makes of it outside a kernel"
     run, screen = tmp_path_factory.mktemp("runs") / "tiny", read_screen(small_screen)
     recipe = change_recipe(get_recipe("laptop"), "train.epochs=2", "data.batch_size=16", "model.arch=resnet10t",
-                           'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}')  # fmt: skip
+                           'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}')
     train_run(screen, recipe, run, valid="experiment=HUVEC-03", say=lambda *a: None)
     predict_run(run, screen, "test", progress=False)
     submit_run(run, screen, say=lambda *a: None)
@@ -120,12 +129,14 @@ def test_weights_that_are_damaged_are_not_packed(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     weights = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(weights[:-100])
-    with pytest.raises(ValueError, match="model.safetensors is damaged"): build_kernel(tmp_path / "k", "infer", run=run, user="ada")
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        build_kernel(tmp_path / "k", "infer", run=run, user="ada")
     (run / "model.safetensors").write_bytes(weights)
     recipe = json.loads((run / "recipe.json").read_text())
     recipe["model"]["arch_options"]["channels"] = [8, 8, 8, 8]
     (run / "recipe.json").write_text(json.dumps(recipe))
-    with pytest.raises(ValueError, match="not of the network of recipe.json with .* of run.json: .* expected "): build_kernel(tmp_path / "k", "infer", run=run, user="ada")
+    with pytest.raises(ValueError, match="not of the network of recipe.json with .* of run.json: .* expected "):
+        build_kernel(tmp_path / "k", "infer", run=run, user="ada")
     assert not (tmp_path / "k").exists()
 
 
@@ -142,28 +153,34 @@ def test_kernels_run_offline_without_the_library(bare, tiny_run, small_screen, t
     meta = build_kernel(infer, "infer", run=tiny_run, user="ada", title="RCIC inference")
     assert meta["dataset_sources"] == ["ada/rcic-inference-weights"]
     assert str(tiny_run.parent) not in "".join(p.read_text() for p in (infer / "weights").glob("*.json"))
-    shutil.copytree(small_screen, disk / "competitions" / meta["competition_sources"][0], ignore=shutil.ignore_patterns("truth.csv"))
+    shutil.copytree(small_screen, disk / "competitions" / meta["competition_sources"][0],
+                    ignore=shutil.ignore_patterns("truth.csv"))
     shutil.copytree(infer / "weights", disk / "datasets" / "ada" / "rcic-inference-weights")  # where Kaggle puts it
     first, second = (nbformat.read(f / "kernel.ipynb", 4) for f in (train, infer))
-    between = nbformat.v4.new_code_cell(f"%reset -f\nimport os\nos.environ['RCIC_KAGGLE_WORKING'] = {str(tmp_path / 'second')!r}")
+    between = nbformat.v4.new_code_cell("%reset -f\nimport os\nos.environ['RCIC_KAGGLE_WORKING'] = "
+                                        f"{str(tmp_path / 'second')!r}")
     n = len(first.cells)
     for c in second.cells: c["id"] += "b"
     both = nbformat.v4.new_notebook(cells=[*first.cells, between, *second.cells])
     for folder in ("first", "second"): (tmp_path / folder).mkdir()
     nbformat.write(both, tmp_path / "both.ipynb")
-    bare("-c", EXECUTE, tmp_path / "both.ipynb", RCIC_KAGGLE_INPUT=str(disk), RCIC_KAGGLE_WORKING=str(tmp_path / "first"))
+    bare("-c", EXECUTE, tmp_path / "both.ipynb", RCIC_KAGGLE_INPUT=str(disk),
+         RCIC_KAGGLE_WORKING=str(tmp_path / "first"))
     cells = nbformat.read(tmp_path / "both.ipynb", 4).cells
     assert all(c.get("execution_count") for c in cells if c.cell_type == "code")
     said = texts(cells[:n])
     assert "Installed: pretrainedmodels-" in said and ", rcic_fastai-" in said
     assert "Training resnet10t" in said and "+ plate groups" in said and "Training" not in texts(cells[n:])
-    assert (tmp_path / "first" / "run" / "model.safetensors").read_bytes() == (tiny_run / "model.safetensors").read_bytes()
-    for folder in ("first", "second"): assert (tmp_path / folder / "submission.csv").read_bytes() == (tiny_run / "submission.csv").read_bytes()
+    assert (tmp_path / "first" / "run" / "model.safetensors").read_bytes() == (
+        tiny_run / "model.safetensors").read_bytes()
+    for folder in ("first", "second"):
+        assert (tmp_path / folder / "submission.csv").read_bytes() == (tiny_run / "submission.csv").read_bytes()
     assert not list((tmp_path / "second" / "run").glob("history.csv"))  # nothing was trained there
     assert (tmp_path / "environment" / "bin" / "rcic-train").exists()  # the commands came too
     if not image_differs():  # elsewhere tests/test_report.py is enough
         page = tmp_path / "page.html"
-        bare(tmp_path / "environment" / "bin" / "rcic-report", "--run", tmp_path / "first" / "run", "--data", small_screen, "--out", page)
+        bare(tmp_path / "environment" / "bin" / "rcic-report", "--run", tmp_path / "first" / "run", "--data",
+             small_screen, "--out", page)
         assert "resnet10t" in page.read_text() and page.stat().st_size > 100_000
 
 
@@ -175,7 +192,8 @@ def test_requirements_admit_kaggles_image():
     names = {TOOL["normal"](r.name): r for r in needed}
     assert {n: v for n, v in IMAGE.items() if n in names and not names[n].specifier.contains(v)} == {}
     assert set(names) - set(IMAGE) == {*image_lacks, "nbclient"}  # nbclient: as nbconvert wants it
-    assert TOOL["replaced"]({"fastcore": "2.2.22", "munch": "4.0"}, IMAGE) == [f"fastcore {IMAGE['fastcore']} -> 2.2.22"]
+    assert TOOL["replaced"]({"fastcore": "2.2.22", "munch": "4.0"},
+                            IMAGE) == [f"fastcore {IMAGE['fastcore']} -> 2.2.22"]
 
 
 def image_differs():
@@ -197,16 +215,22 @@ def run_cells(folder, monkeypatch, inputs, working):
 
 @pytest.mark.slow
 def test_several_labels_and_a_session_that_ends(tmp_path, monkeypatch, capsys):
-    "An atlas; the first session ends at once, the second one goes on from its output and submits what an uninterrupted run does"
-    simulate_hpa(tmp_path / "input" / "human-protein-atlas-image-classification", 90, 30, 0, 32, min_positives=3, workers=1, progress=False)
-    recipe = change_recipe(laptop_recipe(get_recipe("hpa_seresnext50_focal"), 1), "data.batch_size=16", "data.epoch_sites=0", "data.read_size=null", "inference.tta=1", "inference.thresholds=share",
-                           'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}')  # fmt: skip
-    meta = build_kernel(tmp_path / "kernel", recipe=recipe, user="ada", title="Several labels", gpu=False, go_on=True, values=dict(HOURS=0.0, VALID="fold=0/3"))
-    assert meta["competition_sources"] == ["human-protein-atlas-image-classification"] and meta["kernel_sources"] == ["ada/several-labels"] and not meta["enable_gpu"]
+    """An atlas; the first session ends at once, the second one goes on from its output and submits what an
+    uninterrupted run does"""
+    simulate_hpa(tmp_path / "input" / "human-protein-atlas-image-classification", 90, 30, 0, 32, min_positives=3,
+                 workers=1, progress=False)
+    recipe = change_recipe(laptop_recipe(get_recipe("hpa_seresnext50_focal"), 1), "data.batch_size=16",
+                           "data.epoch_sites=0", "data.read_size=null", "inference.tta=1", "inference.thresholds=share",
+                           'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}')
+    meta = build_kernel(tmp_path / "kernel", recipe=recipe, user="ada", title="Several labels", gpu=False, go_on=True,
+                        values=dict(HOURS=0.0, VALID="fold=0/3"))
+    assert meta["competition_sources"] == ["human-protein-atlas-image-classification"]
+    assert meta["kernel_sources"] == ["ada/several-labels"] and not meta["enable_gpu"]
     names = run_cells(tmp_path / "kernel", monkeypatch, tmp_path / "input", tmp_path / "session1")
     assert not names["finished"] and "The session is about to end" in capsys.readouterr().out
     shutil.copytree(tmp_path / "session1", tmp_path / "input" / "several-labels")
-    build_kernel(tmp_path / "kernel", recipe=recipe, user="ada", title="Several labels", values=dict(HOURS=8.5, VALID="fold=0/3"))
+    build_kernel(tmp_path / "kernel", recipe=recipe, user="ada", title="Several labels",
+                 values=dict(HOURS=8.5, VALID="fold=0/3"))
     names = run_cells(tmp_path / "kernel", monkeypatch, tmp_path / "input", tmp_path / "session2")
     said = capsys.readouterr().out
     assert names["finished"] and "Going on with" in said and "macro-F1" in said
@@ -219,24 +243,29 @@ def test_several_labels_and_a_session_that_ends(tmp_path, monkeypatch, capsys):
     assert {"macro-F1", "average precision"} <= set(table.index)
     kept = weights_folder(tmp_path / "outside", tmp_path / "weights", "ada", "Atlas weights")[0]
     assert (kept / "predictions" / "valid.npz").exists()  # what thresholds are chosen on
-    with pytest.raises(FileExistsError, match="holds run, and no dataset of weights"): weights_folder(tmp_path / "outside", tmp_path / "session1", "ada", "Atlas weights")
+    with pytest.raises(FileExistsError, match="holds run, and no dataset of weights"):
+        weights_folder(tmp_path / "outside", tmp_path / "session1", "ada", "Atlas weights")
 
 
 # Wheels and folders
 
 
 def test_a_wheel_of_what_is_installed_is_a_wheel(bare, tmp_path):
-    "Editable here; installed elsewhere, it gives the same wheel again: each file as RECORD says, commands and templates among them"
+    """Editable here; installed elsewhere, it gives the same wheel again: each file as RECORD says, commands and
+    templates among them"""
     wheel = installed_wheel("rcic_fastai", tmp_path)
     bare("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile", wheel)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from importlib.util import spec_from_file_location as s, module_from_spec as m; " \
-        "spec = s('w', sys.argv[2]); w = m(spec); spec.loader.exec_module(w); print(w.installed_wheel('rcic_fastai', sys.argv[3]))"  # fmt: skip
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); "
+            "from importlib.util import spec_from_file_location as s, module_from_spec as m; "
+            "spec = s('w', sys.argv[2]); w = m(spec); spec.loader.exec_module(w); "
+            "print(w.installed_wheel('rcic_fastai', sys.argv[3]))")
     site = next((tmp_path / "environment").glob("lib/python*/site-packages"))
     again = Path(bare("-c", code, site, site / "rcic_fastai" / "wheels.py", tmp_path / "again").stdout.strip())
     with zipfile.ZipFile(wheel) as a, zipfile.ZipFile(again) as b:
         record = next(n for n in a.namelist() if n.endswith("/RECORD"))
         assert sorted(a.namelist()) == sorted(b.namelist())
-        assert {n: a.read(n) for n in a.namelist() if n != record} == {n: b.read(n) for n in b.namelist() if n != record}
+        assert {n: a.read(n) for n in a.namelist() if n != record} == {n: b.read(n) for n in b.namelist()
+                                                                       if n != record}
         assert {"rcic_fastai/templates/kernel.ipynb", "rcic_fastai/kaggle/packages.py"} <= set(a.namelist())
         for line in a.read(record).decode().splitlines()[:-1]:
             name, digest, size = line.rsplit(",", 2)
@@ -248,7 +277,8 @@ def test_a_wheel_of_what_is_installed_is_a_wheel(bare, tmp_path):
 
 @pytest.mark.slow
 def test_what_kaggle_would_refuse_is_refused_here(tiny_run, tmp_path, monkeypatch):
-    build = lambda *args, **kwargs: build_kernel(tmp_path / "kernel", *args, **{"user": "ada", "title": "A kernel", **kwargs})
+    build = lambda *args, **kwargs: build_kernel(tmp_path / "kernel", *args,
+                                                 **{"user": "ada", "title": "A kernel", **kwargs})
     fake = tmp_path / "fake-1.0-py3-none-any.whl"
     fake.write_text("no archive")
     monkeypatch.setattr(rcic_fastai.kaggle.core, "notebook_limit", 100_000)
@@ -308,7 +338,8 @@ def test_whose_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("KAGGLE_USERNAME", "ada")
     assert kaggle_user() == "ada"
     monkeypatch.setenv("KAGGLE_KEY", "an-unusual-key")
-    assert scrub_kaggle("user ada, an-unusual-key; Basic YWRhOmFuLXVudXN1YWwta2V5 and " + KEY) == "user ada, ***; Basic *** and ***"
+    assert scrub_kaggle("user ada, an-unusual-key; Basic YWRhOmFuLXVudXN1YWwta2V5 and "
+                        + KEY) == "user ada, ***; Basic *** and ***"
 
 
 # The official client
@@ -321,7 +352,10 @@ class Server(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         method = self.path.rpartition("/")[2]
         self.server.asked.append((method, dict(self.headers), json.loads(body)))
-        answer = self.server.answers.get(method, dict(code=404, message=f"no {method}; you sent {self.headers.get('Authorization')} and {KEY}"))
+        answer = self.server.answers.get(method,
+                                         dict(code=404,
+                                              message=f"no {method}; you sent {self.headers.get('Authorization')} and "
+                                              f"{KEY}"))
         self._send(json.dumps(answer).encode(), "application/json")
 
     def do_GET(self): self._send(b"id_code,sirna\n", "text/csv")
@@ -338,9 +372,11 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def kaggle_server(monkeypatch):
-    "The client's own address for tests, http://localhost, reached through a proxy on a free port: its requests end here, unchanged"
+    """The client's own address for tests, http://localhost, reached through a proxy on a free port: its requests end
+    here, unchanged"""
     pytest.importorskip("kagglesdk", reason="Kaggle's client is not installed: pip install kaggle")
-    server = ThreadingTCPServer(("127.0.0.1", 0), Server)  # HTTPServer looks up the name of this machine, which can take seconds
+    # HTTPServer looks up the name of this machine, which can take seconds
+    server = ThreadingTCPServer(("127.0.0.1", 0), Server)
     server.asked, server.answers = [], {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"): monkeypatch.delenv(name, raising=False)
@@ -360,10 +396,15 @@ def test_the_official_client_takes_the_folder(kaggle_server, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kaggle.py").write_text("raise SystemExit('not the client')")
     folder = Path("kernel")
-    rcic_kaggle("build", folder=folder, title="RCIC: domain batches", valid="fold=0/3", dataset=["ada/backbones"], machine="NvidiaTeslaT4", no_wheel=True)
-    kaggle_server.answers = dict(SaveKernel=dict(ref="/code/ada/rcic-domain-batches", url="https://www.kaggle.com/code/ada/rcic-domain-batches", versionNumber=3),
+    rcic_kaggle("build", folder=folder, title="RCIC: domain batches", valid="fold=0/3", dataset=["ada/backbones"],
+                machine="NvidiaTeslaT4", no_wheel=True)
+    kaggle_server.answers = dict(SaveKernel=dict(ref="/code/ada/rcic-domain-batches",
+                                                 url="https://www.kaggle.com/code/ada/rcic-domain-batches",
+                                                 versionNumber=3),
                                  GetKernelSessionStatus=dict(status="RUNNING"),
-                                 ListKernelSessionOutput=dict(files=[dict(fileName="submission.csv", url="http://localhost/submission.csv")], log="done"))  # fmt: skip
+                                 ListKernelSessionOutput=dict(
+                                     files=[dict(fileName="submission.csv", url="http://localhost/submission.csv")],
+                                     log="done"))
     for action in ("push", "status", "output"): rcic_kaggle(action, folder=folder)
     said = "".join(capfd.readouterr())
     assert "Kernel version 3 successfully pushed" in said and "RUNNING" in said and "does not resolve" not in said
@@ -374,14 +415,19 @@ def test_the_official_client_takes_the_folder(kaggle_server, tmp_path, monkeypat
     meta = json.loads((folder / "kernel-metadata.json").read_text())
     assert [m for m, _, _ in kaggle_server.asked] == ["SaveKernel", "GetKernelSessionStatus", "ListKernelSessionOutput"]
     assert all((r["userName"], r["kernelSlug"]) == ("ada", "rcic-domain-batches") for _, _, r in others)
-    expected = dict(slug=meta["id"], newTitle=meta["title"], language="python", kernelType="notebook", isPrivate=True, enableGpu=True, enableInternet=False,
-                    datasetDataSources=["ada/backbones"], competitionDataSources=["recursion-cellular-image-classification"], machineShape="NvidiaTeslaT4")  # fmt: skip
+    expected = dict(slug=meta["id"], newTitle=meta["title"], language="python", kernelType="notebook", isPrivate=True,
+                    enableGpu=True, enableInternet=False,
+                    datasetDataSources=["ada/backbones"],
+                    competitionDataSources=["recursion-cellular-image-classification"], machineShape="NvidiaTeslaT4")
     assert {k: sent.get(k) for k in expected} == expected
     notebook = json.loads((folder / "kernel.ipynb").read_text())
     assert [c["source"] for c in json.loads(sent["text"])["cells"]] == [c["source"] for c in notebook["cells"]]
-    assert "VALID = 'fold=0/3'" in sent["text"] and pack_wheels([installed_wheel("rcic_fastai", tmp_path)])[:1000] in (folder / "kernel.ipynb").read_text().replace("\\n", "\n")
+    assert "VALID = 'fold=0/3'" in sent["text"]
+    assert pack_wheels([installed_wheel("rcic_fastai", tmp_path)])[:1000] in (
+        folder / "kernel.ipynb").read_text().replace("\\n", "\n")
     pair = headers["Authorization"].removeprefix("Basic ")
-    for text in (said, *(p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file())): assert KEY not in text and pair not in text
+    for text in (said, *(p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file())):
+        assert KEY not in text and pair not in text
 
 
 @pytest.mark.slow
@@ -391,9 +437,12 @@ def test_errors_of_the_client_are_errors(kaggle_server, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as e: run_client("kernels", "push", "-p", tmp_path)
     assert "no SaveKernel; you sent Basic *** and ***" in str(e.value) and KEY not in str(e.value)
     kaggle_server.answers["SaveKernel"] = dict(error="Maximum batch GPU session count of 2 reached.")
-    with pytest.raises(ValueError, match="Kernel push error: Maximum batch GPU session count"): run_client("kernels", "push", "-p", tmp_path)
-    kaggle_server.answers["SaveKernel"] = dict(versionNumber=1, url="https://www.kaggle.com/x", invalidDatasetSources=["ada/gone"])
-    with pytest.raises(ValueError, match="not valid dataset sources .*ada/gone"): run_client("kernels", "push", "-p", tmp_path)
+    with pytest.raises(ValueError, match="Kernel push error: Maximum batch GPU session count"):
+        run_client("kernels", "push", "-p", tmp_path)
+    kaggle_server.answers["SaveKernel"] = dict(versionNumber=1, url="https://www.kaggle.com/x",
+                                               invalidDatasetSources=["ada/gone"])
+    with pytest.raises(ValueError, match="not valid dataset sources .*ada/gone"):
+        run_client("kernels", "push", "-p", tmp_path)
     monkeypatch.delenv("KAGGLE_KEY")
     with pytest.raises(ValueError, match="does not know who asks"): run_client("kernels", "status", "ada/refused")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -405,4 +454,5 @@ def test_a_code_file_without_a_name(tmp_path, code):
     from rcic_fastai.kaggle.core import read_kernel
 
     (tmp_path / "kernel-metadata.json").write_text(json.dumps(dict(id="ada/x", code_file=code)))
-    with pytest.raises(ValueError, match="code_file is .*, expected the name of a notebook in the same folder"): read_kernel(tmp_path)
+    with pytest.raises(ValueError, match="code_file is .*, expected the name of a notebook in the same folder"):
+        read_kernel(tmp_path)

@@ -15,8 +15,6 @@ PACKAGE = Path(__file__).parents[1] / "rcic_fastai"
 FOREIGN = ("fastai", "fastcore", "fasttransform", "torch", "timm", "lightgbm", "matplotlib", "filelock")
 # of Python itself: documented in spite of their names
 DOCUMENTED = {"_asdict", "_replace", "_fields", "_exit", "_getframe"}
-# have a function in `private` or a public name, and are still used elsewhere
-TO_MOVE = {"_suptitle"}
 
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -73,7 +71,7 @@ def test_a_private_part_is_there(name):
 
 
 def test_what_is_used_is_written_down():
-    written = {n.rpartition(".")[2] for n in PRIVATE_PARTS} | {"_ConfigAliases"} | TO_MOVE
+    written = {n.rpartition(".")[2] for n in PRIVATE_PARTS} | {"_ConfigAliases"}
     left = {(m, n) for m, n in used() if n.replace("_DataLoader__", "__") not in written}
     assert not left, f"no public names, and neither in nbs/05_private.ipynb: {sorted(left)}"
 

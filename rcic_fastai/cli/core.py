@@ -292,7 +292,7 @@ def rcic_show(
     with plt.ioff():
         fig = screen.show_well(well, site)[0].figure
         write_picture(fig, out, dpi=150, bbox_inches='tight')
-    _say(f'Written: {out}, {fig._suptitle.get_text()}')
+    _say(f'Written: {out}, {fig.get_suptitle()}')
 
 # %% ../../nbs/91_cli.core.ipynb #10789587
 def _say_verified(store, screen, workers):
