@@ -119,7 +119,7 @@ def test_signals_save_first_and_say_so(screen, whole, tmp_path, monkeypatch, cap
     state = latest_checkpoint(tmp_path / "run/checkpoints")
     assert state["train_iter"] == 6
     cli.rcic_train(**command)
-    assert "Going on with" in capsys.readouterr().out and same(tmp_path / "run", whole)
+    assert "Resuming" in capsys.readouterr().out and same(tmp_path / "run", whole)
     assert not (tmp_path / "run/checkpoints").exists()
 
 
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_is_told_and_left_out(screen, whole, tmp_path):
     files[-1].write_bytes(files[-1].read_bytes()[:-1000])
     train(screen, tmp_path / "run", say=said.append)
     assert said[0] == f"{files[-1]} is cut short or damaged; going back to the checkpoint before it"
-    assert "Going on with" in said[1] and same(tmp_path / "run", whole)
+    assert "Resuming" in said[1] and same(tmp_path / "run", whole)
 
 
 @pytest.mark.slow

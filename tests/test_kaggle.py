@@ -233,7 +233,7 @@ def test_several_labels_and_a_session_that_ends(tmp_path, monkeypatch, capsys):
                  values=dict(HOURS=8.5, VALID="fold=0/3"))
     names = run_cells(tmp_path / "kernel", monkeypatch, tmp_path / "input", tmp_path / "session2")
     said = capsys.readouterr().out
-    assert names["finished"] and "Going on with" in said and "macro-F1" in said
+    assert names["finished"] and "Resuming" in said and "macro-F1" in said
     screen = names["screen"]
     train_run(screen, recipe, tmp_path / "outside", valid="fold=0/3", say=lambda *a: None)
     predict_run(tmp_path / "outside", screen, "test", progress=False)

@@ -444,7 +444,7 @@ def test_run_with_pretraining_writes_its_folder(screen, tmp_path):
     assert {p.name for p in run.iterdir()} == {"history.csv", "recipe.json", "run.json", "model.safetensors"}
     history = pd.read_csv(run / "history.csv")
     assert list(history.columns) == ["stage", "epoch", "train_loss", "accuracy", "time"]
-    assert list(history.stage) == ["controls", "train"]
+    assert list(history.stage) == ["pretrain", "train"]
 
 
 def test_run_comes_back(small_run, small_screen):

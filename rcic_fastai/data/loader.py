@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..files import user_path
 from ..screen.sources import as_pixels, ImageFiles, pixel_column, SitePixels
-from .context import ContextEncoder, DOMAINS, ROLES, ScreenContext
+from .context import context_roles, ContextColumns, ContextEncoder, DOMAINS, plain, ROLES, ScreenContext
 from .buffers import BatchBuffers, read_ahead
 from .store import read_site
 from .target import MASKED, MaskedCategorize, MultiLabelCategorize
@@ -320,8 +320,8 @@ def plain_rows(
     b:Sequence # batch: image, context and target
 ) -> Tensor: # bool (B,)
     "Which rows of a batch are not controls that are there for its statistics alone."
-    context, y = (o.as_subclass(Tensor) for o in b[1:3])
-    return ~((context[:, 3] > 0) & ((y < 0).all(1) if y.ndim==2 else y < 0))
+    y = plain(b[2])
+    return ~((context_roles(b[1]) > 0) & ((y < 0).all(1) if y.ndim==2 else y < 0))
 
 # %% ../../nbs/23_data.loader.ipynb #1ce03c2b
 @patch
@@ -349,8 +349,9 @@ def titles(self:DomainDL,
     if targets is None: targets = [f'{self._target} {self._name(t)}' for t in b[2]] if len(b) > 2 else ['']*len(b[0])
     lines = []
     for i, (t, c) in enumerate(zip(targets, b[1])):
-        if c[3] and len(b) > 2 and (b[2][i]==MASKED).all(): t = '' # in the batch for its statistics
-        first = ', '.join(o for o in (t, ROLES[c[3]].replace('_', ' ') if c[3] else '') if o)
+        role = c[ContextColumns.ROLE]
+        if role and len(b) > 2 and (b[2][i]==MASKED).all(): t = '' # in the batch for its statistics
+        first = ', '.join(o for o in (t, ROLES[role].replace('_', ' ') if role else '') if o)
         lines.append(f'{first}\n{encoder.describe(c[:3])}'.strip())
     return lines
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..private import BatchNormBase, check_batchnorm_input
+from ..data.context import context_roles, DOMAIN_COLUMNS, plain
 
 # %% ../../nbs/30_model.batchnorm.ipynb #4ae3d555
 def batchnorm_layers(
@@ -542,9 +543,6 @@ def domain_slices(
             stack.callback(_restore_forward, layer, own)
         yield
 
-# %% ../../nbs/30_model.batchnorm.ipynb #2c9a45b9
-_domain_columns = {None: [], 'cell_type': [0], 'experiment': [1], 'plate': [1, 2]}
-
 # %% ../../nbs/30_model.batchnorm.ipynb #5d1a77c2
 class DomainSlices(Callback):
     """Statistics per domain for every BatchNorm that uses batch statistics.
@@ -557,8 +555,8 @@ class DomainSlices(Callback):
         by:str|None='experiment', # what a domain is: 'cell_type', 'experiment', 'plate'; None: the batch
         reference:str='all', # rows that shape the statistics: 'all' or 'controls'
     ):
-        if by not in _domain_columns:
-            raise ValueError(f"by is {by!r}, expected one of {', '.join(map(repr, _domain_columns))}")
+        if by not in DOMAIN_COLUMNS:
+            raise ValueError(f"by is {by!r}, expected one of {', '.join(map(repr, DOMAIN_COLUMNS))}")
         if reference not in ('all','controls'):
             raise ValueError(f"reference is {reference!r}, expected 'all' or 'controls'")
         self.by,self.reference = by,reference
@@ -581,10 +579,9 @@ def _rows(self:DomainSlices):
                          'domains are unknown')
     context = self.xb[1]
     # of a mixed batch, that of the rows as they were
-    context = getattr(context, 'context', context).as_subclass(Tensor)
-    domains = context[:,_domain_columns[self.by]]
-    if self.reference == 'all': return domains,None
-    return domains,context[:,3] != 0 if context.shape[1] > 3 else torch.zeros(len(context), dtype=torch.bool)
+    context = plain(getattr(context, 'context', context))
+    domains = context[:,DOMAIN_COLUMNS[self.by]]
+    return domains,None if self.reference == 'all' else context_roles(context) != 0
 
 @patch
 def _forward(self:DomainSlices, *args, **kwargs):

@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 
 from ..renamed import renamed
-from ..data.context import cell_type_weights, is_traced, MixedContext, plain
+from ..data.context import cell_type_weights, context_roles, ContextColumns, is_traced, MixedContext
+from ..data.context import plain, ROLES
 from .backbone import Backbone
 
 # %% ../../nbs/31_model.head.ipynb #72669499
@@ -113,8 +114,7 @@ def _control_mean(x, domain, control, name):
 
 def condition_on_controls(
     x:Tensor, # features (B, F), any float type
-    # (B, 4) integers: column 1 the experiment, column 3 the role (1 positive, 2 negative control)
-    context:Tensor|MixedContext|None,
+    context:Tensor|MixedContext|None, # (B, 4) integers with the columns of `ContextColumns`
 ) -> Tensor: # (B, 4F), float32 at least
     """`x, x*p, x*n, x*p*n` with the mean positive and negative control of each experiment.
 
@@ -122,10 +122,11 @@ def condition_on_controls(
     if context is None:
         raise ValueError('this head compares with controls and needs the context of the batch, got None')
     c = plain(context.context if isinstance(context, MixedContext) else context)
-    role = c[:,3] if c.shape[1] > 3 else torch.zeros_like(c[:,0])
+    experiment,role = c[:,ContextColumns.EXPERIMENT],context_roles(c)
     with torch.autocast(x.device.type, enabled=False): # products of three features overflow fp16
         x = x if x.dtype == torch.float64 else x.float()
-        p,n = (_control_mean(x, c[:,1], role == i, name) for i,name in ((1, 'positive'), (2, 'negative')))
+        p,n = (_control_mean(x, experiment, role == ROLES.index(f'{name}_control'), name)
+               for name in ('positive', 'negative'))
         return torch.cat([x, x*p, x*n, x*p*n], 1)
 
 # %% ../../nbs/31_model.head.ipynb #92108617

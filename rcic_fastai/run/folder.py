@@ -18,6 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastcore.basics import patch
 
+# %% ../../nbs/75_run.folder.ipynb #4805d49e
 from ..files import naming, read_arrays, user_path
 from ..screen.channels import channel_file, channel_name, grey_limits
 from ..screen.core import Screen
@@ -329,6 +330,7 @@ def sites(self:Run,
     sites = select_sites(self.screen, 'train' if split=='valid' else split, wells or self.wells, present_only, say)
     return _only_valid_wells(self, sites, say) if split=='valid' else sites
 
+# %% ../../nbs/75_run.folder.ipynb #1b5a2ee9
 @patch
 def references(self:Run,
     sites:pd.DataFrame, # sites that are to be predicted

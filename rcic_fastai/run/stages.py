@@ -14,28 +14,33 @@ from pathlib import Path
 import xxhash
 from fastai.callback.all import Callback
 from fastai.learner import Learner
+from fastcore.basics import patch
 
 from ..files import read_json, write_json, write_whole
-from ..recipe.settings import compare_recipes, current_name, Recipe, recipe_from_dict, stage_names, TrainSettings
+from ..recipe.settings import compare_recipes, current_name, Recipe, recipe_from_dict, stage_names
+from ..recipe.settings import TrainSettings
 from ..train.checkpoint import Checkpoint, History, latest_checkpoint
 from ..train.learner import fit_stage, suggest_lr
 
-# %% ../../nbs/75_run.stages.ipynb #74a137af
+# %% ../../nbs/75_run.stages.ipynb #d21bea8f
 _BEGUN = 'begun.json' # in the folder of a run while it is trained
-_free = ('checkpoint.every_steps', 'checkpoint.keep_last', 'data.workers', 'data.cache') # change nothing of what is computed
+_free = 'checkpoint.every_steps', 'checkpoint.keep_last', 'data.workers', 'data.cache' # change nothing that is computed
 
 def _differences(started, recipe, asked):
     "What a run was started with, against what is asked for now"
-    differ = compare_recipes(recipe_from_dict(started['recipe'], where='settings it was started with'), recipe).drop(index=list(_free), errors='ignore')
+    before = recipe_from_dict(started['recipe'], where='settings of the training that was begun')
+    differ = compare_recipes(before, recipe).drop(index=list(_free), errors='ignore')
     text = lambda v: json.dumps(v, default=lambda o: o.item())
     lines = [f'{k} was {text(r.a)} and is {text(r.b)}' for k,r in differ.iterrows()]
-    lines += [f'{k} was {text(started["asked"].get(k))} and is {text(v)}' for k,v in asked.items() if started['asked'].get(k, v)!=v]
+    lines += [f'{k} was {text(started["asked"].get(k))} and is {text(v)}' for k,v in asked.items()
+              if started['asked'].get(k, v) != v]
     return '; '.join(lines)
 
 def _check_same(started, recipe, asked, run):
-    other = _differences(started, recipe, asked)
-    if other: raise ValueError(f'{run} was started otherwise: {other}. Ask for the same to resume it, or give another folder')
+    if other := _differences(started, recipe, asked):
+        raise ValueError(f'{run} was started otherwise: {other}. Ask for the same to resume it, or give another folder')
 
+# %% ../../nbs/75_run.stages.ipynb #039075b0
 def check_no_leak(
     trained:Iterable[str], # id_codes of wells whose labels some stage trains on
     validated:Iterable[str], # id_codes of wells that are validated on
@@ -43,11 +48,19 @@ def check_no_leak(
 ):
     "Raises: ValueError naming a well that is trained on and validated on."
     if both := sorted(set(trained) & set(validated)):
-        raise ValueError(f'stage {stage}: {len(both):,} wells are validated on whose labels are trained on, such as {both[0]}')
+        raise ValueError(f'stage {stage}: {len(both):,} wells are validated on whose labels are trained on, '
+                         f'such as {both[0]}')
+
+# %% ../../nbs/75_run.stages.ipynb #44bbfd64
+def _place(state):
+    "Where a checkpoint is, in words"
+    if state['done']: return f'stage {state["stage"]}, its end'
+    batch = f', batch {state["batch"]}' if state['batch'] else ''
+    return f'stage {state["stage"]}, epoch {state["epoch"]}{batch}'
 
 class Stages:
-    "The stages of a run: each is saved while it trains, and gone on with where a checkpoint says so."
-    order = tuple(s for s in stage_names if s != 'cell_type') # which is a run for each cell type
+    "The stages of a run: each is saved while it trains, and resumed where a checkpoint says so."
+    order = tuple(s for s in stage_names if s != 'cell_type')
     def __init__(self,
         run:Path, # folder
         recipe:Recipe, # settings
@@ -62,42 +75,60 @@ class Stages:
         if self.resume is None: return
         _check_same(self.resume['extra'], recipe, asked, run)
         self.extra, self.resume['stage'] = self.resume['extra'], current_name(self.resume['stage'])
-        at = 'its end' if self.resume['done'] else f'epoch {self.resume["epoch"]}' + (f', batch {self.resume["batch"]}' if self.resume['batch'] else '')
-        say(f'Going on with {run}: stage {self.resume["stage"]}, {at}')
+        say(f'Resuming {run}: {_place(self.resume)}')
 
-    def past(self,
-        name:str # one of `order`
-    ) -> bool:
-        "Does the checkpoint belong to a later stage?"
-        return self.resume is not None and self.order.index(self.resume['stage']) > self.order.index(name)
+# %% ../../nbs/75_run.stages.ipynb #56f13b82
+@patch
+def past(self:Stages,
+    name:str # one of `order`
+) -> bool:
+    "Does the checkpoint belong to a later stage?"
+    return self.resume is not None and self.order.index(self.resume['stage']) > self.order.index(name)
 
-    def fit(self,
-        learn:Learner, # from `screen_learner`
-        name:str, # one of `order`
-        stage:TrainSettings, # epochs, learning rate ...
-        cbs:Iterable[Callback]=() # further callbacks
-    ) -> Learner: # the same, trained
-        "Train a stage, what is left of it, or nothing."
-        if self.past(name): return learn
-        items, settings = learn.dls.train_ds.items, self.recipe.checkpoint
-        self.trained |= set(items.id_code[~items.pseudo.fillna(False).astype(bool)] if 'pseudo' in items else items.id_code)
-        if len(learn.dls.valid_ds): check_no_leak(self.trained, learn.dls.valid_ds.items.id_code, name)
-        write_whole(self.run/_BEGUN, json.dumps(self.extra, default=str)) # a training that is killed before its first checkpoint is known by it
-        state, self.resume, self.history.stage = self.resume, None, name
-        if stage.find_lr: stage = replace(stage, lr=self._found_lr(learn, name, stage))
-        checkpoint, cbs = Checkpoint(self.run/'checkpoints', name, settings.every_steps, settings.keep_last, state, self.extra, self.say), [self.history, *cbs]
-        if state is None or not state['done']: return fit_stage(learn, stage, [*cbs, *self.cbs], checkpoint)
-        with learn.added_cbs([*cbs, checkpoint]): checkpoint.load_done(state)
-        return learn
+# %% ../../nbs/75_run.stages.ipynb #0e28b774
+def _written_rates(path, key):
+    "The learning rates that were found for these settings, by stage"
+    found = read_json(path) if path.exists() else {}
+    if found.get('recipe') != key: return dict(recipe=key)
+    return {current_name(stage): lr for stage, lr in found.items()}
 
-    def _found_lr(self, learn, name, stage):
-        "What `lr_find` suggests, looked for once: a run that resumes takes what is written"
-        path, key = self.run/'learning_rates.json', xxhash.xxh3_64_hexdigest(json.dumps(self.extra, default=str).encode())
-        found = {current_name(k): v for k, v in (read_json(path) if path.exists() else {}).items()}
-        if found.get('recipe')!=key: found = dict(recipe=key)
-        if name not in found:
-            found[name] = suggest_lr(learn, stage)
-            write_json(path, found, None)
-        if not (isinstance(found[name], float) and found[name] > 0): raise ValueError(f'{path}: {name} is {found[name]!r}, expected a learning rate; delete the file, and it will be looked for again')
-        self.say(f'Stage {name}: learning rate {found[name]:.2e}, found in {stage.find_lr} steps')
-        return found[name]
+@patch
+def _found_lr(self:Stages, learn, name, stage):
+    "What `lr_find` suggests, looked for once"
+    path = self.run/'learning_rates.json'
+    key = xxhash.xxh3_64_hexdigest(json.dumps(self.extra, default=str).encode())
+    found = _written_rates(path, key)
+    if name not in found:
+        found[name] = suggest_lr(learn, stage)
+        write_json(path, found, None)
+    if not (isinstance(found[name], float) and found[name] > 0):
+        raise ValueError(f'{path}: {name} is {found[name]!r}, expected a learning rate; delete the file, and it will '
+                         f'be looked for again')
+    self.say(f'Stage {name}: learning rate {found[name]:.2e}, found in {stage.find_lr} steps')
+    return found[name]
+
+# %% ../../nbs/75_run.stages.ipynb #b9edc21d
+def _labelled_wells(sites):
+    "The wells whose own labels are trained on"
+    return set(sites.id_code[~sites.pseudo.fillna(False).astype(bool)] if 'pseudo' in sites else sites.id_code)
+
+@patch
+def fit(self:Stages,
+    learn:Learner, # from `screen_learner`
+    name:str, # one of `order`
+    stage:TrainSettings, # epochs, learning rate ...
+    cbs:Iterable[Callback]=() # further callbacks
+) -> Learner: # the same, trained
+    "Train a stage, what is left of it, or nothing."
+    if self.past(name): return learn
+    self.trained |= _labelled_wells(learn.dls.train_ds.items)
+    if len(learn.dls.valid_ds): check_no_leak(self.trained, learn.dls.valid_ds.items.id_code, name)
+    # a training that is killed before its first checkpoint is known by it
+    write_whole(self.run/_BEGUN, json.dumps(self.extra, default=str))
+    state, self.resume, self.history.stage = self.resume, None, name
+    if stage.find_lr: stage = replace(stage, lr=self._found_lr(learn, name, stage))
+    how, cbs = self.recipe.checkpoint, [self.history, *cbs]
+    checkpoint = Checkpoint(self.run/'checkpoints', name, how.every_steps, how.keep_last, state, self.extra, self.say)
+    if state is None or not state['done']: return fit_stage(learn, stage, [*cbs, *self.cbs], checkpoint)
+    with learn.added_cbs([*cbs, checkpoint]): checkpoint.load_done(state)
+    return learn

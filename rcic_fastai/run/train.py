@@ -22,6 +22,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
+# %% ../../nbs/77_run.train.ipynb #e13a2078
 from ..errors import did_you_mean
 from ..files import check_name, check_output, claim_folder, clean_partials, read_json, refuse_links, user_path
 from ..files import check_ours, write_picture, write_whole
@@ -87,7 +88,8 @@ def _usable_domain(sites, recipe, target, say):
     say(f'{target} is the same for all sites of any one {d.replace("_", " ")}: batches are mixed, BatchNorm uses '
         f'running statistics')
     return replace(recipe, data=replace(recipe.data, domain=None),
-                   inference=replace(recipe.inference, batchnorm='running', domain='as_trained', bagging=[], postprocess=None))
+                   inference=replace(recipe.inference, batchnorm='running', domain='as_trained', bagging=[],
+                                     postprocess=None))
 
 def _check_losses(sites, recipe, target):
     "Each stage has a loss for the task of the target"
@@ -221,8 +223,8 @@ class TrainingTable:
     recipe:Recipe # with a domain that the target allows
     controls:pd.DataFrame|None # control sites, if the recipe looks at some
 
-    def loaders(self, stats:ChannelStats=None, counts:torch.Tensor=None, **kwargs) -> DataLoaders: # further arguments of `recipe_dataloaders`
-        "See `recipe_dataloaders`."
+    def loaders(self, stats:ChannelStats=None, counts:torch.Tensor=None, **kwargs) -> DataLoaders:
+        "See `recipe_dataloaders`, whose further arguments `kwargs` are."
         return recipe_dataloaders(self.sites, self.recipe, self.mask, stats, counts, self.controls, **kwargs)
 
     def with_more(self, extra:pd.DataFrame) -> 'TrainingTable':

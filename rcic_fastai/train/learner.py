@@ -32,6 +32,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import nn
 
+# %% ../../nbs/66_train.learner.ipynb #75d7087d
 from ..files import user_path
 from ..data.target import MultiLabelCategorize
 from ..data.domains import control_pools, _domain_names

@@ -12,7 +12,7 @@ from fastai.learner import AvgMetric
 from fastai.metrics import AccumMetric
 
 from ..renamed import renamed
-from ..data.context import plain
+from ..data.context import context_roles, plain
 from ..loss.base import ScreenLoss
 from ..loss.multi import MultiLabelLoss
 from ..labels.metrics import average_precision, macro_f1
@@ -77,10 +77,9 @@ class LeaveOutControls(Callback):
     order = 70 # after mixing, which gives mixed targets to the loss and puts the plain ones back afterwards
     def before_batch(self):
         context, self.keep = self.learn.xb[1], None
-        context = plain(getattr(context, 'context', context))
-        if not self.yb or context.shape[1] < 4: return
+        if not self.yb: return
         y = plain(self.yb[0])
-        extra = (context[:, 3] > 0) & (y.sum(1)==0 if y.ndim==2 else y < 0)
+        extra = (context_roles(context) > 0) & (y.sum(1)==0 if y.ndim==2 else y < 0)
         if extra.any(): self.keep = ~extra
 
     def _targets(self): self.learn.yb = tuple(y[self.keep] if len(y)==len(self.keep) else y for y in self.yb)

@@ -21,18 +21,16 @@ from torch import Tensor
 from torch.distributions import Beta
 
 from ..errors import did_you_mean, one_of
-from ..data.context import DOMAINS, MixedContext, plain
+from ..data.context import ContextColumns, DOMAIN_COLUMNS, DOMAINS, MixedContext, plain
 
 # %% ../../nbs/65_train.mix.ipynb #005ffd0e
-_columns = dict(zip(DOMAINS, ([], [0], [1], [1,2])))
-
 def context_domains(
     context:Tensor|MixedContext, # (B, >=3) integers
     domain:str|None, # None, 'cell_type', 'experiment' or 'plate'
 ) -> Tensor: # (B,) int64: the same number for rows of the same domain, comparable within a batch
     "Domain of every row; of the first image where two are mixed."
     context = (context.context if isinstance(context, MixedContext) else context).as_subclass(Tensor).long()
-    return sum((context[:,c] << 20*i for i,c in enumerate(_columns[domain])), torch.zeros_like(context[:,0]))
+    return sum((context[:,c] << 20*i for i,c in enumerate(DOMAIN_COLUMNS[domain])), torch.zeros_like(context[:,0]))
 
 def mix_partners(
     y:Tensor, # (B,) integers; negative rows are masked
@@ -244,7 +242,7 @@ def partners(self:LISA,
     context:Tensor # (B, >=3) integers
 ) -> Tensor: # (B,) int64
     "A row with the same target and another experiment for each row."
-    partner = lisa_partners(y, context[:,1], context_domains(context, self.within))
+    partner = lisa_partners(y, context[:,ContextColumns.EXPERIMENT], context_domains(context, self.within))
     moved = (partner != torch.arange(len(y), device=y.device)).any() # on the device, looked at once per epoch
     self.any_pair = moved if self.any_pair is None else self.any_pair | moved
     return partner

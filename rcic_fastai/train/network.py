@@ -6,7 +6,9 @@
 __all__ = ['recipe_model', 'new_head', 'ImageOnly']
 
 # %% ../../nbs/65_train.network.ipynb #b64f7a85
-import inspect, json, typing
+import inspect, json
+from contextlib import contextmanager
+from typing import Any
 
 import timm
 import torch
@@ -17,12 +19,7 @@ from ..model.core import _bare, create_model, param_groups, ScreenModel
 from ..model.head import create_screen_head
 from ..recipe.settings import Recipe
 
-# %% ../../nbs/65_train.network.ipynb #bfbd2305
-def _head_options(recipe, n_cell_types):
-    m = recipe.model
-    return dict(n_hidden=m.hidden, dropout=m.dropout, classifier=m.classifier,
-                n_cell_types=n_cell_types if m.cell_type else 0, cell_type=m.cell_type or 'one_hot')
-
+# %% ../../nbs/65_train.network.ipynb #0b7c91b6
 def _n_weights(arch, options):
     "Weights of a network, before memory is asked for; 0 where only building it tells"
     try:
@@ -30,18 +27,16 @@ def _n_weights(arch, options):
         return sum(p.numel() for p in network.parameters())
     except Exception: return 0 # whatever is wrong is said when it is built
 
-def recipe_model(
-    recipe:Recipe, # settings
-    n_classes:int, # outputs
-    n_channels:int=6, # inputs
-    n_cell_types:int=0 # cell types the head can be told, if the recipe wants that
-) -> ScreenModel:
-    "The network of a recipe, before training. Raises: ValueError for `model.arch_options` that make no network."
-    m, said = recipe.model, f'model.arch_options is {json.dumps(recipe.model.arch_options)}'
+def _check_size(m, said):
+    "Refuse a network that no memory holds"
     if m.arch_options and (n := _n_weights(m.arch, m.arch_options)) > 2e9:
         raise ValueError(f'{said}, which makes {n/1e9:,.0f} billion weights of {m.arch}, expected at most 2')
-    how:dict[str, typing.Any] = dict(n_channels=n_channels, pretrained=m.pretrained, init=m.first_conv, pool=m.pool, head=m.head)
-    try: model = create_model(m.arch, n_classes, **how, **_head_options(recipe, n_cell_types), **m.arch_options)
+
+# %% ../../nbs/65_train.network.ipynb #fa8e2762
+@contextmanager
+def _naming_options(m, said):
+    "What is wrong with a network is said of the settings that make it"
+    try: yield
     except ValueError as e: raise ValueError(f'{said}: {e}') if str(e).startswith('timm cannot build') else e from None
     except OSError as e:
         if m.pretrained is not True: raise
@@ -51,6 +46,26 @@ def recipe_model(
     except (TypeError, RuntimeError, AssertionError, ArithmeticError, LookupError, AttributeError) as e:
         if not m.arch_options: raise
         raise ValueError(f'{said}, which makes no network of {m.arch}: {e}') from None
+
+# %% ../../nbs/65_train.network.ipynb #85f1c8ca
+def _head_options(recipe, n_cell_types):
+    m = recipe.model
+    return dict(n_hidden=m.hidden, dropout=m.dropout, classifier=m.classifier,
+                n_cell_types=n_cell_types if m.cell_type else 0, cell_type=m.cell_type or 'one_hot')
+
+def recipe_model(
+    recipe:Recipe, # settings
+    n_classes:int, # outputs
+    n_channels:int=6, # inputs
+    n_cell_types:int=0 # cell types the head can be told, if the recipe wants that
+) -> ScreenModel:
+    "The network of a recipe, before training. Raises: ValueError for `model.arch_options` that make no network."
+    m, said = recipe.model, f'model.arch_options is {json.dumps(recipe.model.arch_options)}'
+    _check_size(m, said)
+    how:dict[str, Any] = dict(n_channels=n_channels, pretrained=m.pretrained, init=m.first_conv, pool=m.pool,
+                              head=m.head)
+    with _naming_options(m, said):
+        model = create_model(m.arch, n_classes, **how, **_head_options(recipe, n_cell_types), **m.arch_options)
     empty = next((k for k, p in model.body.named_parameters() if not p.numel()), None)
     if empty and m.arch_options: raise ValueError(f'{said}, which leaves {empty} of {m.arch} without a single weight')
     return model
@@ -79,7 +94,7 @@ class ImageOnly(nn.Module):
 
     def forward(self,
         image:torch.Tensor, # (B, C, H, W)
-        context:typing.Any=None # of the sites
+        context:Any=None # of the sites
     ) -> torch.Tensor: # what the network returns
         "Of the image alone."
         return self.net(image)
