@@ -221,7 +221,7 @@ def parse_json(
     except json.JSONDecodeError as e: raise ValueError(f'{where}: line {e.lineno}: {e.msg}') from None
     except RecursionError: raise ValueError(f'{where}: nested too deeply') from None
     if kind is None or isinstance(found, kind): return found
-    expected = {dict: 'an object in braces', list: 'a list in brackets'}.get(kind, kind.__name__)
+    expected = 'an object in braces' if kind is dict else 'a list in brackets' if kind is list else kind.__name__
     raise ValueError(f'{where}: {json.dumps(found)[:60]} where {expected} is expected')
 
 # %% ../nbs/01_files.ipynb #31dface5
