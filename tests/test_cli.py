@@ -62,6 +62,7 @@ def test_what_is_required_is_said(name, monkeypatch, capsys):
     assert status == 2 and "the following arguments are required" in err
 
 
+@pytest.mark.slow
 def test_installed_command_fails_in_one_line(tmp_path):
     "As a process: exit status 1, one line on standard error, no traceback; the traceback with --debug."
     done = run("rcic-simulate", "--out", tmp_path / "none", "--sirnas", 2, ok=False)
@@ -133,6 +134,7 @@ def test_errors_of_each_command(command, small_screen, small_run, tmp_path):
         assert err.startswith(f"{args[0]}: error: ") and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_the_road(command, tmp_path):
     "Simulate, train, predict, submit and score a small screen, and the score is that of the file."
     data, run_folder, out = tmp_path / "data", tmp_path / "run", tmp_path / "submission.csv"

@@ -322,6 +322,7 @@ class Rows:
         return (torch.tensor(i),)
 
 
+@pytest.mark.slow
 @each("seed", range(40))
 def test_length_is_the_number_of_batches(seed):
     keys, bs, repeats = random_domains(seed)

@@ -125,6 +125,7 @@ def tiny_run(small_screen, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_weights_that_are_damaged_are_not_packed(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     weights = (run / "model.safetensors").read_bytes()
@@ -250,6 +251,7 @@ def test_several_labels_and_a_session_that_ends(tmp_path, monkeypatch, capsys):
 # Wheels and folders
 
 
+@pytest.mark.slow
 def test_a_wheel_of_what_is_installed_is_a_wheel(bare, tmp_path):
     """Editable here; installed elsewhere, it gives the same wheel again: each file as RECORD says, commands and
     templates among them"""

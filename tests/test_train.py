@@ -438,6 +438,7 @@ def test_pretraining_keeps_the_body(screen, tmp_path):
     assert model(torch.zeros(2, 6, 48, 48), torch.zeros(2, 3, dtype=torch.long)).shape == (2, 8)
 
 
+@pytest.mark.slow
 def test_run_with_pretraining_writes_its_folder(screen, tmp_path):
     run = tmp_path / "run"
     train_run(screen, change_recipe(laptop, "pretrain.epochs=1"), run, say=quiet)

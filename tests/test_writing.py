@@ -414,6 +414,7 @@ def test_a_begun_json_of_others_stays(small_screen, tmp_path):
         assert (tmp_path / "run" / "begun.json").read_text() == text
 
 
+@pytest.mark.slow
 def test_the_metadata_of_another_kernel_stays(tmp_path):
     "Of another address, or of a kernel whose notebook is somebody else's; the same kernel may be built again"
     def build(title="Train something"):
