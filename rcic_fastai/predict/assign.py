@@ -183,6 +183,9 @@ def _why_no_mapping(table, plates, groups, known):
                                                                       (usable, table.columns)))
     return f'no mapping of plates to groups fits: the plates have {wells} wells, the groups {classes} usable classes'
 
+# %% ../../nbs/47_predict.assign.ipynb #4ffb61ab
+def _value(scores, labels): return float(np.asarray(scores, dtype=np.float64)[np.arange(len(labels)), labels].sum())
+
 # %% ../../nbs/47_predict.assign.ipynb #dc5a2805
 def infer_plate_groups(
     scores:ArrayLike, # (W, K) float, higher is better
@@ -206,9 +209,6 @@ def infer_plate_groups(
     cols, best, second = _two_best_shared(bounds.to_numpy(), value_of) if shared else _two_best(bounds.to_numpy())
     if cols is None: raise ValueError(_why_no_mapping(bounds, plates, groups, known))
     return PlateGroups(_as_mapping(bounds, cols), float(best-second))
-
-# %% ../../nbs/47_predict.assign.ipynb #4ffb61ab
-def _value(scores, labels): return float(np.asarray(scores, dtype=np.float64)[np.arange(len(labels)), labels].sum())
 
 # %% ../../nbs/47_predict.assign.ipynb #0882eb40
 def plate_group_votes(

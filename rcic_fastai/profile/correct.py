@@ -160,6 +160,9 @@ class TVN(BaseEstimator):
         n_components:int=None, # principal components to keep; None: all that the controls span
     ): self.regularization, self.n_components = regularization, n_components
 
+@patch
+def _components(self:TVN, x): return ((x-self.mean_)/self.scale_)@self.components_.T
+
 # %% ../../nbs/40_profile.correct.ipynb #c900ad41
 @patch
 def fit(self:TVN,
@@ -195,9 +198,6 @@ def fit_batches(self:TVN,
     return self
 
 # %% ../../nbs/40_profile.correct.ipynb #2deed0dd
-@patch
-def _components(self:TVN, x): return ((x-self.mean_)/self.scale_)@self.components_.T
-
 @patch
 def transform(self:TVN,
     x:ArrayLike, # (N, F) float embeddings
@@ -249,11 +249,11 @@ def fit(self:ClassCentres,
         centres[found] = _unit(_group_means(x[strata == s], local, len(found)))
     return self
 
-# %% ../../nbs/40_profile.correct.ipynb #50364b13
 @patch
 def _strata(self:ClassCentres, strata, n) -> np.ndarray:
     return np.full(n, '') if strata is None else _as_labels(strata, n, 'strata').astype(str)
 
+# %% ../../nbs/40_profile.correct.ipynb #50364b13
 @patch
 def decision_function(self:ClassCentres,
     x:ArrayLike, # (N, F) float embeddings
