@@ -168,6 +168,7 @@ def _check_request(t):
         raise ValueError(f'target {t.target!r} is no column of the wells{did_you_mean(t.target, w.columns)}')
     if isinstance(t.valid, str): valid_mask(w[w.split=='train'], t.valid, t.recipe.seed)
 
+# %% ../../nbs/77_run.train.ipynb #0f5ece8e
 _own_names = 'all', 'checkpoints', 'predictions', 'embeddings', 'tensorboard', 'wandb' # folders within a run
 _written = ('model.safetensors', 'recipe.json', 'best.safetensors', 'history.csv', 'learning_rates.json',
             'histograms.npz', 'pseudo.json', 'submission.csv',
@@ -183,6 +184,15 @@ def _check_begun(run):
     ours = checkpoint_files(run/'checkpoints') or 'model.safetensors' in found and 'recipe' in read_meta(run/found[0])
     if found and not ours and not begun:
         raise FileExistsError(f'{run} holds {found[0]}, and no training that was begun: give another folder')
+
+def _make_ready(run):
+    "Refuse a folder with something else in it, and clean what a killed training left half written"
+    if (run/'run.json').exists():
+        raise FileExistsError(f'{run} holds a finished run: load_run(run) reads it; to train anew, give another '
+                              'folder or delete it')
+    for name in _own_names: refuse_links(run/name/'any')
+    _check_begun(run)
+    for folder in (run, run/'checkpoints'): clean_partials(folder, held=True)
 
 def _remove_begun(run):
     "What only an unfinished training needs"
@@ -400,14 +410,9 @@ def train_run(
                  None if start is None else user_path(start), say, cbs)
     _check_request(t)
     with claim_folder(run):
-        if (run/'run.json').exists():
-            raise FileExistsError(f'{run} holds a finished run: load_run(run) reads it; to train anew, give another '
-                                  f'folder or delete it')
-        for name in _own_names: refuse_links(run/name/'any')
-        _check_begun(run)
-        for folder in (run, run/'checkpoints'): clean_partials(folder, held=True)
-        return _train_parts(t) if len(screen.cell_types) > 1 and (recipe.per_cell_type
-                                                                  or recipe.cell_type.epochs) else _train(t)
+        _make_ready(run)
+        in_parts = len(screen.cell_types) > 1 and (recipe.per_cell_type or recipe.cell_type.epochs)
+        return _train_parts(t) if in_parts else _train(t)
 
 # %% ../../nbs/77_run.train.ipynb #a7c1e0ec
 def _chosen_once(t):
