@@ -312,3 +312,87 @@ def test_pretrained_weights_out_of_reach(small_screen, tmp_path, monkeypatch):
                        "model.pretrained=FILE.*first second") as e:
         cli.rcic_train(data=small_screen, run=tmp_path / "run", set=["model.arch=resnet18", "model.pretrained=true"])
     assert "\n" not in str(e.value)
+
+
+# Commands for several labels
+
+
+@pytest.fixture(scope="module")
+def small_atlas(tmp_path_factory):
+    "An atlas whose test images are larger and brighter, and one without test images"
+    from rcic_fastai.screen.simulate_atlas import simulate_hpa
+
+    folder, size = tmp_path_factory.mktemp("atlas"), dict(n_external=0, image_size=32, workers=1, progress=False)
+    simulate_hpa(folder / "atlas", 300, 100, size_shift=1.6, min_positives=4, **size)
+    simulate_hpa(folder / "known", 40, 0, min_positives=1, **size)
+    return folder
+
+
+@pytest.mark.slow
+def test_labels_from_neighbours_and_sets_that_differ(command, small_atlas, tmp_path):
+    "Train, retrieve, submit; compare pixels, and the embeddings of what the run set aside"
+    from rcic_fastai.labels.submission import read_label_submission
+
+    atlas, run, near = small_atlas / "atlas", tmp_path / "run", tmp_path / "near"
+    network = 'model.arch_options={"channels": [8, 16, 24, 32], "stem_width": 8}'
+    settings = [w for s in ("data.batch_size=16", "inference.tta=1", "inference.thresholds=global", network)
+                for w in ("--set", s)]
+    train = ["rcic-train", "--data", atlas, "--recipe", "hpa_seresnext50_focal", "--laptop", 2, *settings]
+    assert command(*train, "--run", run, "--valid", "fold=0/3")[0] == 0
+    status, said, err = command("rcic-hpa-neighbours", "--run", run, "--out", near)
+    assert status == 0 and "test images have a neighbour" in said and "difference" in said, err
+    table = pd.read_csv(near / "neighbours.csv")
+    assert table["query"].nunique() == 100 and set(table.neighbour) <= set(pd.read_csv(atlas / "train.csv").Id)
+    status, _, err = command("rcic-submit", "--run", near)
+    assert status == 0 and len(read_label_submission(near / "submission.csv")) == 100, err
+
+    for name, options in (("pixels", ["--data", atlas]), ("embeddings", ["--run", run])):
+        status, said, err = command("rcic-hpa-adversarial", *options, "--out", tmp_path / name)
+        assert status == 0 and "Training and test images can" in said, err
+        weights, report = (pd.read_csv(tmp_path / name / f) for f in ("weights.csv", "report.csv"))
+        assert len(weights) == (300 if name == "pixels" else 100) and weights.weight.mean() == pytest.approx(1)
+        assert report.low[0] < report.auc[0] < report.high[0]
+    assert pd.read_csv(tmp_path / "pixels" / "report.csv").low[0] > 0.5
+
+    assert command(*train, "--run", tmp_path / "other", "--valid", "fold=1/3")[0] == 0
+    assert command(*train, "--run", tmp_path / "whole", "--set", "valid=null")[0] == 0
+    for words, message in [
+        (["rcic-hpa-neighbours", "--run", tmp_path / "other", "--classifier", run], "of the images that .* set aside"),
+        (["rcic-hpa-neighbours", "--run", tmp_path / "whole"], "set no images aside"),
+        (["rcic-hpa-adversarial", "--run", tmp_path / "whole"], "leave --run out"),
+        (["rcic-hpa-neighbours", "--run", run, "--neighbours", 3, "--out", near], "k is 1 there, 3 now"),
+    ]:
+        status, _, err = command(*words, *([] if "--out" in words else ["--out", tmp_path / "x"]))
+        assert status == 1 and re.search(message, err) and err.count("\n") == 1 and "unexpected" not in err, err
+
+
+def test_an_atlas_that_cannot_be_compared_is_told_in_one_line(command, small_atlas, small_screen, small_run, tmp_path):
+    for words, message in [
+        (["rcic-hpa-adversarial", "--data", small_atlas / "known"], "has no test images"),
+        (["rcic-hpa-adversarial", "--data", small_screen], "train.csv"),
+        (["rcic-hpa-adversarial", "--run", tmp_path / "none"], "is no finished run"),
+        (["rcic-hpa-neighbours", "--run", small_run], "train.csv"),
+        (["rcic-hpa-neighbours", "--run", tmp_path / "none"], "is no finished run"),
+    ]:
+        status, _, err = command(*words, "--out", tmp_path / "out")
+        assert status == 1 and message in err and err.count("\n") == 1 and "unexpected" not in err, err
+
+
+def test_a_command_in_a_new_process_finds_every_method(small_screen, tmp_path):
+    "`show_well` comes by a module that nothing else imports"
+    done = run("rcic-show", "--data", small_screen, "--out", tmp_path / "well.png")
+    assert "Written: " in done.stdout and (tmp_path / "well.png").stat().st_size > 1000
+
+
+def test_a_submission_waits_for_the_run_folder(command, small_run, small_screen, tmp_path):
+    "A process that holds the folder is named; a file elsewhere needs no claim"
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    code = (f"import sys; from rcic_fastai.files import claim_folder\n"
+            f"with claim_folder({str(folder)!r}): print('held', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        assert p.stdout.readline() == "held\n"
+        status, _, err = command("rcic-submit", "--run", folder, "--data", small_screen)
+        elsewhere = command("rcic-submit", "--run", folder, "--data", small_screen, "--out", tmp_path / "s.csv")
+        p.stdin.close()
+    assert status == 1 and f"{folder} is in use by" in err, err
+    assert elsewhere[0] == 0, elsewhere[2]
