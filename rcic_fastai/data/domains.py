@@ -160,7 +160,8 @@ def _drawn(pool, roles, n, rng):
 def _control_roles(table):
     "Role of each control. Raises: ValueError naming a treatment"
     roles = np.array([_role(w) for w in table.get('well_type', ['treatment']*len(table))], np.int64)
-    if (roles == 0).any(): raise ValueError(f'well {table.id_code.iloc[roles.argmin()]} among the controls is a treatment')
+    treatments = table.id_code[roles == 0]
+    if len(treatments): raise ValueError(f'well {treatments.iloc[0]} among the controls is a treatment')
     return roles
 
 class DomainControls:

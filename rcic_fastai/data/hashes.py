@@ -50,6 +50,10 @@ def _ids(sites, id):
     if ids.has_duplicates: raise ValueError(f'{id} {ids[ids.duplicated()][0]!r} occurs more than once')
     return ids
 
+def _hash_image(x, name, channels, size, canonical, min_range):
+    if len(x) != len(channels): raise ValueError(f'{name}: {len(x)} channels, expected {len(channels)}')
+    return image_hashes(x, size, canonical, min_range)
+
 def _hash_rows(hash_one, hashes, done, save, save_every, threads, progress):
     "Hash the rows that are not `done`, and save them every so often and whenever it is stopped"
     todo, pool = np.flatnonzero(~done), ThreadPoolExecutor(threads or num_cpus())
@@ -71,7 +75,7 @@ def hash_sites(
     channels:Sequence[int|str], # numbers or names of the channels to put into `files`
     cache:str|Path=None, # file to keep hashes in, and to resume from
     id:str='site_id', # column of the ids, unique
-    read:Callable=read_site, # reads (C, H, W) pixels from an entry of `files` and the channels; zeros for a missing channel
+    read:Callable=read_site, # (C, H, W) pixels of an entry of `files` and the channels; zeros for a missing one
     size:int=8, # lowest frequencies per direction
     canonical:bool=False, # the same for all flips and rotations?
     min_range:float=1, # as for `perceptual_hash`
@@ -95,10 +99,6 @@ def hash_sites(
     _hash_rows(hash_one, hashes, done, save, save_every, threads, progress)
     return hashes
 
-def _hash_image(x, name, channels, size, canonical, min_range):
-    if len(x) != len(channels): raise ValueError(f'{name}: {len(x)} channels, expected {len(channels)}')
-    return image_hashes(x, size, canonical, min_range)
-
 # %% ../../nbs/21_data.hashes.ipynb #66a89007
 _TABLES = dict(duplicates='Id,twin,distance,largest', groups='Id,group,twins,antibody') # first lines of what is written
 
@@ -106,7 +106,7 @@ def _check_tables(out):
     "Raises: FileExistsError for another table of that name"
     for name, first in _TABLES.items():
         if (path := out/f'{name}.csv').exists() and read_text(path).partition('\n')[0].strip() != first:
-            raise FileExistsError(f'{path} is another table than the one that is written ({first}): give another folder')
+            raise FileExistsError(f'{path} is another table than the one to be written ({first}): give another folder')
 
 def _write_groups(out, ids, pairs):
     "Write the groups and the pairs; the groups, and the twins of each image"

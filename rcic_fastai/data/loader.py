@@ -453,7 +453,10 @@ def _refuse_one_channel(item, reader):
 def known_sites(self:ScreenDataLoaders,
     items:pd.DataFrame|pd.Series|str|Path|Sequence # as `sites_table` takes them, or ids
 ) -> pd.DataFrame: # a row per site
-    "Sites in any form as a table. Raises: ValueError for an unknown id or an image of one channel, and as `sites_table`."
+    """Sites in any form as a table.
+
+    Raises: ValueError for an unknown id or an image of one channel, and as `sites_table` does.
+    """
     found:Any = self._named(items)
     if is_listy(found) and not hasattr(found, '_asdict'): found = [self._named(o) for o in found]
     first = found[0] if isinstance(found, list) and found else found

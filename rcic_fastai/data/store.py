@@ -97,7 +97,7 @@ def _check_manifest(manifest, where):
 def _check_columns(schema, where):
     "Raises: ValueError naming a column that is missing or of another type"
     kinds = {f.name: f.type for f in schema}
-    if 'files' in kinds: raise ValueError(f"{where}: column 'files' is of no index of a store, whose sites lie in its shards")
+    if 'files' in kinds: raise ValueError(f"{where}: an index has no column 'files': the sites lie in the shards")
     wanted = dict(site_id=(pa.string(), pa.large_string()), offset=(pa.int64(),), length=(pa.int64(),),
                   checksum=(pa.uint64(),))
     for name, types in wanted.items():
@@ -216,8 +216,7 @@ class Store:
     _rows = cached_property(lambda self: pd.Index(self.sites.site_id))
     _where = cached_property(lambda self: tuple(self.sites[c].to_numpy() for c in ('offset', 'length', 'checksum')))
     def __len__(self): return self.manifest['n_sites']
-    # fewer than the files a process may have open
-    _shard = cached_property(lambda self: lru_cache(maxsize=256)(self._map_shard))
+    _shard = cached_property(lambda self: lru_cache(maxsize=256)(self._map_shard)) # fewer than files may be open
     _checked = cached_property(lambda self: np.zeros(len(self), bool)) # raw sites that this process has compared
     _buffers = cached_property(lambda self: {p: BatchBuffers(self.shape, p) for p in (False, True) if self._fits})
     @cached_property
@@ -362,6 +361,7 @@ def check(self:Store) -> 'Store': # itself
     _ = self._fits
     return self
 
+# %% ../../nbs/20_data.store.ipynb #d63d235c
 @patch
 def _open_array(self:Store):
     import zarr

@@ -25,7 +25,8 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
-from ..files import check_name, claim_folder, clean_partials, note_request, refuse_linked_folders, user_path, write_whole
+from ..files import check_name, claim_folder, clean_partials, note_request, refuse_linked_folders
+from ..files import user_path, write_whole
 
 # %% ../../nbs/10_screen.simulate.ipynb #e31f7ed2
 def named_rng(
@@ -125,6 +126,12 @@ def _nucleoli(rng, m, u, v, a, b, own, n):
         out += (k < count)[own]*np.exp(-((u-uk)**2+(v-vk)**2)/(2*m.nucleolus_size**2))
     return out
 
+def _golgi_ribbon(rng, m, u, v, own, n, radius):
+    "A grainy spot on one side of each of the `n` nuclei"
+    t = rng.uniform(0, 2*np.pi, n)[own]
+    away = (u-m.golgi_distance*np.cos(t))**2 + (v-m.golgi_distance*np.sin(t))**2
+    return np.exp(-away/(2*m.golgi_size**2))*np.clip(1+.5*_noise(rng, len(u), .08*radius), .1, None)
+
 # %% ../../nbs/10_screen.simulate.ipynb #fad405c3
 def draw_cells(
     rng:np.random.Generator, # source of positions and textures
@@ -152,10 +159,7 @@ def draw_cells(
     rna = 1.2*nucleus*nucleoli + .35*nucleus + .5*cytoplasm*np.clip(1+.2*_noise(rng, size, .15*radius), .1, None)
     threads = np.exp(-(_noise(rng, size, m.mito_scale*radius)/.45)**2)
     mito = cytoplasm*np.exp(-((dist-m.mito_distance)/.28)**2)*threads*vary(.15)
-    t = rng.uniform(0, 2*np.pi, n)[own]
-    away = (u-m.golgi_distance*np.cos(t))**2 + (v-m.golgi_distance*np.sin(t))**2
-    ribbon = 1.3*body*np.exp(-away/(2*m.golgi_size**2))*np.clip(1+.5*_noise(rng, size, .08*radius), .1, None)
-    golgi = ribbon + .5*edge + .12*cytoplasm
+    golgi = 1.3*body*_golgi_ribbon(rng, m, u, v, own, n, radius) + .5*edge + .12*cytoplasm
     return np.stack([dna, er, actin, rna, mito, golgi]).astype(np.float32)
 
 # %% ../../nbs/10_screen.simulate.ipynb #3811d4d2
@@ -266,7 +270,20 @@ def _plate_wells(seed, experiment, plate, treatments, positives, negative, missi
     if free and rng.random() < .16: rows.append((free.pop(), 'negative_control', negative))
     return pd.DataFrame(rows, columns=['well', 'well_type', 'sirna']).assign(experiment=experiment, plate=plate)
 
+# %% ../../nbs/10_screen.simulate.ipynb #9790fa71
+def _rotation(seed, experiment, n_plates, unseen):
+    "By how many plates the groups of an experiment are moved; the last rotation is kept from training"
+    return n_plates-1 if unseen else named_rng(seed, 'rotation', experiment).integers(max(1, n_plates-1))
+
+def _experiment_wells(seed, experiment, groups, rotation, positives, negative, missing):
+    "Wells of all plates of an experiment, a group of siRNAs on each"
+    def plate(g): return (g+rotation) % len(groups) + 1
+    return pd.concat([_plate_wells(seed, experiment, plate(g), treatments, positives, negative, missing)
+                      for g, treatments in enumerate(groups)])
+
 # %% ../../nbs/10_screen.simulate.ipynb #6b7c5160
+def _names(cell_types): return [cell_types] if isinstance(cell_types, str) else list(cell_types)
+
 def _check_design(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates):
     "Readable errors for a screen that is impossible, or that `read_screen` would refuse"
     for name in cell_types:
@@ -301,7 +318,7 @@ def design_screen(
     Treatments are numbered from 0, positive controls follow, the negative control is last.
     Raises: ValueError for a number that no plate can hold, or a cell type that is no name.
     """
-    cell_types = (cell_types,) if isinstance(cell_types, str) else tuple(cell_types)
+    cell_types = tuple(_names(cell_types))
     if n_positive is None: n_positive = int(np.clip(n_sirnas//8, 3, 30))
     _check_design(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates)
     groups = np.array_split(named_rng(seed, 'groups').permutation(n_sirnas), n_plates)
@@ -309,14 +326,10 @@ def design_screen(
     for t, cell_type in enumerate(cell_types):
         for i in range(n_train+n_test):
             experiment, split = f'{cell_type}-{i+1:02}', 'train' if i < n_train else 'test'
-            # every other test experiment has the rotation that training never shows
-            unseen_here = split == 'test' and (i-n_train+t) % 2 == 0
-            rotation = n_plates-1 if unseen_here else named_rng(seed, 'rotation',
-                                                                experiment).integers(max(1, n_plates-1))
-            for g, treatments in enumerate(groups):
-                w = _plate_wells(seed, experiment, (g+rotation) % n_plates + 1, treatments, positives, negative,
-                                 missing if i else 0)
-                tables.append(w.assign(split=split, cell_type=cell_type))
+            unseen = split == 'test' and (i-n_train+t) % 2 == 0 # every other test experiment
+            rotation = _rotation(seed, experiment, n_plates, unseen)
+            w = _experiment_wells(seed, experiment, groups, rotation, positives, negative, missing if i else 0)
+            tables.append(w.assign(split=split, cell_type=cell_type))
     wells = pd.concat(tables).sort_values(['experiment', 'plate', 'well'], kind='stable', ignore_index=True)
     wells['id_code'] = wells.experiment + '_' + wells.plate.astype(str) + '_' + wells.well
     return wells[['id_code', 'split', 'cell_type', 'experiment', 'plate', 'well', 'well_type', 'sirna']]
@@ -389,9 +402,8 @@ def _map_parts(write, parts, workers):
 
 def _write_tables(wells, root):
     "Write the CSV tables of the Kaggle layout, and the truth"
-    well, write = ['id_code', 'experiment', 'plate', 'well'], lambda t, name: write_whole(root/name,
-                                                                                          partial(t.to_csv,
-                                                                                                  index=False))
+    well = ['id_code', 'experiment', 'plate', 'well']
+    write = lambda t, name: write_whole(root/name, partial(t.to_csv, index=False))
     for split, w in wells.groupby('split'):
         treated = w[w.well_type == 'treatment']
         write(treated[well + (['sirna'] if split == 'train' else [])], f'{split}.csv')
@@ -426,18 +438,11 @@ def simulate_screen(
     Raises: ValueError for settings out of range, or a folder that holds a screen made with others; FileExistsError for
     a folder of something else.
     """
-    root = user_path(path)
-    cell_types = (cell_types,) if isinstance(cell_types, str) else tuple(cell_types)
     sim = Simulation(seed, image_size, min(image_size/8, 26.) if cell_radius is None else cell_radius, n_sites, effect,
                      batch_effect, plate_effect)
-    wells = design_screen(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates, missing, seed)
-    settings = dict(asdict(sim), n_sirnas=n_sirnas, n_train=n_train, n_test=n_test, cell_types=list(cell_types),
-                    n_positive=n_positive, n_plates=n_plates, missing=missing)
-    with _begun(root, settings):
-        _write_tables(wells, root)
-        parts = [w.iloc[i:i+4] for _,w in wells.groupby(['experiment', 'plate']) for i in range(0, len(w), 4)]
-        _write_all(partial(_write_wells, sim, root), parts, len(wells)*n_sites, 'site', workers, progress)
-    return root
+    design = dict(n_sirnas=n_sirnas, n_train=n_train, n_test=n_test, cell_types=_names(cell_types),
+                  n_positive=n_positive, n_plates=n_plates, missing=missing)
+    return _write_screen(user_path(path), sim, design, workers, progress)
 
 # %% ../../nbs/10_screen.simulate.ipynb #37956a4d
 @contextmanager
@@ -455,6 +460,15 @@ def _write_all(write, parts, total, unit, workers, progress):
                              else workers), not progress or os.environ.get('TQDM_DISABLE')
     with tqdm(total=total, desc='Simulating', unit=unit, disable=True if quiet else None) as bar, closing(done):
         for n in done: bar.update(n)
+
+def _write_screen(root, sim, design, workers, progress):
+    "Tables and images of a screen in its folder, a few wells at a time"
+    wells = design_screen(**design, seed=sim.seed)
+    with _begun(root, dict(asdict(sim), **design)):
+        _write_tables(wells, root)
+        parts = [w.iloc[i:i+4] for _,w in wells.groupby(['experiment', 'plate']) for i in range(0, len(w), 4)]
+        _write_all(partial(_write_wells, sim, root), parts, len(wells)*sim.n_sites, 'site', workers, progress)
+    return root
 
 # %% ../../nbs/10_screen.simulate.ipynb #473e2144
 def _tiny_plate(rng, experiment, plate, treatments, controls, n_more):

@@ -7,13 +7,14 @@ __all__ = ['label_sets', 'draw_label_sets', 'AtlasSimulation', 'simulate_picture
            'simulate_hpa']
 
 # %% ../../nbs/14_screen.simulate_atlas.ipynb #02cdb517
-import re, string
+import inspect, re, string
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.meta import delegates
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -25,26 +26,31 @@ from .atlas import hpa_channels, hpa_classes
 
 # %% ../../nbs/14_screen.simulate_atlas.ipynb #443758ba
 _label_sets = (
-    '2414a 1998az 1653x 1470z 1163h 1077e 1058v 996ac 983f 808c 769av 668ah 654d 622g 601l 572ax 522t 484o 479af 425vz 395at 383ad 350fz '
-    '317ab 314s 301cz 271b 269ez 257acz 232m 213w 206avz 192aw 173hz 157n 153as 150al 144ahz 143afz,sz 136tz 134A 132dz 129ao 128cx 122y '
-    '102abz 101bz,xz 98u 96adz 91atz,oz 84am 81aA 80gz 76ev 75ach,ae,aq,cv 72vw 71asz,ch 70aqz 68mz 67an 66lz 64fv 61axz 60bc 57nv 55mv '
-    '54acx 52ag,ahv 50nz 45abc 44ex,fh 42ay 41acv 40co 38amz,awz,hv 37cgz 36au,cl,wz 35afv,yz,zA 32anz 31alz,bx,i 30oq 29cg,dx,qz 28acvz '
-    '27acw,fx,q 26be,dh 25afh 24fy,tx 23aoz,ce,cvz,fo,tv 22gh,gv,mvz,rz 21atv,eh,evz 20acf,ahvz,amv,bv,ct,vx 19aoq,bg,hq 18abv,acl,aclz,'
-    'cf,cvx,dv,oqr,sv 17dg,j,jk,nvz,ov 16act,eA,ly 15aco,acq,adx,aqrz,arz,avw,bf,bvz,or 14agz,anv,aqrs,ar,aux,cfz,fl,qv 13abce,ayz,cw,em,'
-    'ew,fw,rsz 12abn,ahn,alt,asv,chz,ft,fvz,ns,tvz 11adh,afx,amx,bh,dw,el,fg,gjk,lv,rv,vwz 10ado,adt,afl,aft,ahw,ci,coz,cxz,eo,et,evw,fm,'
-    'hvz,mn,mo,sy,vxz 9abx,acm,afq,ahm,aqv,avx,azA,cpq,cs,fs,ht,oqz,ot,ovz,rsv 8abh,abhz,abl,acy,acA,afp,bd,de,eoq,ey,hw,ln,lvz,qrs,rt,'
-    'svz,vzA,wx 7abch,abf,abs,adl,afmA,afn,ahq,aqr,aqw,atx,awx,bt,dt,dvz,dA,ehz,ho,hs,lw 6abd,abt,achz,afy,amvz,aov,aqt,asvx,atw,bcz,bez,'
-    'bfh,bhz,cez,clz,cmz,corz,cqv,ctv,dn,do,esv,foq,gs,gu,lt,mt,ntz 5abhv,actz,acu,adfz,adgz,aev,afvz,afw,aht,ai,ant,anvz,aqy,bde,bfz,bl,'
-    'bmv,ceh,cqz,dez,df,dl,ef,en,es,gvz,gx,hqt,mvw,os,rs,sx,vy,vA 4acd,acg,acnz,acs,adv,afB,ahnz,ahx,amnv,aswz,cmv,cy,di,dxz,ehv,emv,env,'
-    'fsz,fxz,gq,hqr,hy,mtz,mx,nw,orv,qx,tw,uz 3abcx,abvz,abw,acgq,acn,actv,acxz,adw,agvz,aoqr,aoqz,ap,aqx,arx,auz,axA,bw,cgo,csx,dy,emz,'
-    'esz,fhz,fq,fr,ftz,go,gt,hlo,hn,hvw,hwz,hx,loz,lq,lx,nvwz,ow,qrz,qswz,sw,twz,wy,xy 2abcn,abft,abg,abo,achv,acmz,acqz,acsv,acwz,adfA,'
-    'adnz,adsz,adA,ael,aez,agq,aho,ahtz,alq,amn,amt,amtz,aoqv,aot,aqrv,avA,awy,aB,bcfv,bch,bct,bcv,bcvz,beh,bo,bs,btvz,cfgz,chq,chvz,clw,'
-    'cm,cn,cnx,cq,cqA,ctz,cwx,cwz,dems,devz,dfx,dgz,dlz,dqz,dtz,dvwz,eg,ehm,elt,eqz,etv,eu,fn,fA,ghz,gn,gw,hl,hmz,ivz,lo,lyz,mnv,ms,no,'
-    'nvw,oqv,osz,ox,qr,qvz,qw,szA,tvx,uxz,vyz,xB 1abfv,abfz,abmv,absz,abxz,acfx,acgz,achnz,achw,acp,acB,adht,adq,advx,advA,afg,afm,afqz,'
-    'agl,agt,ahnw,ahs,ahwz,amq,amqz,anvx,aoqx,aqtv,artz,arv,asw,asx,atvz,atxy,avy,bchz,bm,bsz,bwx,by,ceA,cfm,cfw,chi,chw,clt,cmx,cqw,cqx,'
-    'crt,cu,deh,dhz,dm,dmz,doq,dq,ds,envwz,enz,etz,etB,fhoz,fhw,flz,fmv,fqz,gm,gmv,hm,hmv,hosv,hr,hrz,hvyz,hA,lm,lmx,lmz,lnv,lov,ls,ltz,'
-    'lvx,mot,mvx,qrw,qsz,qtz,qy,tvw,txz,ux,B')
+    '2414a 1998az 1653x 1470z 1163h 1077e 1058v 996ac 983f 808c 769av 668ah 654d 622g 601l 572ax 522t 484o 479af '
+    '425vz 395at 383ad 350fz 317ab 314s 301cz 271b 269ez 257acz 232m 213w 206avz 192aw 173hz 157n 153as 150al '
+    '144ahz 143afz,sz 136tz 134A 132dz 129ao 128cx 122y 102abz 101bz,xz 98u 96adz 91atz,oz 84am 81aA 80gz 76ev '
+    '75ach,ae,aq,cv 72vw 71asz,ch 70aqz 68mz 67an 66lz 64fv 61axz 60bc 57nv 55mv 54acx 52ag,ahv 50nz 45abc 44ex,fh '
+    '42ay 41acv 40co 38amz,awz,hv 37cgz 36au,cl,wz 35afv,yz,zA 32anz 31alz,bx,i 30oq 29cg,dx,qz 28acvz 27acw,fx,q '
+    '26be,dh 25afh 24fy,tx 23aoz,ce,cvz,fo,tv 22gh,gv,mvz,rz 21atv,eh,evz 20acf,ahvz,amv,bv,ct,vx 19aoq,bg,hq '
+    '18abv,acl,aclz,cf,cvx,dv,oqr,sv 17dg,j,jk,nvz,ov 16act,eA,ly 15aco,acq,adx,aqrz,arz,avw,bf,bvz,or 14agz,anv,'
+    'aqrs,ar,aux,cfz,fl,qv 13abce,ayz,cw,em,ew,fw,rsz 12abn,ahn,alt,asv,chz,ft,fvz,ns,tvz 11adh,afx,amx,bh,dw,el,'
+    'fg,gjk,lv,rv,vwz 10ado,adt,afl,aft,ahw,ci,coz,cxz,eo,et,evw,fm,hvz,mn,mo,sy,vxz 9abx,acm,afq,ahm,aqv,avx,azA,'
+    'cpq,cs,fs,ht,oqz,ot,ovz,rsv 8abh,abhz,abl,acy,acA,afp,bd,de,eoq,ey,hw,ln,lvz,qrs,rt,svz,vzA,wx 7abch,abf,abs,'
+    'adl,afmA,afn,ahq,aqr,aqw,atx,awx,bt,dt,dvz,dA,ehz,ho,hs,lw 6abd,abt,achz,afy,amvz,aov,aqt,asvx,atw,bcz,bez,'
+    'bfh,bhz,cez,clz,cmz,corz,cqv,ctv,dn,do,esv,foq,gs,gu,lt,mt,ntz 5abhv,actz,acu,adfz,adgz,aev,afvz,afw,aht,ai,'
+    'ant,anvz,aqy,bde,bfz,bl,bmv,ceh,cqz,dez,df,dl,ef,en,es,gvz,gx,hqt,mvw,os,rs,sx,vy,vA 4acd,acg,acnz,acs,adv,'
+    'afB,ahnz,ahx,amnv,aswz,cmv,cy,di,dxz,ehv,emv,env,fsz,fxz,gq,hqr,hy,mtz,mx,nw,orv,qx,tw,uz 3abcx,abvz,abw,acgq,'
+    'acn,actv,acxz,adw,agvz,aoqr,aoqz,ap,aqx,arx,auz,axA,bw,cgo,csx,dy,emz,esz,fhz,fq,fr,ftz,go,gt,hlo,hn,hvw,hwz,'
+    'hx,loz,lq,lx,nvwz,ow,qrz,qswz,sw,twz,wy,xy 2abcn,abft,abg,abo,achv,acmz,acqz,acsv,acwz,adfA,adnz,adsz,adA,ael,'
+    'aez,agq,aho,ahtz,alq,amn,amt,amtz,aoqv,aot,aqrv,avA,awy,aB,bcfv,bch,bct,bcv,bcvz,beh,bo,bs,btvz,cfgz,chq,chvz,'
+    'clw,cm,cn,cnx,cq,cqA,ctz,cwx,cwz,dems,devz,dfx,dgz,dlz,dqz,dtz,dvwz,eg,ehm,elt,eqz,etv,eu,fn,fA,ghz,gn,gw,hl,'
+    'hmz,ivz,lo,lyz,mnv,ms,no,nvw,oqv,osz,ox,qr,qvz,qw,szA,tvx,uxz,vyz,xB 1abfv,abfz,abmv,absz,abxz,acfx,acgz,'
+    'achnz,achw,acp,acB,adht,adq,advx,advA,afg,afm,afqz,agl,agt,ahnw,ahs,ahwz,amq,amqz,anvx,aoqx,aqtv,artz,arv,asw,'
+    'asx,atvz,atxy,avy,bchz,bm,bsz,bwx,by,ceA,cfm,cfw,chi,chw,clt,cmx,cqw,cqx,crt,cu,deh,dhz,dm,dmz,doq,dq,ds,'
+    'envwz,enz,etz,etB,fhoz,fhw,flz,fmv,fqz,gm,gmv,hm,hmv,hosv,hr,hrz,hvyz,hA,lm,lmx,lmz,lnv,lov,ls,ltz,lvx,mot,'
+    'mvx,qrw,qsz,qtz,qy,tvw,txz,ux,B')
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #ac2cf21e
 @lru_cache
 def label_sets() -> tuple: # label sets (577, sorted tuples of class numbers), how many images carry each (577, int64)
     "The label sets of the real training images."
@@ -247,6 +253,20 @@ def _published(rng, rows, n_twins, n_images, duplicates):
                          'images allow; lower twins or duplicates')
     return rows.loc[rng.choice(single, n_twins, replace=False)].assign(split='external')
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #d7bf2f8b
+def _said(rng, rows, external, missing_yellow, seed):
+    "What tables and folders say of each image: its `target`, whether there is a `yellow` file, its `Id`"
+    outside = rows.split == 'external'
+    targets = [external[a] if o else s for a,s,o in zip(rows.antibody, rows.labels, outside)]
+    ids = [p if o else _uuid(seed, s, i) for i,(p,s,o) in enumerate(zip(rows.picture, rows.split, outside))]
+    return rows.assign(target=targets, yellow=~(outside & (rng.random(len(rows)) < missing_yellow)), Id=ids)
+
+def _in_order(rows):
+    order = rows.split.map({'train': 0, 'test': 1, 'external': 2})
+    rows = rows.assign(order=order).sort_values(['order', 'Id'], ignore_index=True)
+    return rows[['Id', 'split', 'labels', 'target', 'antibody', 'plate', 'well', 'field', 'picture', 'shifted', 'copy',
+                 'yellow']]
+
 # %% ../../nbs/14_screen.simulate_atlas.ipynb #d039e272
 def design_atlas(
     n_images:int=1500, # training images
@@ -275,15 +295,8 @@ def design_atlas(
     rows = _pictures(rng, n_images, n_test, n_external-n_twins, duplicates, frequencies, min_positives)
     published = _published(rng, rows, n_twins, n_images, duplicates)
     rows = pd.concat([rows, published], ignore_index=True)
-    external = _external_labels(rng, rows, published, twin_agreement)
-    outside = rows.split == 'external'
-    rows['target'] = [external[a] if o else s for a,s,o in zip(rows.antibody, rows.labels, outside)]
-    rows['yellow'] = ~(outside & (rng.random(len(rows)) < missing_yellow))
-    rows['Id'] = [p if o else _uuid(seed, s, i) for i,(p,s,o) in enumerate(zip(rows.picture, rows.split, outside))]
-    order = rows.split.map({'train': 0, 'test': 1, 'external': 2})
-    rows = rows.assign(order=order).sort_values(['order', 'Id'], ignore_index=True)
-    return rows[['Id', 'split', 'labels', 'target', 'antibody', 'plate', 'well', 'field', 'picture', 'shifted', 'copy',
-                 'yellow']]
+    rows = _said(rng, rows, _external_labels(rng, rows, published, twin_agreement), missing_yellow, seed)
+    return _in_order(rows)
 
 # %% ../../nbs/14_screen.simulate_atlas.ipynb #39512d5b
 def twin_pairs(
@@ -332,7 +345,32 @@ def _write_atlas_tables(design, root, seed):
         if len(t) and split == 'test': write(t[['Id']].assign(Predicted=0), 'sample_submission.csv')
     write(twin_pairs(design), 'twins.csv')
 
+# %% ../../nbs/14_screen.simulate_atlas.ipynb #82656b29
+_design_defaults = {k: p.default for k,p in inspect.signature(design_atlas).parameters.items() if k != 'seed'}
+
+def _atlas_simulation(seed, image_size, cell_radius, *camera):
+    "What the pixels depend on, with cells as large as fits the images"
+    if cell_radius is None and image_size < 22:
+        raise ValueError(f'image_size is {image_size}, expected at least 22 pixels, or cells are too small')
+    return AtlasSimulation(seed, image_size, min(image_size*3/16, 90.) if cell_radius is None else cell_radius, *camera)
+
+def _external_sizes(sizes, image_size):
+    "Sides of external images, in pixels"
+    found = [image_size, image_size*3//2] if sizes is None else [int(s) for s in sizes]
+    if found and min(found) >= 16: return found
+    raise ValueError(f'external_sizes is {sizes}, expected one size or more of at least 16 pixels')
+
+def _write_atlas(root, sim, sizes, design, workers, progress):
+    "Tables and images of an atlas in its folder, a few images at a time"
+    rows = design_atlas(**design, seed=sim.seed)
+    with _begun(root, dict(asdict(sim), **design, external_sizes=sizes)):
+        _write_atlas_tables(rows, root, sim.seed)
+        parts = [rows.iloc[i:i+16] for i in range(0, len(rows), 16)]
+        _write_all(partial(_write_images, sim, root, sizes), parts, len(rows), 'image', workers, progress)
+    return root
+
 # %% ../../nbs/14_screen.simulate_atlas.ipynb #87c9bee5
+@delegates(design_atlas)
 def simulate_hpa(
     path:str|Path, # folder to write to; made if need be
     n_images:int=1500, # training images
@@ -340,20 +378,15 @@ def simulate_hpa(
     n_external:int=900, # images the atlas published itself; with 0 there are none
     image_size:int=64, # side of the training and test images in pixels
     cell_radius:float|None=None, # in pixels; three sixteenths of the image side by default, at most 90
-    external_sizes:tuple|None=None, # sides of external images in pixels, one per antibody; None: `image_size` and 1.5 times as much
+    external_sizes:tuple|None=None, # sides of external images, one per antibody; None: `image_size` and 1.5 times it
     size_shift:float=1.15, # how much larger cells appear in the test set
     gain_shift:float=.85, # how much brighter the test set is
     contrast:float=1., # brightness of the protein patterns
     noise:float=.4, # shot noise: its standard deviation is noise*sqrt(grey value)
-    twins:float=.13, # share of the training images that are among the external ones
-    twin_agreement:float=.604, # share of these pairs with the same labels
-    duplicates:float=.01, # share of the training and of the test images that repeat a training image
-    missing_yellow:float=.05, # share of the external images without a yellow file
-    frequencies:str='real', # or `'balanced'`, see `draw_label_sets`
-    min_positives:int=12, # training images of every class at least; half as many test images
     seed:int=0, # of everything; the same seed and settings give the same bytes
     workers:int|None=None, # processes; by default one per core, 0 or 1 write in this process
-    progress:bool=True # show a progress bar?
+    progress:bool=True, # show a progress bar?
+    **kwargs # of `design_atlas`
 ) -> Path: # `path`
     """Write an atlas: `train.csv`, `external.csv`, `sample_submission.csv`, `train/{Id}_green.png`,
     `external/{Id}_green.jpg`, and `truth.csv` and `twins.csv`.
@@ -361,20 +394,7 @@ def simulate_hpa(
     Raises: ValueError for settings out of range, or a folder that holds an atlas made with others; FileExistsError for
     a folder of something else.
     """
-    root = user_path(path)
-    if cell_radius is None and image_size < 22:
-        raise ValueError(f'image_size is {image_size}, expected at least 22 pixels, or cells are too small')
-    sim = AtlasSimulation(seed, image_size, min(image_size*3/16, 90.) if cell_radius is None else cell_radius,
-                          size_shift, gain_shift, contrast, noise)
-    sizes = [image_size, image_size*3//2] if external_sizes is None else [int(s) for s in external_sizes]
-    if not sizes or min(sizes) < 16:
-        raise ValueError(f'external_sizes is {external_sizes}, expected one size or more of at least 16 pixels')
-    asked:dict = dict(n_images=n_images, n_test=n_test, n_external=n_external, twins=twins,
-                      twin_agreement=twin_agreement, duplicates=duplicates, missing_yellow=missing_yellow,
-                      frequencies=frequencies, min_positives=min_positives)
-    design = design_atlas(**asked, seed=seed)
-    with _begun(root, dict(asdict(sim), **asked, external_sizes=sizes)):
-        _write_atlas_tables(design, root, seed)
-        _write_all(partial(_write_images, sim, root, sizes), [design.iloc[i:i+16] for i in range(0, len(design), 16)],
-                   len(design), 'image', workers, progress)
-    return root
+    sim = _atlas_simulation(seed, image_size, cell_radius, size_shift, gain_shift, contrast, noise)
+    sizes = _external_sizes(external_sizes, image_size)
+    design = {**_design_defaults, 'n_images': n_images, 'n_test': n_test, 'n_external': n_external, **kwargs}
+    return _write_atlas(user_path(path), sim, sizes, design, workers, progress)
