@@ -1,16 +1,26 @@
 "What wrote a folder of images: names, indexes and headers of microscopes and projects, and what cannot be guessed."
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import tifffile
 from formats_inputs import WELLS, hostile_zarr, make, write_csv
 
+from rcic_fastai.data.pack import pack_screen
+from rcic_fastai.data.store import read_site, verify_store
+from rcic_fastai.screen.channels import as_channel, channel_name
+from rcic_fastai.screen.describe import describe_screen
 from rcic_fastai.screen.formats import SYSTEMS, find_images
 from rcic_fastai.screen.formats_core import list_folder, xml_elements
 from rcic_fastai.screen.formats_guess import guess_names
 from rcic_fastai.screen.image_table import check_images, choose_t, choose_z, image_sites
 from rcic_fastai.screen.image_wells import match_wells
+from rcic_fastai.screen.pages import read_page
+from rcic_fastai.screen.planes import read_plane
+from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.sites import check_files, present_sites
 from rcic_fastai.screen.well_names import well_name
 
 # input, system, names of channels, sites, planes of a stack, times, plates
@@ -242,3 +252,150 @@ def test_a_zarr_plate_is_not_walked(tmp_path):
     pytest.importorskip("zarr", reason="zarr writes the example")
     listing = list_folder(make("ome_zarr_04", tmp_path))
     assert listing.paths == ("plate.ome.zarr", "wells.csv")
+
+
+# From a folder to pixels
+
+def grey(files, channels):
+    "Grey values of a site at its first and last pixel, before they become 8 bits"
+    planes = files.planes([as_channel(c).file for c in channels])
+    return [tuple(int(read_plane(p)[at, at]) for at in (0, 7)) for p in planes]
+
+
+def described(name, root, **kwargs):
+    "The screen of an input, read again"
+    describe_screen(make(name, root), say=lambda *a: None, **kwargs)
+    return read_screen(root)
+
+
+# settings of describing; sites; names of channels; (0, 0) of both channels of well A02, field 2, plate by plate
+PIXELS = [("harmony", {}, 12, ["HOECHST 33342", "Alexa 568"], [(1317, 1327), (4317, 4327)]),
+          ("harmony", dict(z=1), 12, ["HOECHST 33342", "Alexa 568"], [(1313, 1323), (4313, 4323)]),
+          ("harmony", dict(z="middle"), 12, ["HOECHST 33342", "Alexa 568"], [(1315, 1325), (4315, 4325)]),
+          ("imagexpress", dict(time=1), 6, ["1", "2"], [(1313, 1323)]),
+          ("imagexpress", dict(time=2), 6, ["1", "2"], [(1314, 1324)]),
+          ("cellvoyager", {}, 6, ["1", "2"], [(1313, 1323)]),
+          ("incell", {}, 6, ["390 - Blue", "473 - Green"], [(1313, 1323)]),
+          ("gen5", {}, 6, ["DAPI", "GFP"], [(1313, 1323)]),
+          ("ome_tiff", {}, 6, ["DAPI", "GFP"], [(1317, 1327)]),
+          ("ome_tiff", dict(z=1, channels=["GFP", "DAPI"]), 6, ["GFP", "DAPI"], [(1323, 1313)]),
+          ("imagej", {}, 6, ["1", "2"], [(1317, 1327)]),
+          ("ome_set", {}, 6, ["DAPI", "GFP"], [(1313, 1323)]),
+          ("ome_zarr_04", {}, 6, ["DAPI", "GFP"], [(1317, 1327)]),
+          ("ome_zarr_05", dict(z=1), 6, ["DAPI", "GFP"], [(1313, 1323)]),
+          ("load_data", {}, 6, ["DNA", "ER"], [(1313, 1323)]),
+          ("jump", {}, 12, ["1", "2"], [(1313, 1323), (4313, 4323)])]
+
+
+@pytest.mark.parametrize("name, how, n_sites, channels, values", PIXELS, ids=[f"{p[0]}-{p[1]}" for p in PIXELS])
+def test_pixels_of_ten_real_conventions(name, how, n_sites, channels, values, tmp_path):
+    if name.startswith("ome_zarr"): pytest.importorskip("zarr", reason="zarr writes the example")
+    screen = described(name, tmp_path / name, **how)
+    sites = screen.sites()
+    assert len(sites) == n_sites and [channel_name(c) for c in screen.channels] == channels
+    one = sites[(sites.well == "A02") & (sites.site == (1 if name.startswith("ome_zarr") else 2))]
+    assert [grey(f, screen.channels) for f in one.files] == [[(v, v + 63) for v in plate] for plate in values]
+    check_files(sites, screen.channels)
+    x = sites.files.iloc[-1].read(screen.channels)
+    assert x.shape == (2, 8, 8) and x.dtype == np.uint8 and x[0, 0, 0] < x[0, 7, 7]
+    if name not in ("jump", "load_data"):
+        assert screen.wells.groupby("treatment").size().to_dict() == dict.fromkeys(
+            ["DMSO", "taxol", "nocodazole"], len(values))
+
+
+def test_time_is_a_column_of_the_sites(tmp_path):
+    screen = described("imagexpress", tmp_path)
+    sites = screen.sites()
+    assert len(sites) == 12 and sites.groupby("time").size().tolist() == [6, 6]
+    one = sites[(sites.well == "A02") & (sites.time == 2)]
+    assert grey(one.files.iloc[1], screen.channels)[0][0] == 1314
+
+
+def test_tables_of_jump_and_of_rxrx19a(tmp_path):
+    wells = described("jump", tmp_path / "jump").wells.set_index(["plate_name", "well"])
+    for plate in ("BR00116991", "BR00116992"):
+        assert wells.loc[plate].treatment.tolist() == ["DMSO", "CYT-997", "gabapentin-enacarbil"]
+        assert wells.loc[plate].well_type.tolist() == ["negative_control", "positive_control", "treatment"]
+    screen = described("rxrx19a", tmp_path / "rxrx19a")
+    sites = screen.sites()
+    wells = screen.wells.set_index("well")
+    assert len(sites) == 12 and screen.channels == ("1", "2", "3", "4", "5")
+    assert (wells.loc["B02"].well_type, wells.loc["B02"].treatment) == ("negative_control", "Mock")
+    assert wells.loc["AF47"].treatment == "GS-441524" and wells.loc["AF47"].treatment_conc == "3.0"
+    one = sites[(sites.well == "AA02") & (sites.site == 2)].files.iloc[0]
+    assert grey(one, screen.channels)[2] == (53, 53 + 15)
+
+
+def test_what_is_said_of_a_system(tmp_path):
+    said = []
+    describe_screen(make("imagexpress", tmp_path), say=said.append)
+    assert said[0] == "Taken for negative controls: DMSO (1 well); --negative and --positive say otherwise"
+    assert said[1].startswith("MetaXpress (ImageXpress) (metaxpress): 24 of 24 images are named like 2023-02-21/1334/")
+    assert said[2:4] == ["24 thumbnails, left out", "2 times: each is a site; --time N keeps one"]
+    again = []
+    before = (tmp_path / "screen.json").read_bytes()
+    describe_screen(tmp_path, say=again.append)
+    assert (tmp_path / "screen.json").read_bytes() == before and any("keep the numbers they have" in s for s in again)
+
+
+def test_an_index_is_not_walked_and_not_trusted(tmp_path):
+    screen = described("harmony", tmp_path / "a")
+    new = next((tmp_path / "a").rglob("r01c02f02p01-ch1sk1fk1fl1.tiff"))
+    new.with_name("r01c02f03p01-ch1sk1fk1fl1.tiff").write_bytes(new.read_bytes())
+    assert len(read_screen(tmp_path / "a").sites()) == len(screen.sites())
+    new.unlink()
+    with pytest.raises(FileNotFoundError, match="r01c02f02p01-ch1sk1fk1fl1.tiff does not exist"):
+        check_files(read_screen(tmp_path / "a").sites(), screen.channels)
+    index = pd.read_parquet(tmp_path / "a/images.parquet")
+    for path in ("../b.tif", "/etc/passwd", "x/../../b.tif", "..\\b.tif", "C:/b.tif"):
+        index.assign(path=path).to_parquet(tmp_path / "a/images.parquet")
+        with pytest.raises(ValueError, match="leads to another folder"): read_screen(tmp_path / "a")
+    index.drop(columns="page").to_parquet(tmp_path / "a/images.parquet")
+    with pytest.raises(ValueError, match="images.parquet: column 'page' is missing"): read_screen(tmp_path / "a")
+    description = tmp_path / "a/screen.json"
+    description.write_text(description.read_text().replace('"images.parquet"', '"../images.parquet"'))
+    with pytest.raises(ValueError, match="screen.json: index '../images.parquet' leads out of"):
+        read_screen(tmp_path / "a")
+
+
+def test_a_channel_that_is_missing_in_one_field(tmp_path):
+    root, said = make("cellvoyager", tmp_path), []
+    next(root.rglob("*_B01_T0001F003L01A02Z01C02.tif")).unlink()
+    screen = describe_screen(root, say=said.append)
+    assert "Channel 2: images of 5 of 6 sites only" in said
+    sites, left_out = present_sites(screen.sites(), screen.channels)
+    assert (len(sites), left_out) == (5, 1)
+    lacking = screen.sites().files.iloc[-1]
+    with pytest.raises(FileNotFoundError, match="channel 2 of 1: .*F003L01A01Z01C01.tif does not exist"):
+        lacking.read(screen.channels)
+    assert lacking.read(["1[0-5000]", "2[0-5000]?"])[1].max() == 0
+
+
+def test_it_is_packed_and_read_like_any_screen(tmp_path):
+    screen = described("harmony", tmp_path / "own")
+    store = pack_screen(screen, tmp_path / "store", progress=False)
+    assert not len(verify_store(store, screen.sites(), progress=False))
+    packed = read_screen(tmp_path / "store")
+    a, b = screen.sites().set_index("site_id"), packed.sites().set_index("site_id")
+    assert set(a.index) == set(b.index) and packed.channels == screen.channels
+    for i in a.index[::5]:
+        np.testing.assert_array_equal(a.files[i].read(screen.channels), read_site(b.files[i], packed.channels))
+    moved = tmp_path / "moved"
+    (tmp_path / "own").rename(moved)
+    assert read_screen(moved).sites().files.iloc[3].read(screen.channels).shape == (2, 8, 8)
+
+
+def test_codecs_of_zarr_that_run_programs_are_refused(tmp_path):
+    pytest.importorskip("zarr", reason="zarr reads the example")
+    for kind, said, message in (
+            (".zarray", dict(zarr_format=2, shape=[2, 8, 8], chunks=[1, 8, 8], dtype="<u2", order="C", fill_value=0,
+                             compressor=None, filters=[dict(id="pickle")]), "the codec 'pickle' is not read"),
+            (".zarray", dict(zarr_format=2, shape=[2, 8, 8], chunks=[1, 8, 8], dtype="|O", order="C", fill_value=0,
+                             compressor=None, filters=None), "type 'O', expected whole numbers"),
+            ("zarr.json", dict(zarr_format=3, node_type="array", shape=[2, 8, 8], data_type="uint16", codecs=[
+                dict(name="sharding_indexed", configuration=dict(codecs=[dict(name="numcodecs.pickle")]))]),
+             "the codec 'numcodecs.pickle' is not read")):
+        folder = tmp_path / f"{len(message)}"
+        folder.mkdir()
+        (folder / kind).write_text(json.dumps(said))
+        with pytest.raises(ValueError, match=message): read_page(folder, (0,))

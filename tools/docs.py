@@ -30,7 +30,7 @@ from docs_links import broken_links  # noqa: E402
 
 # in this order; others follow
 TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]
-GUIDES = ["which_recipe", "runs", "published_systems", "limits", "architecture", "glossary"]
+GUIDES = ["which_recipe", "systems", "runs", "published_systems", "limits", "architecture", "glossary"]
 # rooms of the API that stand under one title; a room that is not named has its own
 GROUPS = dict.fromkeys(["errors", "files", "credentials", "renamed", "versions", "private"], "Ground")
 GROUND = "Files, errors and names that everything stands on."

@@ -250,23 +250,36 @@ def rcic_simulate(
     _say(read_screen(out))
 
 # %% ../../nbs/91_cli.core.ipynb #b4037f79
+def _system_list():
+    "Names of all systems with what they are, a line each"
+    from rcic_fastai.screen.formats import systems_table
+    return '\n'.join(f'{name:14}{s.system}; {s.example}' for name, s in systems_table().iterrows())
+
+# %% ../../nbs/91_cli.core.ipynb #151a3ade
 @command
 def rcic_describe(
     data:_Required=None, # folder of the images, with whatever folders in it
     table:Path=None, # plate map, a CSV file with a row per well; by default the only one in that folder
-    files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; by default guessed
+    system:str='auto', # what wrote the images, such as harmony; list: all that are known; auto: find out, and say why
+    files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; by default by system
     channels:str=None, # in order, as in the names of files, with commas, the nucleus first, such as w1=DAPI,w2=ER
     column:_Repeated=None, # what the plate map calls well, plate, treatment, ...: well=Position; may be repeated
     negative:_Repeated=None, # treatment that is a negative control; may be repeated
     positive:_Repeated=None, # treatment that is a positive control; may be repeated
+    z:str='max', # planes of a stack: max (maximum projection), middle, or the number of one
+    time:int=None, # a point in time; by default each is a site
+    plate_size:int=None, # wells of a plate, for systems that count wells: 96, 384, 1536
     out:Path=None, # folder for screen.json and a copy of the plate map; by default that of the images
     like:Path=None, # screen described before, whose channels, grey limits and numbers of treatments are used
     debug:bool=False, # show the traceback of an error
 ):
-    "Make a screen of a folder of channel files and a plate map; --data of the other commands takes it from then on."
+    "Make a screen of a folder of images and a plate map; --data of the other commands takes it from then on."
     from rcic_fastai.screen.describe import describe_screen
+    if system == 'list': return _say(_system_list())
     names, columns = _words(channels) if channels else channels, _pairs(column, 'column')
-    screen = describe_screen(data, table, files, names, columns, negative or (), positive or (), out, like, say=_say)
+    how:dict = dict(system=system, z=int(z) if z.isdecimal() else z, time=time, plate_size=plate_size)
+    screen = describe_screen(data, table, files, names, columns, negative or (), positive or (), out, like, say=_say,
+                             **how)
     written = screen.path/'screen.json'
     _say(screen)
     _say(f'Channels: {", ".join(map(str, screen.channels))}')

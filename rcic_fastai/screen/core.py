@@ -22,8 +22,9 @@ from matplotlib.patches import Circle
 from ..errors import did_you_mean
 from ..files import check_name, naming, read_json
 from .channels import CHANNELS
-from .tables import CELL_TYPES, PLATE_ROWS, _require, _require_unique, _SPLITS, WELL_TYPES
+from .tables import CELL_TYPES, _require, _require_unique, _SPLITS, WELL_TYPES
 from .tables import _where
+from .well_names import WELL_ROWS
 from .groups import _labelled, plate_groups
 from .sites import well_sites
 from .sources import store_column
@@ -111,11 +112,18 @@ def _explain_colors(ax, key, color):
         ax.legend(handles=dots, loc='upper center', bbox_to_anchor=(.5, -.01), ncols=4, frameon=False, fontsize=8,
                   title=label)
 
-def _plate_axes(ax, title):
+def _places(wells):
+    "Row from 0 and column from 1 of each well, and the rows and columns of its plate: of 384 wells, or of 1,536"
+    at = [(WELL_ROWS.index(w.rstrip('0123456789')), int(w.lstrip('ABCDEFGHIJKLMNOPQRSTUVWXYZ'))) for w in wells]
+    large = any(r >= 16 or c > 24 for r, c in at)
+    return at, (32, 48) if large else (16, 24)
+
+def _plate_axes(ax, title, n_rows=16, n_columns=24):
     "Rows and columns named as on the plate"
-    ax.set(xlim=(.4, 24.6), ylim=(15.6, -.6), aspect='equal', title=title and plain_text(title))
-    ax.set_xticks(range(1, 25), [str(c) for c in range(1, 25)], fontsize=7)
-    ax.set_yticks(range(16), list(PLATE_ROWS), fontsize=7)
+    ax.set(xlim=(.4, n_columns+.6), ylim=(n_rows-.4, -.6), aspect='equal', title=title and plain_text(title))
+    size = 7 if n_rows == 16 else 4
+    ax.set_xticks(range(1, n_columns+1), [str(c) for c in range(1, n_columns+1)], fontsize=size)
+    ax.set_yticks(range(n_rows), WELL_ROWS[:n_rows], fontsize=size)
     ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
     for side in ax.spines.values(): side.set_visible(False)
 
@@ -126,7 +134,7 @@ def plate_map(
     ax:plt.Axes=None, # axes to draw on; None: a new figure
     title:str=None, # title of the axes
 ) -> plt.Axes:
-    """Draw the 16 x 24 wells of a plate, each coloured by a column of `wells`; missing wells stay empty.
+    """Draw the 16 x 24 wells of a plate, or 32 x 48, each coloured by a column of `wells`; missing wells stay empty.
 
     Raises: `ValueError` for a column that is not there, or if a well appears twice (wells of several plates).
     """
@@ -134,12 +142,13 @@ def plate_map(
     twice = wells.well[wells.well.duplicated()]
     if len(twice): raise ValueError(f'well {twice.iloc[0]} appears twice; expected the wells of one plate')
     ax = plt.subplots(figsize=(6, 4))[1] if ax is None else ax
-    at = {(r, c): Circle((c, PLATE_ROWS.index(r)), .42) for r in PLATE_ROWS for c in range(1, 25)}
+    places, (n_rows, n_columns) = _places(wells.well)
+    at = {(r, c): Circle((c, r), .42) for r in range(n_rows) for c in range(1, n_columns+1)}
     ax.add_collection(PatchCollection(at.values(), facecolor='none', edgecolor='#cccccc', linewidth=.6))
     faces, key = _well_colors(wells[color])
-    ax.add_collection(PatchCollection([at[w[0], int(w[1:])] for w in wells.well], facecolor=faces, edgecolor='none'))
+    ax.add_collection(PatchCollection([at[p] for p in places], facecolor=faces, edgecolor='none'))
     _explain_colors(ax, key, color)
-    _plate_axes(ax, title)
+    _plate_axes(ax, title, n_rows, n_columns)
     return ax
 
 # %% ../../nbs/12_screen.core.ipynb #276a4066

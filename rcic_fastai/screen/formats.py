@@ -40,8 +40,9 @@ def _guessed(listing): return guess_names(list(match_names(listing.images, _ANY)
 
 def _parse_any(listing):
     "Images whose names are guessed"
-    found, others = pattern_images(listing.images, _guessed(listing), listing.known, listing.columns)
-    return replace(found, skipped={'images that do not fit': len(others)} if others else {})
+    pattern = _guessed(listing)
+    found, others = pattern_images(listing.images, pattern, listing.known, listing.columns)
+    return replace(found, pattern=pattern, skipped={'images that do not fit': len(others)} if others else {})
 
 def _parse_stacks(listing):
     tiffs = [p for p in listing.images if p.lower().endswith(('.tif', '.tiff'))]
@@ -105,7 +106,8 @@ def _fitting_images(listing, files):
     found, others = pattern_images(listing.images, files, listing.known, listing.columns)
     if not len(found.images): raise ValueError(f'{listing.root}: no image fits {files!r}{_examples(listing)}')
     skipped = found.skipped|({'images that do not fit': len(others)} if others else {})
-    return replace(found, system='files', why=f'{len(found.images):,} images are named {files}', skipped=skipped)
+    why = f'{len(found.images):,} images are named {files}'
+    return replace(found, system='files', pattern=files, why=why, skipped=skipped)
 
 def _system_images(listing, name):
     "Images of a system, or of the one that is recognised. Raises: ValueError if there are none"

@@ -115,6 +115,7 @@ class ImageSet:
     skipped:dict[str, int] = field(default_factory=dict) # files that are no images of the screen: what, and how many
     system:str = '' # name of the system
     why:str = '' # it was taken for that
+    pattern:str = '' # of the names, where one was given or guessed
 
 # %% ../../nbs/11_screen.formats_core.ipynb #21a02d78
 @dataclass(frozen=True)

@@ -18,9 +18,18 @@ from .well_names import well_name
 _WORD = re.compile(rf'{_GUID}|[^/_\-. ()\[\]]+|[/_\-. ()\[\]]+')
 _SEPARATORS = set('/_-. ()[]')
 
-def _word_columns(paths):
+def _words_with(values):
+    "Words, and names of the plate map that have separators in them"
+    names = sorted({str(v) for c in ('plate', 'experiment', 'cell_type') for v in values.get(c, ())
+                    if set(str(v)) & _SEPARATORS}, key=len, reverse=True)
+    if not names: return _WORD
+    known = '|'.join(map(re.escape, names))
+    return re.compile(rf'(?<![A-Za-z0-9])(?:{known})(?![A-Za-z0-9])|{_WORD.pattern}')
+
+def _word_columns(paths, values={}):
     "Columns of words and separators. Raises: ValueError with two paths that are built differently"
-    words = [_WORD.findall(p) for p in paths]
+    word = _words_with(values)
+    words = [word.findall(p) for p in paths]
     shapes = [tuple(w if w[0] in _SEPARATORS else '' for w in ws) for ws in words]
     usual, n = Counter(shapes).most_common(1)[0]
     if n == len(paths): return [list(c) for c in zip(*words)]
@@ -62,7 +71,8 @@ _ROLE_OF = {key: role for role, keys in _KEYS.items() for key in keys.split()}
 
 def _split_numbers(column):
     "Columns of letters and of numbers, for words that differ in their numbers only"
-    if len(set(column)) == 1 or len({re.sub(r'\d+', '#', w) for w in column}) > 1: return [column]
+    if len(set(column)) == 1 and not re.fullmatch(r'(?i)(s|f|site|field|fov)\d+', column[0]): return [column]
+    if len({re.sub(r'\d+', '#', w) for w in column}) > 1: return [column]
     return [list(c) for c in zip(*(re.findall(r'\d+|\D+', w) for w in column))]
 
 def _role_by_key(columns, i):
@@ -132,14 +142,14 @@ def guess_names(
     "The pattern of names. Raises: `ValueError` that shows two paths and what is not clear."
     ask = "; say how files are named with files=... (--files), such as '{well}_s{site}_{channel}.tif'"
     known = {w for v in values.get('well', ()) if (w := _well_or_none(str(v)))}
-    try: columns = _word_columns(paths)
+    try: columns = _word_columns(paths, values)
     except ValueError as e: raise ValueError(f'{e}{ask}') from None
     spans = _well_columns(columns, known)
     if spans is None: raise ValueError(f'no part of {paths[0]} names a well in all of the {len(paths):,} images{ask}')
     columns, roles = _with_roles(columns, spans, values)
     for i in range(len(columns)):
         role = i not in roles and _role_by_key(columns, i)
-        if role and role not in roles.values() and len(set(columns[i])) > 1: roles[i] = role
+        if role and role not in roles.values() and (len(set(columns[i])) > 1 or role == 'site'): roles[i] = role
     left = _say_rest(columns, roles)
     if left:
         i = left[-1]
