@@ -6,13 +6,14 @@
 __all__ = ['MultiChannelImageBlock', 'SixChannelImageBlock', 'screen_block', 'packed_sites', 'screen_dataloaders']
 
 # %% ../../nbs/24_data.block.ipynb #e5acc466
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import numpy as np
 import pandas as pd
-from fastai.data.all import DataBlock, DataLoaders, is_listy, TransformBlock
+from fastai.data.all import DataBlock, DataLoaders, delegates, is_listy, TransformBlock
 
 from ..errors import did_you_mean
 from ..files import user_path
@@ -162,28 +163,56 @@ _fastai_names = dict(
     item_tfms='transforms=screen_transforms(size=...), and read_size=... for images of several sizes')
 
 def _refuse_names(kwargs):
-    known = [n for n in screen_dataloaders.__annotations__ if n!='return']
+    known = inspect.signature(screen_dataloaders).parameters
     for k in kwargs:
+        if k in known: continue
         if k in _fastai_names: raise TypeError(f'screen_dataloaders has no {k!r}; here it is {_fastai_names[k]}')
         raise TypeError(f'screen_dataloaders has no {k!r}{did_you_mean(k, known)}')
 
 # %% ../../nbs/24_data.block.ipynb #c3d1a007
-def _loaders(sites, mask, target, given, block, **kwargs):
-    "DataLoaders of a table of sites, whose settings are complete"
-    if mask.all(): raise ValueError('every site is in the validation set; nothing is left to train on')
-    if kwargs['bs'] < 1: raise ValueError(f'bs is {kwargs["bs"]}, expected a batch size of 1 or more')
-    channels = CHANNELS if given['channels'] is None else given['channels']
-    check_sizes(sites, channels, block['read_size'])
-    names = lambda column: sorted(sites[column].unique()) if (v := given[f'{column}s']) is None else v
-    classes = _target_classes(sites, target, mask, given['classes'])
-    called = _names_of_classes(target, classes) if given['class_names'] is None else given['class_names']
-    split = lambda items: (np.flatnonzero(~mask).tolist(), np.flatnonzero(mask).tolist())
-    if block['multilabel'] is None: block['multilabel'] = is_multilabel(sites[target])
-    made = screen_block(names('cell_type'), names('experiment'), classes, target, channels, splitter=split,
-                        class_names=called, **block)
+_NAMES = 'classes', 'channels', 'cell_types', 'experiments', 'class_names'
+_from_dl = 'repeats', 'controls', 'n_controls', 'domains_per_batch', 'pairs' # parameters of `DomainDL`
+_not_from_dl = [n for n in inspect.signature(DomainDL.__init__).parameters if n not in _from_dl]
+
+@delegates(DomainDL.__init__, but=_not_from_dl)
+def _loaders(sites, mask, target,
+    classes:Sequence=None, # values of the target in order; by default those of the training sites
+    cell_types:Sequence[str]=None, # names in order; by default those of `sites`
+    experiments:Sequence[str]=None, # names in order; by default those of `sites`
+    channels:Sequence[int|str]=None, # numbers or names of the channels; by default those of the screen, or 1 to 6
+    class_names:Sequence[str]=None, # what people call the classes, for titles; by default those of an atlas
+    multilabel:bool=None, # are the values of the target tuples of classes? None: look at them
+    cache:bool=False, # keep images in memory once they are read? 6*H*W bytes per site, 1.5 MiB at 512 pixels
+    read_size:int=None, # shorter side that images are brought to, in pixels; for images of several sizes
+    *, tfms, **kwargs
+):
+    "DataLoaders of a table of sites"
+    channels = CHANNELS if channels is None else channels
+    check_sizes(sites, channels, read_size)
+    classes = _target_classes(sites, target, mask, classes)
+    given = lambda names, column: sorted(sites[column].unique()) if names is None else names
+    made = screen_block(given(cell_types, 'cell_type'), given(experiments, 'experiment'), classes, target, channels,
+                        tfms, lambda items: (np.flatnonzero(~mask).tolist(), np.flatnonzero(mask).tolist()), cache,
+                        read_size, is_multilabel(sites[target]) if multilabel is None else multilabel,
+                        _names_of_classes(target, classes) if class_names is None else class_names)
     return made.dataloaders(sites, drop_last=False, **kwargs)
 
+# %% ../../nbs/24_data.block.ipynb #cfeb8bc5
+def _checked_rows(sites, valid, bs, seed):
+    "Mask of the validation rows. Raises: ValueError if nothing is left to train on"
+    mask = _valid_rows(sites, valid, seed)
+    if mask.all(): raise ValueError('every site is in the validation set; nothing is left to train on')
+    if bs < 1: raise ValueError(f'bs is {bs}, expected a batch size of 1 or more')
+    return mask
+
+def _packed(sites, source, kwargs):
+    "Sites and controls that are read from a packed store"
+    controls = kwargs.get('controls')
+    if controls is not None: kwargs = {**kwargs, 'controls': packed_sites(controls, source)}
+    return packed_sites(sites, source), kwargs
+
 # %% ../../nbs/24_data.block.ipynb #6e08860b
+@delegates(_loaders)
 def screen_dataloaders(
     sites:pd.DataFrame|Screen, # sites, whose target may be unknown; or a screen: its training sites
     valid:str|np.ndarray|None=None, # mask of the validation rows, or a sentence: 'experiment=HUVEC-07', 'well=0/5'
@@ -191,26 +220,13 @@ def screen_dataloaders(
     domain:str|None='experiment', # what the sites of a batch share: None, 'cell_type', 'experiment' or 'plate'
     bs:int=32, # sites per training batch; controls come on top
     val_bs:int=None, # of validation batches, which are of one domain too; by default 4 times `bs`, at least 64
-    classes:Sequence=None, # values of the target in order; by default those of the training sites
     transforms:list=None, # batch transforms; by default `screen_transforms()`, and `[]` for the pixels as they are
-    cell_types:Sequence[str]=None, # names in order; by default those of `sites`
-    experiments:Sequence[str]=None, # names in order; by default those of `sites`
-    channels:Sequence[int|str]=None, # numbers or names of the channels; by default those of the screen, or 1 to 6
-    repeats:int=1, # how often a site is seen per epoch; more than one where there are few large sites and small crops
-    controls:pd.DataFrame=None, # control sites of any split, for `n_controls`
-    n_controls:int=0, # how many of them follow the sites of each domain in a batch, with masked targets
-    domains_per_batch:int=1, # domains that share a training batch, in parts of `bs//domains_per_batch` sites
-    pairs:bool=False, # do rows 2i and 2i+1 of a training batch have the same target in two experiments?
-    cache:bool=False, # keep images in memory once they are read? 6*H*W bytes per site, 1.5 MiB at 512 pixels
     num_workers:int=0, # threads that read the next batches while one is in use; 0: read when a batch is asked for
-    read_size:int=None, # shorter side that images are brought to, in pixels; for images of several sizes
-    multilabel:bool=None, # are the values of the target tuples of classes? None: look at them
     source:Store|str|Path=None, # packed store to read from, instead of the files of the sites
     seed:int=0, # of the order of the sites
     device:str|torch.device=None, # where batches go; by default fastai's default device
     path:str|Path='.', # folder of the learner
-    class_names:Sequence[str]=None, # what people call the classes, for titles; by default those of an atlas
-    **kwargs # nothing: what fastai calls by another name is refused with ours
+    **kwargs
 ) -> DataLoaders: # batches (image, context, target)
     """DataLoaders of a screen, in batches of one domain.
 
@@ -219,14 +235,10 @@ def screen_dataloaders(
     a domain without controls, and settings that do not fit; FileNotFoundError, while reading, that names the file.
     """
     _refuse_names(kwargs)
-    given = dict(target=target, classes=classes, channels=channels, cell_types=cell_types, experiments=experiments,
-                 class_names=class_names)
-    sites, given = _screen_settings(sites, given)
-    sites, target = sites.reset_index(drop=True), given['target'] or _default_target(sites)
-    if source is not None: sites, controls = (None if t is None else packed_sites(t, source) for t in (sites, controls))
+    sites, own = _screen_settings(sites, dict(target=target, **{k: kwargs.get(k) for k in _NAMES}))
+    sites, target = sites.reset_index(drop=True), own.pop('target') or _default_target(sites)
+    if source is not None: sites, kwargs = _packed(sites, source, kwargs)
     tfms = screen_transforms() if transforms is None else _float_transforms(transforms)
-    return _loaders(sites, _valid_rows(sites, valid, seed), target, given,
-                    dict(batch_tfms=tfms, cache=cache, read_size=read_size, multilabel=multilabel),
-                    path=user_path(path), bs=bs, val_bs=val_bs or max(4*bs, 64), domain=domain, repeats=repeats,
-                    seed=seed, controls=controls, n_controls=n_controls, domains_per_batch=domains_per_batch,
-                    pairs=pairs, num_workers=num_workers, device=device)
+    return _loaders(sites, _checked_rows(sites, valid, bs, seed), target, tfms=tfms, path=user_path(path), bs=bs,
+                    val_bs=val_bs or max(4*bs, 64), domain=domain, num_workers=num_workers, seed=seed, device=device,
+                    **{**kwargs, **own})
