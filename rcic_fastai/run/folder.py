@@ -8,7 +8,7 @@ __all__ = ['Run', 'run_name', 'read_run', 'read_history', 'run_data', 'treatment
 # %% ../../nbs/75_run.folder.ipynb #9a6ee321
 import copy, os, warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 
 # %% ../../nbs/75_run.folder.ipynb #4805d49e
+from ..errors import one_of
 from ..files import naming, read_arrays, user_path
 from ..screen.channels import channel_file, channel_name, grey_limits
 from ..screen.core import Screen
@@ -31,7 +32,7 @@ from ..data.select import select_sites
 from ..data.store import read_site
 from ..model.core import load_weights
 from ..predict.core import Predictions
-from ..recipe.settings import current_name, Recipe, TrainSettings
+from ..recipe.settings import InferenceSettings, current_name, Recipe, TrainSettings
 from ..train.inference import inference_needs, Needs
 from ..train.loaders import recipe_dataloaders
 from ..train.network import recipe_model
@@ -303,6 +304,7 @@ def with_inference(self:Run,
     **settings # of `recipe.inference`; None: as it is
 ) -> Run: # a copy
     "The run with other settings of inference; `bagging` is for 'batch' alone."
+    for k in settings: one_of(k, [f.name for f in fields(InferenceSettings)], 'a setting of inference')
     settings = {k: v for k, v in settings.items() if v is not None}
     run, i = copy.copy(self), replace(self.recipe.inference, **settings)
     if i.batchnorm!='batch' and 'bagging' not in settings: i = replace(i, bagging=[])
@@ -483,6 +485,15 @@ def learner(self:Run,
     return screen_learner(dls, _for_inference(self.recipe), self.model(), path=self.path)
 
 # %% ../../nbs/75_run.folder.ipynb #044bebb3
+def _warn_of_classes(run, sites):
+    "Say so if treated wells have labels that the network does not know"
+    if run.classes is None or run.target not in sites: return
+    lost = sites[run.target].notna() & run.task.known(sites[run.target], run.classes).isna()
+    if 'well_type' in sites: lost &= sites.well_type=='treatment'
+    if not lost.any(): return
+    warnings.warn(f'{run} does not know the {run.target} of {lost.sum():,} of {len(sites):,} sites, such as '
+                  f'{sites[run.target][lost].iloc[0]}: they have no label here', stacklevel=3)
+
 def load_run(
     run:str|Path, # a run folder
     sites:pd.DataFrame|Screen=None, # any sites; of a screen, those of its training split; None: of the own screen
@@ -497,4 +508,7 @@ def load_run(
     Raises: FileNotFoundError if the folder holds no finished run, or its screen is gone; ValueError if its files do not
     fit together.
     """
-    return Run(run).learner(sites, device, valid)
+    loaded = Run(run)
+    table = _sites_to_load(loaded, sites)
+    _warn_of_classes(loaded, table)
+    return loaded.learner(table, device, valid)

@@ -35,7 +35,12 @@ def _predict_network(run, split, wells, present_only, device, progress, say, kee
     p = predict_with(learn, sites, run.recipe, controls, reference=labelled, progress=progress, keep_views=keep_views)
     w = run.screen.wells
     treated = w.sirna[(w.well_type=='treatment') & (w.split=='train')].dropna().unique() if run.target=='sirna' else []
-    return p.only(treated) if (sites.well_type=='treatment').all() and np.isin(p.classes, treated).any() else p
+    if not (sites.well_type=='treatment').all() or not np.isin(p.classes, treated).any(): return p
+    gone = p.classes[~np.isin(p.classes, treated)]
+    if len(gone) and run.recipe.data.control_classes is None: # else they are the controls
+        say(f'{len(gone):,} of the {len(p.classes):,} classes of {run} are left out: {run.screen.path} has no treatment '
+            f'{gone[0]} in its training split')
+    return p.only(treated)
 
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1b2
 def _predict_parts(run, split, settings, how):
@@ -100,7 +105,7 @@ def predict(self:Run,
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1b5
 def predict_run(
     run:str|Path, # folder of a finished run
-    screen:Screen, # where the sites are
+    screen:Screen|str|Path=None, # where the sites are, or its folder; None: where the run was trained
     split:str='test', # 'test', 'train', or 'valid' for the wells that training set aside
     batchnorm:str=None, # by default what the recipe says
     tta:int|str|TTA=None, # by default what the recipe says
@@ -170,7 +175,7 @@ def embed(self:Run,
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1ba
 def embed_run(
     run:str|Path, # folder of a finished run
-    screen:Screen, # where the sites are
+    screen:Screen|str|Path=None, # where the sites are, or its folder; None: where the run was trained
     split:str='test', # 'test', 'train', or 'valid' for the wells that training set aside
     batchnorm:str=None, # by default what the recipe says
     wells:str='all', # 'treatments', 'controls' or 'all'

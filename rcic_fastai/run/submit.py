@@ -57,7 +57,7 @@ def _say_groups(table, method, say):
 # %% ../../nbs/78_run.submit.ipynb #c8d2e5f1
 def submit_run(
     run:str|Path|Run, # folder of a run, or of a blend, with predictions of the test split
-    screen:Screen, # where the plate groups come from
+    screen:Screen|str|Path=None, # where the plate groups come from, or its folder; None: where the run was trained
     out:str|Path=None, # file to write; by default submission.csv in the run folder
     sample:str|Path=None, # sample submission that gives ids and order; by default that of the screen
     groups:bool=True, # use the plate groups?
@@ -70,7 +70,8 @@ def submit_run(
     Raises: ValueError for a run that predicts something else, or wells that do not fit.
     """
     run = Run(run, screen)
-    p, out = _test_predictions(run), check_screen_output(out or run.submission_path, screen, sample, *run.files())
+    p, screen = _test_predictions(run), run.screen
+    out = check_screen_output(out or run.submission_path, run.screen, sample, *run.files())
     sample = _own_sample(screen) if sample is None else sample
     out = check_submission_path(out, sample)
     if screen.replicates and (groups or one_to_one):

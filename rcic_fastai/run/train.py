@@ -28,12 +28,14 @@ from ..files import check_name, check_output, claim_folder, clean_partials, read
 from ..files import check_ours, write_picture, write_whole
 from ..screen.groups import plate_groups
 from ..screen.core import Screen
+from ..screen.read import read_screen
 from ..screen.split import valid_mask
 from ..data.augment import ChannelStats
 from ..data.select import select_sites
 from ..data.pack import check_screen_output
 from ..model.core import load_weights, read_meta, save_weights
 from ..recipe.settings import PseudoSettings, Recipe, TrainSettings
+from ..recipe.published import get_recipe
 from ..train.checkpoint import checkpoint_files, remove_checkpoints
 from ..train.inference import inference_needs
 from ..train.loaders import recipe_dataloaders
@@ -96,6 +98,12 @@ def _check_losses(sites, recipe, target):
     stages = recipe.head, recipe.train, recipe.finetune
     for name in [recipe.loss.name, *(s.loss for s in stages if s.epochs and s.loss)]:
         task_of(sites[target]).check_loss(name, target)
+
+def _check_classes(sites, target):
+    "Refuse training sites that are all alike"
+    values = sites[target].dropna()
+    if not len(values) or task_of(values).several or values.nunique() > 1: return
+    raise ValueError(f'{target} of all {len(sites):,} training sites is {values.iloc[0]}: there is nothing to tell apart')
 
 def _labelled(sites, target, say):
     "Without sites whose target is unknown, such as images whose antibody is unknown"
@@ -248,6 +256,7 @@ def _table(t):
     recipe = _usable_domain(sites, t.recipe, t.target, t.say)
     _check_losses(sites, recipe, t.target)
     sites, mask = held_out(_labelled(sites, t.target, t.say), t.valid, recipe)
+    _check_classes(sites[~mask], t.target)
     if not mask.any() and 'best' in (recipe.train.keep, recipe.finetune.keep):
         t.say('No wells are set aside: training ends with its last weights, not with the best')
     controls = control_sites(t.screen, t.present_only) if needs_controls(recipe) else None
@@ -386,8 +395,8 @@ def _write_run(t, table, learn, names, more):
 
 # %% ../../nbs/77_run.train.ipynb #0cc5df76
 def train_run(
-    screen:Screen, # from `read_screen`
-    recipe:Recipe, # settings
+    screen:Screen|str|Path, # from `read_screen`, or its folder
+    recipe:Recipe|str|Path, # settings, or a name or file for `get_recipe`
     run:str|Path, # folder to write, such as 'runs/first'; one that was killed is resumed
     target:str=None, # column of the wells to predict
     wells:str='treatments', # 'treatments', 'controls' or 'all'
@@ -404,6 +413,8 @@ def train_run(
     FileNotFoundError for what is wrong with the data, or if the run was started otherwise; TrainingStopped for a
     signal, FloatingPointError for a loss that is not finite, both with what is saved intact.
     """
+    if not isinstance(screen, Screen): screen = read_screen(screen)
+    if not isinstance(recipe, Recipe): recipe = get_recipe(recipe)
     run = check_output(run, screen.path, start, option='--run')
     valid = _wells_of_run(recipe.valid if valid is None else valid)
     t = Training(screen, recipe, run, target or screen.target, wells, valid, present_only,
