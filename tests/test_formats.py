@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tifffile
+from PIL import Image
 from formats_inputs import WELLS, hostile_zarr, make, write_csv
 
 from rcic_fastai.data.pack import pack_screen
@@ -89,14 +90,20 @@ LAYOUTS = {
                       ["10005/921_A01_1_blue_red_green.jpg"])}
 
 
-def names_of(system):
-    "Paths of two plates of different times with uneven fields, and of what lies next to them"
-    plates, template, channels, beside = LAYOUTS[system]
+def named(system):
+    "(number of the plate, well, field, number of the channel, path) of two plates of different times, uneven fields"
+    plates, template, channels, _ = LAYOUTS[system]
     for w, f in FIELDS:
         r, c = "AB".index(w[0]) + 1, int(w[1:])
-        for name in spread(template, P=plates, C=channels):
-            yield name.format(w=w, w0=w[0], r=r, c=c, f=f, n=f"{24 * (r - 1) + c:04}")
-    yield from beside
+        for p, plate in enumerate(plates):
+            for k, channel in enumerate(channels):
+                name = template.replace("<P>", plate).replace("<C>", channel)
+                yield p, w, f, k, name.format(w=w, w0=w[0], r=r, c=c, f=f, n=f"{24 * (r - 1) + c:04}")
+
+
+def names_of(system):
+    "Paths of the images, and of what lies next to them"
+    return [*(n[-1] for n in named(system)), *LAYOUTS[system][-1]]
 
 
 NAMED = [s for s in SYSTEMS if s not in ("ome-zarr", "load-data", "ome-tiff", "tiff-stack", "names")]
@@ -399,3 +406,31 @@ def test_codecs_of_zarr_that_run_programs_are_refused(tmp_path):
         folder.mkdir()
         (folder / kind).write_text(json.dumps(said))
         with pytest.raises(ValueError, match=message): read_page(folder, (0,))
+
+
+# what a plate map calls the plates of each layout, where not X and Y
+PLATES = {"bd-pathway": ["2009-09-21_000", "2009-09-22_000"], "rxrx": ["1", "2"], "protein-atlas": ["921", "922"]}
+
+
+@pytest.mark.parametrize("system", NAMED)
+def test_pixels_of_each_system(system, tmp_path):
+    "Every plane is found where its name says, on both plates"
+    for path in names_of(system):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((8, 8), 250, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / path)
+    for p, well, field, k, path in named(system):
+        value = 100 * p + 50 * (well == "B02") + 10 * field + k
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / path, quality=100)
+    plates = PLATES.get(system, ["X", "Y"])
+    write_csv(tmp_path / "wells.csv", dict(plate=np.repeat(plates, 2), well=["A1", "B2"] * 2, treatment=list("abcd")))
+    describe_screen(tmp_path, plate_size=384, say=lambda *a: None)
+    screen = read_screen(tmp_path)
+    sites, found = screen.sites(), []
+    for s in sites.sort_values(["plate_name", "well", "site"]).itertuples():
+        found.append([int(x[0, 0]) for x in s.files.read(screen.channels)])
+    expected = [[100 * p + 50 * (w == "B02") + 10 * f + k for k in (0, 1)]
+                for p in (0, 1) for w, f in FIELDS]
+    if system in ("gen5", "incell", "incell-full", "bd-pathway"):  # channels by name, which are in another order
+        expected = [e if screen.channels[0].startswith(("DAPI", "Alexa")) else e[::-1] for e in expected]
+    assert found == expected

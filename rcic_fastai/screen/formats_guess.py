@@ -26,15 +26,36 @@ def _words_with(values):
     known = '|'.join(map(re.escape, names))
     return re.compile(rf'(?<![A-Za-z0-9])(?:{known})(?![A-Za-z0-9])|{_WORD.pattern}')
 
+def _kinds(words): return [w if set(w) <= _SEPARATORS else '' for w in words]
+
+def _alike(kinds):
+    "Number of places, from the first, at which all lists of kinds agree"
+    n = min(map(len, kinds))
+    return next((k for k in range(n) if len({ks[k] for ks in kinds}) > 1), n)
+
+def _not_alike(paths, values):
+    "A sentence on two paths that are built differently; '' if all are built alike"
+    kinds = [tuple(_kinds(_words_with(values).findall(p))) for p in paths]
+    usual = Counter(kinds).most_common(1)[0][0]
+    other = next((p for p, k in zip(paths, kinds) if k != usual), None)
+    like = paths[kinds.index(usual)]
+    return '' if other is None else f'{other} is not built like {like}: they differ in {what_differs(other, like)}'
+
+# %% ../../nbs/13_screen.formats_guess.ipynb #7b4338f1
 def _word_columns(paths, values={}):
-    "Columns of words and separators. Raises: ValueError with two paths that are built differently"
-    word = _words_with(values)
-    words = [word.findall(p) for p in paths]
-    shapes = [tuple(w if w[0] in _SEPARATORS else '' for w in ws) for ws in words]
-    usual, n = Counter(shapes).most_common(1)[0]
-    if n == len(paths): return [list(c) for c in zip(*words)]
-    like, other = paths[shapes.index(usual)], next(p for p, s in zip(paths, shapes) if s != usual)
-    raise ValueError(f'{other} is not built like {like}: they differ in {what_differs(other, like)}')
+    "Columns of words and separators. Raises: ValueError with two paths that differ in their folders"
+    words = [_words_with(values).findall(p) for p in paths]
+    kinds = [_kinds(w) for w in words]
+    n, start = min(map(len, kinds)), _alike(kinds)
+    if all(len(k) == start for k in kinds): return [list(c) for c in zip(*words)]
+    end = _alike([k[::-1] for k in kinds])
+    if start+end >= n:  # the shortest has one word between both ends
+        shortest = min(kinds, key=len)
+        start = next((k for k in range(max(n-1-end, 0), start+1) if k < n and shortest[k] == ''), n-1-end)
+        end = n-1-start
+    middle = [''.join(w[start:len(w)-end]) for w in words]
+    if any('/' in m for m in middle): raise ValueError(_not_alike(paths, values))
+    return [list(c) for c in zip(*([*w[:start], m, *w[len(w)-end:]] for w, m in zip(words, middle)))]
 
 # %% ../../nbs/13_screen.formats_guess.ipynb #80b29b31
 def _well_or_none(text):
@@ -91,7 +112,7 @@ def _determined(columns, i, roles):
 # %% ../../nbs/13_screen.formats_guess.ipynb #39741c33
 def _bare(columns, i, roles):
     "Is it a number without letters, behind the well?"
-    return all(map(str.isdigit, columns[i])) and columns[i-1][0][0] in _SEPARATORS and any(roles.get(k) == 'well'
+    return all(map(str.isdigit, columns[i])) and set(columns[i-1][0]) <= _SEPARATORS and any(roles.get(k) == 'well'
                                                                                            for k in range(i))
 
 def _say_rest(columns, roles):
@@ -145,7 +166,9 @@ def guess_names(
     try: columns = _word_columns(paths, values)
     except ValueError as e: raise ValueError(f'{e}{ask}') from None
     spans = _well_columns(columns, known)
-    if spans is None: raise ValueError(f'no part of {paths[0]} names a well in all of the {len(paths):,} images{ask}')
+    if spans is None:
+        why = _not_alike(paths, values) or f'no part of {paths[0]} names a well in all of the {len(paths):,} images'
+        raise ValueError(f'{why}{ask}')
     columns, roles = _with_roles(columns, spans, values)
     for i in range(len(columns)):
         role = i not in roles and _role_by_key(columns, i)

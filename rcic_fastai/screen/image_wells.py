@@ -28,21 +28,30 @@ def _words_of(image):
     return {_plain_word(w) for w in (image.plate, *image.plate.split('/'), *folders, *map(plain_plate, folders))}-{''}
 
 def _names_plate(name, image):
-    "Does a plate map mean the plate of an image by this name?"
-    word, file = _plain_word(name), image.path.rpartition('/')[2].casefold()
-    if _plain_word(image.plate) == word: return True
-    return word in _words_of(image) or not word.isdecimal() and re.match(re.escape(word)+'[^a-z0-9]', file) is not None
+    "Does a plate map mean the plate of an image by this name? 2: surely, 1: it is a part of the path, 0: no"
+    word = _plain_word(name)
+    if word in _words_of(image): return 2
+    part = rf'plate[ _-]?0*{word}' if word.isdecimal() else re.escape(word)
+    return int(re.search(rf'(?<![a-z0-9]){part}(?![a-z0-9])', image.path.casefold()) is not None)
 
 # %% ../../nbs/12_screen.image_wells.ipynb #226f9aba
 def _experiment_fits(row, image):
     if not row.get('experiment') or not image.batch: return None
     return _plain_word(row['experiment']) == _plain_word(image.batch)
 
+def _only_experiment(image, plates):
+    "The one plate of the experiment of an image, if only that is said"
+    named = [i for i, p in enumerate(plates) if p.get('experiment')
+             and _plain_word(p['experiment']) in {_plain_word(image.batch), *_words_of(image)}]
+    return named if len(named) == 1 else []
+
 def _fitting_plates(image, plates):
     "Plates of the map that an image may be of: by the experiment too, where both say it"
-    fits = [i for i, p in enumerate(plates) if 'plate' not in p or _names_plate(p['plate'], image)]
-    sure = [i for i in fits if _experiment_fits(plates[i], image)]
-    if sure: return sure
+    sure = [_names_plate(p['plate'], image) if 'plate' in p else 2 for p in plates]
+    if not any(sure): return _only_experiment(image, plates)
+    fits = [i for i, s in enumerate(sure) if s == max(sure)]
+    both = [i for i in fits if _experiment_fits(plates[i], image)]
+    if both: return both
     if len(fits) > 1:
         fits = [i for i in fits if plates[i].get('experiment')
                 and _plain_word(plates[i]['experiment']) in _words_of(image)] or fits
