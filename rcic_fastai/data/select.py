@@ -26,8 +26,8 @@ def _with_files(sites, screen, split, present_only, warn):
         return sites
     try: check_files(sites, screen.channels)
     except FileNotFoundError as e:
-        hint = ('select_sites(screen, present_only=True), or --present-only of rcic-train, rcic-predict and others, uses '
-                'the sites that are complete')
+        hint = ('select_sites(screen, present_only=True), or --present-only of rcic-train, rcic-predict and others, '
+                'uses the sites that are complete')
         raise FileNotFoundError(f'{e}; {hint}') from None
     return sites
 

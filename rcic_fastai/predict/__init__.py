@@ -2,4 +2,6 @@
 
 from rcic_fastai.renamed import moved
 
-__getattr__ = moved(__name__, 'predict.core', 'predict.sites', 'run.predict', 'train.inference')  # names of version 0.1.0
+__getattr__ = moved(  # names of version 0.1.0
+    __name__,
+    'predict.core', 'predict.sites', 'run.predict', 'train.inference')

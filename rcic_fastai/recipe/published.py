@@ -188,7 +188,8 @@ _free = ('loss.options', 'model.arch_options') # tables whose keys are not setti
 
 def _parsed(setting):
     "'train.epochs=5' as a name and a value"
-    if not isinstance(setting, str): raise TypeError(f'{setting!r} is no setting, expected a text like "train.epochs=5"')
+    if not isinstance(setting, str):
+        raise TypeError(f'{setting!r} is no setting, expected a text like "train.epochs=5"')
     key, equals, text = setting.partition('=')
     if not key.strip(' .') or not equals:
         lacks = 'no "="' if not equals else 'no name of a setting before "="'

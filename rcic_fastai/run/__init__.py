@@ -2,4 +2,6 @@
 
 from rcic_fastai.renamed import moved
 
-__getattr__ = moved(__name__, 'run.train', 'run.blend', 'run.stages', 'run.submit', 'train.pseudo')  # names of version 0.1.0
+__getattr__ = moved(  # names of version 0.1.0
+    __name__,
+    'run.train', 'run.blend', 'run.stages', 'run.submit', 'train.pseudo')

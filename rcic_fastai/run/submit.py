@@ -72,8 +72,7 @@ def submit_run(
     run = Run(run, screen)
     p, screen = _test_predictions(run), run.screen
     out = check_screen_output(out or run.submission_path, run.screen, sample, *run.files())
-    sample = _own_sample(screen) if sample is None else sample
-    out = check_submission_path(out, sample)
+    out = check_submission_path(out, sample := _own_sample(screen) if sample is None else sample)
     if screen.replicates and (groups or one_to_one):
         groups = one_to_one = False
         say('Treatments have several wells within an experiment: each well gets its most likely treatment, without '

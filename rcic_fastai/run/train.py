@@ -103,7 +103,7 @@ def _check_classes(sites, target):
     "Refuse training sites that are all alike"
     values = sites[target].dropna()
     if not len(values) or task_of(values).several or values.nunique() > 1: return
-    raise ValueError(f'{target} of all {len(sites):,} training sites is {values.iloc[0]}: there is nothing to tell apart')
+    raise ValueError(f'{target} of all training sites is {values.iloc[0]}: there is nothing to tell apart')
 
 def _labelled(sites, target, say):
     "Without sites whose target is unknown, such as images whose antibody is unknown"

@@ -2,4 +2,7 @@
 
 from rcic_fastai.renamed import moved
 
-__getattr__ = moved(__name__, 'screen.channels', 'screen.core', 'screen.groups', 'screen.read', 'screen.simulate', 'screen.sites', 'screen.sources', 'screen.split', 'screen.tables')  # names of version 0.1.0
+__getattr__ = moved(  # names of version 0.1.0
+    __name__,
+    'screen.channels', 'screen.core', 'screen.groups', 'screen.read', 'screen.simulate', 'screen.sites',
+    'screen.sources', 'screen.split', 'screen.tables')
