@@ -2,6 +2,8 @@
 a learner."""
 
 import shutil
+import subprocess
+import sys
 import warnings
 from copy import deepcopy
 from dataclasses import replace
@@ -289,6 +291,27 @@ def test_top_losses_and_their_pictures_agree(learn, cls):
     assert len(titles()) == 2
     assert interp.top_losses(2,
                              items=True)[2].id_code.tolist() == interp.dl.items.iloc[rows[:2].tolist()].id_code.tolist()
+
+
+TOP_LOSSES = """
+import matplotlib.pyplot as plt
+dls = screen_dataloaders(read_screen(sys.argv[1]), valid="experiment=HUVEC-03", bs=8)
+interp = Interpretation.from_learner(screen_learner(dls, "resnet10t"))
+interp.plot_top_losses(2)
+true = [str(dls.valid.sites.sirna.iloc[int(i)]) for i in interp.top_losses(2)[1]]
+assert [ax.get_title().split(" / ")[1] for ax in plt.gcf().axes] == true
+"""
+OURS, FASTAI, INTERPRET = (f"from {m} import *" for m in ("rcic_fastai.all", "fastai.vision.all", "fastai.interpret"))
+
+
+@pytest.mark.parametrize("imports", [(OURS, FASTAI), *(pytest.param(o, marks=pytest.mark.slow)
+                                                       for o in ((FASTAI, OURS), (OURS, INTERPRET)))])
+def test_top_losses_are_ours_in_every_order_of_imports(small_screen, imports):
+    "The last function registered may win, whatever its types"
+    code = "\n".join(["import sys, matplotlib", "matplotlib.use('Agg')", *imports, TOP_LOSSES])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, small_screen], text=True, capture_output=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_csv_logger(learn):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import numpy as np
 import pandas as pd
+import fastai.vision.learner # noqa: F401 its pictures of losses come first, see below
 from fastai.data.all import DataLoaders, Datasets, delegates, dispatch, is_listy, merge, TensorCategory
 from fastai.data.all import TensorMultiCategory, TfmdDL, to_device, ToTensor
 from fastai.vision.data import get_grid
