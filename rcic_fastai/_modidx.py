@@ -3236,6 +3236,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'rcic_fastai/screen/image_wells.py'),
                                                 'rcic_fastai.screen.image_wells._plain_word': ( 'screen.image_wells.html#_plain_word',
                                                                                                 'rcic_fastai/screen/image_wells.py'),
+                                                'rcic_fastai.screen.image_wells._refuse_left_over': ( 'screen.image_wells.html#_refuse_left_over',
+                                                                                                      'rcic_fastai/screen/image_wells.py'),
                                                 'rcic_fastai.screen.image_wells._refuse_two': ( 'screen.image_wells.html#_refuse_two',
                                                                                                 'rcic_fastai/screen/image_wells.py'),
                                                 'rcic_fastai.screen.image_wells._words_of': ( 'screen.image_wells.html#_words_of',

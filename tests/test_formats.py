@@ -204,6 +204,8 @@ def test_plates_that_cannot_be_told_apart(tmp_path):
     with pytest.raises(ValueError, match="BR00121482__.* and BR00121483__.* are both of the one plate of wells.csv"):
         match_wells(images, rows[["well", "file"]][:3])
     assert (match_wells(images, rows[rows.plate == "BR00121482"]) >= 0).sum() == len(images) // 2
+    with pytest.raises(ValueError, match="plate x of wells.csv has no images, and BR00121483__.* is of no plate of it"):
+        match_wells(images, rows.assign(plate=["BR00121482"] * 3 + ["x"] * 3))
     with pytest.raises(ValueError, match="its plates are x, y, those of the images BR00121482, BR00121483"):
         match_wells(images, rows.assign(plate=["x"] * 3 + ["y"] * 3))
 

@@ -61,6 +61,19 @@ def _fitting_plates(image, plates):
 def _refuse_two(a, b, what):
     raise ValueError(f'{a} and {b} {what}; they differ in {what_differs(a, b)}')
 
+def _refuse_left_over(firsts, plates, found, name):
+    "Refuse a plate of the map without images where images are of no plate of it: they may be the same"
+    left = [p for i, p in enumerate(plates) if i not in found.values()]
+    other = next((i for i in firsts if (i.batch, i.plate) not in found), None)
+    if not found or other is None or not left: return
+    raise ValueError(f'{_called(left[0], name)} has no images, and {other.path} is of no plate of it: if they are the '
+                     'same, call them the same; if not, take those images or that plate away')
+
+def _called(plate, name):
+    if not plate: return f'the one plate of {name}, which has no column plate'
+    return f'plate {", ".join(map(str, plate.values()))} of {name}'
+
+# %% ../../nbs/12_screen.image_wells.ipynb #92fc2738
 def _matched_plates(images, plates, name):
     "The plate of the map for each plate of the images. Raises: ValueError that shows two names"
     found:dict[tuple, int] = {}
@@ -78,11 +91,8 @@ def _matched_plates(images, plates, name):
         if other is not None:
             _refuse_two(by_plate[other].path, image.path, f'are both of {_called(plates[fits[0]], name)}')
         found[image.batch, image.plate] = fits[0]
+    _refuse_left_over(firsts, plates, found, name)
     return found
-
-def _called(plate, name):
-    if not plate: return f'the one plate of {name}, which has no column plate'
-    return f'plate {", ".join(map(str, plate.values()))} of {name}'
 
 # %% ../../nbs/12_screen.image_wells.ipynb #f44b84ef
 def match_wells(
