@@ -16,6 +16,7 @@ from rcic_fastai.screen.describe import describe_screen
 from rcic_fastai.screen.formats import SYSTEMS, find_images
 from rcic_fastai.screen.formats_core import list_folder, xml_elements
 from rcic_fastai.screen.formats_guess import guess_names
+from rcic_fastai.screen.image_index import write_sites
 from rcic_fastai.screen.image_table import check_images, choose_t, choose_z, image_sites
 from rcic_fastai.screen.image_wells import match_wells
 from rcic_fastai.screen.pages import read_page
@@ -436,3 +437,29 @@ def test_pixels_of_each_system(system, tmp_path):
     if system in ("gen5", "incell", "incell-full", "bd-pathway"):  # channels by name, which are in another order
         expected = [e if screen.channels[0].startswith(("DAPI", "Alexa")) else e[::-1] for e in expected]
     assert found == expected
+
+
+def test_sites_of_a_pattern_are_found_again_when_something_has_changed(tmp_path, monkeypatch):
+    "What was found is read as long as files, table and pattern are the same"
+    import rcic_fastai.screen.describe as module
+
+    walked, find = [], module.find_sites
+    monkeypatch.setattr(module, "find_sites", lambda *args: walked.append(args) or find(*args))
+    for well in ("A01", "A02", "B01"):
+        for c in ("DAPI", "ER"): Image.fromarray(np.full((8, 8), 9, np.uint8)).save(tmp_path / f"{well}_{c}.png")
+    write_csv(tmp_path / "wells.csv", dict(well=["A01", "A02"], treatment=["x", "y"]))
+    first = describe_screen(tmp_path, say=lambda *a: None).sites()
+    assert len(walked) == 1 and len(first) == 2
+    pd.testing.assert_frame_equal(read_screen(tmp_path).sites(), first)
+    assert len(walked) == 1
+    write_csv(tmp_path / "wells.csv", dict(well=["A01", "A02", "B01"], treatment=["x", "y", "x"]))
+    assert len(read_screen(tmp_path).sites()) == 3 and len(walked) == 2
+    for c in ("DAPI", "ER"): (tmp_path / f"A02_{c}.png").unlink()
+    assert len(read_screen(tmp_path).sites()) == 2 and len(walked) == 3
+    (tmp_path / "images.parquet").unlink()
+    assert len(read_screen(tmp_path).sites()) == 2 and len(walked) == 4
+    describe_screen(tmp_path, say=lambda *a: None)
+    kept = pd.read_parquet(tmp_path / "images.parquet")
+    found_with = module._found_with(tmp_path, json.loads((tmp_path / "screen.json").read_text()))
+    write_sites(tmp_path / "images.parquet", kept.assign(files="../x_{channel}.png"), **found_with)
+    with pytest.raises(ValueError, match="leads to another folder"): read_screen(tmp_path)

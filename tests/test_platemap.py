@@ -225,7 +225,8 @@ def test_a_described_screen_is_a_screen(own, tmp_path):
     assert again.replicates and again.layout == "platemap" and len(again.wells) == 14
     assert json.loads((own / "screen.json").read_text())["treatments"] == ["x", "y", "DMSO"]
     elsewhere = describe_screen(own, files=FILES, negative=["DMSO"], out=tmp_path / "description", say=said.append)
-    assert [p.name for p in sorted((tmp_path / "description").iterdir())] == ["screen.json", "wells.csv"]
+    assert [p.name for p in sorted((tmp_path / "description").iterdir())] == [
+        "images.parquet", "screen.json", "wells.csv"]
     np.testing.assert_array_equal(read_site(elsewhere.sites().files.iloc[3], elsewhere.channels),
                                   read_site(screen.sites().files.iloc[3], screen.channels))
 

@@ -28,7 +28,8 @@ from .planes import read_grey, read_plane
 from .formats import find_images, SYSTEMS
 from .formats_core import ImageSet, list_folder
 from .formats_guess import guess_names
-from .image_index import index_sites, read_index, single_files, sorted_index, write_index
+from .image_index import index_sites, list_checksum, read_index, read_sites, single_files
+from .image_index import sorted_index, write_index, write_sites
 from .image_table import check_images, choose_t, choose_z, image_sites
 from .image_wells import match_wells
 from .well_names import PLATE_COLUMNS, WELL_PATTERN
@@ -283,16 +284,34 @@ def _indexed_sites(root, d, wells):
     time = ['t'] if sites.t.nunique() > 1 else []
     return sites[['id_code', *time, 'site', 'files']].rename(columns=dict(t='time'))
 
+# %% ../../nbs/15_screen.describe.ipynb #c7b0363e
+_SITES = 'images.parquet'  # what a pattern has found, next to screen.json
+
+def _found_with(root, d):
+    "What the sites of a pattern depend on: the pattern, the list of files, the plate map and how it is read"
+    table = [(root/d['table']).read_text(encoding='utf-8', errors='replace'), json.dumps(d['columns']), d['experiment']]
+    return dict(files=d['files'], names=list_checksum(list_folder(root/d['images']).images), table=list_checksum(table))
+
+def _kept_sites(root, d, wells):
+    "Sites that the pattern has found when the same files were there, or None"
+    try: sites = read_sites(root/_SITES, **_found_with(root, d))
+    except ValueError as e: raise ValueError(f'{root/"screen.json"}: {e}') from None
+    if sites is None: return None
+    names = wells[['experiment', 'plate_name', 'well', 'id_code']].rename(columns=dict(plate_name='plate'))
+    return sites.merge(names, on=['experiment', 'plate', 'well'], how='inner')[['id_code', 'site', 'files']]
+
+# %% ../../nbs/15_screen.describe.ipynb #2dd43844
 def _described_sites(root, d, rows, wells):
     "`id_code`, `site` and `files` of the images"
     if 'index' in d: return _indexed_sites(root, d, wells)
     if not (root/d['images']).is_dir():
         raise FileNotFoundError(f'{root/"screen.json"}: the folder of the images, {d["images"]}, does not exist')
-    try: sites, _, _ = find_sites(root/d['images'], d['files'], rows)
-    except ValueError as e: raise ValueError(f'{root/"screen.json"}: {e}') from None
-    ids = wells.set_index('row').id_code.reindex(rows.row.loc[sites.index])
+    if (sites := _kept_sites(root, d, wells)) is None:
+        try: sites, _, _ = find_sites(root/d['images'], d['files'], rows)
+        except ValueError as e: raise ValueError(f'{root/"screen.json"}: {e}') from None
+        sites = sites.assign(id_code=wells.set_index('row').id_code.reindex(rows.row.loc[sites.index]).to_numpy())
     start = escape_braces(os.path.normpath(root/d['images']).replace(os.sep, '/'))
-    return pd.DataFrame(dict(id_code=ids.to_numpy(), site=sites.site.to_numpy(),
+    return pd.DataFrame(dict(id_code=sites.id_code.to_numpy(), site=sites.site.to_numpy(),
                              files=pattern_column(start+'/'+sites.files)))
 
 def _packed_sites(packed):
@@ -407,10 +426,11 @@ def _table_name(out, name, content, say):
 
 # %% ../../nbs/15_screen.describe.ipynb #77c00cb2
 def _write_description(out, content, description, index):
-    "The plate map, the index of the images if there is one, then screen.json"
+    "The plate map, the index of the images, then screen.json"
     copy = out/description['table']
     if not copy.exists(): write_whole(copy, content)
-    if index is not None: write_index(out/description['index'], index)
+    if 'index' in description: write_index(out/description['index'], index)
+    else: write_sites(out/_SITES, index, **_found_with(out, description))
     write_json(out/'screen.json', description)
 
 # %% ../../nbs/15_screen.describe.ipynb #f17e3b4c
@@ -434,18 +454,22 @@ class _Found:
     others:int # images that belong to no well
     described:dict # for screen.json
     names:dict # of channels
-    index:pd.DataFrame|None = None # planes
+    index:pd.DataFrame|None = None # planes; of a pattern the sites
+
+_PLACE = dict(experiment='experiment', plate='plate_name', well='well')  # columns of an index, by those of wells
 
 def _is_plain(files, rows):
     "Does a pattern have no fields but the channel, the site and columns of the plate map?"
     fields = {f for _, f in pattern_parts(files)}-{''}
     return '{*}' not in files and {'channel', 'well'} <= fields and fields <= {'channel', 'site', *rows.columns}
 
-def _by_pattern(images, files, rows):
+def _by_pattern(images, files, rows, wells):
     "Sites whose names fit a plain pattern"
     sites, channels, others = find_sites(images, files, rows)
     files_of = pd.Series(pattern_column(escape_braces(images.as_posix())+'/'+sites.files))
-    return _Found(files_of, sites.index.nunique(), channels, others, dict(files=files), {})
+    place = wells.set_index('row')[['experiment', 'plate_name', 'well']].reindex(rows.row.loc[sites.index])
+    kept = sites.reset_index(drop=True).assign(**{c: place[p].to_numpy() for c, p in _PLACE.items()})
+    return _Found(files_of, sites.index.nunique(), channels, others, dict(files=files), {}, kept)
 
 # %% ../../nbs/15_screen.describe.ipynb #5e4dbc8c
 def _say_system(found, say):
@@ -493,13 +517,13 @@ class _How:
 
 def _look_up(images, rows, wells, how, say):
     "The sites of a folder"
-    if how.files is not None and _is_plain(how.files, rows): return _by_pattern(images, how.files, rows)
+    if how.files is not None and _is_plain(how.files, rows): return _by_pattern(images, how.files, rows, wells)
     found = find_images(images, how.system, how.files, _known_columns(rows), how.plate_size)
     _say_system(found, say)
     if not found.pattern or not _is_plain(found.pattern, rows) or found.images.page.any():
         return _by_index(images, found, rows, wells, how)
     check_images(found.images, how.channels and found.images.channel.unique())
-    return _by_pattern(images, found.pattern, rows)
+    return _by_pattern(images, found.pattern, rows, wells)
 
 # %% ../../nbs/15_screen.describe.ipynb #4d074d4c
 def _tables(images, table, columns, controls, out, before, say):

@@ -9,6 +9,7 @@ __all__ = ['ome_tiff', 'tiff_stack', 'any_names', 'SYSTEMS', 'systems_table', 'g
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -36,7 +37,13 @@ def _from_headers(listing, paths):
 
 _ANY = re.compile('.*')
 
-def _guessed(listing): return guess_names(list(match_names(listing.images, _ANY)[0]), listing.known)
+@lru_cache(maxsize=2)
+def _guess_once(paths, known): return guess_names(paths, dict(known))
+
+def _guessed(listing):
+    "The pattern of its names, which is asked for twice"
+    known = tuple((k, tuple(v)) for k, v in listing.known.items())
+    return _guess_once(tuple(match_names(listing.images, _ANY)[0]), known)
 
 def _parse_any(listing):
     "Images whose names are guessed"

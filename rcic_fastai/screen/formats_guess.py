@@ -80,7 +80,7 @@ def _well_columns(columns, known):
     "The columns that name the well, all that say the same. None if there are none"
     spans = sorted(_well_spans(columns, known), key=lambda s: -s[2])
     if not spans or not spans[0][2]: return None
-    def named(span): return [_well_or_none(''.join(w[span[0]:span[1]+1:2])) for w in zip(*columns)]
+    def named(span): return [_well_or_none(''.join(w)) for w in zip(*columns[span[0]:span[1]+1:2])]
     return [s[:2] for s in spans if s[2] == spans[0][2] and named(s) == named(spans[0])]
 
 # %% ../../nbs/13_screen.formats_guess.ipynb #4831f68e
@@ -137,7 +137,7 @@ def _table_roles(columns, values):
     plain = lambda v: v.lstrip('0') if v.isdigit() else v
     for name in ('plate', 'experiment', 'cell_type'):
         known = {plain(str(v)) for v in values.get(name, ())} - {''}
-        fits = [i for i, c in enumerate(columns) if {plain(v) for v in c} <= known]
+        fits = [i for i, c in enumerate(columns) if {plain(v) for v in set(c)} <= known]
         if fits: yield max(fits, key=lambda i: len(set(columns[i]))), name
 
 # %% ../../nbs/13_screen.formats_guess.ipynb #6f13fdd0

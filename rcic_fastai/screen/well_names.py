@@ -7,6 +7,7 @@ __all__ = ['WELL_ROWS', 'PLATE_COLUMNS', 'WELL_SPELLINGS', 'WELL_PATTERN', 'well
 
 # %% ../../nbs/10_screen.well_names.ipynb #0f780543
 import re
+from functools import lru_cache
 
 # %% ../../nbs/10_screen.well_names.ipynb #7a71c722
 WELL_ROWS = (*'ABCDEFGHIJKLMNOPQRSTUVWXYZ', *(f'A{c}' for c in 'ABCDEF'))
@@ -35,6 +36,7 @@ def _counted(number, columns, text):
         raise ValueError(f'well {text!r} is a number on its plate; say how many wells the plate has (--plate-size 384)')
     return well_at((number-1)//columns+1, (number-1)%columns+1)
 
+@lru_cache(maxsize=1<<14)  # a screen asks for the same few at each of its images
 def well_name(
     text:str, # in any spelling
     columns:int=None, # of the plate, for wells that are counted, such as W0025
