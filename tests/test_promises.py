@@ -1,6 +1,7 @@
 """What README, docstrings and pages promise to somebody who knows fastai: one test per promise, on the four ways to
 a learner."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -163,16 +165,16 @@ def test_summary(learn):
     assert "Callbacks" in text and "BatchNorm2d" in text
 
 
-def test_predict_takes_a_row_a_table_and_a_path(learn):
+def test_predict_takes_a_row_a_table_and_a_path(learn, new_sites):
     row = learn.dls.valid_ds.items.iloc[3]
     decoded, number, probs = learn.predict(row)
     assert probs.shape == (8,) and probs.sum() == pytest.approx(1, abs=1e-5) and probs.argmax() == number
     assert str(learn.dls.vocab[int(number)]) == decoded
-    for same in (learn.dls.valid_ds.items.iloc[3:4], [row]):
+    for same in (learn.dls.valid_ds.items.iloc[3:4], [row], row.files):
         torch.testing.assert_close(learn.predict(same)[2], probs)
     with pytest.warns(UserWarning,
                       match="no other well of its experiment is known to this learner, so the running statistics"):
-        _, _, alone = learn.predict(row.files)
+        _, _, alone = learn.predict(new_sites.files[0])
     assert alone.shape == (8,) and alone.sum() == pytest.approx(1, abs=1e-5)
     (image, context), *rest = learn.predict(row, with_input=True)
     assert image.shape == (6, 48, 48) and context.shape == (4,) and rest[0] == decoded
@@ -580,7 +582,7 @@ def test_a_callback_history_of_ours_and_one_of_fastai(sites, tmp_path):
 @pytest.mark.parametrize("settings",
                          [['data.statistics="controls"', "data.domains_per_batch=2"],
                           ['model.head="controls"', 'loss.name="cross_entropy"', "loss.options={}"]])
-def test_learners_that_need_controls(screen, sites, settings):
+def test_learners_that_need_controls(screen, sites, new_sites, settings):
     own = change_recipe(recipe, "data.n_controls=4", *settings)
     dls = recipe_dataloaders(sites, own, HELD, controls=control_sites(screen), cell_types=screen.cell_types,
                              experiments=screen.experiments)
@@ -600,7 +602,7 @@ def test_learners_that_need_controls(screen, sites, settings):
     with pytest.raises(ValueError,
                        match="a path says nothing of the origin of the site, which this network needs .*: give a row "
                        "of the sites"):
-        learn.predict(sites.files[0])
+        learn.predict(new_sites.files[0])
 
 
 def test_learners_that_standardise_by_plate(screen, sites, new_sites):
@@ -609,8 +611,9 @@ def test_learners_that_standardise_by_plate(screen, sites, new_sites):
     learn = calm(screen_learner(dls, own))
     assert learn.predict(sites.iloc[0])[2].shape == (8,)
     assert learn.get_preds(dl=dls.test_dl(new_sites))[0].shape == (len(new_sites), 8)
+    torch.testing.assert_close(learn.predict(sites.files[0])[2], learn.predict(sites.iloc[0])[2])
     with pytest.raises(ValueError, match="a path says nothing of the origin"):
-        learn.predict(sites.files[0])
+        learn.predict(new_sites.files[0])
 
 
 @pytest.fixture(scope="module")
@@ -718,6 +721,66 @@ def test_predict_by_id(learn):
     assert len(learn.dls.test_dl([row.id_code, row.files]).sites) == len(well) + 1
     with pytest.raises(ValueError, match="'HUVEC-99_1_B02' is no well or site that this learner has, and no file"):
         learn.predict("HUVEC-99_1_B02")
+
+
+@pytest.mark.parametrize("spelt", [str, Path, os.path.relpath, lambda files: files])
+def test_a_site_is_known_by_its_files(learn, spelt):
+    row = learn.dls.valid_ds.items.iloc[3]
+    given = spelt(row.files)
+    assert learn.dls.known_sites(given).site_id.tolist() == [row.site_id]
+    assert learn.dls.known_sites([given, row.files]).experiment.tolist() == [row.experiment] * 2
+    result, warned = said(lambda: learn.predict(given))
+    torch.testing.assert_close(result[2], learn.predict(row)[2])
+    assert not warned
+
+
+def test_a_missing_file_is_told_without_a_warning_of_statistics(learn):
+    with warnings.catch_warnings(action="error"), pytest.raises(FileNotFoundError, match="nope/B02_s1_w1.png"):
+        learn.predict("nope/B02_s1_w{channel}.png")
+
+
+def test_a_warning_of_statistics_points_to_who_asked(learn, new_sites):
+    well = new_sites[new_sites.id_code == new_sites.id_code[0]]
+    for call in (lambda: learn.predict(well), lambda: learn.get_preds(dl=learn.dls.test_dl(well))):
+        with pytest.warns(UserWarning, match="no other well of its experiment") as caught:
+            call()
+        assert [w.filename for w in caught if "no other well" in str(w.message)] == [__file__]
+
+
+def test_a_table_of_wells_is_no_table_of_sites(learn, screen):
+    for call in (predict_sites, embed_sites):
+        with pytest.raises(ValueError, match=r"no column 'files'; screen.sites\(\) .* have"):
+            call(learn, screen.wells, progress=False)
+    well = screen.wells.iloc[0]
+    with pytest.raises(ValueError, match=rf"learn.predict\('{well.id_code}'\) takes a well by its id"):
+        learn.predict(well)
+
+
+def test_pretrained_as_vision_learner_takes_it(learners):
+    dls = learners["valid"]["screen_learner"].dls
+    plain, named = (screen_learner(dls, "resnet10t", **kw) for kw in ({}, dict(pretrained=False)))
+    for a, b in zip(plain.model.state_dict().values(), named.model.state_dict().values()):
+        torch.testing.assert_close(a, b)
+    for name in ("resnet10t", recipe):  # the file is asked for, so the setting takes part
+        with pytest.raises(FileNotFoundError, match="nope.pth"):
+            screen_learner(dls, name, pretrained=Path("nope.pth"))
+    with pytest.raises(ValueError, match="pretrained is True, but the network given has its weights already"):
+        screen_learner(dls, model=plain.model, pretrained=True)
+
+
+def test_settings_are_told_what_was_meant(learners, screen):
+    dls = learners["valid"]["screen_learner"].dls
+    for name, message in (("laptop", r"get_recipe\('laptop'\)"), ("laptp", r"get_recipe\('laptop'\)"),
+                          ("resnt18", "nearest: resnet18")):
+        with pytest.raises(ValueError, match=message) as e:
+            screen_learner(dls, name)
+        assert f"get_recipe('{name}')" not in str(e.value) or name == "laptop"
+    for given, message in ((dict(size=32), r"screen_transforms\(size=...\)"),
+                           (dict(present_only=True), r"select_sites\(screen, present_only=True\)")):
+        with pytest.raises(TypeError, match=message):
+            screen_dataloaders(screen, **given)
+    with pytest.raises(ValueError, match="did you mean 'experiment=HUVEC-03'"):
+        screen_dataloaders(screen, valid="expriment=HUVEC-03")
 
 
 def test_one_channel_is_no_site(learn, new_sites):

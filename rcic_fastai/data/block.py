@@ -160,7 +160,8 @@ _fastai_names = dict(
     splitter='valid=...', split='valid=...', valid_idx='valid=mask', valid_col='valid=mask', vocab='classes=...',
     valid_pct="valid='well=0/5', which is a fifth of the wells", label_col='target=...', get_y='target=...',
     y_block='target=...', get_x='source=...',
-    item_tfms='transforms=screen_transforms(size=...), and read_size=... for images of several sizes')
+    item_tfms='transforms=screen_transforms(size=...), and read_size=... for images of several sizes',
+    size='transforms=screen_transforms(size=...)', present_only='select_sites(screen, present_only=True)')
 
 def _refuse_names(kwargs):
     known = inspect.signature(screen_dataloaders).parameters

@@ -6,10 +6,11 @@
 __all__ = ['SITE_COLUMNS', 'DomainDL', 'plain_rows', 'sites_table', 'ScreenDataLoaders']
 
 # %% ../../nbs/23_data.loader.ipynb #d57c6f35
-import textwrap, warnings
+import os, textwrap, warnings
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -413,13 +414,21 @@ def sites_table(
         raise ValueError(f'sites are given as {type(items).__name__}, expected {expected}')
     missing = [c for c in SITE_COLUMNS if c not in items]
     if missing:
+        by_id = f'; learn.predict({str(items.id_code.iloc[0])!r}) takes a well by its id'
         raise ValueError(f'the sites have no column {missing[0]!r}; '
-                         'screen.sites() and select_sites(screen, ...) have, the table of wells has not')
+                         'screen.sites() and select_sites(screen, ...) have, the table of wells has not'
+                         f'{by_id if len(items) == 1 and "id_code" in items else ""}')
     return items
 
-# %% ../../nbs/23_data.loader.ipynb #9ff27cc6
+# %% ../../nbs/23_data.loader.ipynb #6d1f2a01
 def _is_one_file(item): return isinstance(r := as_pixels(item), ImageFiles) and r.composite # a composite, or an id
 
+def _place(item):
+    "What tells the pixels of sites apart: a path pattern from the root, or a reference of another kind"
+    pixels = as_pixels(item)
+    return os.path.abspath(os.path.expanduser(pixels)) if isinstance(pixels, ImageFiles) else pixels
+
+# %% ../../nbs/23_data.loader.ipynb #9ff27cc6
 class ScreenDataLoaders(DataLoaders):
     "DataLoaders of a screen; `test_dl` takes sites as `sites_table` does, and the ids of wells and sites that it has."
     stats, counts = None, None # what images are standardised by, see `recipe_dataloaders`
@@ -429,13 +438,21 @@ class ScreenDataLoaders(DataLoaders):
         res.stats, res.counts = self.stats, self.counts
         return res
 
-    def _named(self, item):
-        "The sites of a well or a site that an id names; anything else as it is"
-        if not isinstance(item, (str, Path)) or not _is_one_file(item): return item
-        for table in (dl.sites for dl in self.loaders if isinstance(dl.sites, pd.DataFrame)):
+    def _tables(self): return [dl.sites for dl in self.loaders if isinstance(dl.sites, pd.DataFrame)]
+    def _by_files(self):
+        "Table and row of each site, by its files"
+        return {_place(p): (t, i) for t in self._tables() for i, p in enumerate(pixel_column(t.files))}
+
+    def _named(self, item, by_files):
+        "The sites that an id or the files of a site name; anything else as it is"
+        if not isinstance(item, (str, Path, SitePixels)): return item
+        for table in self._tables() if _is_one_file(item) else []:
             for column in ('id_code', 'site_id'):
                 if column in table and (rows := table[table[column]==str(item)]).shape[0]: return rows
-        path = user_path(item)
+        table, row = by_files().get(_place(item), (None, 0))
+        if table is not None: return table.iloc[[row]]
+        if not _is_one_file(item): return item
+        path = user_path(str(item))
         if path.suffix or path.exists(): return item
         raise ValueError(f'{str(item)!r} is no well or site that this learner has, and no file: '
                          "give a row of the sites, or a path pattern with {channel}, such as 'B02_s1_w{channel}.png'")
@@ -454,12 +471,13 @@ def _refuse_one_channel(item, reader):
 def known_sites(self:ScreenDataLoaders,
     items:pd.DataFrame|pd.Series|str|Path|Sequence # as `sites_table` takes them, or ids
 ) -> pd.DataFrame: # a row per site
-    """Sites in any form as a table.
+    """Sites in any form as a table; ids and files are those of the learner where it has them.
 
     Raises: ValueError for an unknown id or an image of one channel, and as `sites_table` does.
     """
-    found:Any = self._named(items)
-    if is_listy(found) and not hasattr(found, '_asdict'): found = [self._named(o) for o in found]
+    by_files = cache(self._by_files) # once for all items, if it is needed
+    found:Any = self._named(items, by_files)
+    if is_listy(found) and not hasattr(found, '_asdict'): found = [self._named(o, by_files) for o in found]
     first = found[0] if isinstance(found, list) and found else found
     if isinstance(first, (str, Path)): _refuse_one_channel(first, self.train._transform(SiteReader))
     return sites_table(found)

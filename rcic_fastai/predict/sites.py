@@ -22,7 +22,7 @@ from ..errors import one_of
 from ..data.context import DOMAINS, plain
 from ..data.domains import domain_keys
 from ..data.statistics import complete_stats
-from ..data.loader import DomainDL
+from ..data.loader import DomainDL, sites_table
 from ..model.batchnorm import batchnorm_modes, BatchNormMode
 from ..loss.multi import MultiLabelLoss
 from ..profile.correct import postprocess_embeddings, postprocess_names
@@ -96,6 +96,7 @@ def _check_prediction(sites, batchnorm, domain, tta, bagging=(), postprocess=Non
     if postprocess in ('sphering', 'tvn') and controls is None:
         raise ValueError(f'postprocess {postprocess!r} is fitted on controls: give `controls`')
     if not 0 <= head_weight <= 1: raise ValueError(f'head_weight is {head_weight}, expected a share from 0 to 1')
+    sites_table(sites) # says what is no table of sites, such as that of the wells
     if not len(sites): raise ValueError('there are no sites to predict')
     if keep_views and (bagging or postprocess):
         raise ValueError('keep_views keeps one pass of the head: not with '

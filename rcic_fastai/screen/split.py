@@ -11,7 +11,7 @@ import hashlib, re, zlib
 import numpy as np
 import pandas as pd
 
-from ..errors import did_you_mean
+from ..errors import did_you_mean, nearest
 from .platemap import column_alias
 
 # %% ../../nbs/14_screen.split.ipynb #c1470eaa
@@ -147,8 +147,12 @@ def valid_mask(
     """
     column, _, text = (s.strip() for s in spec.partition('='))
     known = ('fold', 'well', *wells.columns)
+    asked = column
     if column not in known: column = column_alias(column)  # as people call it, such as batch
-    if not text or column not in known: raise ValueError(f'valid {spec!r} is not understood; expected {_VALID}')
+    if not text or column not in known:
+        near = nearest(asked, known) if text else []
+        meant = f'; did you mean {near[0] + "=" + text!r}?' if near else ''
+        raise ValueError(f'valid {spec!r} is not understood; expected {_VALID}{meant}')
     if column == 'fold': mask = _fold_mask(wells, spec, text, seed)
     elif column == 'well': mask = _well_mask(wells, spec, text, seed)
     else: mask = _value_mask(wells, spec, column, text)

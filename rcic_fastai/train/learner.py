@@ -33,10 +33,13 @@ from fastcore.meta import delegates
 from torch import nn
 
 # %% ../../nbs/66_train.learner.ipynb #75d7087d
+from ..errors import nearest
 from ..files import user_path
+from ..screen.sites import site_files
 from ..data.target import MultiLabelCategorize
 from ..data.domains import control_pools, _domain_names
 from ..data.statistics import complete_stats, _context_encoder
+from ..data.reader import SiteReader
 from ..data.loader import DomainDL, SITE_COLUMNS, sites_table
 from ..model.batchnorm import batchnorm_layers, DomainSlices
 from ..model.backbone import check_arch
@@ -44,6 +47,7 @@ from ..model.core import _bare, ScreenModel
 from ..loss.multi import MultiLabelLoss
 from ..loss.by_name import create_loss
 from ..recipe.settings import DataSettings, LossSettings, ModelSettings, Recipe, TrainSettings
+from ..recipe.published import recipes
 from .averaging import EMA, FreezeBody, geometric_rates, KeepBest, LastEpochs, ValidateWithin
 from .checkpoint import Checkpoint, History, random_state, set_random_state, StopOnNaN
 from .metrics import known_accuracy, LeaveOutControls, loss_metrics, SkipEmptyValidation, _metrics
@@ -163,7 +167,9 @@ def _arch_name(recipe):
         if not isinstance(recipe, str):
             said = f'recipe is the function {name}, expected a Recipe or the name of an architecture'
             raise ValueError(said) from None
-        raise ValueError(f'{e}. A recipe by its name is get_recipe({recipe!r})') from None
+        names = [recipe] if recipe in recipes else nearest(recipe, recipes, 2)
+        by_name = f'. A recipe by its name is {" or ".join(f"get_recipe({n!r})" for n in names)}' if names else ''
+        raise ValueError(f'{e}{by_name}') from None
     return asked
 
 # %% ../../nbs/66_train.learner.ipynb #c2212a33
@@ -178,6 +184,14 @@ def _asked_recipe(recipe, dls, loss_given, model=None) -> Recipe:
     loss = LossSettings('multilabel_focal') if several else one
     return Recipe(name=arch or 'custom', data=DataSettings(batch_size=dl.bs, **data), loss=loss,
                   model=replace(settings, arch=arch or settings.arch))
+
+def _with_weights(settings, pretrained, model):
+    "The recipe with other weights to begin with. Raises: ValueError for a network that has its own"
+    if pretrained is None: return settings
+    if model is not None:
+        raise ValueError(f'pretrained is {pretrained!r}, but the network given has its weights already')
+    weights = str(pretrained) if isinstance(pretrained, Path) else pretrained
+    return replace(settings, model=replace(settings.model, pretrained=weights))
 
 # %% ../../nbs/66_train.learner.ipynb #17b8e603
 def _check_model(model):
@@ -222,6 +236,12 @@ def _callbacks_of(settings, model):
     cbs += _statistics_callbacks(settings.data, model)
     return cbs + ([ChannelsLastImages(device.channels_last)] if device.channels_last else [])
 
+def _network(settings, dls):
+    "The network of a recipe, for the images, the classes and the cell types of `dls`"
+    set_seed(settings.seed)
+    image, *_ = dls.train.dataset[0]
+    return recipe_model(settings, len(dls.vocab), len(image), len(_context_encoder(dls).cell_types))
+
 def _chosen_by(settings, given, several):
     "Loss and optimiser of a recipe. Raises: ValueError if its loss is for another number of labels, and takes part"
     loss = create_loss(settings.loss.name, **settings.loss.options)
@@ -237,22 +257,22 @@ def screen_learner(
     model:nn.Module=None, # a network that takes an image, or an image and its context; by default that of the recipe
     path:str|Path=None, # folder of the learner; by default that of `dls`
     cbs:Iterable[Callback]=None, # further callbacks
+    pretrained:bool|str|Path=None, # published weights, or a file of weights? None: as the recipe says; a name has none
     **kwargs # of `Learner`; metrics, loss_func, opt_func and splitter that are given take the place of the recipe's
 ) -> Learner:
     """A fastai `Learner` as the recipe describes it: `fit_one_cycle`, `lr_find`, `get_preds` and the rest work on it.
 
+    The name of an architecture trains cosines of random weights with AM-Softmax; several labels, a linear head with
+    focal loss; where `loss_func` is given, a linear head with this loss.
     Raises: ValueError for an unknown architecture, a recipe whose number of labels is not that of `dls`,
     batches without a context, or a model that is no network.
     """
     given, several = {k: v for k,v in kwargs.items() if v is not None}, _several_labels(dls)
     _need_context(dls)
     _check_model(model)
-    settings, path = _asked_recipe(recipe, dls, 'loss_func' in given, model), None if path is None else user_path(path)
-    if model is None:
-        set_seed(settings.seed)
-        image, context, *_ = dls.train.dataset[0]
-        model = recipe_model(settings, len(dls.vocab), len(image), len(_context_encoder(dls).cell_types))
-    model = _for_screen(model)
+    settings = _with_weights(_asked_recipe(recipe, dls, 'loss_func' in given, model), pretrained, model)
+    path = None if path is None else user_path(path)
+    model = _for_screen(_network(settings, dls) if model is None else model)
     if settings.device.compile: _compile(model, settings)
     chosen, callbacks = _chosen_by(settings, given, several), _callbacks_of(settings, model)
     own = dict(**chosen, splitter=_groups_of(model), metrics=_metrics(several), path=path, cbs=callbacks+list(L(cbs)))
@@ -437,16 +457,6 @@ def _few_wells(learn, dl):
     alone = {k: own for k, own in wells.groupby(dl.keys, sort=False) if own.nunique()==1}
     return {k: dl.sites.files.iloc[own.index[0]] if len(own)==1 else own.iloc[0] for k, own in alone.items()}
 
-def _warn_of_few(learn, dl):
-    "One well tells little of its domain: say whose statistics the first such well has"
-    name = next(iter(_few_wells(learn, dl).values()), None)
-    if name is None: return
-    domain = dl.domain.replace('_', ' ')
-    many = f'{"an" if dl.domain=="experiment" else "a"} {domain}'
-    warnings.warn(f'{name}: no other well of its {domain} is known to this learner, '
-                  'so the running statistics of the network are used; '
-                  f'get_preds(dl=learn.dls.test_dl(sites)) takes all sites of {many} together', stacklevel=3)
-
 @contextmanager
 def _running_for_few(learn, dl, batches):
     "Running statistics for the batches, lists of rows, that hold a single well"
@@ -456,6 +466,25 @@ def _running_for_few(learn, dl, batches):
     try: yield
     finally:
         for cb in cbs: cb.few = frozenset()
+
+# %% ../../nbs/66_train.learner.ipynb #5b0c9e18
+def _caller_level():
+    "For `warnings.warn` of the function that asks: where somebody called this library, perhaps through fastai"
+    frame, level, library = sys._getframe(1), 1, {'fastai', 'rcic_fastai'}
+    while frame.f_back and frame.f_globals.get('__name__', '').partition('.')[0] in library:
+        frame, level = frame.f_back, level+1
+    return level
+
+def _warn_of_few(learn, dl):
+    "One well tells little of its domain: say whose statistics the first such well has"
+    name = next(iter(_few_wells(learn, dl).values()), None)
+    if name is None: return
+    domain = dl.domain.replace('_', ' ')
+    many = f'{"an" if dl.domain=="experiment" else "a"} {domain}'
+    warnings.warn(f'{name}: no other well of its {domain} is known to this learner, '
+                  'so the running statistics of the network are used; '
+                  f'get_preds(dl=learn.dls.test_dl(sites)) takes all sites of {many} together',
+                  stacklevel=_caller_level())
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b004
 def _pick(t, rows, n, n_sites):
@@ -570,6 +599,12 @@ def _one_well(item):
     raise ValueError(f'predict takes one site or the sites of one well, not {len(sites)} sites: '
                      'get_preds(dl=learn.dls.test_dl(sites)) takes many')
 
+def _need_files(dl):
+    "Raises: FileNotFoundError, before anything is said of the site, as the reader does"
+    reader = dl._transform(SiteReader) if isinstance(dl, DomainDL) else None
+    for files in dl.sites.files if reader is not None else []:
+        if not all(map(Path.exists, site_files(files, reader.channels))): reader.pixels(files)
+
 # %% ../../nbs/66_train.learner.ipynb #c3d1b007
 @patch
 def predict(self:ScreenLearner,
@@ -587,6 +622,7 @@ def predict(self:ScreenLearner,
     """
     sites = _one_well(self.dls.known_sites(item) if hasattr(self.dls, 'known_sites') else item)
     dl = self.dls.test_dl(sites, rm_type_tfms=rm_type_tfms, num_workers=0)
+    _need_files(dl)
     try: inputs, raw, _ = self.get_preds(dl=dl, with_input=True, act=noop)
     except ValueError as e:
         if not isinstance(item, (str, Path)): raise
