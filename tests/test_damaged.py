@@ -412,7 +412,7 @@ def test_an_index_that_is_not_ours(small_screen, tmp_path):
                              files=lambda t: t.assign(files="x")).items():
         pack_screen(read_screen(small_screen), store := tmp_path / name, progress=False)
         with_index(store, change)
-        with pytest.raises(ValueError, match="sites.parquet: (site .* twice|column 'files')"):
+        with pytest.raises(ValueError, match="sites.parquet: (site .* twice|an index has no column 'files')"):
             (read_screen(store), Store(store).check())
 
 
