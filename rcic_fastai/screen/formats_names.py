@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from ..errors import did_you_mean
 from .formats_core import by_names, ImageSet, match_names, name_record
 from .image_table import image_table
+from .sources import pattern_parts
 from .well_names import WELL_PATTERN
 
 # %% ../../nbs/12_screen.formats_names.ipynb #af0c6fe3
@@ -25,11 +26,7 @@ def pattern_fields(
     files:str, # such as 'Plate{plate}/{well}_s{site}_{*}_{channel}.tif'
 ) -> list[tuple[str, str]]: # (text, field) in turn; the last field is ''
     "The texts of a pattern and the field after each; doubled braces are text."
-    parts, text = [], ''
-    for m in re.finditer(r'\{\{|\}\}|\{(\*|\w[\w ]*)\}|[^{}]+|[{}]', files):
-        if m[1]: parts.append((text, m[1])); text = ''
-        else: text += {'{{': '{', '}}': '}'}.get(m[0], m[0])
-    return [*parts, (text, '')]
+    return pattern_parts(files, star=True)
 
 # %% ../../nbs/12_screen.formats_names.ipynb #e9d8191e
 def _value_pattern(value): return r'0*'+value.lstrip('0') if value.isdigit() else re.escape(value)

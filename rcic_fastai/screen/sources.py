@@ -31,10 +31,12 @@ def escape_braces(
 # %% ../../nbs/10_screen.sources.ipynb #a2a8a8f4
 def pattern_parts(
     pattern:str, # such as '{well}_s{site}_{channel}.tif'
+    star:bool=False # is {*} a field too?
 ) -> list[tuple[str, str]]: # (text, field) in turn; the last field is ''
     "The texts of a pattern and the field after each; doubled braces, and those around anything but a name, are text."
     parts, text = [], ''
-    for m in re.finditer(r'\{\{|\}\}|\{(\w[\w ]*)\}|[^{}]+|[{}]', pattern):
+    fields = r'\*|\w[\w ]*' if star else r'\w[\w ]*'
+    for m in re.finditer(rf'\{{\{{|\}}\}}|\{{({fields})\}}|[^{{}}]+|[{{}}]', pattern):
         if m[1]: parts.append((text, m[1])); text = ''
         else: text += {'{{': '{', '}}': '}'}.get(m[0], m[0])
     return [*parts, (text, '')]
