@@ -304,9 +304,9 @@ def rcic_show(
     _check_picture(out)
     screen = read_screen(data)
     out = check_ours(check_screen_output(out, screen), 'a picture')
-    with plt.ioff():
-        fig = screen.show_well(well, site)[0].figure
-        write_picture(fig, out, dpi=150, bbox_inches='tight')
+    fig = screen.show_well(well, site)[0].figure
+    write_picture(fig, out, dpi=150, bbox_inches='tight')
+    plt.close(fig) # a notebook would show it
     _say(f'Written: {out}, {fig.get_suptitle()}')
 
 # %% ../../nbs/91_cli.core.ipynb #10789587

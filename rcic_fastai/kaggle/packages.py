@@ -27,6 +27,7 @@ def _distribution(name):
 def _is_editable(dist):
     return json.loads(dist.read_text('direct_url.json') or '{}').get('dir_info', {}).get('editable', False)
 
+# %% ../../nbs/85_kaggle.packages.ipynb #bb07b0c8
 def _package_files(package):
     "The files of a package that is imported from a folder, caches left out"
     root = Path(importlib.util.find_spec(package).origin).parent
@@ -43,7 +44,9 @@ def _installed_files(name):
         own = {k: p for k, p in own.items() if '.dist-info/' in k}
         packages = (dist.read_text('top_level.txt') or name.replace('-', '_')).split()
         for package in packages: own |= _package_files(package)
-    return {k: p for k, p in own.items() if not ('.dist-info/' in k and k.rpartition('/')[2] in _not_packed)}
+    last = {k: k.rpartition('/')[2] for k in own}
+    return {k: p for k, p in own.items() if last[k]!='_modidx.py' # nbdev's index of names, which serves documentation
+            and not ('.dist-info/' in k and last[k] in _not_packed)}
 
 # %% ../../nbs/85_kaggle.packages.ipynb #dedbc927
 def _record_line(path, data):
