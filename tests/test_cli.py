@@ -366,6 +366,7 @@ def test_labels_from_neighbours_and_sets_that_differ(command, small_atlas, tmp_p
         assert status == 1 and re.search(message, err) and err.count("\n") == 1 and "unexpected" not in err, err
 
 
+@pytest.mark.slow
 def test_an_atlas_that_cannot_be_compared_is_told_in_one_line(command, small_atlas, small_screen, small_run, tmp_path):
     for words, message in [
         (["rcic-hpa-adversarial", "--data", small_atlas / "known"], "has no test images"),
@@ -378,6 +379,7 @@ def test_an_atlas_that_cannot_be_compared_is_told_in_one_line(command, small_atl
         assert status == 1 and message in err and err.count("\n") == 1 and "unexpected" not in err, err
 
 
+@pytest.mark.slow
 def test_a_command_in_a_new_process_finds_every_method(small_screen, tmp_path):
     "`show_well` comes by a module that nothing else imports"
     done = run("rcic-show", "--data", small_screen, "--out", tmp_path / "well.png")
