@@ -339,6 +339,7 @@ def test_tables_of_jump_and_of_rxrx19a(tmp_path):
 def test_what_is_said_of_a_system(tmp_path):
     said = []
     describe_screen(make("imagexpress", tmp_path), say=said.append)
+    assert said.pop(0) == "Columns of wells.csv: well = well, treatment = treatment"
     assert said[0] == "Taken for negative controls: DMSO (1 well); --negative and --positive say otherwise"
     assert said[1].startswith("MetaXpress (ImageXpress) (metaxpress): 24 of 24 images are named like 2023-02-21/1334/")
     assert said[2:4] == ["24 thumbnails, left out", "2 times: each is a site; --time N keeps one"]

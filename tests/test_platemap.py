@@ -219,7 +219,8 @@ FILES = "{batch}/p{plate}/{well}_s{site}_{channel}.tif"
 def test_a_described_screen_is_a_screen(own, tmp_path):
     said = []
     screen = describe_screen(own, files=FILES, negative=["DMSO"], say=said.append)
-    assert said == [f"25 sites of 13 wells, named {FILES}; 1 wells have no images; 1 images belong to no well"]
+    assert said == ["Columns of wells.csv: well = well, treatment = gene, plate = plate, experiment = batch",
+                    f"25 sites of 13 wells, named {FILES}; 1 wells have no images; 1 images belong to no well"]
     again = read_screen(own)
     pd.testing.assert_frame_equal(again.sites(), screen.sites())
     assert again.replicates and again.layout == "platemap" and len(again.wells) == 14
@@ -323,19 +324,34 @@ def test_from_a_plate_map_to_a_submission(own, tmp_path):
     ("well,sample,condition", False), ("well,dose,colour", False), ("well", False),
 ])
 def test_columns_of_treatments(tmp_path, headings, found):
-    "Known by more names where that is unambiguous; else somebody is told, and which columns there are"
+    "Known by more names where that is unambiguous; else an error names them, unless all wells are to be predicted"
     n = headings.count(",")
     lines = [",".join(["B02", "taxol", "1", "1"][:n + 1]), ",".join(["B03", "dmso", "1", "1"][:n + 1])]
     table = write_table(tmp_path, "\n".join([headings, *lines]) + "\n")
     write_images(tmp_path, [f"{w}_{c}.tif" for w in ("B02", "B03") for c in ("a", "b")])
+    others, said = headings.split(",")[1:], []
+    if not found and others:
+        with pytest.raises(ValueError, match="wells.csv: no column is known to name the treatments") as e:
+            describe_screen(tmp_path, table, say=said.append)
+        assert "--column treatment=NAME" in str(e.value) and all(repr(c) in str(e.value) for c in others)
+        assert not (tmp_path / "screen.json").exists()
+    screen = describe_screen(tmp_path, table, columns={} if found or not others else dict(treatment=""),
+                             say=said.append)
+    assert ("Notice: wells.csv names no treatments: all wells are to be predicted" in said) != found
+    assert screen.wells.split.tolist() == ["train" if found else "test"] * 2
+    assert len(read_screen(tmp_path).wells) == 2
+    if found and "compound,sample" not in headings: assert screen.wells.treatment.tolist() == ["taxol", "dmso"]
+
+
+def test_which_column_became_what_is_said(tmp_path):
+    table = write_table(tmp_path, "Barcode,Position,compound,dose,moa\nP1,B2,taxol,5,mitosis\nP1,B3,x,1,none\n")
+    write_images(tmp_path, [f"P1/{w}_{c}.tif" for w in ("B02", "B03") for c in ("a", "b")])
     said = []
-    screen = describe_screen(tmp_path, table, say=said.append)
-    notice = [s for s in said if "no column of wells.csv is known to name the treatments" in s]
-    assert bool(notice) != found and screen.wells.split.tolist() == ["train" if found else "test"] * 2
-    if not found:
-        assert "--column treatment=NAME" in notice[0] and all(repr(c) in notice[0] for c in headings.split(",")[1:])
-    elif "compound,sample" not in headings:
-        assert screen.wells.treatment.tolist() == ["taxol", "dmso"]
+    describe_screen(tmp_path, table, say=said.append)
+    assert said[0] == ("Columns of wells.csv: well = Position, treatment = compound, plate = Barcode; "
+                       "kept: dose, moa")
+    write_table(tmp_path, "Position,treatment\nB2,taxol\n", "second.csv")
+    assert "treatment" not in read_plate_map(tmp_path / "second.csv", dict(treatment=""))
 
 
 def test_wells_are_set_aside_by_names_of_ones_own(tmp_path):

@@ -21,7 +21,7 @@ from .channels import as_channel, check_channel_names
 from .tables import alike, alike_names, read_rows, _require
 from .platemap import _aliases, column_alias, _natural, _plain, plate_map_wells, read_plate_map
 from .platemap import _require_wells, _well_name
-from .project_tables import read_project_map
+from .project_tables import _of_a_site, read_project_map
 from .sources import as_pixels, escape_braces, pattern_column, pattern_parts, Plane
 from .core import _packed_files, Screen
 from .planes import read_grey, read_plane
@@ -370,17 +370,21 @@ def _kept_numbers(before, rows):
     return list(known) if 'treatment' in rows and set(known) & set(rows.treatment) else []
 
 # %% ../../nbs/15_screen.describe.ipynb #ca23bcf8
-def _notice_no_treatments(rows, say):
-    others = [c for c in rows.columns.drop(['file', 'row']) if c not in _aliases and column_alias(c) == c]
-    there = 'it has no other column'
-    if others: there = f'there {"are" if len(others) > 1 else "is"} {", ".join(map(repr, others))}'
-    say(f'Notice: no column of {rows.file.iloc[0]} is known to name the treatments ({there}), '
-        f'so none of the {len(rows):,} wells has one: '
-        'they are wells to predict. --column treatment=NAME (columns={"treatment": NAME}) says which column names them')
+def _require_treatments(rows, columns, files):
+    "Raises: ValueError for a table that may have treatments in a column that is not known"
+    if 'treatment' in rows or 'split' in rows or (columns or {}).get('treatment') == '': return
+    used = {*(columns or {}).values(), *(f for _, f in pattern_parts(files or ''))}
+    others = [c for c in rows.columns.drop(['file', 'row'])
+              if c not in _aliases and column_alias(c) == c and c not in used and not _of_a_site(c)]
+    if not others: return
+    raise ValueError(f'{rows.file.iloc[0]}: no column is known to name the treatments; '
+                     f'there {"are" if len(others) > 1 else "is"} {", ".join(map(repr, others))}. '
+                     '--column treatment=NAME (columns={"treatment": NAME}) says which does, '
+                     'and an empty NAME that all wells are to be predicted')
 
 def _notices(rows, wells, treatments, say):
     "Treatments that are unknown, and names that look alike"
-    if 'treatment' not in rows: _notice_no_treatments(rows, say)
+    if 'treatment' not in rows: say(f'Notice: {rows.file.iloc[0]} names no treatments: all wells are to be predicted')
     else:
         unknown = wells.set_index('row').treatment.reindex(rows.row).isna().to_numpy()
         said = rows.treatment[unknown & (rows.treatment != '').to_numpy()].value_counts()
@@ -526,10 +530,11 @@ def _look_up(images, rows, wells, how, say):
     return _by_pattern(images, found.pattern, rows, wells)
 
 # %% ../../nbs/15_screen.describe.ipynb #4d074d4c
-def _tables(images, table, columns, controls, out, before, say):
+def _tables(images, table, columns, controls, files, out, before, say):
     "Rows of the plate map; what is kept of it: its name, its content, and what screen.json says of it"
     path = _only_table(images, before) if table is None else user_path(table)
     rows, more = read_project_map(path, columns, controls, say)
+    _require_treatments(rows, columns, files)
     if not more:
         content = path.read_bytes()
         name = _table_name(out, path.name, content, say)
@@ -546,7 +551,7 @@ def _describe(images, table, columns, negative, positive, out, like, n_images, h
     "Look at images and table, and write screen.json; the folder is held"
     before = _described_before(out, images)
     earlier = None if like is None else _read_description(like)
-    rows, content, kept = _tables(images, table, columns, not (negative or positive), out, before, say)
+    rows, content, kept = _tables(images, table, columns, not (negative or positive), how.files, out, before, say)
     name = re.sub('/', '-', images.resolve().name) or 'experiment-1'
     if earlier: how = replace(how, channels=earlier['channels'])
     found = _look_up(images, rows, plate_map_wells(rows, name, negative, positive), how, say)

@@ -47,6 +47,7 @@ def column_alias(
 def _check_columns(columns, own, name):
     "Raises: ValueError for a name that is not one of ours, or not in the table"
     for ours, theirs in columns.items():
+        if (ours, theirs) == ('treatment', ''): continue  # there is none
         if ours not in _aliases: raise ValueError(f'columns: {ours!r} is none of ours{did_you_mean(ours, _aliases)}')
         if theirs not in own: raise ValueError(f'{name}: there is no column {theirs!r}{did_you_mean(theirs, own)}')
 
@@ -55,10 +56,11 @@ def _known_columns(own, columns):
     free, found = [c for c in own if c not in columns.values()], {}
     for ours, known in _aliases.items():
         candidates = sorted((c for c in free if _plain(c) in known), key=lambda c: known.index(_plain(c)))
-        if ours in columns or candidates: found[ours] = columns.get(ours) or candidates[0]
+        if columns.get(ours) or candidates: found[ours] = columns.get(ours) or candidates[0]
     for names in _treatment_names:
         candidates = [c for c in free if _plain(c) in names]
         if 'treatment' not in found and len(candidates) == 1: found['treatment'] = candidates[0]
+    if columns.get('treatment') == '': found.pop('treatment', None)
     return found
 
 # %% ../../nbs/11_screen.platemap.ipynb #590b5c5f
@@ -79,7 +81,7 @@ def read_plate_map(
     if 'well' not in found:
         raise ValueError(f"{path.name}: none of the columns {', '.join(own)} is known to name the well; "
                          "columns={'well': ...} (--column well=NAME) says which does")
-    others = table.drop(columns=[*(c for c in found if c in table), 'file', 'row'])
+    others = table.drop(columns=[*(c for c in {**found, **columns} if c in table), 'file', 'row'])
     return others.assign(**found).join(table[['file', 'row']])
 
 # %% ../../nbs/11_screen.platemap.ipynb #f46f57f8

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..files import user_path
-from .platemap import _plain, read_plate_map
+from .platemap import _known_columns, _plain, read_plate_map
 from .tables import is_unknown, read_rows, _require
 
 # %% ../../nbs/12_screen.project_tables.ipynb #dbd15ce4
@@ -123,6 +123,15 @@ def with_controls(
     _say_controls(named.treatment, found, say)
     return named.assign(well_type=found.fillna('treatment'))
 
+# %% ../../nbs/12_screen.project_tables.ipynb #0f301df8
+def _say_columns(found, rows, say):
+    "Which column became what, and which are kept as they are"
+    order = sorted(found, key=lambda ours: ours not in ('well', 'treatment'))
+    kept = [c for c in rows if c not in (*found, *found.values(), 'file', 'row')]
+    more = f' and {len(kept)-10} more' if len(kept) > 10 else ''
+    say(f'Columns of {rows.file.iloc[0]}: ' + ', '.join(f'{ours} = {found[ours]}' for ours in order)
+        + (f'; kept: {", ".join(kept[:10])}{more}' if kept else ''))
+
 # %% ../../nbs/12_screen.project_tables.ipynb #efda993c
 def read_project_map(
     path:str|Path, # plate map, list of plates with their maps, or table with a row per site
@@ -137,5 +146,6 @@ def read_project_map(
     if shared is not None: table = _with_compounds(path, shared, say)
     rows = read_plate_map(path, columns, table)
     wells = wells_of_sites(rows, say)
+    _say_columns(_known_columns(table.columns.drop(['file', 'row']), columns or {}), wells, say)
     typed = with_controls(wells, say) if controls else wells
     return typed, shared is not None or len(wells) < len(rows) or typed is not wells
