@@ -1,6 +1,7 @@
 "Somebody's own screen: plate maps, names of files, grey values, screen.json."
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rcic_fastai.data.store import read_site
 from rcic_fastai.data.image import MultiChannelImage
 from rcic_fastai.screen.describe import describe_screen, find_grey_limits, guess_pattern
 from rcic_fastai.screen.platemap import plate_map_wells, read_plate_map
+from rcic_fastai.screen.project_tables import read_project_map
 from rcic_fastai.report.core import run_context
 from rcic_fastai.screen.channels import channel_name, grey_limits
 from rcic_fastai.screen.sites import site_files
@@ -457,3 +459,87 @@ def test_a_well_that_is_none_is_named_before_names_of_files_are_guessed(tmp_path
     rows = read_plate_map(write_table(tmp_path, "well,treatment\nA1,x\nELLA,y\n"))
     with pytest.raises(ValueError, match="wells.csv: row 3: well 'ELLA'"):
         guess_pattern(tmp_path, rows)
+
+
+def drawn(n_rows, n_columns, sep=",", name=None):
+    "A plate as people draw it; DMSO in the first column, one cell empty"
+    letters = [*map(chr, range(65, 91)), *(f"A{c}" for c in "ABCDEF")][:n_rows]
+    heading = [name + sep * n_columns] if name else []
+    return "\n".join([*heading, sep.join(["", *map(str, range(1, n_columns + 1))]),
+                      *(sep.join([r, "DMSO", *(f"{name or ''}{r}{c}" for c in range(2, n_columns)), ""])
+                        for r in letters)]) + "\n"
+
+
+@each("n_rows, n_columns, last, sep", [(8, 12, "H11", ","), (16, 24, "P23", "\t"), (32, 48, "AF47", ";")])
+def test_a_plate_that_is_drawn(tmp_path, n_rows, n_columns, last, sep):
+    said = []
+    table = write_table(tmp_path, drawn(n_rows, n_columns, sep), "plate.txt")
+    rows, _ = read_project_map(table, say=said.append)
+    wells = plate_map_wells(rows.assign(row=range(len(rows)))).set_index("well")
+    assert len(wells) == n_rows * n_columns and "plate.txt is drawn as 1 plate" in said[0]
+    assert (wells.treatment[last], wells.well_type["A01"]) == (last, "negative_control")
+    assert wells.treatment.isna().sum() == n_rows  # the last column is empty
+
+
+def test_plates_that_are_drawn_below_each_other(tmp_path):
+    write_images(tmp_path, [f"{p}/{w}_{c}.tif" for p in ("X1", "X2") for w in ("A02", "B03") for c in ("a", "b")])
+    write_table(tmp_path, drawn(8, 12, name="X1") + "\n" + drawn(8, 12, name="X2"), "layout.txt")
+    screen = describe_screen(tmp_path, say=lambda *a: None)
+    assert screen.sites().treatment.tolist() == ["X1A2", "X1B3", "X2A2", "X2B3"]
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    assert len(describe_screen(tmp_path, say=lambda *a: None).sites()) == 4
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    torn = drawn(8, 12).rsplit("\n", 2)[0]
+    with pytest.raises(ValueError, match="torn.csv"): read_project_map(write_table(tmp_path, torn, "torn.csv"))
+
+
+@each("sep", [";", "\t"])
+def test_a_table_of_an_older_program_of_windows(tmp_path, sep):
+    write_images(tmp_path, [f"{w}_{c}.tif" for w in ("B02", "B03") for c in ("a", "b")])
+    text = "Well,Compound,Dose µM\nB02,K252a–β,5\nB03,Käse,1\n".replace(",", sep).replace("β", "ß")
+    (tmp_path / "wells.txt").write_bytes(text.encode("cp1252"))
+    (tmp_path / "log.txt").write_text("acquired on Monday\nby nobody\n")
+    said = []
+    screen = describe_screen(tmp_path, say=said.append)
+    assert "wells.txt is not in UTF-8: read as cp1252, the encoding of Windows" in said
+    assert screen.wells.treatment.tolist() == ["K252a–ß", "Käse"] and screen.wells["Dose µM"].tolist() == ["5", "1"]
+    assert read_screen(tmp_path).wells.treatment.tolist() == ["K252a–ß", "Käse"]
+    (tmp_path / "bad.csv").write_bytes(b"well,treatment\nA1,\x81\n")
+    with pytest.raises(ValueError, match="bad.csv: row 2: not comma-separated UTF-8 text: byte 0x81"):
+        read_project_map(tmp_path / "bad.csv")
+
+
+def test_a_workbook(tmp_path):
+    pytest.importorskip("openpyxl", reason="it writes the workbook")
+    write_images(tmp_path, [f"{w}_{c}.tif" for w in ("B02", "B03") for c in ("a", "b")])
+    pd.DataFrame(dict(Well=["B2", "B3"], Compound=["taxol", "NA"], dose=[5, 1.5])).to_excel(
+        tmp_path / "wells.xlsx", index=False)
+    screen = describe_screen(tmp_path, say=lambda *a: None)
+    assert screen.wells.treatment.tolist()[0] == "taxol" and screen.wells.split.tolist() == ["train", "test"]
+    assert read_screen(tmp_path).wells.dose.tolist() == ["5", "1.5"]
+    (tmp_path / "broken.xlsx").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(ValueError, match="broken.xlsx cannot be read as a workbook"):
+        read_project_map(tmp_path / "broken.xlsx")
+
+
+def test_a_workbook_without_openpyxl_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "wells.xlsx").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(ImportError, match=r"^wells.xlsx is a workbook; pip install rcic_fastai\[excel\] to read it$"):
+        read_project_map(tmp_path / "wells.xlsx")
+
+
+def test_wells_to_predict_stay_so_in_a_table_of_ones_own(tmp_path):
+    "Of a table that is rewritten, the column that is no treatment is none when it is read again"
+    write_images(tmp_path, [f"{w}_{c}.tif" for w in ("B02", "B03") for c in ("a", "b")])
+    (tmp_path / "wells.csv").write_bytes("well,drug,µ\nB02,x,1\nB03,y,2\n".encode("cp1252"))
+    screen = describe_screen(tmp_path, columns=dict(treatment=""), say=lambda *a: None)
+    assert set(screen.wells.split) == set(read_screen(tmp_path).wells.split) == {"test"}
+
+
+def test_a_control_found_by_name_in_a_table_with_capitals(tmp_path):
+    write_images(tmp_path, [f"P1/{w}_{c}.tif" for w in ("B02", "B03") for c in ("a", "b")])
+    write_table(tmp_path, "Plate,Well,Treatment,Dose\nP1,B2,DMSO,0\nP1,B3,x,1\n")
+    screen = describe_screen(tmp_path, say=lambda *a: None)
+    assert screen.wells.well_type.tolist() == ["negative_control", "treatment"]
+    assert screen.wells.Dose.tolist() == ["0", "1"] and len(read_screen(tmp_path).sites()) == 2

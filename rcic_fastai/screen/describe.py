@@ -18,10 +18,10 @@ import pandas as pd
 from ..errors import did_you_mean
 from ..files import claim_folder, path_within, read_json, user_path, write_json, write_whole
 from .channels import as_channel, check_channel_names
-from .tables import alike, alike_names, read_rows, _require
+from .tables import alike, alike_names, read_rows, _require, _seen
 from .platemap import _aliases, column_alias, _natural, _plain, plate_map_wells, read_plate_map
 from .platemap import _require_wells, _well_name
-from .project_tables import _of_a_site, read_project_map
+from .project_tables import _names_wells, _of_a_site, read_project_map
 from .sources import as_pixels, escape_braces, pattern_column, pattern_parts, Plane
 from .core import _packed_files, Screen
 from .planes import read_grey, read_plane
@@ -384,7 +384,8 @@ def _require_treatments(rows, columns, files):
 
 def _notices(rows, wells, treatments, say):
     "Treatments that are unknown, and names that look alike"
-    if 'treatment' not in rows: say(f'Notice: {rows.file.iloc[0]} names no treatments: all wells are to be predicted')
+    if 'treatment' not in rows:
+        say(f'Notice: {rows.file.iloc[0]} names no treatments: all wells are to be predicted')
     else:
         unknown = wells.set_index('row').treatment.reindex(rows.row).isna().to_numpy()
         said = rows.treatment[unknown & (rows.treatment != '').to_numpy()].value_counts()
@@ -402,6 +403,13 @@ def _notice_numbers(out, treatments, new, say):
     say(f'{len(treatments):,} treatments keep the numbers they have in {out/"screen.json"}{more}')
 
 # %% ../../nbs/15_screen.describe.ipynb #cec31511
+def _other_maps(images):
+    "Workbooks, or texts that name wells"
+    files = [p for p in sorted(images.iterdir())
+             if not p.name.startswith(('.', '~')) and p.is_file() and not p.is_symlink()]
+    return ([p for p in files if p.suffix.lower() == '.xlsx']
+            or [p for p in files if p.suffix.lower() == '.txt' and _names_wells(p)])
+
 def _only_table(images, before):
     "The one table of a folder, the one that it was described with, or the list of plates of a project"
     if before and 'source' in before: return path_within(images, before['source'])
@@ -411,13 +419,17 @@ def _only_table(images, before):
     if len(tables) == 1: return path_within(images, tables[0].name)
     lists = [p for p in list_folder(images).named('barcode_platemap.csv')]
     if not tables and len(lists) == 1: return path_within(images, lists[0])
+    if not tables and len(more := _other_maps(images)) == 1: return path_within(images, more[0].name)
     raise ValueError(f'{images} holds {len(tables) or "no"} CSV files; '
                      'say which is the plate map with table=... (--table)')
 
 # %% ../../nbs/15_screen.describe.ipynb #67703aec
 def _own_table(rows):
-    "A plate map that was put together, as the text of a CSV file"
-    return rows.drop(columns=['file', 'row']).to_csv(index=False).encode()
+    "A plate map that was put together, as the text of a CSV file; of Well and well it has one"
+    ours = {_seen(c, ' '): c for c in rows if c in _aliases}
+    pairs = {c: o for c in rows if (o := ours.get(_seen(c, ' '), c)) != c}
+    twice = [o if rows[c].equals(rows[o]) else c for c, o in pairs.items()]
+    return rows.drop(columns=['file', 'row', *twice]).to_csv(index=False).encode()
 
 def _table_name(out, name, content, say):
     "What the copy of the plate map is called: another table of that name stays"
@@ -540,11 +552,12 @@ def _tables(images, table, columns, controls, files, out, before, say):
         name = _table_name(out, path.name, content, say)
         return rows, content, dict(table=name, columns=dict(columns or {}))
     rows = rows.assign(row=np.arange(2, len(rows)+2))
+    none = {c: name for c, name in (columns or {}).items() if name == ''}
     content = _own_table(rows)
     name = _table_name(out, 'plate_map.csv', content, say)
     try: source = dict(source=path.relative_to(images).as_posix())
     except ValueError: source = {}  # it lies elsewhere
-    return rows.assign(file=name), content, dict(table=name, columns={}, **source)
+    return rows.assign(file=name), content, dict(table=name, columns=none, **source)
 
 # %% ../../nbs/15_screen.describe.ipynb #f7847dbc
 def _describe(images, table, columns, negative, positive, out, like, n_images, how, say):
@@ -574,7 +587,7 @@ def _say_sites(found, n, say):
 # %% ../../nbs/15_screen.describe.ipynb #5b52826a
 def describe_screen(
     images:str|Path, # folder of the images, with whatever folders in it
-    table:str|Path=None, # the plate map; None: the only CSV file of that folder, or its barcode_platemap.csv
+    table:str|Path=None, # the plate map; None: the only table of that folder, or its barcode_platemap.csv
     files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; None: by their system
     channels:Sequence[str]=None, # which, in your order: 'w1' as in the names of the files, or 'w1=DAPI'; None: all
     columns:dict=None, # what the table calls 'well', 'plate', 'treatment' ...; see `read_plate_map`

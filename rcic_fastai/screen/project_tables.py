@@ -6,7 +6,7 @@
 __all__ = ['wells_of_sites', 'with_controls', 'read_project_map']
 
 # %% ../../nbs/12_screen.project_tables.ipynb #f92b3f00
-import re
+import re, string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +15,69 @@ import pandas as pd
 
 from ..files import user_path
 from .platemap import _known_columns, _plain, read_plate_map
-from .tables import is_unknown, read_rows, _require
+from .tables import is_unknown, read_rows, _records, _require, _require_file
+from .tables import _table_bytes, _table_rows, _table_text
+
+# %% ../../nbs/12_screen.project_tables.ipynb #7f07e98c
+def _workbook_text(path):
+    "The first sheet of a workbook as comma-separated text"
+    try: cells = pd.read_excel(path, header=None, dtype=str, keep_default_na=False, engine='openpyxl')
+    except ImportError:
+        raise ImportError(f'{path.name} is a workbook; pip install rcic_fastai[excel] to read it') from None
+    except Exception as e: raise ValueError(f'{path.name} cannot be read as a workbook: {e}') from None
+    return cells.to_csv(header=False, index=False)
+
+def _any_text(path, say):
+    "The text of a table in any form, and is it another one than the file in UTF-8?"
+    if path.suffix.lower() == '.xlsx': return _workbook_text(path), True
+    data = _table_bytes(path)
+    for encoding in ('utf-8-sig', 'cp1252'):
+        try: text = data.decode(encoding)
+        except UnicodeDecodeError: continue
+        if encoding == 'cp1252': say(f'{path.name} is not in UTF-8: read as cp1252, the encoding of Windows')
+        return text, encoding == 'cp1252'
+    return _table_text(path), False  # names the byte
+
+# %% ../../nbs/12_screen.project_tables.ipynb #313e28f1
+_SIZES = {12: 8, 24: 16, 48: 32}  # rows by columns
+_LETTERS = [*string.ascii_uppercase, *(f'A{c}' for c in 'ABCDEF')]
+
+def _n_columns(cells):
+    "Columns of a plate, if these are their numbers"
+    numbers = [re.sub(r'\.0$', '', c).lstrip('0') for c in cells]
+    return len(cells) if len(cells) in _SIZES and numbers == [str(i) for i in range(1, len(cells)+1)] else None
+
+def _matrix(records):
+    "Name of the plate, well, cell and row of matrices below each other; nothing for another table"
+    found, plate, n, at = [], '', None, 0
+    for i, (first, *cells) in records:
+        while cells and not cells[-1] and len(cells) > (n or 0): cells.pop()
+        if n and at < _SIZES[n]:
+            if first.upper() != _LETTERS[at] or len(cells) != n: return []
+            found += [(plate, f'{_LETTERS[at]}{c:02}', text, i) for c, text in enumerate(cells, 1)]
+            at += 1
+        elif columns := _n_columns(cells): n, at = columns, 0
+        elif not any(cells): plate, n = first, None
+        else: return []
+    return found if n and at == _SIZES[n] else []
+
+# %% ../../nbs/12_screen.project_tables.ipynb #e87d2d14
+def _matrix_table(path, records, say):
+    "Matrices as a table with a row per well; None for another table"
+    cells = pd.DataFrame(_matrix(records), columns=['plate', 'well', 'treatment', 'row'])
+    if not len(cells): return None
+    n = cells.well.value_counts().max()
+    say(f'{path.name} is drawn as {n} plate{"s" if n > 1 else ""}: each cell is the treatment of a well')
+    return cells.drop(columns=[] if n > 1 else 'plate').assign(file=path.name)
+
+def _any_rows(path, say):
+    "A table in any form, and is it another one than its file?"
+    expected = 'a table with a row per well'
+    _require_file(path, expected)
+    text, other = _any_text(path, say)
+    records = list(_records(path.name, text))
+    drawn = _matrix_table(path, records, say)
+    return (_table_rows(path.name, records, expected), other) if drawn is None else (drawn, True)
 
 # %% ../../nbs/12_screen.project_tables.ipynb #dbd15ce4
 _TABLES = ('.csv', '.tsv', '.txt')
@@ -141,11 +203,18 @@ def read_project_map(
 ) -> tuple[pd.DataFrame, bool]: # as from `read_plate_map`; is it more than that table alone says?
     "A plate map of a project. Raises: as `read_plate_map`; `FileNotFoundError` for a map that a list of plates names."
     path = user_path(path)
-    table = read_rows(path, 'a CSV file with a row per well')
+    table, other = _any_rows(path, say)
     shared = _shared_map(path, table)
     if shared is not None: table = _with_compounds(path, shared, say)
     rows = read_plate_map(path, columns, table)
     wells = wells_of_sites(rows, say)
     _say_columns(_known_columns(table.columns.drop(['file', 'row']), columns or {}), wells, say)
     typed = with_controls(wells, say) if controls else wells
-    return typed, shared is not None or len(wells) < len(rows) or typed is not wells
+    return typed, other or shared is not None or len(wells) < len(rows) or typed is not wells
+
+# %% ../../nbs/12_screen.project_tables.ipynb #d09b154f
+def _names_wells(path):
+    "Is a text a plate map?"
+    try: table, _ = _any_rows(path, lambda said: None)
+    except ValueError: return False
+    return 'well' in _known_columns(table.columns.drop(['file', 'row']), {})

@@ -38,13 +38,18 @@ _NO_TABLE = {b'\xff\xfe': 'text in UTF-16', b'\xfe\xff': 'text in UTF-16',
              b'\xd0\xcf\x11\xe0': 'an old workbook of Excel', b'\x1f\x8b': 'compressed',
              b'\x89PNG': 'an image', b'PAR1': 'a Parquet file'}
 
-def _table_text(path):
-    "The text of a table. Raises: ValueError that says what another file is."
+def _table_bytes(path):
+    "The content of a table. Raises: ValueError that says what another file is."
     data = regular_file(path).read_bytes()
     what = next((w for start, w in _NO_TABLE.items() if data.startswith(start)), 'no text' if b'\0' in data else None)
     if what:
         raise ValueError(f'{path.name} is {what}; expected a table of comma-separated text: in Excel, '
                          'save it as "CSV UTF-8"')
+    return data
+
+def _table_text(path):
+    "The text of a table. Raises: ValueError that names the first byte that is not UTF-8."
+    data = _table_bytes(path)
     try: return data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         row, byte = data[:e.start].count(b'\n')+1, data[e.start]
@@ -106,6 +111,24 @@ def _header(name, row, cells):
         seen[plain] = c
     return names
 
+# %% ../../nbs/10_screen.tables.ipynb #2a22aaa2
+def _require_file(path, expected):
+    if path.is_file(): return
+    raise FileNotFoundError(f'{path} {"is no file" if path.exists() else "does not exist"}; expected {expected}')
+
+def _table_rows(name, records, expected):
+    "Rows below their header as a table. Raises: ValueError naming the row that does not fit."
+    records = list(records)
+    if not records: raise ValueError(f'{name}: the file is empty; expected {expected}')
+    names, rows = _header(name, *records[0]), []
+    for i, r in records[1:]:
+        if any(r[len(names):]) or len(r) < len(names):
+            raise ValueError(f'{name}: row {i}: {len(r)} cells where the header has {len(names)}')
+        if r[:len(names)] == names: raise ValueError(f'{name}: row {i}: the header is there once more')
+        rows.append(r[:len(names)])
+    if not rows: raise ValueError(f'{name}: the table is empty: a header and no rows')
+    return pd.DataFrame(rows, columns=names).assign(file=name, row=[i for i, _ in records[1:]])
+
 # %% ../../nbs/10_screen.tables.ipynb #86ddaf44
 def read_rows(
     path:str|Path, # CSV file in UTF-8, as Excel, R or pandas write it; separated by commas, semicolons or tabs
@@ -117,18 +140,8 @@ def read_rows(
     row of another length, or a file without records.
     """
     path = user_path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} {"is no file" if path.exists() else "does not exist"}; expected {expected}')
-    records = list(_records(path.name, _table_text(path)))
-    if not records: raise ValueError(f'{path.name}: the file is empty; expected {expected}')
-    names, rows = _header(path.name, *records[0]), []
-    for i, r in records[1:]:
-        if any(r[len(names):]) or len(r) < len(names):
-            raise ValueError(f'{path.name}: row {i}: {len(r)} cells where the header has {len(names)}')
-        if r[:len(names)] == names: raise ValueError(f'{path.name}: row {i}: the header is there once more')
-        rows.append(r[:len(names)])
-    if not rows: raise ValueError(f'{path.name}: the table is empty: a header and no rows')
-    return pd.DataFrame(rows, columns=names).assign(file=path.name, row=[i for i, _ in records[1:]])
+    _require_file(path, expected)
+    return _table_rows(path.name, _records(path.name, _table_text(path)), expected)
 
 # %% ../../nbs/10_screen.tables.ipynb #39f1644f
 def _check_header(name, header, columns):
