@@ -27,6 +27,7 @@ def _message(error):
     "What a person gets of an exception: one line, without credentials"
     name, said = type(error).__name__, str(error)
     if isinstance(error, OSError) and not error.filename and error.strerror: said = error.strerror
+    elif type(error) is ImportError and 'pip install' in said: pass # of a package that an extra has
     elif not isinstance(error, (ValueError, OSError, FloatingPointError)):
         said = f'{name}: {said} (unexpected; --debug shows where)'
     said = re.sub(r'^Exception occured in .*?:\s+', '', said) # fastai tells in which callback
