@@ -200,6 +200,7 @@ def pretrained(screen, tmp_path_factory):
     return load_file(run / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "train"])
 def test_a_checkpoint_of_0_1_is_resumed(screen, pretrained, tmp_path, stage):
     "In the stage that was called `controls`, or after it: the same weights, and a history with the present names"
@@ -216,6 +217,7 @@ def test_a_checkpoint_of_0_1_is_resumed(screen, pretrained, tmp_path, stage):
     assert same(run, pretrained) and pd.read_csv(run / "history.csv").stage.tolist() == ["pretrain"] * 2 + ["train"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving(screen, whole, tmp_path, monkeypatch):
     "Training goes on, what was saved stays, nothing half-written is left"
     write, said, sizes = checkpoint.write_whole, [], []

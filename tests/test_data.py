@@ -267,6 +267,7 @@ def test_domain_keys(sites):
         domain_keys(some, "well")
 
 
+@pytest.mark.slow
 @each("domain, workers", LOADERS)
 def test_training_batches(sites, domain, workers):
     dls = loaders(sites.sample(frac=1, random_state=2), domain=domain, num_workers=workers, seed=5)
@@ -1033,6 +1034,7 @@ def test_channels_that_are_not_there(sites, channels):
         screen_dataloaders(sites.assign(files="nowhere_{channel}.png"), device="cpu").one_batch()
 
 
+@pytest.mark.slow
 def test_transforms_of_fastai(sites):
     "They want floats, which integers become first; pictures in one row"
     from fastai.vision.augment import aug_transforms

@@ -64,6 +64,7 @@ def test_families(arch):
             assert y.ndim == 4 and y.shape[:2] == (1, body.n_features)
     assert all(c.in_channels == 6 for c in first_convs(body.net).values())
 
+@pytest.mark.slow
 @each('arch', ['small_seresnext', 'efficientnet_b0', 'convnext_atto', 'mobilenetv3_small_050', 'repvgg_a0'])
 def test_every_parameter_gets_a_gradient(arch):
     model = create_model(arch, 3, pool='gem', head='linear')
@@ -82,6 +83,7 @@ def test_seresnext_is_that_of_pretrainedmodels():
         theirs = {k: v.shape for k,v in theirs.state_dict().items() if not k.startswith('last_linear')}
         assert {k: v.shape for k,v in ours.net.state_dict().items()} == theirs
 
+@pytest.mark.slow
 def test_the_first_network_of_a_process_draws_what_the_next_one_draws(monkeypatch):
     "pretrainedmodels is imported late, and importing it consumes random numbers"
     for name in [m for m in sys.modules if m.partition('.')[0] == 'pretrainedmodels']:
@@ -224,6 +226,7 @@ def test_files_without_batch_counters(tmp_path):
     torch.save({k: v for k,v in state.items() if not k.endswith('num_batches_tracked')}, tmp_path/'old.pth')
     create_backbone('small_seresnext', pretrained=tmp_path/'old.pth')
 
+@pytest.mark.slow
 def test_files_that_do_not_fit(tmp_path):
     state = M._timm('resnet18', False).net.state_dict()
     def attempt(state):

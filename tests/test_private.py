@@ -70,6 +70,7 @@ def test_a_private_part_is_there(name):
     assert has_part(name)
 
 
+@pytest.mark.slow
 def test_what_is_used_is_written_down():
     written = {n.rpartition(".")[2] for n in PRIVATE_PARTS} | {"_ConfigAliases"}
     left = {(m, n) for m, n in used() if n.replace("_DataLoader__", "__") not in written}

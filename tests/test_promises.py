@@ -357,6 +357,7 @@ def test_the_log_stays_after_a_validation(learn):
     learn.recorder.plot_sched()
 
 
+@pytest.mark.slow
 def test_lr_find_leaves_the_network_as_it_was(learn):
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     found = learn.lr_find(num_it=40, suggest_funcs=(minimum, steep, valley, slide))
@@ -650,6 +651,7 @@ def test_several_labels(several):
     assert load_learner(several.path / "several.pkl").predict(row)[2].shape == (28,)
 
 
+@pytest.mark.slow
 def test_an_architecture_for_several_labels(several):
     learn = calm(screen_learner(several.dls, "resnet10t").to_fp32())
     learn.fit(1, 1e-4)
@@ -860,6 +862,7 @@ def test_learners_that_cannot_be(learners, sites):
             call(plain, sites, progress=False)
 
 
+@pytest.mark.slow
 def test_an_atlas_in_two_lines(several, tmp_path):
     "Labels, classes and channels are those of the atlas"
     atlas = read_screen(simulate_hpa(tmp_path / "atlas", n_images=40, n_test=0, n_external=0, image_size=32,

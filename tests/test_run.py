@@ -196,6 +196,7 @@ def test_the_blend_of_four_models_runs_to_a_submission(screen, tmp_path, capsys)
         cli.rcic_blend(run=[tmp_path / n for n in FOUR], out=tmp_path / FOUR[0] / "all")
 
 
+@pytest.mark.slow
 def test_histograms_come_back_with_the_run(screen, tmp_path):
     "What was saved is what was trained: the same sites, loaded alone, are predicted alike"
     recipe = change_recipe(quick, 'data.match_histograms="plate"', 'inference.batchnorm="running"')

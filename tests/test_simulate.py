@@ -77,6 +77,7 @@ def test_more_workers_than_work_and_none(tmp_path):
     assert files[0] == files[1] and len(files[0]) > 3
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_written_again_and_nothing_else(small, small_bytes):
     lost_plate = small / "train/HUVEC-01/Plate3"
     lost_file = small / "test/RPE-03/Plate1/B02_s2_w4.png"
@@ -105,6 +106,7 @@ def test_any_order(small, small_bytes):
                 np.testing.assert_array_equal(x[c], np.asarray(Image.open(file)))
 
 
+@pytest.mark.slow
 def test_more_experiments_leave_the_images_of_the_others_alone(small_bytes, tmp_path):
     longer = contents(simulate_screen(tmp_path, **{**SMALL, "n_train": 3, "n_test": 0, "cell_types": "HUVEC"}))
     first = [f for f in small_bytes if f.startswith(("train/HUVEC-01", "train/HUVEC-02"))]

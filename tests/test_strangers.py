@@ -61,6 +61,7 @@ def keyword(node, name):
     return next((ast.unparse(k.value) for k in node.keywords if k.arg == name), None)
 
 
+@pytest.mark.slow
 @each("path", sorted((ROOT / "rcic_fastai").rglob("*.py")), ids=lambda p: f"{p.parent.name}.{p.stem}")
 def test_nothing_that_is_read_can_be_a_program(path):
     """Every reader that could unpickle or execute is told not to; every Python that is started finds no module in

@@ -424,6 +424,7 @@ def test_the_formula_of_the_benchmark_agrees_with_many_images(benchmark):
                                                 abs=0.01)
 
 
+@pytest.mark.slow
 def test_best_cuts_lose_more_the_fewer_positives_there_are(benchmark):
     mean, error = benchmark.by_positives(16, (11, 50, 500), ("f1",))
     assert mean["lost, f1"].is_monotonic_decreasing and mean.optimism.is_monotonic_decreasing

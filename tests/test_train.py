@@ -306,6 +306,7 @@ def test_compiling_keeps_names_and_statistics(sites, tmp_path):
         screen_learner(dls, change_recipe(recipe, "data.domains_per_batch=2"))
 
 
+@pytest.mark.slow
 def test_losses_of_the_steps_are_those_of_fastai(sites):
     def losses(cls):
         learn = screen_learner(recipe_dataloaders(sites, tiny, valid="experiment=HUVEC-03"), tiny)
@@ -395,6 +396,7 @@ def test_gradient_accumulation_equals_a_large_batch(sites):
     torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(sites):
     def train():
         learn = screen_learner(recipe_dataloaders(sites, laptop), laptop)

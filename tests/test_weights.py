@@ -126,6 +126,7 @@ def test_a_new_stage_forgets_gradients_of_the_last(sites):
     assert seen and all(g is None for g in seen)
 
 
+@pytest.mark.slow
 def test_patience_and_best_need_wells_set_aside(sites):
     stage = TrainSettings(epochs=6, lr=1e-12, schedule="constant", weight_decay=0.0, patience=2, keep="best",
                           validate_steps=2)

@@ -235,6 +235,7 @@ def test_a_run_is_not_written_among_files_of_others(small_screen, tmp_path, name
     assert [p.read_text() for p in (tmp_path / "run").rglob("*") if p.is_file()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_checkpoint_goes_on(small_screen, tmp_path, monkeypatch):
     "It is known by begun.json, which is gone at the end"
     screen, recipe, quiet = (read_screen(small_screen), laptop_recipe(get_recipe("laptop"), 1, virtual_batch=16),
