@@ -508,6 +508,7 @@ def find_lr(
     if path is not None: path = check_ours(check_screen_output(path, screen), 'a picture')
     with tempfile.TemporaryDirectory() as folder:
         t = Training(screen, recipe, Path(folder), target or screen.target, 'treatments', None, present_only, None, say)
+        _check_request(t)
         learn = _untrained(t)
         with learn.no_bar():
             found = learn.lr_find(num_it=steps, suggest_funcs=(valley, _slide, steep, minimum),
