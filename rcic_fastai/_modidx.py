@@ -2589,6 +2589,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'rcic_fastai.run.train._fit': ('run.train.html#_fit', 'rcic_fastai/run/train.py'),
                                        'rcic_fastai.run.train._labelled': ('run.train.html#_labelled', 'rcic_fastai/run/train.py'),
                                        'rcic_fastai.run.train._make_ready': ('run.train.html#_make_ready', 'rcic_fastai/run/train.py'),
+                                       'rcic_fastai.run.train._network_of': ('run.train.html#_network_of', 'rcic_fastai/run/train.py'),
                                        'rcic_fastai.run.train._pseudo_callbacks': ( 'run.train.html#_pseudo_callbacks',
                                                                                     'rcic_fastai/run/train.py'),
                                        'rcic_fastai.run.train._remove_begun': ('run.train.html#_remove_begun', 'rcic_fastai/run/train.py'),

@@ -324,7 +324,7 @@ def cases(root, rng):
         fault = bad_weights(rng, weights, root / "bad.safetensors")
         yield "weights", fault, "model.safetensors", changed(weights, (root / "bad.safetensors").read_bytes()), *(
             ("rcic_predict", good["rcic_predict"]) if rng.integers(2)
-            else ("rcic_train", {**good["rcic_train"], "start": root / "run"})
+            else ("rcic_train", {**good["rcic_train"], "start": root / "run", "recipe": str(root / "my.json")})
         )
         images = [p for w in treated
                   for p in sorted((root / "screen/test").glob(f"{w.experiment}/Plate{w.plate}/{w.well}_*.png"))]
@@ -352,7 +352,7 @@ def tried(kind, fault, words, context, name, options):
         else:
             return ""
     line = line.strip()
-    if "unexpected" in line or "Traceback" in line:
+    if "(unexpected; --debug" in line or "Traceback" in line:
         return line
     if len(line.splitlines()) != 1:
         return f"{len(line.splitlines())} lines: {line}"

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import bad_inputs
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,7 +20,9 @@ from rcic_fastai.report.core import make_report, read_truth
 from rcic_fastai.run.folder import read_history
 from rcic_fastai.run.stages import Stages
 from rcic_fastai.run.submit import submit_run
+from rcic_fastai.recipe.published import get_recipe, laptop_recipe
 from rcic_fastai.run.blend import blend_runs
+from rcic_fastai.run.train import find_lr, train_run
 from rcic_fastai.screen.planes import read_channel
 from rcic_fastai.train.checkpoint import read_checkpoint
 from rcic_fastai.screen.read import read_screen
@@ -421,3 +424,23 @@ def test_an_array_with_an_entry_that_must_be_understood(small_screen, tmp_path):
     path = tmp_path / "store" / "shards" / "zarr.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "other": dict(must_understand=True)}))
     with pytest.raises(ValueError, match="zarr.json: other is no entry of a store"): Store(tmp_path / "store").read(0)
+
+
+@pytest.mark.slow
+def test_random_bad_inputs_are_refused_by_name(tmp_path):
+    "A sample of options, tables, JSON, arrays, weights and images; `tests/bad_inputs.py --number 400` tries more"
+    counts, wrong = bad_inputs.main(seed=7, number=90, root=tmp_path, say=quiet)
+    assert set(counts) == {"options", "tables", "json", "arrays", "weights", "images"}
+    assert [w for w in wrong if w[2]] == []
+    assert all(refused > fine for refused, fine, _ in counts.values())
+
+
+def test_a_run_of_another_network_says_which_setting_differs(small_screen, small_run, tmp_path):
+    recipe = laptop_recipe(get_recipe("laptop"), 1, arch="resnet10t")
+    with pytest.raises(ValueError, match="model.arch is 'small_seresnext', and .* asks for 'resnet10t'"):
+        train_run(read_screen(small_screen), recipe, tmp_path / "next", start=small_run, say=quiet)
+
+
+def test_find_lr_names_a_target_that_is_no_column(small_screen):
+    with pytest.raises(ValueError, match="target 'nothing' is no column of the wells"):
+        find_lr(read_screen(small_screen), get_recipe("laptop"), target="nothing", say=quiet)

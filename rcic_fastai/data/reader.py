@@ -111,7 +111,8 @@ def check_sizes(
     for files in sites.sort_values('experiment', kind='stable').files.iloc[at]:
         own = site_size(files, channels)
         if own is None: continue
-        seen.setdefault(tuple(round(side*size/min(own)) for side in own) if size else own, files)
+        shape = tuple(round(side*size/min(own)) for side in own) if size else own
+        seen.setdefault(shape, next(iter(site_files(files, channels))))
         if len(seen)==1: continue
         (a, one), (b, other) = seen.items()
         where = f' at read_size={size}' if size else ''

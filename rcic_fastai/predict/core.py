@@ -166,6 +166,7 @@ def load(cls:Predictions,
     f = read_arrays(path, 'ids', 'classes', 'logits', 'made')
     made = _check_made(parse_json(str(f['made']), path, dict), path)
     views = (f['views'], f['view_names'].tolist()) if {'views', 'view_names'} <= set(f) else ()
+    if not len(np.atleast_1d(f['ids'])): raise ValueError(f'{path} holds no sites; rcic-predict writes it again')
     try: return Predictions(f['ids'], f['classes'], f['logits'], made, *views)
     except (ValueError, TypeError) as e: raise ValueError(f'{path} is no file of predictions: {e}') from None
 

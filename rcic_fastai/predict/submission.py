@@ -73,8 +73,9 @@ def check_submission_path(
         raise FileExistsError(f'{path} is no submission (a table of id_code,sirna or Id,Predicted), and only such a '
                               'file is replaced: delete it, or give another name')
     if sample is not None and _first_column(path) != _first_column(sample):
-        raise FileExistsError(f'{path} has other ids than the sample submission, and only a submission of the same ids '
-                              'is replaced: delete it, or give another name')
+        other = 'the sample submission' if isinstance(sample, pd.DataFrame) else sample
+        raise FileExistsError(f'{path} has other ids than {other}, and only a submission of the same ids is replaced: '
+                              'delete it, or give another name')
     return path
 
 # %% ../../nbs/45_predict.submission.ipynb #cf8de32f

@@ -34,7 +34,7 @@ from ..data.augment import ChannelStats
 from ..data.select import select_sites
 from ..data.pack import check_screen_output
 from ..model.core import load_weights, read_meta, save_weights
-from ..recipe.settings import PseudoSettings, Recipe, TrainSettings
+from ..recipe.settings import compare_recipes, PseudoSettings, Recipe, TrainSettings
 from ..recipe.published import get_recipe
 from ..train.checkpoint import checkpoint_files, remove_checkpoints
 from ..train.inference import inference_needs
@@ -298,13 +298,23 @@ def _stages(t, table, start):
     return Stages(t.run, t.recipe, asked, t.cbs, before, t.say)
 
 # %% ../../nbs/77_run.train.ipynb #a7c1e0e5
+def _network_of(start, recipe, *sizes):
+    "The network of another run. Raises: ValueError naming the setting in which the recipe asks for another one."
+    model = recipe_model(recipe, *sizes)
+    try: return load_weights(model, start.weights_path)
+    except ValueError as e:
+        differ = compare_recipes(start.recipe, recipe).drop(['model.pretrained', 'model.dropout'], errors='ignore')
+        for k, (theirs, own) in differ.filter(like='model.', axis=0).iterrows():
+            raise ValueError(f'{start}: {k} is {theirs!r}, and {recipe.name} asks for {own!r}; its own recipe '
+                             f'({start.path}/recipe.json) goes on with that network') from e
+        raise
+
 def _first_network(t, table, stages, start, dls, cell_types):
     "The network to begin with; None: a new one"
     recipe, model = table.recipe, None
     if start is not None:
         set_seed(recipe.seed)
-        model = load_weights(recipe_model(recipe, len(dls.vocab), len(t.screen.channels), len(cell_types)),
-                             start.weights_path)
+        model = _network_of(start, recipe, len(dls.vocab), len(t.screen.channels), len(cell_types))
     if not recipe.pretrain.epochs or stages.past('pretrain'): return model
     t.say(f'Pretraining on the controls, {recipe.pretrain.epochs} epochs')
     learn = pretrain_on_controls(t.screen, recipe, t.present_only, t.run, t.say, set(table.sites.id_code[table.mask]),
