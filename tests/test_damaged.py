@@ -437,7 +437,7 @@ def test_random_bad_inputs_are_refused_by_name(tmp_path):
 
 def test_a_run_of_another_network_says_which_setting_differs(small_screen, small_run, tmp_path):
     recipe = laptop_recipe(get_recipe("laptop"), 1, arch="resnet10t")
-    with pytest.raises(ValueError, match="model.arch is 'small_seresnext', and .* asks for 'resnet10t'"):
+    with pytest.raises(ValueError, match="model.arch_options is .*'stem_width': 16}, and laptop asks for {}"):
         train_run(read_screen(small_screen), recipe, tmp_path / "next", start=small_run, say=quiet)
 
 
