@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import tifffile
 from PIL import Image
+from cases import each
 from formats_inputs import WELLS, hostile_zarr, make, write_csv
 
 from rcic_fastai.data.pack import pack_screen
@@ -176,6 +177,12 @@ def test_six_silent_errors(tmp_path):
         (tmp_path / path).touch()
     images = check_images(find_images(tmp_path, known=table).images)
     assert images.drop_duplicates(["well", "field"]).groupby("well").size().to_dict() == WELLS
+    # a thumbnail and a hidden file are no channels, and a number of its own for each file is none
+    (tmp_path / "A01_f1_DAPI_thumb.png").touch()
+    (tmp_path / "._A01_f1_DAPI.png").touch()
+    assert check_images(find_images(tmp_path, known=table).images).channel.unique().tolist() == ["DAPI", "ER"]
+    each = [p.replace(".png", f"_{i:04x}f.png") for i, p in enumerate(uneven)]
+    assert guess_names(each, table) == "{well}_f{site}_{channel}_{*}.png"
     # two numbers that say nothing
     with pytest.raises(ValueError, match=r"A01_1_1.png and A01_\d_\d.png: what '1' and '2' mean is not clear.*--files"):
         guess_names(spread("<w>_<a>_<b>.png", w=table["well"], a="12", b="12"), table)
@@ -209,6 +216,25 @@ def test_plates_that_cannot_be_told_apart(tmp_path):
         match_wells(images, rows.assign(plate=["BR00121482"] * 3 + ["x"] * 3))
     with pytest.raises(ValueError, match="its plates are x, y, those of the images BR00121482, BR00121483"):
         match_wells(images, rows.assign(plate=["x"] * 3 + ["y"] * 3))
+
+
+# what a guess makes of names that people give; P1 and P2 are plates of the plate map
+GUESSED = {"<p>/<w>_s<f>_<c>.tif": (dict(c=["Hoechst", "Alexa_488"]), "{plate}/{well}_s{site}_{channel}.tif"),
+           "<p>/<w>/<p>_<x>_s<f>_<c>.tif": ({}, "{plate}/{well}/P{*}_{*}_s{site}_{channel}.tif"),
+           "<p>/Well<x>_Point<x>_000<f>_<c>_Seq.tif": ({}, "{plate}/Well{well}_{*}_{site}_{channel}_Seq.tif"),
+           "<p>/<x>_taxol_<y>uM_s<f>_<c>.tif": ({}, "{plate}/{well}_taxol_{*}uM_s{site}_{channel}.tif"),
+           "2021-03-2<y>/<p>/<x>--W000<y>--s<f>--<c>.tif": (
+               {}, "2021-03-{*}/{plate}/{well}--W{*}--s{site}--{channel}.tif")}
+
+
+@each("template, how", list(GUESSED.items()))
+def test_names_that_people_give(template, how):
+    said, pattern = how
+    parts = dict(p=["P1", "P2"], f="12", c=["DAPI", "ER"]) | said
+    names = [p for w, x, y in (("A1", "A01", "1"), ("B2", "B02", "2"), ("B10", "B10", "3"))
+             for p in spread(template.replace("<w>", w).replace("<x>", x).replace("<y>", y), **parts)]
+    for plates in (["P1", "P2"], ["P1"]):  # images of a plate that the map does not have are left out later
+        assert guess_names(names, dict(well=["A01", "B02", "B10"], plate=plates)) == pattern
 
 
 HOSTILE = ['<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><a>&c;</a>',

@@ -26,7 +26,7 @@ from .sources import as_pixels, escape_braces, pattern_column, pattern_parts, Pl
 from .core import _packed_files, Screen
 from .planes import read_grey, read_plane
 from .formats import find_images, SYSTEMS
-from .formats_core import ImageSet, list_folder
+from .formats_core import ImageSet, list_folder, match_names
 from .formats_guess import guess_names
 from .image_index import index_sites, list_checksum, read_index, read_sites, single_files
 from .image_index import sorted_index, write_index, write_sites
@@ -75,8 +75,8 @@ def pattern_regex(
 
 # %% ../../nbs/15_screen.describe.ipynb #64c91896
 def _image_files(root):
-    "Relative paths of all images below a folder, sorted"
-    return sorted(list_folder(root).images, key=_natural)
+    "Relative paths of all images below a folder but thumbnails, sorted"
+    return sorted(match_names(list_folder(root).images, re.compile('.*'))[0], key=_natural)
 
 def _examples(root):
     there = _image_files(root)
@@ -382,6 +382,7 @@ def _require_treatments(rows, columns, files):
                      '--column treatment=NAME (columns={"treatment": NAME}) says which does, '
                      'and an empty NAME that all wells are to be predicted')
 
+# %% ../../nbs/15_screen.describe.ipynb #ff13949a
 def _notices(rows, wells, treatments, say):
     "Treatments that are unknown, and names that look alike"
     if 'treatment' not in rows:

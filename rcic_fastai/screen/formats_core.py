@@ -132,15 +132,16 @@ _SKIPPED = (('thumbnails', re.compile(r'(?i)_thumb|(^|/)thumb(nail)?s?[/_]')),)
 
 def name_record(
     path:str, # of an image
-    match:re.Match, # of its name, with some of the groups batch, plate, well, row, column, field, channel, z, t
+    match:re.Match, # of its name, with some of the groups of `IMAGE_COLUMNS`, row and column, or number
     columns:int=None, # of the plate, for wells that are counted
 ) -> dict: # a record for `image_table`
-    "What the name of a file says."
+    "What the name of a file says; wells may be counted (group `number`)."
     said = {k: v for k, v in match.groupdict().items() if v is not None}
     record = dict(path=path, **{k: int(v) if k in ('field', 'z', 't') else v for k,
                                 v in said.items() if k in IMAGE_COLUMNS})
     row = said.get('row', '')
     well = said.get('well') or (f'r{row}c{said["column"]}' if row.isdigit() else f'{row}{said.get("column", "")}')
+    if 'number' in said: well = f'W{int(said["number"]):04}'
     return record|dict(well=well_name(well, columns))
 
 # %% ../../nbs/11_screen.formats_core.ipynb #87a947d8

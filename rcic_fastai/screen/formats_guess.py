@@ -15,7 +15,7 @@ from .image_table import what_differs
 from .well_names import well_name
 
 # %% ../../nbs/13_screen.formats_guess.ipynb #ac899e53
-_WORD = re.compile(rf'{_GUID}|[^/_\-. ()\[\]]+|[/_\-. ()\[\]]+')
+_WORD = re.compile(rf'{_GUID}|(?i:well)(?=[A-Za-z]{{1,2}}\d{{1,3}}(?![A-Za-z0-9]))|[^/_\-. ()\[\]]+|[/_\-. ()\[\]]+')
 _SEPARATORS = set('/_-. ()[]')
 
 def _words_with(values):
@@ -42,20 +42,26 @@ def _not_alike(paths, values):
     return '' if other is None else f'{other} is not built like {like}: they differ in {what_differs(other, like)}'
 
 # %% ../../nbs/13_screen.formats_guess.ipynb #7b4338f1
-def _word_columns(paths, values={}):
-    "Columns of words and separators. Raises: ValueError with two paths that differ in their folders"
+def _merged(words, start, end):
+    "Columns, where what lies between the words at both ends is one word; None if a folder lies there"
+    middle = [''.join(w[start:len(w)-end]) for w in words]
+    if any('/' in m for m in middle): return None
+    return [list(c) for c in zip(*([*w[:start], m, *w[len(w)-end:]] for w, m in zip(words, middle)))]
+
+def _word_tables(paths, values={}):
+    "Columns of words and separators, once for each word that may be several. Raises: ValueError with two paths"
     words = [_words_with(values).findall(p) for p in paths]
     kinds = [_kinds(w) for w in words]
     n, start = min(map(len, kinds)), _alike(kinds)
-    if all(len(k) == start for k in kinds): return [list(c) for c in zip(*words)]
+    if all(len(k) == start for k in kinds): return [[list(c) for c in zip(*words)]]
     end = _alike([k[::-1] for k in kinds])
+    ways = [(start, end)]
     if start+end >= n:  # the shortest has one word between both ends
         shortest = min(kinds, key=len)
-        start = next((k for k in range(max(n-1-end, 0), start+1) if k < n and shortest[k] == ''), n-1-end)
-        end = n-1-start
-    middle = [''.join(w[start:len(w)-end]) for w in words]
-    if any('/' in m for m in middle): raise ValueError(_not_alike(paths, values))
-    return [list(c) for c in zip(*([*w[:start], m, *w[len(w)-end:]] for w, m in zip(words, middle)))]
+        ways = [(k, n-1-k) for k in range(max(n-1-end, 0), start+1) if k < n and shortest[k] == '']
+    tables = [t for a, b in ways or [(n-1-end, end)] if (t := _merged(words, a, b)) is not None]
+    if not tables: raise ValueError(_not_alike(paths, values))
+    return tables
 
 # %% ../../nbs/13_screen.formats_guess.ipynb #80b29b31
 def _well_or_none(text):
@@ -124,7 +130,7 @@ def _say_rest(columns, roles):
     if 'channel' not in roles.values() and words:
         best = [i for i in words if all(_determined(columns, k, roles|{i: 'channel'}) for k in words)]
         if not best: return open_columns()
-        roles[best[-1]] = 'channel'
+        roles[min(reversed(best), key=lambda i: len(set(columns[i])))] = 'channel'  # no number of its own for each file
     numbers = open_columns()
     if len(numbers) == 1 and {'site', 'channel'}-set(roles.values()) == {'site'} and _bare(columns, numbers[0], roles):
         roles[numbers[0]] = 'site'
@@ -132,12 +138,16 @@ def _say_rest(columns, roles):
         if i not in roles and len(set(c)) > 1 and _determined(columns, i, roles): roles[i] = '*'
     return open_columns()
 
+# %% ../../nbs/13_screen.formats_guess.ipynb #bf2a1aea
+def _are_words(known): return bool(known) and not any(map(str.isdigit, known))
+
 def _table_roles(columns, values):
     "Columns that name a plate, an experiment or a cell type of the plate map"
     plain = lambda v: v.lstrip('0') if v.isdigit() else v
     for name in ('plate', 'experiment', 'cell_type'):
         known = {plain(str(v)) for v in values.get(name, ())} - {''}
-        fits = [i for i, c in enumerate(columns) if {plain(v) for v in set(c)} <= known]
+        there = [{plain(v) for v in set(c)} for c in columns]
+        fits = [i for i, t in enumerate(there) if t <= known or name == 'plate' and _are_words(known) and known <= t]
         if fits: yield max(fits, key=lambda i: len(set(columns[i]))), name
 
 # %% ../../nbs/13_screen.formats_guess.ipynb #6f13fdd0
@@ -156,28 +166,50 @@ def _with_roles(columns, spans, values):
     return out, {**{i: n for i, n in _table_roles(out, rest) if i not in roles}, **roles}
 
 # %% ../../nbs/13_screen.formats_guess.ipynb #8321e0e7
+def _roles(columns, values, known, paths):
+    "Columns, and roles of those that mean something. Raises: ValueError"
+    spans = _well_columns(columns, known)
+    if spans is None:
+        why = _not_alike(paths, values) or f'no part of {paths[0]} names a well in all of the {len(paths):,} images'
+        raise ValueError(why)
+    columns, roles = _with_roles(columns, spans, values)
+    first = next(i for i, r in roles.items() if r == 'well')
+    roles = {i: '*' if r == 'well' and columns[i] != columns[first] else r for i, r in roles.items()}
+    place = list(roles)
+    for i in range(len(columns)):
+        role = i not in roles and _role_by_key(columns, i)
+        if not role or role in roles.values() or len(set(columns[i])) == 1 and role != 'site': continue
+        if role == 'channel' and _determined(columns, i, place): continue  # w0001, which counts wells
+        roles[i] = role
+    return columns, roles
+
+def _pattern_of(columns, values, known, paths):
+    "The pattern that columns of words have. Raises: ValueError"
+    columns, roles = _roles(columns, values, known, paths)
+    if (left := _say_rest(columns, roles)):
+        i = left[-1]
+        other = next(k for k, v in enumerate(columns[i]) if v != columns[i][0])
+        words = f'{columns[i][0]!r} and {columns[i][other]!r}'
+        raise ValueError(f'{paths[0]} and {paths[other]}: what {words} mean is not clear')
+    text = lambda i, c: f'{{{roles[i]}}}' if i in roles else c[0].replace('{', '{{').replace('}', '}}')
+    return ''.join(text(i, c) for i, c in enumerate(columns))
+
+# %% ../../nbs/13_screen.formats_guess.ipynb #ed301cba
 def guess_names(
     paths:Sequence[str], # of images
     values:Mapping[str, Sequence[str]]={}, # columns of the plate map, such as well and plate
 ) -> str: # pattern, such as 'P{plate}/{well}_s{site}_{channel}.tif'
     "The pattern of names. Raises: `ValueError` that shows two paths and what is not clear."
-    ask = "; say how files are named with files=... (--files), such as '{well}_s{site}_{channel}.tif'"
+    ask = ("; say how files are named with files=... (--files), such as '{well}_s{site}_{channel}.tif' or "
+           "'{row}/{column}/{channel}.tif'")
     known = {w for v in values.get('well', ()) if (w := _well_or_none(str(v)))}
-    try: columns = _word_columns(paths, values)
-    except ValueError as e: raise ValueError(f'{e}{ask}') from None
-    spans = _well_columns(columns, known)
-    if spans is None:
-        why = _not_alike(paths, values) or f'no part of {paths[0]} names a well in all of the {len(paths):,} images'
-        raise ValueError(f'{why}{ask}')
-    columns, roles = _with_roles(columns, spans, values)
-    for i in range(len(columns)):
-        role = i not in roles and _role_by_key(columns, i)
-        if role and role not in roles.values() and (len(set(columns[i])) > 1 or role == 'site'): roles[i] = role
-    left = _say_rest(columns, roles)
-    if left:
-        i = left[-1]
-        other = next(k for k, v in enumerate(columns[i]) if v != columns[i][0])
-        words = f'{columns[i][0]!r} and {columns[i][other]!r}'
-        raise ValueError(f'{paths[0]} and {paths[other]}: what {words} mean is not clear{ask}')
-    text = lambda i, c: f'{{{roles[i]}}}' if i in roles else c[0].replace('{', '{{').replace('}', '}}')
-    return ''.join(text(i, c) for i, c in enumerate(columns))
+    found, why = [], ''
+    try:
+        for columns in _word_tables(paths, values):
+            try: found.append(_pattern_of(columns, values, known, paths))
+            except ValueError as e: why = why or str(e)
+    except ValueError as e: why = str(e)
+    found.sort(key=lambda pattern: pattern.count('{*}'))  # what means nothing explains nothing
+    if len(found) == 1 or found and found[0].count('{*}') < found[1].count('{*}'): return found[0]
+    if found: why = f'files may be named {found[0]} or {found[1]}'
+    raise ValueError(f'{why}{ask}')

@@ -72,7 +72,7 @@ def _add_harmony(listing, found):
 
 harmony = by_names('harmony', 'Harmony (Opera Phenix, Operetta)',
     'P1__2021-03-29T16_51_44-Measurement 1/Images/r01c01f01p01-ch1sk1fk1fl1.tiff',
-    rf'{_WHERE}(?:[Ii]mages/)?r{digits("row", 2)}c{digits("column", 2)}f{digits("field", "2,")}p{digits("z", "2,")}'
+    rf'{_WHERE}(?:[Ii]mages/)?r{digits("row", 2)}c{digits("column", 2)}f{digits("field", "2,")}p{digits("z")}'
     rf'(?:rc\d+)?-ch{digits("channel")}sk{digits("t")}fk\d+fl\d+{_TIF}', add=_add_harmony)
 
 # %% ../../nbs/13_screen.formats_indexed.ipynb #6c0a3702

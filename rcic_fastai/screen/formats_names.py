@@ -97,26 +97,27 @@ metaxpress_regex = (
     rf'(?=_[sw]\d|{_GUID})(?:_s(?P<field>\d{{1,3}}?))?(?:_w(?P<channel>\d{{1,2}}?))?(?:{_GUID})?{_TIF}')
 
 # %% ../../nbs/12_screen.formats_names.ipynb #f2ec30a7
-cq1_regex = (rf'{_WHERE}(?:Image/)?(?P<well>W\d{{4}})F{digits("field", 4)}T{digits("t", 4)}Z{digits("z", "2,3")}'
-             rf'C{digits("channel", "1,2")}{_TIF}')
+cq1_regex = (rf'{_WHERE}(?:Image/)?W{digits("number", "1,4")}F{digits("field", "3,4")}T{digits("t", 4)}'
+             rf'Z{digits("z", "2,3")}C{digits("channel", "1,2")}{_TIF}')
 
 # %% ../../nbs/12_screen.formats_names.ipynb #554550fc
 incell = by_names('incell', 'IN Cell Analyzer', 'Plate1/A - 01(fld 1 wv 390 - Blue z 2 time 1).tif',
-    rf'{_WHERE}(?P<row>[A-P]) - {digits("column", "1,2")}\((?=.*?fld {digits("field")})'
+    rf'{_WHERE}(?P<row>{_LETTERS}) - {digits("column", "1,2")}\((?=.*?fld {digits("field")})'
     r'(?=(?:.*? wv (?P<channel>.+?)(?= z \d| time \d| tm \d|\)))?)'
     rf'(?=(?:.*? z {digits("z")})?)(?=(?:.*? (?:time|tm) {digits("t")})?)[^()/]*\){_TIF}')
 
 def _incell_channel(record, match): return record|dict(channel=f'{match["light"]} - {match["channel"]}')
 
 incell_full = by_names('incell-full', 'IN Cell Analyzer, full names', 'Plate1/A_01_f1_c1_xUV_mDAPI_z1_t1.tif',
-    rf'{_WHERE}(?P<row>[A-P])_{digits("column", "1,2")}_f{digits("field")}_c\d+_x(?P<light>[^/]*?)'
+    rf'{_WHERE}(?P<row>{_LETTERS})_{digits("column", "1,2")}_f{digits("field")}_c\d+_x(?P<light>[^/]*?)'
     rf'_m(?P<channel>[^/]*?)_z{digits("z")}_t{digits("t")}{_TIF}',
     fix=_incell_channel)
 
 # %% ../../nbs/12_screen.formats_names.ipynb #abd82e98
 cellomics = by_names('cellomics', 'Cellomics and CellInsight', 'MFGTMP_150619170001/MFGTMP_150619170001_A01f00d0.TIF',
-    rf'{_WHERE}(?P<plate>[^/]+)_(?P<well>[A-P]\d{{1,2}})f(?P<field>\d{{1,3}})d(?P<channel>\d)\.(?i:tiff?|png|jpe?g)',
-    skip=(('masks', r'[A-P]\d{1,2}f\d+(d\d_[^/]*|o\d[^/]*)\.\w+$'),))
+    rf'{_WHERE}(?P<plate>[^/]+)_(?P<well>{_LETTERS}\d{{1,2}})f(?P<field>\d{{1,3}})d(?P<channel>\d)'
+    r'\.(?i:tiff?|png|jpe?g)',
+    skip=(('masks', r'_[A-Z]{1,2}\d{1,2}f\d+(d\d_[^/]*|o\d[^/]*)\.\w+$'),))
 
 # %% ../../nbs/12_screen.formats_names.ipynb #87a0b338
 gen5 = by_names('gen5', 'Gen5 (Cytation, Lionheart)', '230125_110321_Plate 1/A1_01_1_1_DAPI_001.tif',
