@@ -144,7 +144,8 @@ def test_the_road(command, tmp_path):
     status, said, err = command("rcic-train", "--data", data, "--run", run_folder, "--valid", "experiment=RPE-02",
                                 "--laptop", 2)
     assert status == 0, err
-    assert "No --recipe: using 'laptop'" in said and "Validation, experiment=RPE-02: " in said
+    assert "No --recipe: resnet10t_domain_batches-laptop, 2 epochs, because: " in said
+    assert "Validation, experiment=RPE-02: " in said
     assert f"Run folder: {run_folder}" in said
     assert "█" not in said  # no progress bar in a pipe, but a line per epoch
     assert said.count("\n             1 ") == 1

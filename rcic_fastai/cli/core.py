@@ -8,6 +8,7 @@ __all__ = ['one_line_errors', 'command', 'rcic_simulate', 'rcic_describe', 'rcic
 
 # %% ../../nbs/91_cli.core.ipynb #d74bc3d9
 import inspect, linecache, logging, math, os, re, signal, sys, time, traceback, warnings
+from dataclasses import is_dataclass
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -215,9 +216,9 @@ def _pairs(options, name):
 
 # %% ../../nbs/91_cli.core.ipynb #2b7a99c6
 def _chosen_recipe(recipe, set, laptop, faithful=False):
-    "The recipe that `--recipe`, `--set`, `--laptop` and `--faithful` say"
+    "The recipe that `--recipe`, `--set`, `--laptop` and `--faithful` say; `recipe` may be one already"
     from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
-    chosen = get_recipe(recipe or 'laptop', faithful)
+    chosen = recipe if is_dataclass(recipe) else get_recipe(recipe, faithful)
     return change_recipe(chosen if laptop is None else laptop_recipe(chosen, laptop), *(set or []))
 
 # %% ../../nbs/91_cli.core.ipynb #361d90a9
@@ -374,7 +375,19 @@ def _train(screen, recipe, run, asked, log, submit):
         _after_training(Run(run, screen), asked['valid'], submit)
 
 # %% ../../nbs/91_cli.core.ipynb #74b289e7
-_no_recipe = "No --recipe: using 'laptop', a small network with domain batches that trains on a CPU in minutes"
+def _recipe_for(data, target, recipe, set, laptop, faithful=False, full=False):
+    "The recipe that is asked for, or the default for the screen; and the screen"
+    from rcic_fastai.recipe.default import default_recipe
+    from rcic_fastai.screen.read import read_screen
+    if full and (recipe is not None or laptop is not None):
+        other = '--laptop' if recipe is None else '--recipe'
+        raise ValueError(f'--full is for the default recipe at full size, and {other} says something else: give one')
+    if recipe is not None or faithful: return _chosen_recipe(recipe, set, laptop, faithful), read_screen(data)
+    screen = read_screen(data)
+    default, why = default_recipe(screen, target, full or None)
+    chosen = _chosen_recipe(default, set, laptop)
+    _say(f'No --recipe: {chosen.name}, {chosen.train.epochs} epochs, because: {why}')
+    return chosen, screen
 
 def _check_run_folder(run, recipe, data, start):
     "Refuse a run folder that holds what is read: the recipe, the screen, the run to start from"
@@ -388,7 +401,7 @@ def _check_run_folder(run, recipe, data, start):
 @command
 def rcic_train(
     data:Path=None, # folder of a screen (RCIC, RxRx1, WILDS, an atlas, simulated, described) or of its store
-    recipe:str=None, # name of a system or a JSON file; by default `laptop`, a small network for a CPU
+    recipe:str=None, # name of a system or a JSON file; by default what suits the screen and the machine
     run:Path=Path('runs/latest'), # folder to write; a run that was killed is resumed by the same command
     set:_Repeated=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
     target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
@@ -400,16 +413,15 @@ def rcic_train(
     submit:bool=False, # predict the test split and write submission.csv as well
     present_only:bool=False, # use the sites whose files are all there, instead of stopping at a missing one
     laptop:int=None, # shrink the recipe to a small network and so many epochs in all
+    full:bool=False, # the default recipe at full size, even without a GPU
     list:bool=False, # show the recipes and stop
     debug:bool=False, # show the traceback of an error
 ):
     "Train a recipe on the training split of a screen."
     from rcic_fastai.recipe.published import list_recipes
-    from rcic_fastai.screen.read import read_screen
     if list: return _say(list_recipes().to_string())
     _require(data, '--data (or --list)')
-    if recipe is None: _say(_no_recipe)
-    chosen, screen = _chosen_recipe(recipe, set, laptop, faithful), read_screen(data)
+    chosen, screen = _recipe_for(data, target, recipe, set, laptop, faithful, full)
     _check_run_folder(run, recipe, data, start)
     asked = dict(target=target or screen.target, wells=wells, valid=valid or chosen.valid, present_only=present_only)
     _train(screen, chosen, run, asked | dict(start=start), log, submit)
@@ -419,7 +431,7 @@ def rcic_train(
 @command
 def rcic_find_lr(
     data:_Required=None, # folder of the screen
-    recipe:str='laptop', # name of a system or a JSON file
+    recipe:str=None, # name of a system or a JSON file; by default what suits the screen and the machine
     set:_Repeated=None, # change a setting of the recipe; may be repeated
     target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
     steps:int=100, # steps of the test, in which the learning rate rises from 1e-7 to 10
@@ -430,10 +442,9 @@ def rcic_find_lr(
 ):
     "Suggest a learning rate for the main stage of a recipe, with fastai's `lr_find`."
     from rcic_fastai.run.train import find_lr
-    from rcic_fastai.screen.read import read_screen
     _check_picture(out)
-    chosen = _chosen_recipe(recipe, set, laptop)
-    found = find_lr(read_screen(data), chosen, target, steps, out, present_only, _say)
+    chosen, screen = _recipe_for(data, target, recipe, set, laptop)
+    found = find_lr(screen, chosen, target, steps, out, present_only, _say)
     for name, rate in found._asdict().items(): _say(f'{name:>8}: {rate:.2e}')
     _say(f'Written: {out}; choose with --set train.lr=...')
 

@@ -48,7 +48,7 @@ def _first_cell(
     return dict(VALID=valid, TARGET=target, PRESENT_ONLY=present_only, HOURS=hours)
 
 def _recipe_of_kernel(
-    recipe:str=None, # of a kernel that trains: name of a system or a JSON file; by default laptop
+    recipe:str=None, # of a kernel that trains: name of a system or a JSON file; by default resnet10t_domain_batches
     set:_Repeated=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
     laptop:int=None, # shrink the recipe to a small network and so many epochs in all
     faithful:bool=False # the recipe as it was published, mistakes included

@@ -433,7 +433,7 @@ def _default_title(kind, recipe):
     return f'{"Train" if kind == "train" else "Infer with"} {recipe.name.replace("_", " ")}'[:50].strip()
 
 def _run_and_recipe(run, recipe):
-    if run is None: return None, recipe or get_recipe('laptop')
+    if run is None: return None, recipe or get_recipe()
     return (run := Run(run)), run.recipe
 
 def _dataset_of_weights(kind, out, run, weights, user, title):
@@ -469,7 +469,7 @@ def _kernel_text(kind, title, recipe, values, wheels, lacking, attached):
 def build_kernel(
     out:str|Path, # folder to write
     kind:str='train', # 'train', or 'infer' for a kernel that only loads weights
-    recipe:Recipe=None, # of a kernel that trains; None: 'laptop'
+    recipe:Recipe=None, # of a kernel that trains; None: that of `get_recipe()`
     run:str|Path|Run|None=None, # finished run that a kernel infers with; its weights go to `weights` in the folder
     weights:str=None, # USER/NAME of the dataset of weights; None: named after the title
     user:str=None, # owner; None: see `kaggle_user`

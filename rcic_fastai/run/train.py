@@ -36,6 +36,7 @@ from ..data.pack import check_screen_output
 from ..model.core import load_weights, read_meta, save_weights
 from ..recipe.settings import compare_recipes, PseudoSettings, Recipe, TrainSettings
 from ..recipe.published import get_recipe
+from ..recipe.default import default_recipe
 from ..train.checkpoint import checkpoint_files, remove_checkpoints
 from ..train.inference import inference_needs
 from ..train.loaders import recipe_dataloaders
@@ -175,6 +176,14 @@ def _check_request(t):
     if t.target not in w:
         raise ValueError(f'target {t.target!r} is no column of the wells{did_you_mean(t.target, w.columns)}')
     if isinstance(t.valid, str): valid_mask(w[w.split=='train'], t.valid, t.recipe.seed)
+
+def _recipe_of(screen, recipe, target, say):
+    "A recipe that is given, named, or chosen for a screen"
+    if isinstance(recipe, Recipe): return recipe
+    if recipe is not None: return get_recipe(recipe)
+    chosen, why = default_recipe(screen, target)
+    say(f'No recipe is named: {chosen.name}, {chosen.train.epochs} epochs, because: {why}')
+    return chosen
 
 # %% ../../nbs/77_run.train.ipynb #0f5ece8e
 _own_names = 'all', 'checkpoints', 'predictions', 'embeddings', 'tensorboard', 'wandb' # folders within a run
@@ -406,8 +415,8 @@ def _write_run(t, table, learn, names, more):
 # %% ../../nbs/77_run.train.ipynb #0cc5df76
 def train_run(
     screen:Screen|str|Path, # from `read_screen`, or its folder
-    recipe:Recipe|str|Path, # settings, or a name or file for `get_recipe`
-    run:str|Path, # folder to write, such as 'runs/first'; one that was killed is resumed
+    recipe:Recipe|str|Path=None, # settings, or a name or file for `get_recipe`; None: see `default_recipe`
+    run:str|Path='runs/latest', # folder to write; one that was killed is resumed
     target:str=None, # column of the wells to predict
     wells:str='treatments', # 'treatments', 'controls' or 'all'
     valid:str|Iterable[str]=None, # wells to set aside: a sentence for `valid_mask`, 'run=FOLDER' or id_codes
@@ -424,7 +433,7 @@ def train_run(
     signal, FloatingPointError for a loss that is not finite, both with what is saved intact.
     """
     if not isinstance(screen, Screen): screen = read_screen(screen)
-    if not isinstance(recipe, Recipe): recipe = get_recipe(recipe)
+    recipe = _recipe_of(screen, recipe, target, say)
     run = check_output(run, screen.path, start, option='--run')
     valid = _wells_of_run(recipe.valid if valid is None else valid)
     t = Training(screen, recipe, run, target or screen.target, wells, valid, present_only,
@@ -505,7 +514,7 @@ _slide.__name__ = 'slide'
 
 def find_lr(
     screen:Screen, # from `read_screen`
-    recipe:Recipe, # settings
+    recipe:Recipe|str|Path=None, # settings, or a name or file for `get_recipe`; None: see `default_recipe`
     target:str=None, # column of the wells to predict; by default siRNAs, of an atlas its labels
     steps:int=100, # steps of the test
     path:str|Path=None, # picture of the loss against the learning rate
@@ -515,6 +524,7 @@ def find_lr(
     "A learning rate for the main stage, by fastai's `lr_find`: it rises until the loss says that it is too much."
     import matplotlib.pyplot as plt
     if steps < 20: raise ValueError(f'--steps is {steps}, expected 20 or more: fewer points show no curve')
+    recipe = _recipe_of(screen, recipe, target, say)
     if path is not None: path = check_ours(check_screen_output(path, screen), 'a picture')
     with tempfile.TemporaryDirectory() as folder:
         t = Training(screen, recipe, Path(folder), target or screen.target, 'treatments', None, present_only, None, say)
