@@ -8,12 +8,12 @@ import pytest
 import tifffile
 from PIL import Image
 from cases import each
-from formats_inputs import WELLS, hostile_zarr, make, write_csv
+from formats_inputs import WELLS, hostile_zarr, make, write_csv, write_tiff
 
 from rcic_fastai.data.pack import pack_screen
 from rcic_fastai.data.store import read_site, verify_store
 from rcic_fastai.screen.channels import as_channel, channel_name
-from rcic_fastai.screen.describe import describe_screen
+from rcic_fastai.screen.describe import describe_screen, read_well_table
 from rcic_fastai.screen.formats import SYSTEMS, find_images
 from rcic_fastai.screen.formats_core import list_folder, xml_elements
 from rcic_fastai.screen.formats_guess import guess_names
@@ -345,6 +345,91 @@ def test_time_is_a_column_of_the_sites(tmp_path):
     assert len(sites) == 12 and sites.groupby("time").size().tolist() == [6, 6]
     one = sites[(sites.well == "A02") & (sites.time == 2)]
     assert grey(one.files.iloc[1], screen.channels)[0][0] == 1314
+
+
+def test_planes_and_times_are_as_described_before(tmp_path):
+    "In the store too, and next to a column of the plate map that is called time"
+    root, said = make("imagexpress", tmp_path / "own"), []
+    write_csv(root / "wells.csv", dict(well=list(WELLS), treatment=["DMSO", "x", "y"], time="24h"))
+    screen = describe_screen(root, say=said.append)
+    assert "time" not in screen.sites().time_point.unique() and set(screen.sites().time) == {"24h"}
+    packed = pack_screen(screen, tmp_path / "store", progress=False) and read_screen(tmp_path / "store")
+    for s in (screen, packed): assert s.sites().groupby("time_point").size().to_dict() == {1: 6, 2: 6}
+    for time, n in ((2, 6), (None, 6), ("all", 12), (None, 12)):
+        told = []
+        assert len(describe_screen(root, time=time, say=told.append).sites()) == n
+        assert ("2 times: time 2 is taken; --time all makes each a site" in told) == (n == 6)
+    stack = make("imagej", tmp_path / "stack")
+    for z, value in (("middle", 1315), (None, 1315), (1, 1313), (None, 1313), ("max", 1317)):
+        sites = describe_screen(stack, z=z, say=said.append).sites()
+        one = sites[(sites.well == "A02") & (sites.site == 2)].files.iloc[0]
+        assert grey(one, ["1"])[0][0] == value
+    assert "3 planes of depth: the maximum is taken; --z says otherwise" in said
+    for how, message in ((dict(z="top"), "z is 'top', expected 'max'"), (dict(time="first"), "time is 'first', exp")):
+        with pytest.raises(ValueError, match=message): describe_screen(root, say=said.append, **how)
+
+
+# what is written into a plate map, and which treatments come out
+FORMS = {"wells.txt": lambda t: t.to_csv(index=False, sep="\t").encode("utf-16"),
+         "wells.csv": lambda t: t.assign(note="µM").to_csv(index=False, sep=";").encode("cp1252"),
+         "other.csv": lambda t: t.assign(Row=["A", "A", "B"], Col=[1.0, 2.0, 1.0]).drop(columns="well").to_csv(
+             index=False).encode(),
+         "echo.csv": lambda t: t.rename(columns=dict(well="Destination Well", treatment="Sample Name")).to_csv(
+             index=False).encode()}
+
+
+@each("name", list(FORMS))
+def test_plate_maps_as_people_save_them(name, tmp_path):
+    for w in WELLS: Image.fromarray(np.full((8, 8), 9, np.uint8)).save(tmp_path / f"{w}_DAPI.png")
+    table = pd.DataFrame(dict(well=list(WELLS), treatment=["DMSO 0.1%", "x", "y"]))
+    (tmp_path / name).write_bytes(FORMS[name](table))
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")  # no plate map
+    if name.endswith("txt"): (tmp_path / "notes.csv").unlink()
+    wells = describe_screen(tmp_path, say=lambda *a: None).wells.set_index("well")
+    assert wells.treatment.to_dict() == dict(A01="DMSO 0.1%", A02="x", B01="y")
+    assert wells.well_type["A01"] == "negative_control"
+    truth = read_well_table(tmp_path / name, read_screen(tmp_path))
+    assert truth.treatment.tolist() == table.treatment.tolist()
+
+
+def test_compounds_in_any_form(tmp_path):
+    for compounds in ("compounds.xlsx", "compounds.txt"):
+        root = make("jump", tmp_path / compounds)
+        old = root / "metadata/JUMP-Target-1_compound_metadata.tsv"
+        table = pd.read_csv(old, sep="\t", dtype=str, keep_default_na=False)
+        old.unlink()
+        if compounds.endswith("txt"): (old.parent / compounds).write_bytes(table.to_csv(index=False).encode("utf-16"))
+        else:
+            pytest.importorskip("openpyxl", reason="openpyxl writes the example")
+            table.to_excel(old.parent / compounds, index=False)
+        wells = describe_screen(root, say=lambda *a: None).wells
+        assert wells.treatment.unique().tolist() == ["DMSO", "CYT-997", "gabapentin-enacarbil"]
+
+
+def test_wells_that_have_no_images_next_to_images_of_no_well(tmp_path):
+    for system, image in (("gen5", "B1_01_1_1_DAPI_001.tif"), ("cellvoyager", ".*_B01_T0001F001L01A01Z01C01.tif"),
+                          ("names", "B01_DAPI.png")):
+        root = tmp_path / system
+        if system != "names": make(system, root)
+        else:
+            for w in WELLS: write_tiff(root / f"{w}_DAPI.png", np.zeros((4, 4), np.uint8))
+        write_csv(root / "wells.csv", dict(well=["A01", "A02"], treatment=["x", "y"]))
+        assert len(describe_screen(root, say=lambda *a: None).wells) == 2  # more was imaged than is described
+        write_csv(root / "wells.csv", dict(well=["A01", "A02", "B02"], treatment=["x", "y", "z"]))
+        with pytest.raises(ValueError, match=f"wells.csv: well B02 has no images, and {image} is of no well"):
+            describe_screen(root, say=lambda *a: None)
+
+
+def test_numbers_of_planes_are_no_channels_in_a_pattern(tmp_path):
+    for p in spread("<w>_z<z>_<c>.png", w=list(WELLS), z="01", c=["DAPI", "ER"]):
+        write_tiff(tmp_path / p, np.arange(16, dtype=np.uint16).reshape(4, 4))
+    write_csv(tmp_path / "wells.csv", dict(well=list(WELLS), treatment=list("xyz")))
+    for files in ("{well}_{channel}.png", "{row}{column}_{channel}.png"):
+        with pytest.raises(ValueError, match="'z0_DAPI' and 'z1_DAPI' differ in a number behind 'z'.*such as z{z}"):
+            describe_screen(tmp_path, files=files, say=lambda *a: None)
+    names = ["z0_DAPI", "z1_DAPI"]
+    screen = describe_screen(tmp_path, files="{well}_{channel}.png", channels=names, say=lambda *a: None)
+    assert [channel_name(c) for c in screen.channels] == names
 
 
 def test_tables_of_jump_and_of_rxrx19a(tmp_path):

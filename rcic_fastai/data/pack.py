@@ -175,7 +175,7 @@ def _pack_zarr(self:_Packer, k, moved):
     return [xxhash.xxh3_64_intdigest(x) for x in block], [0]*len(rows)
 
 # %% ../../nbs/21_data.pack.ipynb #9c740ebd
-_INDEX_COLUMNS = ['site_id', *WELL_COLUMNS, 'site']
+_INDEX_COLUMNS = ['site_id', *WELL_COLUMNS, 'site', 'time', 'time_point']
 
 def write_index(
     table:pd.DataFrame, # one row per site in stored order, with `offset`, `length`, `checksum`

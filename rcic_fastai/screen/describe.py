@@ -19,9 +19,9 @@ from ..errors import did_you_mean
 from ..files import claim_folder, path_within, read_json, user_path, write_json, write_whole
 from .channels import as_channel, check_channel_names
 from .tables import alike, alike_names, read_rows, _require, _seen
-from .platemap import _aliases, column_alias, _natural, _plain, plate_map_wells, read_plate_map
-from .platemap import _require_wells, _well_name
-from .project_tables import _names_wells, _of_a_site, read_project_map
+from .platemap import _aliases, column_alias, _has_wells, _natural, _plain, plate_map_wells
+from .platemap import read_plate_map, _require_wells, _well_name, _with_wells
+from .project_tables import _names_wells, _of_a_site, read_any_rows, read_project_map
 from .sources import as_pixels, escape_braces, pattern_column, pattern_parts, Plane
 from .core import _packed_files, Screen
 from .planes import read_grey, read_plane
@@ -30,8 +30,8 @@ from .formats_core import ImageSet, list_folder, match_names
 from .formats_guess import guess_names
 from .image_index import index_sites, list_checksum, read_index, read_sites, single_files
 from .image_index import sorted_index, write_index, write_sites
-from .image_table import check_images, choose_t, choose_z, image_sites
-from .image_wells import match_wells
+from .image_table import check_images, choose_t, choose_z, image_sites, require_plain_channels
+from .image_wells import match_wells, refuse_left_over
 from .well_names import PLATE_COLUMNS, WELL_PATTERN
 
 # %% ../../nbs/15_screen.describe.ipynb #4cf8eb4f
@@ -282,7 +282,9 @@ def _indexed_sites(root, d, wells):
     names = wells[['experiment', 'plate_name', 'well', 'id_code']].rename(columns=dict(plate_name='plate'))
     sites = sites.merge(names, on=['experiment', 'plate', 'well'], how='inner')
     time = ['t'] if sites.t.nunique() > 1 else []
-    return sites[['id_code', *time, 'site', 'files']].rename(columns=dict(t='time'))
+    return sites[['id_code', *time, 'site', 'files']].rename(columns=dict(t=_time_column(wells)))
+
+def _time_column(wells): return 'time_point' if 'time' in wells else 'time'
 
 # %% ../../nbs/15_screen.describe.ipynb #c7b0363e
 _SITES = 'images.parquet'  # what a pattern has found, next to screen.json
@@ -314,10 +316,12 @@ def _described_sites(root, d, rows, wells):
     return pd.DataFrame(dict(id_code=sites.id_code.to_numpy(), site=sites.site.to_numpy(),
                              files=pattern_column(start+'/'+sites.files)))
 
-def _packed_sites(packed):
+def _packed_sites(root, packed, wells):
     "The same of what was packed"
     parts = packed.index.to_series().str.rpartition('_')
-    return pd.DataFrame(dict(id_code=parts[0].to_numpy(), site=parts[2].astype('int64').to_numpy(),
+    kept = pd.read_parquet(root/'sites.parquet')
+    time = {_time_column(wells): kept[c].to_numpy() for c in ('time', 'time_point') if c in kept}
+    return pd.DataFrame(dict(id_code=parts[0].to_numpy(), **time, site=parts[2].astype('int64').to_numpy(),
                              files=packed.array))
 
 # %% ../../nbs/15_screen.describe.ipynb #59cfeb6c
@@ -334,7 +338,7 @@ def read_platemap(
     d = _read_description(root)
     rows = _described_rows(root, d)
     wells = _described_wells(root, d, rows)
-    sites = _described_sites(root, d, rows, wells) if packed is None else _packed_sites(packed)
+    sites = _described_sites(root, d, rows, wells) if packed is None else _packed_sites(root, packed, wells)
     return PlateMapScreen(root, 'platemap', wells.drop(columns=['file', 'row']), tuple(d['channels']), packed=packed,
                           site_table=sites)
 
@@ -411,6 +415,12 @@ def _other_maps(images):
     return ([p for p in files if p.suffix.lower() == '.xlsx']
             or [p for p in files if p.suffix.lower() == '.txt' and _names_wells(p)])
 
+def _heads_wells(path):
+    "Has a table a column for wells, by its first line?"
+    with path.open(encoding='utf-8-sig', errors='replace') as f: head = re.split('[,;\t]', f.readline())
+    names = [c.strip(' \r\n"') for c in head]
+    return _has_wells(names)
+
 def _only_table(images, before):
     "The one table of a folder, the one that it was described with, or the list of plates of a project"
     if before and 'source' in before: return path_within(images, before['source'])
@@ -421,7 +431,9 @@ def _only_table(images, before):
     lists = [p for p in list_folder(images).named('barcode_platemap.csv')]
     if not tables and len(lists) == 1: return path_within(images, lists[0])
     if not tables and len(more := _other_maps(images)) == 1: return path_within(images, more[0].name)
-    raise ValueError(f'{images} holds {len(tables) or "no"} CSV files; '
+    if len(maps := [p for p in tables if _heads_wells(p)]) == 1: return path_within(images, maps[0].name)
+    names = f', {", ".join(p.name for p in tables[:5])}' if tables else ''
+    raise ValueError(f'{images} holds {len(tables) or "no"} CSV files{names}; '
                      'say which is the plate map with table=... (--table)')
 
 # %% ../../nbs/15_screen.describe.ipynb #67703aec
@@ -461,6 +473,18 @@ def _numbered(rows, before, earlier, name, negative, positive, out, say):
     if treatments and not earlier: _notice_numbers(out, treatments, new, say)
     return treatments+new
 
+# %% ../../nbs/15_screen.describe.ipynb #c5404335
+def _strange_images(images, files, rows):
+    "By the position of a row of its plate: the first image of a well that the plate does not have"
+    regex, row_of, found = pattern_regex(files, rows), _row_of_path(files, rows), {}
+    fields = [f for f in dict.fromkeys(f for _, f in pattern_parts(files)) if f not in ('channel', 'site', 'well', '')]
+    plates = [tuple(map(_same, v)) for v in rows[fields].astype(str).itertuples(index=False)]
+    for path in _image_files(images):
+        if (m := regex.fullmatch(path)) is None or row_of(m) is not None: continue
+        plate = tuple(_same(m[_group(f)]) for f in fields)
+        if plate in plates: found.setdefault(plates.index(plate), path)
+    return found
+
 # %% ../../nbs/15_screen.describe.ipynb #6c1f9ce7
 @dataclass(eq=False)
 class _Found:
@@ -480,9 +504,11 @@ def _is_plain(files, rows):
     fields = {f for _, f in pattern_parts(files)}-{''}
     return '{*}' not in files and {'channel', 'well'} <= fields and fields <= {'channel', 'site', *rows.columns}
 
-def _by_pattern(images, files, rows, wells):
+def _by_pattern(images, files, rows, wells, asked=None):
     "Sites whose names fit a plain pattern"
     sites, channels, others = find_sites(images, files, rows)
+    if not asked: require_plain_channels(channels.index)
+    if others: refuse_left_over(rows, rows.index.get_indexer(sites.index), _strange_images(images, files, rows))
     files_of = pd.Series(pattern_column(escape_braces(images.as_posix())+'/'+sites.files))
     place = wells.set_index('row')[['experiment', 'plate_name', 'well']].reindex(rows.row.loc[sites.index])
     kept = sites.reset_index(drop=True).assign(**{c: place[p].to_numpy() for c, p in _PLACE.items()})
@@ -494,9 +520,16 @@ def _say_system(found, say):
     title = SYSTEMS[found.system].title if found.system in SYSTEMS else 'Names of files'
     say(f'{title} ({found.system}): {found.why}')
     for what, n in found.skipped.items(): say(f'{n:,} {what}, left out')
-    t, z = found.images.t.nunique(), found.images.z[found.images.z >= 0].nunique()
-    if t > 1: say(f'{t} times: each is a site; --time N keeps one')
-    if z > 1: say(f'{z} planes of depth: --z says which, or max for the maximum')
+
+def _say_choice(images, how, say):
+    "Which planes and times are taken; as screen.json says it, where there are several"
+    t, z = images.t.nunique(), images.z[images.z >= 0].nunique()
+    if t > 1:
+        say(f'{t} times: ' + ('each is a site; --time N keeps one' if how.time == 'all' else
+                              f'time {how.time} is taken; --time all makes each a site'))
+    words = dict(max='the maximum is taken', middle='the one in the middle is taken')
+    if z > 1: say(f'{z} planes of depth: {words.get(how.z, f"plane {how.z} is taken")}; --z says otherwise')
+    return (dict(z=how.z) if z > 1 else {})|(dict(time=how.time) if t > 1 else {})
 
 # %% ../../nbs/15_screen.describe.ipynb #3da2690e
 def _index_of(images, rows, wells, at):
@@ -506,20 +539,25 @@ def _index_of(images, rows, wells, at):
     place = pd.DataFrame(place[at[at >= 0]], columns=['experiment', 'plate', 'well'], index=keep.index)
     return keep.assign(**{c: place[c] for c in place})
 
-def _by_index(images, found, rows, wells, how):
+def _by_index(images, found, rows, wells, how, chosen):
     "Sites of any system"
     whole = single_files(found.images)
-    planes = choose_t(found.images.assign(page=found.images.page.where(~whole, -1)), how.time)
+    planes = choose_t(found.images.assign(page=found.images.page.where(~whole, -1)),
+                      None if how.time == 'all' else how.time)
     planes = choose_z(planes, how.z)
     check_images(planes, planes.channel.unique() if how.channels else None)
     at = match_wells(planes, rows, PLATE_COLUMNS.get(how.plate_size))
     if (at < 0).all(): raise ValueError(f'{images}: no image is of a well of {rows.file.iloc[0]}')
+    plates = planes.assign(at=at).sort_values('at', ascending=False).drop_duplicates(['batch', 'plate'])
+    plates = plates[plates['at'] >= 0].set_index(['batch', 'plate'])['at']
+    lost = planes[at < 0].drop_duplicates(['batch', 'plate']).set_index(['batch', 'plate']).path
+    refuse_left_over(rows, at[at >= 0], {plates[k]: p for k, p in lost.items() if k in plates.index})
     index = sorted_index(_index_of(planes, rows, wells, at))
     sites = index_sites(index, images)
     counts = index.drop_duplicates(['experiment', 'plate', 'well', 'site', 'channel']).channel.value_counts()
     return _Found(sites.files, len(sites.drop_duplicates(['experiment', 'plate', 'well'])),
                   counts.loc[sorted(counts.index, key=_natural)], planes[at < 0].path.nunique(),
-                  dict(system=found.system, index='images.parquet'), found.channel_names, index)
+                  dict(system=found.system, index='images.parquet', **chosen), found.channel_names, index)
 
 # %% ../../nbs/15_screen.describe.ipynb #f8fdf6ad
 @dataclass(frozen=True)
@@ -528,19 +566,26 @@ class _How:
     files:str|None = None
     system:str = 'auto'
     channels:Sequence|None = None
-    z:str|int = 'max'
-    time:int|None = None
+    z:str|int|None = None
+    time:int|str|None = None
     plate_size:int|None = None
+
+    def decided(self, *descriptions):
+        "What is not asked for is as it was described before, or as usual"
+        said = dict(z='max', time='all')
+        for d in reversed(descriptions): said |= {k: d[k] for k in said if d and k in d}
+        return replace(self, **{k: v for k, v in said.items() if getattr(self, k) is None})
 
 def _look_up(images, rows, wells, how, say):
     "The sites of a folder"
-    if how.files is not None and _is_plain(how.files, rows): return _by_pattern(images, how.files, rows, wells)
+    if how.files is not None and _is_plain(how.files, rows):
+        return _by_pattern(images, how.files, rows, wells, how.channels)
     found = find_images(images, how.system, how.files, _known_columns(rows), how.plate_size)
     _say_system(found, say)
     if not found.pattern or not _is_plain(found.pattern, rows) or found.images.page.any():
-        return _by_index(images, found, rows, wells, how)
+        return _by_index(images, found, rows, wells, how, _say_choice(found.images, how, say))
     check_images(found.images, how.channels and found.images.channel.unique())
-    return _by_pattern(images, found.pattern, rows, wells)
+    return _by_pattern(images, found.pattern, rows, wells, how.channels)
 
 # %% ../../nbs/15_screen.describe.ipynb #4d074d4c
 def _tables(images, table, columns, controls, files, out, before, say):
@@ -552,13 +597,14 @@ def _tables(images, table, columns, controls, files, out, before, say):
         content = path.read_bytes()
         name = _table_name(out, path.name, content, say)
         return rows, content, dict(table=name, columns=dict(columns or {}))
-    rows = rows.assign(row=np.arange(2, len(rows)+2))
+    plate_map_wells(rows.drop(columns='well_type', errors='ignore'))  # an error names a row of a file that was read
     none = {c: name for c, name in (columns or {}).items() if name == ''}
     content = _own_table(rows)
     name = _table_name(out, 'plate_map.csv', content, say)
     try: source = dict(source=path.relative_to(images).as_posix())
     except ValueError: source = {}  # it lies elsewhere
-    return rows.assign(file=name), content, dict(table=name, columns=none, **source)
+    if rows.row.duplicated().any(): rows = rows.assign(file=name, row=np.arange(2, len(rows)+2))  # of several tables
+    return rows, content, dict(table=name, columns=none, **source)
 
 # %% ../../nbs/15_screen.describe.ipynb #f7847dbc
 def _describe(images, table, columns, negative, positive, out, like, n_images, how, say):
@@ -567,6 +613,7 @@ def _describe(images, table, columns, negative, positive, out, like, n_images, h
     earlier = None if like is None else _read_description(like)
     rows, content, kept = _tables(images, table, columns, not (negative or positive), how.files, out, before, say)
     name = re.sub('/', '-', images.resolve().name) or 'experiment-1'
+    how = how.decided(before, earlier)
     if earlier: how = replace(how, channels=earlier['channels'])
     found = _look_up(images, rows, plate_map_wells(rows, name, negative, positive), how, say)
     texts = _chosen_channels(found.channels, how.channels, len(found.files), say, found.names)
@@ -599,8 +646,8 @@ def describe_screen(
     n_images:int=32, # of each channel, to find its grey limits
     say:Callable=print, # what notices are given to
     system:str='auto', # what wrote the images, see `systems_table`; 'auto': find out
-    z:str|int='max', # of a stack: 'max' (maximum), 'middle', or the number of a plane
-    time:int=None, # a point in time; None: each is a site
+    z:str|int=None, # of a stack: 'max' (maximum), 'middle', or the number of a plane; None: as before, else 'max'
+    time:int|str=None, # a point in time, or 'all': each is a site; None: as before, else 'all'
     plate_size:int=None, # wells of a plate, for names that count wells
 ) -> PlateMapScreen:
     """Find out how images and a plate map fit together, and write screen.json.
@@ -636,7 +683,7 @@ def _plate_map(table):
 
 # %% ../../nbs/15_screen.describe.ipynb #b52e708e
 def read_well_table(
-    path:str|Path, # CSV file with `id_code`, or with well, plate and experiment as in a plate map
+    path:str|Path, # table with `id_code`, or with well, plate and experiment as in a plate map, see `read_any_rows`
     screen:Screen=None, # whose wells they are; None: plates are numbered as in a plate map
     ids:Sequence[str]=(), # id_codes to expect: where the table names no experiment, theirs if it is the same for all
 ) -> pd.DataFrame: # its columns as text with `id_code`, `file` and `row`; of a plate map with `attrs['plate_map']`
@@ -644,7 +691,7 @@ def read_well_table(
 
     Raises: `FileNotFoundError`; `ValueError` naming file and row of a well that is unknown or cannot be told apart.
     """
-    rows = read_rows(path, 'a table with id_code, or with well, plate and treatment')
+    rows = _with_wells(read_any_rows(path, 'a table with id_code, or with well, plate and treatment'))
     if 'id_code' in rows: return rows
     described = screen is not None and (Path(screen.path)/'screen.json').is_file()
     columns = _read_description(screen.path)['columns'] if described else {}
@@ -652,7 +699,7 @@ def read_well_table(
     if 'well' not in columns and not any(_plain(c) in _aliases['well'] for c in rows):
         raise ValueError(f'{path}: neither id_code nor well is among its columns, '
                          f'{", ".join(rows.columns.drop(["file", "row"]))}')
-    rows = read_plate_map(path, columns)
+    rows = read_plate_map(path, columns, rows)
     if screen is not None: return _plate_map(_well_keys(rows, screen, path))
     experiments = {str(i).rsplit('_', 2)[0] for i in ids}
     wells = plate_map_wells(rows, experiments.pop() if len(experiments) == 1 else 'experiment-1')

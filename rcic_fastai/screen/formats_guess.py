@@ -190,7 +190,9 @@ def _pattern_of(columns, values, known, paths):
         i = left[-1]
         other = next(k for k, v in enumerate(columns[i]) if v != columns[i][0])
         words = f'{columns[i][0]!r} and {columns[i][other]!r}'
-        raise ValueError(f'{paths[0]} and {paths[other]}: what {words} mean is not clear')
+        plates = values.get('plate', ()) if 'plate' not in roles.values() else ()
+        of_map = f'; the plates of the plate map are {", ".join(map(str, plates[:3]))}' if plates else ''
+        raise ValueError(f'{paths[0]} and {paths[other]}: what {words} mean is not clear{of_map}')
     text = lambda i, c: f'{{{roles[i]}}}' if i in roles else c[0].replace('{', '{{').replace('}', '}}')
     return ''.join(text(i, c) for i, c in enumerate(columns))
 

@@ -20,8 +20,9 @@ from .well_names import well_name
 
 # %% ../../nbs/11_screen.platemap.ipynb #5dc2aef3
 _aliases = dict(
-    well=('well', 'wellid', 'wellname', 'wellposition', 'position', 'cpdwellposition', 'address'),
-    plate=('plate', 'plateid', 'platename', 'barcode', 'platebarcode', 'assayplatebarcode'),
+    well=('well', 'wellid', 'wellname', 'wellposition', 'position', 'cpdwellposition', 'address', 'destinationwell'),
+    plate=('plate', 'plateid', 'platename', 'barcode', 'platebarcode', 'assayplatebarcode', 'destinationplatebarcode',
+           'destinationplatename', 'destinationplate'),
     experiment=('experiment', 'batch', 'screen', 'experimentname'), cell_type=('celltype', 'cellline', 'cells'),
     well_type=('welltype',), split=('split', 'dataset'),
     treatment=('treatment', 'compound', 'sirna', 'perturbation', 'gene', 'drug', 'label', 'class'))
@@ -63,6 +64,29 @@ def _known_columns(own, columns):
     if columns.get('treatment') == '': found.pop('treatment', None)
     return found
 
+# %% ../../nbs/11_screen.platemap.ipynb #cecdc401
+_ROWS = ('row', 'wellrow', 'platerow', 'rowid', 'rowname')
+_COLUMNS = ('column', 'col', 'wellcolumn', 'wellcol', 'platecolumn', 'platecol', 'columnid', 'columnname')
+
+def _in_two(own): return [[c for c in own if _plain(c) in words] for words in (_ROWS, _COLUMNS)]
+
+def _has_wells(own):
+    "Do columns of these names say the well, in one of them or in two?"
+    return 'well' in _known_columns(own, {}) or all(len(c) == 1 for c in _in_two(own))
+
+def _with_wells(table, columns=None):
+    "With a column for wells, where they are in two: row and column"
+    own = [c for c in table.columns.drop(['file', 'row']) if c not in (columns or {}).values()]
+    if 'well' in _known_columns(own, columns or {}) or not _has_wells(own): return table
+    row, column = _in_two(own)
+    def name(r, c): return f'r{r}c{c}' if r.isdigit() else f'{r}{c}'
+    rows, columns = (table[c[0]].str.removesuffix('.0') for c in (row, column))
+    return table.assign(well=list(map(name, rows, columns)))
+
+def _whole(values):
+    "Numbers of plates without the decimals that Excel and pandas give them"
+    return values.str.removesuffix('.0') if values.str.fullmatch(r'\d+\.0').all() else values
+
 # %% ../../nbs/11_screen.platemap.ipynb #590b5c5f
 def read_plate_map(
     path:str|Path, # CSV file, a row per well, see `read_rows`
@@ -75,9 +99,11 @@ def read_plate_map(
     """
     path, columns = user_path(path), dict(columns or {})
     if table is None: table = read_rows(path, 'a CSV file with a row per well')
+    _check_columns(columns, table.columns.drop(['file', 'row']), path.name)
+    table = _with_wells(table, columns)
     own = table.columns.drop(['file', 'row'])
-    _check_columns(columns, own, path.name)
     found = {ours: table[theirs] for ours, theirs in _known_columns(own, columns).items()}
+    if 'plate' in found: found['plate'] = _whole(found['plate'])
     if 'well' not in found:
         raise ValueError(f"{path.name}: none of the columns {', '.join(own)} is known to name the well; "
                          "columns={'well': ...} (--column well=NAME) says which does")

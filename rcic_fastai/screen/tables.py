@@ -127,7 +127,8 @@ def _table_rows(name, records, expected):
         if r[:len(names)] == names: raise ValueError(f'{name}: row {i}: the header is there once more')
         rows.append(r[:len(names)])
     if not rows: raise ValueError(f'{name}: the table is empty: a header and no rows')
-    return pd.DataFrame(rows, columns=names).assign(file=name, row=[i for i, _ in records[1:]])
+    own = [c.capitalize() if c in ('file', 'row') else c for c in names]  # these two are ours
+    return pd.DataFrame(rows, columns=own).assign(file=name, row=[i for i, _ in records[1:]])
 
 # %% ../../nbs/10_screen.tables.ipynb #86ddaf44
 def read_rows(
