@@ -129,7 +129,7 @@ _limits:dict[str, tuple[float, float]] = dict(
     size=(1, 16_384), laptop=(1, 100_000), steps=(20, 1_000_000), images=(1, 1_000_000), test=(0, 1_000_000),
     external=(0, 1_000_000), size_shift=(.1, 10), contrast=(1e-3, 100), max_distance=(0, 64), folds=(2, 1000),
     repeats=(1, 1000), min_positives=(0, 1_000_000), neighbours=(1, 1000), hours=(.01, 1000),
-    time=(0, 1_000_000), plate_size=(6, 1536))
+    plate_size=(6, 1536))
 
 def _check_limits(given):
     for name, value in given.items():
@@ -269,8 +269,8 @@ def rcic_describe(
     column:_Repeated=None, # what the plate map calls well, plate, treatment, ...: well=Position; may be repeated
     negative:_Repeated=None, # treatment that is a negative control; may be repeated
     positive:_Repeated=None, # treatment that is a positive control; may be repeated
-    z:str='max', # planes of a stack: max (maximum projection), middle, or the number of one
-    time:int=None, # a point in time; by default each is a site
+    z:str=None, # planes of a stack: max (maximum projection), middle, or the number of one; as before, or max
+    time:str=None, # a point in time, or all: each is a site; by default as before, or all
     plate_size:int=None, # wells of a plate, for systems that count wells: 96, 384, 1536
     out:Path=None, # folder for screen.json and a copy of the plate map; by default that of the images
     like:Path=None, # screen described before, whose channels, grey limits and numbers of treatments are used
@@ -280,7 +280,8 @@ def rcic_describe(
     from rcic_fastai.screen.describe import describe_screen
     if system == 'list': return _say(_system_list())
     names, columns = _words(channels) if channels else channels, _pairs(column, 'column')
-    how:dict = dict(system=system, z=int(z) if z.isdecimal() else z, time=time, plate_size=plate_size)
+    number = lambda text: int(text) if text and text.isdecimal() else text
+    how:dict = dict(system=system, z=number(z), time=number(time), plate_size=plate_size)
     screen = describe_screen(data, table, files, names, columns, negative or (), positive or (), out, like, say=_say,
                              **how)
     written = screen.path/'screen.json'
