@@ -24,6 +24,7 @@ from ..profile.metrics import to_anndata
 from ..predict.tta import TTA
 from ..predict.core import Predictions, _save_arrays
 from ..train.inference import embed_with, predict_with
+from .record import noted_path
 from .folder import Run
 
 # %% ../../nbs/76_run.predict.ipynb #8d28fda9
@@ -99,6 +100,7 @@ def predict(self:Run,
         if self.parts: p = _predict_parts(self, split, settings, how)
         else: p = _predict_network(self.with_inference(**settings), split, **how)
         p.made = dict(run=self.path.name, recipe=self.recipe.name, split=split, **p.made)
+        if self.beside: p.made['data'] = noted_path(self.data, self.path)
         p.save(self.predictions_path(split))
     return p
 

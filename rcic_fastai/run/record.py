@@ -67,8 +67,12 @@ def _is_name(name):
     try: return bool(check_name(name))
     except ValueError: return False
 
+def _are_groups(v): return v is None or isinstance(v, dict) and all(
+    k.isdecimal() and _is(int)(g) for k, g in v.items())
+
 def _are_parts(v): return _list_of(str, 1)(v) and len(set(v))==len(v) and all(map(_is_name, v))
 
+# %% ../../nbs/72_run.record.ipynb #52939f47
 _Checks = dict[str, tuple[Callable[[Any], bool], str]] # is the value good; what is expected
 _of_any:_Checks = dict(
     target=(_is(str), 'a name'),
@@ -84,6 +88,7 @@ _if_there:_Checks = dict(
     valid=(_is((str, type(None))), 'a text'), start=(_is((str, type(None))), 'a folder'),
     parts=(_are_parts, 'different names of folders within the run'),
     treatments=(lambda v: isinstance(v, dict) and all(map(_is(str), v.values())), 'names of numbers in braces'),
+    groups=(_are_groups, 'a plate group of each number, in braces'),
     blend=(_list_of(str, 1), 'a list of folders'), weights=(_is(dict), 'an object in braces'),
     versions=(_is(dict), 'an object in braces'),
     image_size=(lambda v: _list_of(int)(v) and len(v)==2, 'height and width'),

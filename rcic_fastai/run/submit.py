@@ -54,6 +54,30 @@ def _say_groups(table, method, say):
         sure = better if margin >= .05 else 'a guess: another order scores as well'
         say(f'{experiment}: groups {mapping.tolist()} on plates {mapping.index.tolist()}, {sure}')
 
+# %% ../../nbs/78_run.submit.ipynb #fc9166d5
+def _replicates(run):
+    "Has a treatment several wells within an experiment? Of later plates the training knows"
+    if run.screen.replicates or not run.beside: return run.screen.replicates
+    return 'groups' in run.info and run.info['groups'] is None
+
+def _groups_of(run, say):
+    "The plate groups of the screen; of later plates, those of the training. None: there are none"
+    if len(own := plate_groups(run.screen.wells)) or not run.beside: return own
+    if known := run.info.get('groups'): return pd.Series({int(n): g for n, g in known.items()}, name='group')
+    say(f'{run} knows no plate groups, and {run.screen.path} shows none: wells are assigned without them')
+
+def _assigned(run, p, groups, one_to_one, method, say):
+    "Labels of the wells, and whether plate groups were used; later plates may be laid out in another way"
+    found = _groups_of(run, say) if groups else None
+    ways = [(found, one_to_one, 'exact' if found is None else method, '')]
+    if run.beside and found is not None: ways.append((None, one_to_one, 'exact', 'no plate groups are used'))
+    if run.beside: ways.append((None, False, 'exact', 'each well gets its most likely treatment'))
+    for (g, one, how, _), after in zip(ways, [*(w[3] for w in ways[1:]), None]):
+        try: return assign_predictions(p, g, one, how), g is not None
+        except ValueError as e:
+            if after is None: raise ValueError(f'{run.predictions_path("test")}: {e}') from None
+            say(f'{run.screen.path} is laid out in another way than the plates of the training ({e}): {after}')
+
 # %% ../../nbs/78_run.submit.ipynb #c8d2e5f1
 def submit_run(
     run:str|Path|Run, # folder of a run, or of a blend, with predictions of the test split
@@ -73,13 +97,12 @@ def submit_run(
     p, screen = _test_predictions(run), run.screen
     out = check_screen_output(out or run.submission_path, run.screen, sample, *run.files())
     out = check_submission_path(out, sample := _own_sample(screen) if sample is None else sample)
-    if screen.replicates and (groups or one_to_one):
+    if _replicates(run) and (groups or one_to_one):
         groups = one_to_one = False
         say('Treatments have several wells within an experiment: each well gets its most likely treatment, without '
             'plate groups and one-to-one assignment')
     method = method or (run.recipe.inference.assignment if groups and one_to_one else 'exact')
-    try: table = assign_predictions(p, plate_groups(screen.wells) if groups else None, one_to_one, method)
-    except ValueError as e: raise ValueError(f'{run.predictions_path("test")}: {e}') from None
+    table, groups = _assigned(run, p, groups, one_to_one, method, say)
     write_submission(table.id_code, table.sirna, sample, out)
     _name_treatments(out, run)
     if groups: _say_groups(table, method, say)

@@ -392,17 +392,24 @@ def _asked_for(t):
                 present_only=t.present_only,
                 data=str(t.screen.path), request=request, **t.treatments())
 
+def _groups(t):
+    "The plate group of each number, for plates that come later; None where one-to-one assignment does not hold"
+    if t.target!='sirna' or t.screen.replicates: return None
+    try: return {str(n): int(g) for n, g in plate_groups(t.screen.wells).items()}
+    except ValueError: return None # plates that share treatments have no groups
+
 def _versions():
     "Of the libraries that a network depends on"
     import fastai, timm
     return dict(python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__,
                 timm=timm.__version__, pandas=pd.__version__)
 
+# %% ../../nbs/77_run.train.ipynb #4fd8b2da
 def _write_run(t, table, learn, names, more):
     "Histograms, weights, recipe.json, and run.json last"
     stats, asked = learn.dls.stats, _asked_for(t)
     info = dict(**asked, start=asked['request']['asked']['start'], **more, classes=list(learn.dls.vocab),
-                channels=list(t.screen.channels),
+                channels=list(t.screen.channels), groups=_groups(t),
                 cell_types=names['cell_types'], experiments=names['experiments'],
                 image_size=list(learn.dls.train_ds[0][0].shape[-2:]),
                 stats=None if stats is None else [s.tolist() for s in stats],
