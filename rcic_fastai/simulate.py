@@ -1,3 +1,3 @@
 from rcic_fastai.renamed import moved
 
-__getattr__ = moved(__name__, 'screen.simulate')  # a module of version 0.1.0
+__getattr__ = moved(__name__, 'screen.morphology', 'screen.cameras', 'screen.simulate')  # a module of version 0.1.0

@@ -20,9 +20,10 @@ import rcic_fastai.screen.simulate as simulate
 from rcic_fastai.screen.groups import plate_groups, plate_rotations
 from rcic_fastai.screen.sites import check_files
 from rcic_fastai.screen.read import read_screen
-from rcic_fastai.screen.simulate import Morphology, Simulation, cell_centres, changed_morphology, design_screen
-from rcic_fastai.screen.simulate import draw_cells, named_rng, other_intensity, plate_camera, real_intensity
-from rcic_fastai.screen.simulate import simulate_screen, simulate_site, sirna_morphology
+from rcic_fastai.screen.cameras import other_intensity, plate_camera, real_intensity
+from rcic_fastai.screen.morphology import Morphology, cell_centres, changed_morphology, draw_cells, named_rng
+from rcic_fastai.screen.morphology import sirna_morphology
+from rcic_fastai.screen.simulate import Simulation, design_screen, simulate_screen, simulate_site
 
 REAL = Path(__file__).parents[1].parent / "shared" / "rcic"
 SMALL = dict(n_sirnas=8, n_positive=1, n_train=2, n_test=1, cell_types=("HUVEC", "RPE"), image_size=24, seed=3,

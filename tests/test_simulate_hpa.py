@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from rcic_fastai.screen.atlas import hpa_channels, read_hpa, read_labels
 from rcic_fastai.screen.labels import label_matrix
-from rcic_fastai.screen.simulate import named_rng
+from rcic_fastai.screen.morphology import named_rng
 from rcic_fastai.screen.cells import CellField, Stain, antibody_stain, hpa_patterns
 from rcic_fastai.screen.simulate_atlas import AtlasSimulation, changed_labels, design_atlas, draw_label_sets
 from rcic_fastai.screen.simulate_atlas import label_sets, simulate_hpa, simulate_picture, twin_pairs

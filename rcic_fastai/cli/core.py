@@ -228,6 +228,16 @@ _simulated = dict(n_sirnas='--sirnas', n_train='--train-experiments', n_test='--
 
 def _naming_options(error): return ValueError(re.sub('|'.join(_simulated), lambda m: _simulated[m[0]], str(error)))
 
+def _sizes(optics):
+    "Sizes of effects, from NAME=VALUE each"
+    found = {}
+    for text in optics or []:
+        name, equals, value = text.partition('=')
+        try: found[name] = int(value) if name == 'bits' else float(value)
+        except ValueError:
+            raise ValueError(f'--optics is {text!r}, expected a name and a number such as bleed=0.5') from None
+    return found
+
 @command
 def rcic_simulate(
     out:_Required=None, # folder to write the screen to
@@ -239,6 +249,8 @@ def rcic_simulate(
     sites:int=2, # sites per well
     effect:float=.5, # size of the phenotypes
     batch_effect:float=1., # size of the difference between experiments
+    family:str='curves', # cameras: curves (monotone), optics or hard_optics (bleed-through, defocus, saturation, ...)
+    optics:_Repeated=None, # size of an effect of the family, such as bleed=0.5; may be repeated
     seed:int=0, # the same seed and settings give the same bytes
     workers:int=None, # processes; by default one per core
     debug:bool=False, # show the traceback of an error
@@ -248,7 +260,7 @@ def rcic_simulate(
     from rcic_fastai.screen.simulate import simulate_screen
     size = sirnas, train_experiments, test_experiments, tuple(filter(None, cell_types.split(','))), image_size
     how:dict = dict(effect=effect, batch_effect=batch_effect, seed=seed, workers=workers)
-    try: simulate_screen(out, *size, n_sites=sites, **how)
+    try: simulate_screen(out, *size, n_sites=sites, family=family, effects=_sizes(optics), **how)
     except ValueError as e: raise _naming_options(e) from None
     _say(read_screen(out))
 

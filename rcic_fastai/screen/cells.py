@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 
-from .simulate import cell_centres, named_rng, _noise, _step
+from .morphology import cell_centres, named_rng, _noise, _step
 
 # %% ../../nbs/11_screen.cells.ipynb #ae7f9d9b
 class CellField:

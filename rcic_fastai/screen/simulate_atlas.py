@@ -20,7 +20,8 @@ from scipy.ndimage import gaussian_filter
 
 from ..files import user_path, write_whole
 from .labels import label_matrix
-from .simulate import _begun, named_rng, _write_all
+from .morphology import named_rng
+from .simulate import _begun, _write_all
 from .cells import antibody_stain, CellField, protein_image
 from .atlas import hpa_channels, hpa_classes
 
