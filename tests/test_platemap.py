@@ -543,3 +543,31 @@ def test_a_control_found_by_name_in_a_table_with_capitals(tmp_path):
     screen = describe_screen(tmp_path, say=lambda *a: None)
     assert screen.wells.well_type.tolist() == ["negative_control", "treatment"]
     assert screen.wells.Dose.tolist() == ["0", "1"] and len(read_screen(tmp_path).sites()) == 2
+
+
+def test_like_takes_over_columns_controls_and_names(tmp_path):
+    "The next plate, from another folder: what was said of the first need not be said again"
+    for name, seed in (("first", 0), ("next", 1)):
+        rng = np.random.default_rng(seed)
+        (tmp_path / name / "day1").mkdir(parents=True)
+        for well in ("B02", "B03", "B04", "C02"):
+            for channel in ("w1", "w2"):
+                image = Image.fromarray(rng.integers(0, 4000, (16, 16), dtype=np.uint16))
+                image.save(tmp_path / name / "day1" / f"{well}-{channel}.tif")
+    (tmp_path / "first" / "map.csv").write_text(
+        "Position,What,Day\nB02,vehicle,day1\nB03,vehicle,day1\nB04,taxol,day1\nC02,colchicine,day1\n")
+    (tmp_path / "next" / "other.csv").write_text(
+        "Position,What,Day\nB02,vehicle,day1\nB03,vehicle,day1\nB04,,day1\nC02,,day1\n")
+    first = describe_screen(tmp_path / "first", columns=dict(well="Position", treatment="What", experiment="Day"),
+                            negative=["vehicle"], channels=["w2=ER", "w1=DAPI"], say=lambda *a: None,
+                            files="{experiment}/{well}-{channel}.tif")
+    said = []
+    later = describe_screen(tmp_path / "next", like=tmp_path / "first", say=said.append)
+    assert later.channels == first.channels
+    assert later.experiments == ["day1"]
+    assert later.wells.well_type.value_counts().to_dict() == {"negative_control": 2, "treatment": 2}
+    assert set(later.wells[later.wells.well_type == "treatment"].split) == {"test"}
+    assert "columns well=Position, treatment=What, experiment=Day" in said[0]
+    assert "negative controls vehicle" in said[0]
+    with pytest.raises(ValueError, match="no well has the control 'taxol'"):  # what is asked for is not dropped
+        describe_screen(tmp_path / "next", like=tmp_path / "first", negative=["taxol"], say=lambda *a: None)

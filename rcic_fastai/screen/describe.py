@@ -606,16 +606,49 @@ def _tables(images, table, columns, controls, files, out, before, say):
     if rows.row.duplicated().any(): rows = rows.assign(file=name, row=np.arange(2, len(rows)+2))  # of several tables
     return rows, content, dict(table=name, columns=none, **source)
 
+# %% ../../nbs/15_screen.describe.ipynb #0d29cc9a
+def _taken_over(earlier, like, how, say, **asked):
+    "What a description takes from an earlier one where nothing else is asked for: how to look, columns and controls"
+    taken = {k: v or earlier[k] for k, v in asked.items()}
+    files, system = earlier.get('files'), earlier.get('system')
+    if how.files is None and how.system=='auto':
+        how = replace(how, files=files, system=system if system in SYSTEMS and not files else 'auto')
+    said = dict(channels=', '.join(earlier['channels']),
+                columns=', '.join(f'{c}={name}' for c, name in taken['columns'].items()),
+                **{f'{k} controls': ', '.join(taken[k]) for k in ('negative', 'positive')},
+                treatments=f'{len(earlier["treatments"]):,} with their numbers', files=files or system)
+    say(f'Like {like}: ' + '; '.join(f'{k} {v}' for k, v in said.items() if v))
+    return replace(how, channels=earlier['channels']), *taken.values()
+
+def _present_controls(rows, earlier, asked, taken, say):
+    "Controls without those that were taken over and that the later plates lack"
+    there = set(rows.treatment) if 'treatment' in rows else set()
+    gone = [n for n in taken if earlier and n not in asked and n not in there]
+    if gone: say(f'No well has the control {", ".join(gone)} here')
+    return [n for n in taken if n not in gone]
+
+# %% ../../nbs/15_screen.describe.ipynb #656048e8
+def _look_up_like(images, rows, wells, how, asked, say):
+    "The sites of a folder, whose files may have other names than those of the earlier one"
+    try: return _look_up(images, rows, wells, how, say)
+    except ValueError as e:
+        if (how.files, how.system)==(asked.files, asked.system): raise
+        say(f'The files have other names than there ({e})')
+        return _look_up(images, rows, wells, replace(how, files=asked.files, system=asked.system), say)
+
 # %% ../../nbs/15_screen.describe.ipynb #f7847dbc
 def _describe(images, table, columns, negative, positive, out, like, n_images, how, say):
     "Look at images and table, and write screen.json; the folder is held"
     before = _described_before(out, images)
-    earlier = None if like is None else _read_description(like)
+    earlier, asked = None if like is None else _read_description(like), (how, negative, positive)
+    if earlier:
+        how, columns, negative, positive = _taken_over(earlier, like, how, say, columns=columns, negative=negative,
+                                                       positive=positive)
     rows, content, kept = _tables(images, table, columns, not (negative or positive), how.files, out, before, say)
     name = re.sub('/', '-', images.resolve().name) or 'experiment-1'
     how = how.decided(before, earlier)
-    if earlier: how = replace(how, channels=earlier['channels'])
-    found = _look_up(images, rows, plate_map_wells(rows, name, negative, positive), how, say)
+    negative, positive = (_present_controls(rows, earlier, *c, say) for c in zip(asked[1:], (negative, positive)))
+    found = _look_up_like(images, rows, plate_map_wells(rows, name, negative, positive), how, asked[0], say)
     texts = _chosen_channels(found.channels, how.channels, len(found.files), say, found.names)
     treatments = _numbered(rows, before, earlier, name, negative, positive, out, say)
     if not earlier: texts = _channels_with_limits(found.files, texts, n_images)
@@ -642,7 +675,7 @@ def describe_screen(
     negative:Sequence[str]=(), # treatments that are negative controls
     positive:Sequence[str]=(), # treatments that are positive controls
     out:str|Path=None, # folder for screen.json and the table; by default that of the images
-    like:str|Path=None, # folder of a screen described before: its channels, limits and numbers are used
+    like:str|Path=None, # folder of a screen described before: what is not asked for is as it was there
     n_images:int=32, # of each channel, to find its grey limits
     say:Callable=print, # what notices are given to
     system:str='auto', # what wrote the images, see `systems_table`; 'auto': find out
