@@ -285,7 +285,7 @@ def rcic_describe(
     time:str=None, # a point in time, or all: each is a site; by default as before, or all
     plate_size:int=None, # wells of a plate, for systems that count wells: 96, 384, 1536
     out:Path=None, # folder for screen.json and a copy of the plate map; by default that of the images
-    like:Path=None, # screen described before, whose channels, grey limits and numbers of treatments are used
+    like:Path=None, # screen described before; columns, controls, channels, grey limits, numbers and names are as there
     debug:bool=False, # show the traceback of an error
 ):
     "Make a screen of a folder of images and a plate map; --data of the other commands takes it from then on."
