@@ -221,7 +221,13 @@ FILES = "{batch}/p{plate}/{well}_s{site}_{channel}.tif"
 def test_a_described_screen_is_a_screen(own, tmp_path):
     said = []
     screen = describe_screen(own, files=FILES, negative=["DMSO"], say=said.append)
+    clipped = json.loads((own / "screen.json").read_text())["clipped"].values()
+    assert all(0 <= share < .002 for shares in clipped for share in shares)
     assert said == ["Columns of wells.csv: well = well, treatment = gene, plate = plate, experiment = batch",
+                    "Channels are in the order of their names: DAPI, ER; pictures show the first as the nucleus, and "
+                    "channels=... (--channels ER,DAPI) gives another order",
+                    *(f"Channel {c}: of the pixels looked at, {low:.2%} are darker than these grey limits and "
+                      f"{high:.2%} brighter" for c, (low, high) in zip(screen.channels, clipped)),
                     f"25 sites of 13 wells, named {FILES}; 1 wells have no images; 1 images belong to no well"]
     again = read_screen(own)
     pd.testing.assert_frame_equal(again.sites(), screen.sites())

@@ -772,7 +772,9 @@ def test_real_files(rcic):
     (3, ("3", "3", None, False)), ("yellow?", ("yellow", "yellow", None, True)),
     ("DAPI[100-3200]", ("DAPI", "DAPI", (100, 3200), False)),
     ("w1=DAPI", ("DAPI", "w1", None, False)), ("w1=DAPI[100-3200]?", ("DAPI", "w1", (100, 3200), True)),
-    ("a[b]", ("a[b]", "a[b]", None, False)),
+    ("a[b]", ("a[b]", "a[b]", None, False)), ("ER[0.0002-0.0187]", ("ER", "ER", (.0002, .0187), False)),
+    ("ER[-20-3200]", ("ER", "ER", (-20, 3200), False)), ("ER[-2.5--1e-07]?", ("ER", "ER", (-2.5, -1e-7), True)),
+    ("ER[1e-05-1e+20]", ("ER", "ER", (1e-5, 1e20), False)),
 ])
 def test_a_channel_and_its_text(text, parts):
     channel = as_channel(text)
@@ -780,6 +782,11 @@ def test_a_channel_and_its_text(text, parts):
         channel_name(text), channel_file(text), grey_limits(text), is_optional(text))
     assert str(channel) == str(text) and as_channel(channel) is channel
     assert as_channel(str(channel)) == channel == Channel(*parts)
+
+
+@each("text", ["a[5-5]", "a[2-1]", "a[.5-.25]", "a[0-" + "9" * 400 + "]", "a[-1e400-0]"])
+def test_grey_limits_are_a_range(text):
+    with pytest.raises(ValueError, match="channel a: grey limits .* the second must be larger"): as_channel(text)
 
 
 @each("name", ["a/b", "..", "a\\b", "../a=b", "a\0"])

@@ -277,7 +277,7 @@ def rcic_describe(
     table:Path=None, # plate map, a CSV file with a row per well; by default the only one in that folder
     system:str='auto', # what wrote the images, such as harmony; list: all that are known; auto: find out, and say why
     files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; by default by system
-    channels:str=None, # in order, as in the names of files, with commas, the nucleus first, such as w1=DAPI,w2=ER
+    channels:str=None, # in order, as in the names of files, the nucleus first, such as w1=DAPI,w2=ER[100-3200]
     column:_Repeated=None, # what the plate map calls well, plate, treatment, ...: well=Position; may be repeated
     negative:_Repeated=None, # treatment that is a negative control; may be repeated
     positive:_Repeated=None, # treatment that is a positive control; may be repeated
