@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 from cases import each
 import xxhash
+from zarr_0_1_0 import pack_0_1_0
 
 from rcic_fastai.cli.core import _say, one_line_errors, rcic_show
 from rcic_fastai.credentials import refuse_password, scrub
@@ -322,7 +323,9 @@ def stores(small_screen, tmp_path_factory):
     "Stores of ten sites in shards of four, by format"
     folder, sites = tmp_path_factory.mktemp("stores"), read_screen(small_screen).sites()[:10]
     formats = ["blosc2", "raw"] + (["zarr"] if sys.version_info >= (3, 11) else [])
-    return {f: Path(pack_sites(sites, folder / f, format=f, shard_sites=4, progress=False).path) for f in formats}
+    packed = {f: Path(pack_sites(sites, folder / f, format=f, shard_sites=4, progress=False).path) for f in formats}
+    if "zarr" in packed: packed["zarr_0_1_0"] = pack_0_1_0(packed["zarr"], folder / "zarr_0_1_0")
+    return packed
 
 
 @pytest.fixture
@@ -434,8 +437,8 @@ def test_a_chunk_that_does_not_fit(forged, stranger, monkeypatch, at, value, mes
 
 def test_zarr_is_format_3_and_the_array_that_was_packed(stores, forged):
     pytest.importorskip("zarr", reason="the format zarr needs zarr 3, which needs Python 3.11")
-    assert Store(stores["zarr"]).read(3).shape == (6, 48, 48)
-    theirs = forged("zarr")
+    assert (Store(stores["zarr_0_1_0"]).read(3) == Store(stores["zarr"]).read(3)).all()
+    theirs = forged("zarr_0_1_0")
     path = theirs / "shards" / "zarr.json"
     good = json.loads(path.read_text())
     inner = good["codecs"][0]["configuration"]["codecs"]
@@ -465,9 +468,33 @@ def test_what_a_zstd_frame_says_it_holds(size):
     assert _zstd_size(b"") is _zstd_size(b"\x28\xb5\x2f\xfd\x00\x00") is _zstd_size(b"PK\x03\x04" * 5) is None
 
 
+@each("index, message", [
+    (lambda t: t.assign(place="../../outside"), "row 0: '../../outside' is no place"),
+    (lambda t: t.assign(place=[*t.place[:4], "plates/../../a.ome.zarr/B/3/1", *t.place[5:]]), "row 4: .* is no place"),
+    (lambda t: t.assign(place=t.place.str.replace("zarr/[A-Z]", "zarr/..", regex=True)), "row 0: .* is no place"),
+    (lambda t: t.assign(place=t.place.iloc[0]), "row 1: another site has its place"),
+    (lambda t: t.assign(place=1), "row 0: '1' is no place"),
+    (lambda t: t.drop(columns="place"), "row 0: 'None' is no")])
+def test_places_lie_in_the_store(forged, index, message):
+    pytest.importorskip("zarr", reason="the format zarr needs zarr 3, which needs Python 3.11")
+    with pytest.raises(ValueError, match=f"sites.parquet: {message}"): Store(forged("zarr", index=index)).read(0)
+
+
+@each("said", [None, [], dict(version="0.5"), dict(version="0.4"), dict(labels="ABCDEF"), dict(windows=[[0, 1]] * 5),
+               dict(windows=[[0, "1"]] * 6), dict(colors=[1] * 6)], ids=str)
+def test_what_a_manifest_says_to_other_programs(stores, forged, said):
+    pytest.importorskip("zarr", reason="the format zarr needs zarr 3, which needs Python 3.11")
+    good = json.loads((stores["zarr"] / "manifest.json").read_text())["ome_zarr"]
+    assert Store(forged("zarr", manifest=dict(ome_zarr=good))).read(0).any()
+    if isinstance(said, dict) and said != dict(version="0.5"): said = {**good, **said}
+    with pytest.raises(ValueError, match="manifest.json: ome_zarr does not describe 6 channels"):
+        Store(forged("zarr", manifest=dict(ome_zarr=said)))
+
+
 @pytest.mark.parametrize("address", ["{}", "memory://strangers/store"])
-def test_a_zarr_chunk_that_holds_too_much(stores, tmp_path, address):
-    "Ten times the pixels of a site, compressed to less than one: refused before they are there"
+@pytest.mark.parametrize("layout, n, size", [("zarr", 6, 48 * 48), ("zarr_0_1_0", 4, 6 * 48 * 48)])
+def test_a_zarr_chunk_that_holds_too_much(stores, tmp_path, address, layout, n, size):
+    "Ten times the pixels of a chunk, compressed to less than one: refused before they are there"
     pytest.importorskip("zarr", reason="the format zarr needs zarr 3, which needs Python 3.11")
     import fsspec
     from numcodecs import Zstd
@@ -475,24 +502,25 @@ def test_a_zarr_chunk_that_holds_too_much(stores, tmp_path, address):
 
     google_crc32c = pytest.importorskip("google_crc32c", reason="it comes with zarr")
     def crc(data): return google_crc32c.value(bytes(data)).to_bytes(4, "little")
-    theirs = shutil.copytree(stores["zarr"], tmp_path / "theirs")
+    theirs = shutil.copytree(stores[layout], tmp_path / "theirs")
     assert Store(theirs).read(1).any()
     shard = theirs / "shards" / "c" / "0" / "0" / "0" / "0"
+    if layout == "zarr": shard = theirs / Store(theirs).sites.place[1] / "0" / "c" / "0" / "0" / "0"
     data = bytearray(shard.read_bytes())
     # of the chunks, and how long they are
-    starts = np.frombuffer(data[-4 - 16 * 4 : -4], "<u8").reshape(-1, 2).astype(int)
-    bomb = bytes(Zstd().encode(bytes(10 * 6 * 48 * 48)))
+    starts = np.frombuffer(data[-4 - 16 * n : -4], "<u8").reshape(-1, 2).astype(int)
+    bomb = bytes(Zstd().encode(bytes(10 * size)))
     chunk = bomb + crc(bomb)
     index = starts.copy()
     index[1, 1] = len(chunk)
     assert len(chunk) <= starts[1, 1]
     data[starts[1, 0] : starts[1, 0] + len(chunk)] = chunk
     raw = index.astype("<u8").tobytes()
-    data[-4 - 16 * 4 :] = raw + crc(raw)
+    data[-4 - 16 * n :] = raw + crc(raw)
     shard.write_bytes(data)
     address = address.format(theirs)
     if "://" in address: fsspec.filesystem("memory").put(str(theirs), "/strangers/store", recursive=True)
-    with pytest.raises(DamagedSite, match="it holds 138240 bytes, not 13,824"): Store(address).read(1)
+    with pytest.raises(DamagedSite, match=f"it holds {10 * size} bytes, not {size:,}"): Store(address).read(1)
     assert Store(address).read(0).any()
     from zarr.registry import get_codec_class
 

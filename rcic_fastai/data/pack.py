@@ -26,10 +26,12 @@ from ..errors import one_of
 from ..files import check_output, claim_folder, clean_partials, folder_contents, path_within
 from ..files import read_json, refuse_linked_folders, refuse_links, user_path, write_json, write_whole
 from ..screen.tables import WELL_COLUMNS
-from ..screen.channels import channel_file, CHANNELS
+from ..screen.channels import channel_file, CHANNELS, grey_limits
 from ..screen.sources import as_pixels
 from ..screen.sites import check_files, present_sites
 from ..screen.core import Screen
+from .colors import channel_colors, channel_label, hex_color
+from .ome_zarr import grey_windows, OME_ZARR, ome_zarr_files, open_sites, site_places
 from .codec import _Blosc2, _presets
 from .store import FORMATS, Store, _digest, _INDEX, _KIND, _MANIFEST, _PLAN, _source_image
 
@@ -51,7 +53,8 @@ def _plan(sites, channels, format, preset, size, shard_sites, tables):
         kind=_KIND, format=format, preset=preset, shape=list(_source_image(first, channels, size).shape),
         channels=list(channels), composite=as_pixels(first).composite, size=size, n_sites=len(sites),
         shard_sites=shard_sites or (64 if format == 'zarr' else 256), tables=tables,
-        sites=xxhash.xxh3_64_hexdigest('\n'.join(sites.site_id).encode()))
+        sites=xxhash.xxh3_64_hexdigest('\n'.join(sites.site_id).encode()),
+        **(dict(ome_zarr=dict(version=OME_ZARR)) if format == 'zarr' else {}))
 
 # %% ../../nbs/21_data.pack.ipynb #77d8fd00
 def _same_store(out, plan):
@@ -77,16 +80,17 @@ def _check_folder(out, plan):
         raise FileExistsError(f'{out} is not empty, it holds {others[0].name}; choose a new folder')
 
 # %% ../../nbs/21_data.pack.ipynb #aac71dbc
-_PARTS = 'parts'
+_PARTS, _PIXELS = 'parts', ('shards', 'plates', 'images.ome.zarr')
 
 def _begin(out, plan):
     "Write the plan; clear away what a killed process had half written"
     refuse_linked_folders(out)
     clean_partials(out, deep=True, held=True)
     if (out/_PLAN).exists(): # zarr has other temporary names
-        for p in (out/'shards').glob('**/*.partial'): p.unlink()
+        for p in (p for d in _PIXELS for p in (out/d).glob('**/*.partial')): p.unlink()
     else: write_json(out/_PLAN, plan)
-    for d in (out/'shards', out/_PARTS): d.mkdir(exist_ok=True)
+    if plan['format'] != 'zarr': (out/'shards').mkdir(exist_ok=True)
+    (out/_PARTS).mkdir(exist_ok=True)
 
 def _tidy(out):
     "Remove what a finished store does not need"
@@ -116,7 +120,10 @@ class _Packer:
         return np.ascontiguousarray(x)
 
     @cached_property
-    def array(self): return self._open_array()
+    def places(self): return site_places(self.sites)
+
+    @cached_property
+    def array(self): return open_sites(str(self.out), self.places, self.shape, write=True)
 
 # %% ../../nbs/21_data.pack.ipynb #81762920
 def _write_parts(path, parts):
@@ -152,18 +159,6 @@ def pack(self:_Packer, k, moved):
 
 # %% ../../nbs/21_data.pack.ipynb #0031e644
 @patch
-def _open_array(self:_Packer):
-    import zarr
-    from zarr.codecs import Crc32cCodec, ZstdCodec
-    folder, settings = self.out/'shards', dict(level=1, checksum=False)
-    if (folder/'zarr.json').exists(): return zarr.open_array(folder, mode='r+')
-    n = -(-len(self.sites)//self.step)*self.step
-    return zarr.create_array(
-        folder, shape=(len(self.sites), *self.shape), shards=(min(self.step, n), *self.shape), chunks=(1, *self.shape),
-        dtype='uint8', compressors=[ZstdCodec(**settings), Crc32cCodec()], fill_value=0,
-        dimension_names=('site', 'channel', 'y', 'x'))
-
-@patch
 def _pack_zarr(self:_Packer, k, moved):
     rows = self.rows(k)
     block = np.empty((len(rows), *self.shape), np.uint8)
@@ -171,8 +166,27 @@ def _pack_zarr(self:_Packer, k, moved):
         into[...] = x
         moved()
     self.array[k*self.step:k*self.step+len(rows)] = block
-    with open(self.out/'shards'/'c'/str(k)/'0'/'0'/'0', 'rb+') as f: os.fsync(f.fileno())
+    for place in self.places[k*self.step:k*self.step+len(rows)]:
+        with suppress(FileNotFoundError): # zarr keeps no black image
+            with open(self.out/place/'0'/'c'/'0'/'0'/'0', 'rb+') as f: os.fsync(f.fileno())
     return [xxhash.xxh3_64_intdigest(x) for x in block], [0]*len(rows)
+
+@patch
+def _places_table(self:_Packer):
+    "Further columns of the index: what names a plate, and where each image lies"
+    return {c: self.sites[c] for c in ('plate_name', 'time') if c in self.sites}|dict(place=self.places)
+
+@patch
+def _describe_plates(self:_Packer, sites):
+    "Write what other programs read; returns what the manifest keeps of it"
+    channels = self.plan['channels'] if len(self.plan['channels']) == self.shape[0] else range(1, self.shape[0]+1)
+    some = [self.array[int(i)] for i in np.unique(np.linspace(0, len(sites)-1, 16).astype(int))]
+    said = dict(version=OME_ZARR, labels=[channel_label(c) for c in channels],
+                colors=[hex_color(c) for c in channel_colors(len(channels))],
+                windows=grey_windows(some, [grey_limits(c) for c in channels]))
+    # not forced to the disk: they follow from index and manifest, with which `verify_store` compares them
+    for path, text in ome_zarr_files(sites, said, self.shape): write_whole(self.out/path, text, sync=False)
+    return said
 
 # %% ../../nbs/21_data.pack.ipynb #9c740ebd
 _INDEX_COLUMNS = ['site_id', *WELL_COLUMNS, 'site', 'time', 'time_point']
@@ -197,9 +211,11 @@ def finish(self:_Packer):
     shards = (lengths[a:a+self.step] for a in range(0, len(lengths), self.step))
     starts = np.concatenate([np.cumsum(s)-s for s in shards])
     table = self.sites[[c for c in _INDEX_COLUMNS if c in self.sites]]
+    if plates := self.plan['format'] == 'zarr': table = table.assign(**self._places_table())
+    said = dict(ome_zarr=self._describe_plates(table)) if plates else {}
     write_index(table.assign(offset=starts, length=lengths, checksum=checksums), self.out/_INDEX)
     files = {name: xxhash.xxh3_64_hexdigest((self.out/name).read_bytes()) for name in (_INDEX, *self.plan['tables'])}
-    manifest = dict(self.plan, files=files, versions=_versions(self.plan['format']))
+    manifest = dict(self.plan, files=files, versions=_versions(self.plan['format']), **said)
     write_json(self.out/_MANIFEST, dict(manifest, digest=_digest(manifest)))
     _tidy(self.out)
 
@@ -208,8 +224,9 @@ def _estimate(packer, n=6):
     "Bytes that the whole store takes, from sites spread over the screen"
     pixels = len(packer.sites)*math.prod(packer.shape)
     if packer.plan['format'] == 'raw': return pixels
-    # zarr's zstd is that of Blosc2 without the differences; half the pixels is more than it ever took
-    if packer.plan['format'] == 'zarr': return pixels//2
+    # zarr's zstd is that of Blosc2 without the differences; half the pixels is more than it ever took, and two small
+    # files describe each site
+    if packer.plan['format'] == 'zarr': return pixels//2+len(packer.sites)*4096
     rows = [packer.sites.iloc[i] for i in np.unique(np.linspace(0, len(packer.sites)-1, n).astype(int))]
     return int(np.mean([len(data) for data, _ in packer.pool.map(packer._encoded, rows)])*len(packer.sites)*1.05)
 
@@ -262,7 +279,7 @@ def pack_sites(
     sites:pd.DataFrame, # sites with their files, see `well_sites`
     out:str|Path, # folder to write
     channels:Sequence[int|str]=CHANNELS, # numbers or names of the channels
-    format:str='blosc2', # 'blosc2', 'zarr' (for programs that know zarr 3, and object stores) or 'raw' (for memmap)
+    format:str='blosc2', # 'blosc2', 'zarr' (OME-Zarr plates, for other programs and object stores) or 'raw' (memmap)
     preset:str='default', # of blosc2: 'default', 'small', 'fast' or 'windows'
     size:int=None, # shorter side that images are reduced to by area average, in pixels; None: as they are, losslessly
     shard_sites:int=None, # sites per file; by default 256, with zarr 64
@@ -326,7 +343,7 @@ def check_screen_output(
     ask = screen.sites().files if out.exists() and screen.packed is None else ()
     files = (Path(f) for r in ask for f in as_pixels(r).paths(names) if Path(f).name == real.name)
     store = []
-    if (root/_MANIFEST).is_file(): store = [Path(os.path.realpath(root/n)) for n in (_MANIFEST, _INDEX, 'shards')]
+    if (root/_MANIFEST).is_file(): store = [Path(os.path.realpath(root/n)) for n in (_MANIFEST, _INDEX, *_PIXELS)]
     if real in store or set(store) & set(real.parents) or any(Path(os.path.realpath(f)) == real for f in files):
         raise ValueError(f'{option} {out} belongs to {root}: give another name')
     return out

@@ -28,6 +28,7 @@ from ..screen.channels import CHANNELS
 from ..screen.sources import AbsentSite, as_pixels, PixelsArray, SitePixels, store_column, StoreRow
 from ..screen.planes import resize_site
 from .buffers import BatchBuffers, _fill, read_ahead
+from .ome_zarr import check_places, is_ome_zarr, ome_zarr_files, open_sites
 from .codec import _Blosc2, _HEADER, _presets
 
 # %% ../../nbs/20_data.store.ipynb #62096971
@@ -92,6 +93,8 @@ def _check_manifest(manifest, where):
     c = manifest['shape'][0]
     if not manifest['composite'] and c != len(manifest['channels']):
         raise ValueError(f'{where}: {len(manifest["channels"])} channels, but the shape says {c}')
+    if 'ome_zarr' in manifest and not (manifest['format'] == 'zarr' and is_ome_zarr(manifest['ome_zarr'], c)):
+        raise ValueError(f'{where}: ome_zarr does not describe {c} channels of a store of format zarr')
 
 # %% ../../nbs/20_data.store.ipynb #75cb4a90
 def _check_columns(schema, where):
@@ -120,6 +123,7 @@ def _read_index(data, manifest, where):
     if table.site_id.isna().any() or table.site_id.duplicated().any():
         raise ValueError(f'{where}: a site is missing or is there twice')
     _check_places(table, manifest, where)
+    if 'ome_zarr' in manifest: check_places(table.get('place', [None]*n), where)
     return table
 
 # %% ../../nbs/20_data.store.ipynb #cad0f6b2
@@ -298,7 +302,7 @@ def _map_shard(self:Store, k): return _mapped(Path(self.path)/'shards'/f'{k:05d}
 
 @patch
 def _damaged(self:Store, i, why):
-    where = 'array shards'
+    where = f'{self.sites.place.iloc[i]}/0' if 'ome_zarr' in self.manifest else 'array shards'
     if self.format != 'zarr':
         offset, length = self._where[0][i], self._where[1][i]
         where = f'shards/{i//self.manifest["shard_sites"]:05d}.bin, bytes {offset:,} to {offset+length:,}'
@@ -363,8 +367,18 @@ def check(self:Store) -> 'Store': # itself
 
 # %% ../../nbs/20_data.store.ipynb #d63d235c
 @patch
+def _open_plates(self:Store):
+    def lost(i):
+        if int(self._where[2][i]) == xxhash.xxh3_64_intdigest(np.zeros(self.shape, np.uint8)): return
+        site = self.sites.iloc[i]
+        raise FileNotFoundError(f'{self.shown}/{site.place}/0/c/0/0/0 does not exist; it holds site {site.site_id}')
+    return open_sites(self.path, self.sites.place.tolist(), self.shape, lost=lost)
+
+@patch
 def _open_array(self:Store):
     import zarr
+    if 'ome_zarr' in self.manifest:
+        with zarr.config.set({'codecs.zstd': _checked_zstd()}): return self._open_plates()
     where = _join(self.path, 'shards', 'zarr.json')
     _check_zarr(parse_json(_read_bytes(where).decode(errors='replace'), scrub(where), dict), self.manifest,
                 scrub(where))
@@ -536,6 +550,13 @@ def _site_problem(store, i, files=None):
     differ = int((source != x).sum())
     return f'{differ:,} pixels differ from {files}' if differ else None
 
+# %% ../../nbs/20_data.store.ipynb #7681704b
+def _files_of(store):
+    "Checksums of index and tables, and of what describes plates and images to other programs"
+    said = store.manifest.get('ome_zarr')
+    described = () if said is None else ome_zarr_files(store.sites, said, store.shape)
+    return store.manifest['files']|{name: xxhash.xxh3_64_hexdigest(text.encode()) for name, text in described}
+
 def _table_problem(store, name, checksum):
     try: data = _read_bytes(_join(store.path, name))
     except FileNotFoundError: return f'{store.shown}/{name} does not exist'
@@ -553,14 +574,15 @@ def verify_store(
 
     Raises: ValueError if a site of the store is not among `sites`.
     """
-    files = None if sites is None else sites.set_index('site_id').files.reindex(store.sites.site_id)
-    if files is not None and files.isna().any():
-        lost = files.index[files.isna()][0]
+    theirs = None if sites is None else sites.set_index('site_id').files.reindex(store.sites.site_id)
+    if theirs is not None and theirs.isna().any():
+        lost = theirs.index[theirs.isna()][0]
         raise ValueError(f'site {lost} of {store.shown} is not among the {len(sites):,} sites given')
     n = len(store.sites) # the index is compared with the manifest first
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        problem = lambda i: _site_problem(store, i, None if files is None else files.iloc[i])
+        problem = lambda i: _site_problem(store, i, None if theirs is None else theirs.iloc[i])
         found = list(tqdm(pool.map(problem, range(n)), total=n, unit='site', disable=not progress))
-    tables = {name: _table_problem(store, name, checksum) for name, checksum in store.manifest['files'].items()}
-    problems = [(name, p) for name,p in [*tables.items(), *zip(store.sites.site_id, found)] if p]
+        files = _files_of(store)
+        others = list(pool.map(lambda name: _table_problem(store, name, files[name]), files))
+    problems = [(name, p) for name, p in [*zip(files, others), *zip(store.sites.site_id, found)] if p]
     return pd.DataFrame(problems, columns=['site_id', 'problem'])
