@@ -50,6 +50,16 @@ def picture(x, mode=None, format="PNG", **how):
     return partial((image.convert(mode) if mode else image).save, format=format, **how)
 
 
+def white(write):
+    "The same samples in a little-endian TIFF whose white is zero"
+    def turned(path):
+        write(path)
+        data, tag = Path(path).read_bytes(), struct.pack("<HHI", 262, 3, 1)
+        assert data.count(tag + b"\1\0") == 1
+        Path(path).write_bytes(data.replace(tag + b"\1\0", tag + b"\0\0"))
+    return turned
+
+
 def content(data): return partial(Path.write_bytes, data=data)
 def text(data): return lambda path: Path(path).write_bytes(base64.b64decode(data))
 
@@ -98,6 +108,8 @@ READ = {
     "tif LZW": (picture(X, format="TIFF", compression="tiff_lzw"), X),
     "tif LZW 8": (picture(EIGHT, format="TIFF", compression="tiff_lzw"), EIGHT),
     "tif LZW float": (picture(FLOAT, format="TIFF", compression="tiff_lzw"), FLOAT),
+    "tif LZW white": (white(picture(X, format="TIFF", compression="tiff_lzw")), 65535 - X),
+    "tif LZW white 8": (white(picture(EIGHT, format="TIFF", compression="tiff_lzw")), 255 - EIGHT),
     "tif 12 packed": (packed_tiff(12), X), "tif 1 bit": (packed_tiff(1), (X >> 11).astype(np.uint8) * np.uint8(255)),
     "tif 1 bit white": (packed_tiff(1, 1), (1 - (X >> 11)).astype(np.uint8) * np.uint8(255)),
     "tif MaxSampleValue": (tiff(X, extratags=[(281, 3, 1, 4095, True)]), X),
@@ -182,6 +194,7 @@ def test_every_kind_of_file_is_read_alike(tmp_path):
     said = []
     screen = describe_screen(tmp_path / "own", files="{well}_{channel}.img.tif", say=said.append)
     found = ways(screen, tmp_path / "store")
+    assert read_screen(tmp_path / "store").channels == screen.channels
     for c, *pixels in zip(screen.channels, *found.values(), strict=True):
         want, limits = kinds[as_channel(c).name][1], grey_limits(c)
         assert (limits is None) == (want.dtype == np.uint8), c

@@ -59,7 +59,8 @@ def _has_alpha(page, path):
 def _require_whole(page, path, size):
     "Raises: ValueError for a page that is too large, or has pixels that the file does not hold"
     h, w = page.imagelength, page.imagewidth
-    if h*w > 2*Image.MAX_IMAGE_PIXELS: raise ValueError(f'{path} cannot be read: {w}x{h} pixels are too many')
+    if Image.MAX_IMAGE_PIXELS and h*w > 2*Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f'{path} cannot be read: {w}x{h} pixels are too many')
     if page.imagedepth > 1: raise ValueError(f'{path}: pages have a depth of {page.imagedepth}, expected planes')
     ends = [a+n for a, n in zip(page.dataoffsets, page.databytecounts) if a and n]
     if len(ends) < max(len(page.dataoffsets), 1) or max(ends) > size:

@@ -82,7 +82,7 @@ def _decoded(path, codec, what):
 def _of_mode(im, path):
     "Pixels of an open image: grey, or three colours"
     if im.mode in ('P', 'PA'):
-        alpha = im.mode == 'PA' or im.has_transparency_data
+        alpha = im.mode == 'PA' or 'transparency' in im.info
         x = np.asarray(im.convert('RGBA' if alpha else 'RGB'))
         x = without_alpha(x, path) if alpha else x
         return x[..., 0] if (x == x[..., :1]).all() else x
