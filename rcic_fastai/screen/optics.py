@@ -6,7 +6,7 @@
 __all__ = ['families', 'Optics', 'PlateOptics', 'plate_optics', 'optics_morphology', 'bleed_through', 'blur_field',
            'corner_light', 'optics_site', 'family_optics']
 
-# %% ../../nbs/12_screen.optics.ipynb #26f011b5
+# %% ../../nbs/12_screen.optics.ipynb #cd4a9c68
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
@@ -19,15 +19,15 @@ from .cameras import grey_scale
 from .morphology import cell_type_morphology, draw_cells, Morphology, named_rng, _noise
 from .morphology import sirna_morphology
 
-# %% ../../nbs/12_screen.optics.ipynb #91fa4a6d
+# %% ../../nbs/12_screen.optics.ipynb #187b4279
 _upper = dict(dict.fromkeys(('bleed', 'defocus', 'tilt', 'vignette', 'overgrowth', 'strong_plates', 'dead_wells'), 1.),
               gain=2., response=2., background=2., noise=5., saturation=.5, hot_pixels=.1, gradient=2., evaporation=.8)
 
 @dataclass(frozen=True)
 class Optics:
     "How far the pictures of a screen are from plain ones."
-    gain:float=.9 # brightness of a stain between experiments: standard deviation of its natural log, 0-2
-    response:float=.5 # curve of a camera between experiments: standard deviation of the log of its exponent, 0-2
+    gain:float=1.1 # brightness of a stain between experiments: standard deviation of its natural log, 0-2
+    response:float=.6 # curve of a camera between experiments: standard deviation of the log of its exponent, 0-2
     bleed:float=.2 # light of a stain that its neighbour in the spectrum shows: mean share, 0-1
     defocus:float=.1 # blur of a site that is out of focus: standard deviation in cell radii, 0-1
     tilt:float=.08 # blur that a tilted stage adds at the border of a site: standard deviation in cell radii, 0-1
@@ -49,7 +49,7 @@ class Optics:
             if not 0 <= v <= upper: raise ValueError(f'{k} is {v}, expected 0 to {upper:g}')
         if self.bits not in (8, 12): raise ValueError(f'bits is {self.bits}, expected 8 or 12')
 
-# %% ../../nbs/12_screen.optics.ipynb #46f66a55
+# %% ../../nbs/12_screen.optics.ipynb #f3a71278
 @patch
 def scaled(self:Optics,
     strength:float # 0 takes every effect away, 1 changes nothing
@@ -58,7 +58,7 @@ def scaled(self:Optics,
     scale = {k: min(strength*getattr(self, k), upper) for k,upper in _upper.items() if k != 'noise'}
     return replace(self, **scale)
 
-# %% ../../nbs/12_screen.optics.ipynb #aa88bdea
+# %% ../../nbs/12_screen.optics.ipynb #bbbcd726
 @dataclass(frozen=True)
 class PlateOptics:
     "What the pictures of one plate have in common; lists of six are one per channel."
@@ -85,7 +85,7 @@ def _mixing(share):
     for i, (a, b) in enumerate(zip(_spectrum, _spectrum[1:])): mixing[b, a], mixing[a, b] = share[0, i], .4*share[1, i]
     return mixing
 
-# %% ../../nbs/12_screen.optics.ipynb #33b113ca
+# %% ../../nbs/12_screen.optics.ipynb #257449e7
 @lru_cache(maxsize=256)
 def plate_optics(
     optics:Optics, # size of each effect
@@ -108,7 +108,7 @@ def plate_optics(
         float(np.clip(o.evaporation*abs(here[1, 0])/.8, 0, .8)),
         bool(own.random() < o.strong_plates))
 
-# %% ../../nbs/12_screen.optics.ipynb #f382ffa2
+# %% ../../nbs/12_screen.optics.ipynb #6da45b80
 def _position(well):
     "Row and column of a well such as B02, each from -1 to 1 over the wells in use; distance to the outermost ones"
     row, column = ord(well[0])-ord('A'), int(well[1:])-1
@@ -135,7 +135,7 @@ def optics_morphology(
                 nucleus_size=m.nucleus_size*(1-.5*dry))
     return replace(m, crowding=.2*m.crowding, spread=.5*m.spread, nucleus_size=.6*m.nucleus_size) if dead else m
 
-# %% ../../nbs/12_screen.optics.ipynb #d0f4c3a3
+# %% ../../nbs/12_screen.optics.ipynb #d7b9aaed
 def bleed_through(
     field:np.ndarray, # float32 (6, H, W) stains
     mixing:np.ndarray # (6, 6) share of the stain of a column that is seen in the channel of a row
@@ -164,7 +164,7 @@ def blur_field(
         out.append(sharp + (variance-low)/(high-low)*(gaussian_filter(f, np.sqrt(high)*radius)-sharp))
     return np.stack(out)
 
-# %% ../../nbs/12_screen.optics.ipynb #f737e1a8
+# %% ../../nbs/12_screen.optics.ipynb #b7f7c9b9
 def corner_light(
     shape:tuple, # height and width of the field in pixels
     vignette:float, # share of the light that is lost at the distance of a corner, 0-1
@@ -180,7 +180,7 @@ def _glow(rng, p, shape, level, dry):
     clouds = 1 + p.glow_slope[0]*y + p.glow_slope[1]*x + .3*_noise(rng, shape[-1], .2*shape[-1])
     return (p.glow*level*(1+dry))[:, None, None].astype(np.float32)*np.clip(clouds, 0, None)
 
-# %% ../../nbs/12_screen.optics.ipynb #43128872
+# %% ../../nbs/12_screen.optics.ipynb #a6097e4c
 _shares = np.linspace(0, .5, 501) # of the brightest pixels
 
 @lru_cache(maxsize=64)
@@ -198,7 +198,7 @@ def _hot(seed, experiment, size, share):
     at = np.nonzero(rng.random((6, size, size)) < share)
     return at, rng.uniform(1, 3, len(at[0]))
 
-# %% ../../nbs/12_screen.optics.ipynb #ae402f0e
+# %% ../../nbs/12_screen.optics.ipynb #155d720a
 def _column(x): return np.asarray(x, np.float32)[:, None, None]
 
 def _grey(p, seen, full, scale, noise, rng):
@@ -208,7 +208,7 @@ def _grey(p, seen, full, scale, noise, rng):
     grey, full = (_column(p.gain)*np.clip(intercept+slope*s, 0, None) for s in curved)
     return np.minimum(grey + noise*np.sqrt(grey)*rng.standard_normal(grey.shape, dtype=np.float32), full)
 
-# %% ../../nbs/12_screen.optics.ipynb #f9c985b7
+# %% ../../nbs/12_screen.optics.ipynb #bbf443b4
 def _ceiling(p, brightness, level, bright):
     "Stain (6,) at which the camera is full; infinite where nothing saturates"
     q = np.array([np.interp(s, _shares, b) for s,b in zip(p.saturation, bright.T)])
@@ -222,7 +222,7 @@ def _through_lens(optics, p, rng, field, level, well, radius):
     lit = (bleed_through(field, p.mixing)+glow)*corner_light(field.shape, p.vignette, p.centre)
     return blur_field(lit, optics.defocus*focus + .3*p.tilt@at, p.tilt, radius)
 
-# %% ../../nbs/12_screen.optics.ipynb #303872fa
+# %% ../../nbs/12_screen.optics.ipynb #33ee8410
 def optics_site(
     optics:Optics, # size of each effect
     seed:int, # seed of the screen
@@ -245,7 +245,7 @@ def optics_site(
     full = _ceiling(p, brightness, level, _bright(seed, well.cell_type, size, radius))
     return _grey(p, seen, full, scale, optics.noise, rng)
 
-# %% ../../nbs/12_screen.optics.ipynb #7374947e
+# %% ../../nbs/12_screen.optics.ipynb #11ad53ac
 families = dict(curves=None, optics=Optics(), hard_optics=Optics(
     gain=1.1, response=.6, bleed=.3, defocus=.13, tilt=.12, vignette=.4, background=.3, saturation=.02, gradient=.2,
     evaporation=.2, overgrowth=.25, strong_plates=.2, dead_wells=.03))
