@@ -470,7 +470,7 @@ def rcic_predict(
     batchnorm:str=None, # running, batch, domain or controls; by default what the recipe says
     domain:str=None, # pool statistics over cell_type, experiment or plate; by default as the training batches
     bagging:str=None, # batch sizes of repeated passes for batchnorm 'batch', separated by commas
-    postprocess:str=None, # centers, center_plate, center_experiment, sphering or tvn: cosines to class centres
+    postprocess:str=None, # centers, center_plate, shrink_plate, center_experiment, sphering, tvn: cosines to centres
     tta:str=None, # views per site, 1 to 64, or a group: d4, s4, hpa_first_place; by default what the recipe says
     present_only:bool=False, # use the sites whose files are all there
     debug:bool=False, # show the traceback of an error

@@ -432,10 +432,11 @@ def _place(item):
 class ScreenDataLoaders(DataLoaders):
     "DataLoaders of a screen; `test_dl` takes sites as `sites_table` does, and the ids of wells and sites that it has."
     stats, counts = None, None # what images are standardised by, see `recipe_dataloaders`
+    reference = 'all' # sites that are measured for it: 'all' or 'controls'
     def new_empty(self) -> 'ScreenDataLoaders':
         "The same without sites, for `learn.export`."
         res = super().new_empty()
-        res.stats, res.counts = self.stats, self.counts
+        res.stats, res.counts, res.reference = self.stats, self.counts, self.reference
         return res
 
     def _tables(self): return [dl.sites for dl in self.loaders if isinstance(dl.sites, pd.DataFrame)]

@@ -126,6 +126,16 @@ def _on_small_network(r):
 default_name = 'resnet10t_domain_batches' # of the recipe where none is named, and nothing is known of the screen
 _add(replace(_on_small_network(recipes['densenet161_domain_batches']), name=default_name))
 
+# %% ../../nbs/62_recipe.published.ipynb #ed42f148
+def _without_the_plate(r, name, batchnorm, **data):
+    "A recipe whose predictions of a well depend on the controls of its plate, and on no other well"
+    return replace(r, name=name, inference=replace(r.inference, batchnorm=batchnorm, postprocess=None),
+                   data=replace(r.data, match_histograms='plate', reference='controls', **data))
+
+_add(_without_the_plate(recipes[default_name], 'resnet10t_control_statistics', 'controls', batch_size=16,
+                        domains_per_batch=2, n_controls=16, statistics='controls'),
+     _without_the_plate(recipes[default_name], 'resnet10t_control_histograms', 'running', batch_size=16, domain=None))
+
 # %% ../../nbs/62_recipe.published.ipynb #7a2540db
 _atlas = DataSettings(domain=None, batch_size=16, read_size=512, size=512, min_scale=.5, standardize='image',
                       intensity=0., brightness=.1, warp=.1)
@@ -244,7 +254,8 @@ laptop_rates = dict(efficientnet_b5_amsoftmax=1.2e-2, densenet201_amsoftmax=4e-3
                     seresnext101_amsoftmax=3.6e-2, densenet121_accumulate=4e-3, resnext50_accumulate=1.2e-2,
                     hpa_seresnext50_focal=2.5e-2, hpa_resnet50_arcface=2e-2, laptop=1.2e-2, densenet121_domain_bn=4e-3,
                     densenet161_first_place=1.5e-3, densenet161_domain_batches=1.2e-2,
-                    resnet10t_domain_batches=1.2e-2)
+                    **dict.fromkeys(('resnet10t_domain_batches', 'resnet10t_control_statistics',
+                                     'resnet10t_control_histograms'), 1.2e-2))
 
 # %% ../../nbs/62_recipe.published.ipynb #d5948b2d
 def _shorter(recipe, epochs):

@@ -53,6 +53,7 @@ class DataSettings:
     crop:int|None=_pixels() # side of random windows at native scale, in pixels; null: the whole image
     match_histograms:Literal['plate', 'experiment']|None=None # grey values become normal scores within it; null: off
     standardize:Literal['image', 'plate', 'experiment', 'screen']|None='image' # whose mean and deviation; null: off
+    reference:Literal['all', 'controls']='all' # sites whose grey values these two are measured on
     d4:bool=True # random symmetries of the square
     intensity:float=_number(.1, 0, 100) # random gain and offset per channel, in standard deviations; 0: off
     brightness:float=_number(0., 0, 100) # random gain and offset of all channels alike, at most; 0: off
@@ -161,7 +162,7 @@ class CheckpointSettings:
     keep_last:int=_number(2, 1, 100_000) # the newest so many stay
 
 # %% ../../nbs/60_recipe.settings.ipynb #633e2e3c
-_PostprocessName = Literal['centers', 'center_plate', 'center_experiment', 'sphering', 'tvn']
+_PostprocessName = Literal['centers', 'center_plate', 'shrink_plate', 'center_experiment', 'sphering', 'tvn']
 _ThresholdName = Literal['constant', 'global', 'f1', 'repeated_f1', 'soft_f1', 'share', 'em_share', 'f1_shrunk',
                         'repeated_f1_shrunk', 'share_shrunk', 'f1_to_share', 'repeated_f1_to_share']
 

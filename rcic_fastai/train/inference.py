@@ -14,6 +14,7 @@ import pandas as pd
 from fastai.learner import Learner
 
 from ..data.domains import domain_keys
+from ..data.statistics import complete_stats
 from ..predict.core import Predictions
 from ..predict.sites import _outputs, predict_sites
 from ..recipe.settings import pooled_domain, Recipe
@@ -30,11 +31,15 @@ def inference_needs(
 ) -> Needs:
     "What else a recipe looks at at inference."
     i = replace(recipe.inference, **inference)
-    in_training = recipe.data.n_controls > 0 or recipe.model.head=='controls'
+    in_training = recipe.data.n_controls > 0 or recipe.model.head=='controls' or recipe.data.reference=='controls'
     controls = in_training or i.batchnorm=='controls' or i.postprocess in ('sphering', 'tvn')
     return Needs(controls, i.postprocess is not None)
 
 # %% ../../nbs/65_train.inference.ipynb #f7a1c0b4
+def _measure_controls(learn, recipe, controls):
+    "Pixels of the controls of new plates, where these say how images are standardised"
+    if recipe.data.reference=='controls' and controls is not None: complete_stats(learn.dls, controls, recipe.seed)
+
 def predict_with(
     learn:Learner, # from `screen_learner`, `train_run` or `load_run`
     sites:pd.DataFrame, # sites, labelled or not
@@ -49,6 +54,7 @@ def predict_with(
                controls=controls if needs.controls else None,
                pool_sites=i.pool_sites, bagging=i.bagging, postprocess=i.postprocess, head_weight=i.head_weight,
                seed=recipe.seed)
+    _measure_controls(learn, recipe, controls)
     return predict_sites(learn, sites, **{**own, **kwargs})
 
 # %% ../../nbs/65_train.inference.ipynb #e99ee5fe
@@ -74,6 +80,7 @@ def embed_with(
     "What the classifier sees of each site when `predict_with` predicts it: the same statistics, views and passes."
     i = replace(recipe.inference, **kwargs)
     domain = pooled_domain(replace(recipe, inference=i)) or learn.dls.train.domain or 'experiment'
+    _measure_controls(learn, recipe, controls)
     table = _with_company(sites, sites if hosts is None else hosts, reference, domain,
                           i.batchnorm in ('domain', 'batch'))
     x = _outputs(learn, table.drop(columns='rides'), i.batchnorm, domain, i.tta, controls, i.pool_sites, 64, progress,

@@ -16,7 +16,7 @@ from fastai.data.core import DataLoaders
 
 from ..screen.core import Screen
 from ..data.augment import ChannelStats, screen_transforms
-from ..data.statistics import histograms_with, stats_with
+from ..data.statistics import histograms_with, reference_sites, stats_with
 from ..data.block import screen_dataloaders, _screen_settings
 from ..loss.by_name import multilabel_losses
 from ..recipe.settings import Recipe
@@ -40,6 +40,13 @@ def _recipe_transforms(d, side, stats, counts):
                              cutout=d.cutout, brightness=d.brightness, warp=d.warp, scale=(d.min_scale, 1.),
                              standardize=d.standardize, stats=stats, match=d.match_histograms, counts=counts)
 
+def _measured_on(sites, controls, reference):
+    "Sites whose pixels say how all are standardised"
+    if reference == 'all': return sites
+    tables = [t for t in (sites, controls) if t is not None]
+    own = reference_sites(pd.concat(tables, ignore_index=True).drop_duplicates('site_id'), reference)
+    return own[own.experiment.isin(sites.experiment)].reset_index(drop=True)
+
 # %% ../../nbs/65_train.loaders.ipynb #38372ac2
 def recipe_dataloaders(
     sites:pd.DataFrame|Screen, # labelled sites, or a screen, as `screen_dataloaders` takes it
@@ -59,8 +66,9 @@ def recipe_dataloaders(
         domains_per_batch=d.domains_per_batch, pairs=recipe.train.mix == 'lisa', controls=controls,
         n_controls=d.n_controls if controls is not None else 0, repeats=_repeats(sites, valid, d.epoch_sites), **kwargs)
     raw = make(transforms=[])
-    if d.standardize not in (None, 'image'): stats = stats_with(raw, sites, d.standardize, stats, recipe.seed)
-    if d.match_histograms: counts = histograms_with(raw, sites, d.match_histograms, counts, recipe.seed)
+    own = _measured_on(sites, controls, d.reference)
+    if d.standardize not in (None, 'image'): stats = stats_with(raw, own, d.standardize, stats, recipe.seed)
+    if d.match_histograms: counts = histograms_with(raw, own, d.match_histograms, counts, recipe.seed)
     dls = make(transforms=_recipe_transforms(d, min(raw.train_ds[0][0].shape[-2:]), stats, counts))
-    dls.stats, dls.counts = stats, counts
+    dls.stats, dls.counts, dls.reference = stats, counts, d.reference
     return dls
