@@ -1,11 +1,14 @@
 "Folders as microscopes and projects write them, small, with planes whose grey values say what they show."
 
+import io
 import json
 import uuid
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tifffile
 from PIL import Image
 
@@ -50,7 +53,7 @@ def harmony(root):
         for i, _, row, column, f in sites():
             for c, z in np.ndindex(2, 3):
                 name = f"r{row:02}c{column:02}f{f:02}p{z + 1:02}-ch{c + 1}sk1fk1fl1.tiff"
-                write_tiff(folder / name, plane(i + 3 * n, f, c + 1, z + 1))
+                write_tiff(folder / name, plane(i + len(WELLS) * n, f, c + 1, z + 1))
                 entries.append(f"<Image><URL>{name}</URL><ChannelID>{c + 1}</ChannelID>"
                                f"<ChannelName>{names[c + 1]}</ChannelName></Image>")
         head = '<?xml version="1.0" encoding="utf-8"?><Data xmlns="http://www.perkinelmer.com/PEHH/HarmonyV5">'
@@ -71,13 +74,15 @@ def imagexpress(root):
     plate_map(root)
 
 
-def cellvoyager(root):
+def cellvoyager(root, plates=("AssayPlate_Greiner_#655090",)):
     "A # in the name of the plate, an action for each channel"
-    plate = "AssayPlate_Greiner_#655090"
-    for i, well, _, _, f in sites():
-        for c in (1, 2):
-            write_tiff(root / f"{plate}/{plate}_{well}_T0001F{f:03}L01A{c:02}Z01C{c:02}.tif", plane(i, f, c))
-    plate_map(root)
+    for n, plate in enumerate(plates):
+        for i, well, _, _, f in sites():
+            for c in (1, 2):
+                write_tiff(root / f"{plate}/{plate}_{well}_T0001F{f:03}L01A{c:02}Z01C{c:02}.tif",
+                           plane(i + len(WELLS) * n, f, c))
+    write_csv(root / "wells.csv", dict(plate=[p for p in plates for _ in WELLS], well=list(WELLS) * len(plates),
+                                       treatment=TREATMENTS * len(plates)))
 
 
 def incell(root):
@@ -128,29 +133,38 @@ def ome_set(root):
     plate_map(root)
 
 
-def ome_zarr(root, version):
-    "A plate of OME-Zarr with zarr-python; fields count from 0"
+def ome_zarr(root, version, plates=("BR00121482",)):
+    "Plates of OME-Zarr with zarr-python; fields count from 0"
     import zarr
 
     kind = 2 if version == "0.4" else 3
     root.mkdir(parents=True, exist_ok=True)
-    group = zarr.open_group(str(root / "plate.ome.zarr"), mode="w", zarr_format=kind)
     put = lambda g, **said: g.attrs.update(said if kind == 2 else {"ome": {"version": version, **said}})
-    wells = [dict(path=f"{w[0]}/{int(w[1:])}", rowIndex="AB".index(w[0]), columnIndex=int(w[1:]) - 1) for w in WELLS]
-    put(group, plate=dict(rows=[dict(name=r) for r in "AB"], columns=[dict(name=c) for c in "12"], name="BR00121482",
-                          wells=wells))
-    for path, n in zip((w["path"] for w in wells), WELLS.values()):
-        put(group.require_group(path), well=dict(images=[dict(path=str(f)) for f in range(n)]))
+    rows, columns = (sorted({p(w) for w in WELLS}) for p in (lambda w: w[0], lambda w: int(w[1:])))
+    wells = [dict(path=f"{w[0]}/{int(w[1:])}", rowIndex=rows.index(w[0]), columnIndex=columns.index(int(w[1:])))
+             for w in WELLS]
+    for n, name in enumerate(plates):
+        group = zarr.open_group(str(root / f"plate{n or ''}.ome.zarr"), mode="w", zarr_format=kind)
+        put(group, plate=dict(rows=[dict(name=r) for r in rows], columns=[dict(name=str(c)) for c in columns],
+                              name=name, wells=wells))
+        for path, k in zip((w["path"] for w in wells), WELLS.values()):
+            put(group.require_group(path), well=dict(images=[dict(path=str(f)) for f in range(k)]))
+        for i, well, _, _, f in sites():
+            _zarr_image(group.require_group(f"{well[0]}/{int(well[1:])}/{f - 1}"),
+                        _stack(i + len(WELLS) * n, f), kind, put)
+    write_csv(root / "wells.csv", dict(plate=[p for p in plates for _ in WELLS], well=list(WELLS) * len(plates),
+                                       treatment=TREATMENTS * len(plates)))
+
+
+def _zarr_image(image, pixels, kind, put):
     layout = dict(chunk_key_encoding=dict(name="v2",
                                           separator="/")) if kind == 2 else dict(dimension_names=list("czyx"))
     axes = [dict(name=a, type="channel" if a == "c" else "space") for a in "czyx"]
     scale = [dict(path="0", coordinateTransformations=[dict(type="scale", scale=[1.0] * 4)])]
-    for i, well, _, _, f in sites():
-        image, pixels = group.require_group(f"{well[0]}/{int(well[1:])}/{f - 1}"), _stack(i, f)
-        image.create_array("0", shape=pixels.shape, chunks=(1, 1, 8, 8), dtype="uint16", **layout)[:] = pixels
-        put(image, multiscales=[dict(axes=axes, datasets=scale)],
-            omero=dict(channels=[dict(label=c) for c in ("DAPI", "GFP")]))
-    plate_map(root)
+    image.create_array("0", shape=pixels.shape, chunks=(1, 1, *pixels.shape[2:]), dtype="uint16",
+                       **layout)[:] = pixels
+    put(image, multiscales=[dict(axes=axes, datasets=scale)],
+        omero=dict(channels=[dict(label=c) for c in ("DAPI", "GFP")]))
 
 
 def load_data(root):
@@ -175,13 +189,14 @@ def jump(root):
             for c in (1, 2):
                 name = f"r{row:02}c{column:02}f{f:02}p01-ch{c}sk1fk1fl1.tiff"
                 write_tiff(root / f"images/{barcode}__2020-11-05T19_51_35-Measurement1/Images/{name}",
-                           plane(i + 3 * n, f, c))
+                           plane(i + len(WELLS) * n, f, c))
     samples = ["", "BRD-K23363278-001-02-1", "BRD-A86665761-001-01-1"]
+    of_well = [samples[TREATMENTS.index(t) % 3] for t in TREATMENTS]
     title = "JUMP-Target-1_compound"
     write_csv(root / "metadata/barcode_platemap.csv", dict(Assay_Plate_Barcode=barcodes,
                                                            Plate_Map_Name=[f"{title}_platemap"] * 2))
     write_csv(root / f"metadata/platemap/{title}_platemap.txt",
-              dict(well_position=list(WELLS), broad_sample=samples, solvent="DMSO"), "\t")
+              dict(well_position=list(WELLS), broad_sample=of_well, solvent="DMSO"), "\t")
     write_csv(root / f"metadata/{title}_metadata.tsv", dict(
         broad_sample=samples, pert_iname=["DMSO", "CYT-997", "gabapentin-enacarbil"], pert_type=["control", "control",
                                                                                                  "trt"],
@@ -207,6 +222,28 @@ def rxrx19a(root):
     write_csv(root / "metadata.csv", rows)
 
 
+def rxrx3_core(root):
+    "Images of 8 bits in rows of two Parquet files, a row per channel; the table of wells next to them"
+    wells = ["B02", "AA02", "AF47"]
+    rows = [(f"gene-00{n}/Plate1/{well}_s1_{c}", i + 3 * n, c) for n in (1, 2) for i, well in enumerate(wells)
+            for c in (1, 2)]
+    (root / "data").mkdir(parents=True)
+    for k, part in enumerate((rows[:5], rows[5:])):
+        cells = []
+        for _, well, c in part:
+            file = io.BytesIO()
+            Image.fromarray((10 * well + c + RAMP // 4).astype(np.uint8)).save(file, "PNG")
+            cells.append(dict(bytes=file.getvalue(), path=None))
+        pq.write_table(pa.table({"__key__": [name for name, *_ in part], "jp2": cells}),
+                       root / f"data/train-0000{k}-of-00002.parquet", row_group_size=2)
+    pd.DataFrame(dict(well_id=["gene-001_1_B02"], feature_0=[.5])).to_parquet(root / "OpenPhenom_embeddings.parquet")
+    write_csv(root / "metadata_rxrx3_core.csv", dict(
+        well_id=[f"gene-00{n}_1_{w}" for n in (1, 2) for w in wells], plate=1, address=wells * 2,
+        experiment_name=np.repeat(["gene-001", "gene-002"], 3),
+        gene=["EMPTY_control", "TP53", "MTOR"] * 2, treatment=["EMPTY_control", "TP53_guide_1", "MTOR_guide_2"] * 2,
+        concentration=["", "", "2.5"] * 2, perturbation_type="CRISPR", cell_type="HUVEC"))
+
+
 def hostile_zarr(root, path):
     "A plate whose description leads elsewhere"
     plate = root / "plate.zarr"
@@ -218,7 +255,7 @@ INPUTS = dict(harmony=harmony, imagexpress=imagexpress, cellvoyager=cellvoyager,
               ome_tiff=ome_tiff, imagej=imagej,
               ome_set=ome_set, ome_zarr_04=lambda root: ome_zarr(root, "0.4"), ome_zarr_05=lambda root: ome_zarr(root,
                                                                                                                  "0.5"),
-              load_data=load_data, jump=jump, rxrx19a=rxrx19a)
+              load_data=load_data, jump=jump, rxrx19a=rxrx19a, rxrx3_core=rxrx3_core)
 
 
 def make(name, root):

@@ -39,7 +39,8 @@ TEN = [("harmony", "harmony", ["HOECHST 33342", "Alexa 568"], 12, 3, 1, ["BR0012
        ("ome_zarr_05", "ome-zarr", ["DAPI", "GFP"], 6, 3, 1, ["BR00121482"]),
        ("load_data", "load-data", ["DNA", "ER"], 6, 1, 1, ["BR00121482"]),
        ("jump", "harmony", ["1", "2"], 12, 1, 1, ["BR00116991", "BR00116992"]),
-       ("rxrx19a", "rxrx", ["1", "2", "3", "4", "5"], 12, 1, 1, ["1"])]
+       ("rxrx19a", "rxrx", ["1", "2", "3", "4", "5"], 12, 1, 1, ["1"]),
+       ("rxrx3_core", "rxrx-rows", ["1", "2"], 6, 1, 1, ["1"])]
 
 
 @pytest.mark.parametrize("name, system, channels, n_sites, n_planes, n_times, plates", TEN, ids=[t[0] for t in TEN])
@@ -50,9 +51,9 @@ def test_ten_real_conventions(name, system, channels, n_sites, n_planes, n_times
     assert found.system == system and found.why
     assert [found.channel_names.get(c, c) for c in images.channel.unique()] == channels
     assert (images.z.nunique(), images.t.nunique(), images.plate.unique().tolist()) == (n_planes, n_times, plates)
-    sites = image_sites(images).drop_duplicates(["plate", "well", "site"])
+    sites = image_sites(images).drop_duplicates(["batch", "plate", "well", "site"])
     assert len(sites) == n_sites
-    if name != "rxrx19a":
+    if not name.startswith("rxrx"):
         fields = choose_t(images, 1).drop_duplicates(["plate", "well", "field"]).groupby("well").size()
         assert {w: n // len(plates) for w, n in fields.items()} == WELLS
     if (tmp_path / "wells.csv").is_file():
@@ -108,7 +109,7 @@ def names_of(system):
     return [*(n[-1] for n in named(system)), *LAYOUTS[system][-1]]
 
 
-NAMED = [s for s in SYSTEMS if s not in ("ome-zarr", "load-data", "ome-tiff", "tiff-stack", "names")]
+NAMED = [s for s in SYSTEMS if s not in ("ome-zarr", "rxrx-rows", "load-data", "ome-tiff", "tiff-stack", "names")]
 
 
 @pytest.mark.parametrize("system", NAMED)
@@ -131,6 +132,58 @@ def test_two_plates_uneven_fields_and_what_lies_next_to_them(system, tmp_path):
     if system not in ("protein-atlas", "rxrx", "bd-pathway"):
         rows = pd.DataFrame(dict(plate=["X", "X", "Y"], well=["A1", "B2", "b02"], file="map.csv"))
         assert np.bincount(match_wells(images, rows) + 1).tolist() == [2, 2, 4, 4]
+
+
+# other ways in which the same systems name files: system, a folder of a plate, an image
+OTHERS = [("harmony", "<P>/Images/r0{r}c0{c}f00{f}p1-ch<C>sk1fk1fl1.tiff"),
+          ("columbus", "<P>/Images/00{r}00{c}-1-00{f}00100<C>.tif"),
+          ("metaxpress", "<P>/My_B03_exp_{w}_s{f}_w<C>.TIF"), ("cq1", "<P>/W{n}F00{f}T0001Z01C<C>.tif"),
+          ("metaxpress", f"<P>/TimePoint_1/a b_{{w}}_s{{f}}_w<C>{GUID}.tif"),
+          ("cellvoyager", "<P>/Greiner_#655090_{w}_T0001F00{f}L01A0<C>Z01C0<C>.png"),
+          ("incell", "<P>/{w0} - {c}(fld {f} wv <C> - DAPI z 1 time 1 - 2000 ms).tif"),
+          ("gen5", "<P>/{w0}{c}_-1_1_{f}_Tsf[<C> 377,447]_001.tif"), ("cellomics", "<P>/<P>_{w0}{c}f{f}d<C>.png")]
+
+
+@each("system, template", OTHERS)
+def test_other_names_of_the_same_systems(system, template, tmp_path):
+    for plate, channel in ((p, c) for p in TIMED for c in "12"):
+        for w, f in FIELDS:
+            r, c = "AB".index(w[0]) + 1, int(w[1:])
+            name = template.replace("<P>", plate).replace("<C>", channel)
+            path = tmp_path / name.format(w=w, w0=w[0], r=r, c=c, f=f, n=24 * (r - 1) + c)
+            write_tiff(path, np.zeros((4, 4), np.uint16)) if path.suffix != ".png" else (
+                path.parent.mkdir(exist_ok=True), path.touch())
+    found = find_images(tmp_path, plate_size=384)
+    images = check_images(found.images)
+    assert found.system == system and found.skipped == {} and images.channel.nunique() == 2
+    fields = images.drop_duplicates(["plate", "well", "field"]).groupby(["plate", "well"]).size()
+    assert fields.index.get_level_values("well").tolist() == ["A01", "B02"] * 2 and fields.tolist() == [1, 2, 1, 2]
+
+
+UNREAD = [("001001000.flex", "1 files of Opera such as P1/001001000.flex, which are not read: export them as TIFF"),
+          ("P1_A01f00d0.C01", "1 files of Cellomics"), ("scan.czi", "1 files of Zeiss"),
+          ("scan.nd2", "1 files of Nikon"),
+          ("P1.tar", "1 archives such as P1/P1.tar, which are not read: unpack them"), ("A01.tif.gz", "1 archives")]
+
+
+@each("name, message", UNREAD)
+def test_files_that_are_not_read(name, message, tmp_path):
+    "A plate of them is refused, also with a few overviews next to it; one next to images is said"
+    for k in (0, 1):
+        write_tiff(tmp_path / f"P1/{name}", np.zeros((4, 4), np.uint16))
+        with pytest.raises(ValueError, match=message if k == 0 else message.replace("1 ", "2 ", 1)):
+            find_images(tmp_path)
+        write_tiff(tmp_path / f"P1/z_{name}", np.zeros((4, 4), np.uint16))
+        write_tiff(tmp_path / "P1/A01.jpg", np.zeros((4, 4), np.uint8))
+    for w in ("A02", "B01"): write_tiff(tmp_path / f"P1/{w}.jpg", np.zeros((4, 4), np.uint8))
+    assert list(find_images(tmp_path).skipped.values()) == [2]
+
+
+def test_an_index_of_images_that_are_not_there(tmp_path):
+    root = make("harmony", tmp_path)
+    lost = sorted(root.rglob("r01c02*.tiff"))[:3]
+    for path in lost: path.unlink()
+    assert find_images(root).skipped == {"images that the index names are not there": 3}
 
 
 def test_planes_times_and_names_of_one_system_in_another_folder(tmp_path):
@@ -445,6 +498,23 @@ def test_tables_of_jump_and_of_rxrx19a(tmp_path):
     assert wells.loc["AF47"].treatment == "GS-441524" and wells.loc["AF47"].treatment_conc == "3.0"
     one = sites[(sites.well == "AA02") & (sites.site == 2)].files.iloc[0]
     assert grey(one, screen.channels)[2] == (53, 53 + 15)
+
+
+def test_images_in_rows_of_parquet_files(tmp_path):
+    screen = described("rxrx3_core", tmp_path / "own")
+    sites, wells = screen.sites(), screen.wells.set_index(["experiment", "well"])
+    assert wells.loc[("gene-002", "AF47")][["treatment", "concentration", "gene"]].tolist() == ["MTOR_guide_2", "2.5",
+                                                                                             "MTOR"]
+    assert set(wells.xs("B02", level="well").well_type) == {"negative_control"}
+    one = sites[(sites.experiment == "gene-002") & (sites.well == "AA02")].files.iloc[0]
+    assert grey(one, screen.channels) == [(71, 86), (72, 87)]  # 10 * 7 + channel
+    check_files(sites, screen.channels)
+    store = pack_screen(screen, tmp_path / "store", progress=False)
+    assert not len(verify_store(store, sites, progress=False))
+    file = next((tmp_path / "own/data").iterdir())
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"{file.name} is damaged, or no Parquet file"):
+        for f in read_screen(tmp_path / "own").sites().files: f.read(screen.channels)
 
 
 def test_what_is_said_of_a_system(tmp_path):

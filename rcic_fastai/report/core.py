@@ -272,7 +272,9 @@ def _of_data(c):
     if c.wells!='all': train = train[(train.well_type=='treatment')==(c.wells=='treatments')]
     kind = f'{unit}s' if c.task.several or c.wells=='all' else f'{c.wells.rstrip("s")} {unit}s'
     aside = f'{len(c.valid_wells):,} {unit}s ({c.valid or "chosen one by one"})'
-    return {'predicts': c.what if c.classes is None else f'{c.what}, {len(c.classes):,} classes',
+    few = c.class_names and not c.task.several and c.classes is not None and len(c.classes) <= 12
+    names = f': {", ".join(map(c.class_name, c.classes))}' if few else ''
+    return {'predicts': c.what if c.classes is None else f'{c.what}, {len(c.classes):,} classes{names}',
             'data': f'{"/".join(s.path.parts[-2:])} ({s.layout} layout{"" if s.packed is None else ", packed"})',
             'trained on': f'{len(train):,} {kind} of {train.experiment.nunique():,} {source}s',
             'set aside': aside if c.valid_wells else 'nothing'}

@@ -172,7 +172,10 @@ def embed(self:Run,
     learn = run.learner(pd.concat([hosts, sites, labelled, controls], ignore_index=True), device)
     means, ids = well_means(embed_with(learn, sites, run.recipe, controls, labelled, hosts, progress),
                             sites.id_code.to_numpy())
-    return means, sites.drop_duplicates('id_code').set_index('id_code').loc[ids].reset_index()[[*_kept_columns]]
+    # what your own plate map says of a well, such as its treatment and dose
+    own = [] if run.task.several else [c for c in self.screen.wells if c not in _kept_columns and c in sites]
+    found = sites.drop_duplicates('id_code').set_index('id_code').loc[ids].reset_index()
+    return means, found[[*_kept_columns, *own]]
 
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1ba
 def embed_run(
@@ -230,6 +233,9 @@ def write_embeddings(
 ) -> Path: # the file
     "Write embeddings with their wells."
     path = embeddings_path(path)
+    taken = {c: c.replace('/', '_') + '_'*(c=='x') for c in wells if c not in _kept_columns} # x are the embeddings
+    wells = wells.rename(columns=taken)
+    wells = wells.assign(**{c: wells[c].astype(object).fillna('').astype(str) for c in taken.values() if c!='files'})
     if path.suffix=='.h5ad': return write_whole(path, to_anndata(x, wells).write_h5ad)
     values = lambda c: wells[c].to_numpy(float, na_value=np.nan) if c=='sirna' else wells[c].to_numpy(str)
     columns = {c: values(c) for c in wells if c!='files'}

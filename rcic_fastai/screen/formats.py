@@ -20,7 +20,7 @@ from .formats_guess import guess_names
 from .formats_indexed import cellvoyager, cq1, harmony, load_data, metaxpress
 from .formats_names import bd_pathway, cellomics, columbus, gen5, incell, incell_full, match_names
 from .formats_names import pattern_images, protein_atlas, rxrx
-from .formats_stacks import has_stacks, ome_zarr, open_stacks, tiff_planes
+from .formats_stacks import has_stacks, ome_zarr, open_stacks, rxrx_rows, tiff_planes
 from .image_table import image_table
 
 # %% ../../nbs/14_screen.formats.ipynb #39548ba2
@@ -82,7 +82,8 @@ any_names = System('names', 'Any names that can be told apart', 'Plate1/A01_s1_D
 
 # %% ../../nbs/14_screen.formats.ipynb #2525b6d9
 SYSTEMS = {s.name: s for s in (
-    ome_zarr, load_data, harmony, columbus, cellvoyager, cq1, metaxpress, incell, incell_full, cellomics, gen5,
+    ome_zarr, rxrx_rows, load_data, harmony, columbus, cellvoyager, cq1, metaxpress, incell, incell_full, cellomics,
+    gen5,
     bd_pathway, rxrx, protein_atlas, ome_tiff, tiff_stack, any_names)}
 
 def systems_table() -> pd.DataFrame: # index: the name; columns `system`, `example`
@@ -102,6 +103,29 @@ def guess_system(
     except ValueError as e: raise ValueError(f'{listing.root}: {e}') from None
     raise ValueError(f'{listing.root}: the names of the files fit no system')
 
+# %% ../../nbs/14_screen.formats.ipynb #50fafe82
+_CONVERT = 'export them as TIFF, or convert them with bioformats2raw into a plate of OME-Zarr'
+_UNREAD = {'.flex': ('files of Opera', _CONVERT), '.c01': ('files of Cellomics', _CONVERT),
+           '.dib': ('files of Cellomics', _CONVERT), '.czi': ('files of Zeiss', _CONVERT),
+           '.lif': ('files of Leica', _CONVERT), '.nd2': ('files of Nikon', _CONVERT),
+           **dict.fromkeys(('.vsi', '.oir', '.oib', '.oif'), ('files of Olympus', _CONVERT)),
+           **dict.fromkeys(('.stk', '.lsm', '.ims', '.mvd2', '.dv'), ('files of a microscope', _CONVERT)),
+           **dict.fromkeys(('.tar', '.zip', '.gz', '.tgz', '.bz2', '.7z', '.rar', '.zst'), ('archives', 'unpack them'))}
+
+def _unread(listing):
+    "Paths of files that are not read, by what they are and what to do"
+    found:dict[tuple, list] = {}
+    for p in listing.paths:
+        if (what := _UNREAD.get('.'+p.rpartition('.')[2].lower())) is not None: found.setdefault(what, []).append(p)
+    return found
+
+def _refuse_unread(listing):
+    "Raises: ValueError for a folder with more of such files than images"
+    for (what, do), paths in _unread(listing).items():
+        if len(paths) <= len(listing.images): continue
+        raise ValueError(f'{listing.root}: there are {len(paths):,} {what} such as {paths[0]}, '
+                         f'which are not read: {do}')
+
 # %% ../../nbs/14_screen.formats.ipynb #ab543999
 def _examples(listing):
     there = listing.images
@@ -116,10 +140,13 @@ def _fitting_images(listing, files):
     why = f'{len(found.images):,} images are named {files}'
     return replace(found, system='files', pattern=files, why=why, skipped=skipped)
 
+def _zarr_or_rows(listing): return any(s.sees(listing) for s in (ome_zarr, rxrx_rows))
+
 def _system_images(listing, name):
     "Images of a system, or of the one that is recognised. Raises: ValueError if there are none"
     if name != 'auto' and name not in SYSTEMS:
         raise ValueError(f'system {name!r} is unknown{did_you_mean(name, SYSTEMS)}')
+    if name == 'auto' and not _zarr_or_rows(listing): _refuse_unread(listing)
     system, why = guess_system(listing) if name == 'auto' else (SYSTEMS[name], 'it was asked for')
     found = replace(system.parse(listing), system=system.name, why=why)
     if len(found.images): return found
@@ -140,5 +167,7 @@ def find_images(
     """
     listing = replace(list_folder(root, plate_size), known=dict(known))
     found = _system_images(listing, system) if files is None else _fitting_images(listing, files)
+    unread = {f'{what}, which are not read': len(paths) for (what, _), paths in _unread(listing).items()}
+    found = replace(found, skipped=found.skipped|unread)
     opened = found.system in ('ome-tiff', 'tiff-stack', 'ome-zarr')
     return found if opened or not has_stacks(listing, found.images.path.tolist()) else open_stacks(listing, found)

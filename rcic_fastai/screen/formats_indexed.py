@@ -47,26 +47,30 @@ def _harmony_index(path):
     sizes = [float(t) for e in rows if (t := e.findtext('ImageResolutionX'))]
     light = {c: float(v) for c, v in values('MainEmissionWavelength').items()}
     return dict(plate=of('PlateID'), started=of('MeasurementStartTime'), names=values('ChannelName'), light=light,
-                pixel_size=round(sizes[0]*1e6, 6) if sizes else None)
+                pixel_size=round(sizes[0]*1e6, 6) if sizes else None,
+                files=[t for e in rows if (t := e.findtext('URL'))])
 
 # %% ../../nbs/13_screen.formats_indexed.ipynb #80382fba
 def _folder_of(path): return path.rpartition('/')[0]
 
 def _add_harmony(listing, found):
     "What the indexes of plates say. A plate has the images in the folder of its index and below"
-    images, started, sizes = found.images, {}, set()
+    images, started, sizes, lost = found.images, {}, set(), 0
     names:dict[tuple, str] = {}
     light:dict[str, float] = {}
     for path in listing.named(*_HARMONY):
         there = images.path.str.startswith(_folder_of(path)+'/') if '/' in path else pd.Series(True, images.index)
         said = _harmony_index(listing.root/path)
+        have = {p.rpartition('/')[2] for p in images.path[there]}
+        lost += sum('://' not in f and f.rpartition('/')[2] not in have for f in said['files'])
         for plate in images.plate[there].unique():
             names |= {(plate, c): n for c, n in said['names'].items()}
             started[plate] = said['started']
         light |= said['light']
         sizes |= {said['pixel_size']} - {None}
     images, names = _with_names(images, names)
-    return replace(found, images=images, channel_names=names, wavelengths=light,
+    skipped = found.skipped|({'images that the index names are not there': lost} if lost else {})
+    return replace(found, images=images, channel_names=names, wavelengths=light, skipped=skipped,
                    started={p: t for p, t in started.items() if t},
                    pixel_size=min(sizes) if len(sizes) == 1 else None)
 

@@ -78,7 +78,8 @@ def single_files(
     images:pd.DataFrame, # from `image_table`, a row per plane
 ) -> np.ndarray: # bool (N,): is the whole file this plane?
     "Files of one plane."
-    return (~images.path.duplicated(keep=False) & (images.page == 0) & ~images.path.str.contains(r'\.zarr/')).to_numpy()
+    alone = ~images.path.duplicated(keep=False) & (images.page == 0)
+    return (alone & ~images.path.str.contains(r'\.zarr/|\.parquet$')).to_numpy()
 
 # %% ../../nbs/11_screen.image_index.ipynb #be769c6f
 def sorted_index(

@@ -27,10 +27,10 @@ def _ranks(values):
     return values.map(order)
 
 def image_table(
-    records:Iterable[dict], # with `well`, `path` and any other of `IMAGE_COLUMNS`; others are kept
+    records:Iterable[dict]|pd.DataFrame, # with `well`, `path` and any other of `IMAGE_COLUMNS`; others are kept
 ) -> pd.DataFrame: # columns of `IMAGE_COLUMNS`, text or int64, and others; by plate, well, field, channel
     "The table of images, with the usual value where a record does not give one."
-    table = pd.DataFrame(list(records))
+    table = records.copy() if isinstance(records, pd.DataFrame) else pd.DataFrame(list(records))
     for name, usual in IMAGE_COLUMNS.items():
         values = table[name].where(table[name].notna(), usual) if name in table else pd.Series(usual, table.index)
         table[name] = values.astype('int64') if isinstance(usual, int) else values.astype(str)

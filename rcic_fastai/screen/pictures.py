@@ -6,7 +6,7 @@
 __all__ = ['read_picture']
 
 # %% ../../nbs/11_screen.pictures.ipynb #2c100575
-import struct
+import io, struct
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..files import regular_file
+from .image_rows import row_bytes
 from .samples import as_numbers, grey_samples, needs_codecs, without_alpha
 from .sources import Plane
 
@@ -67,11 +68,11 @@ def _codec(head):
         at = next((i for m in (b'\xff\xc0', b'\xff\xc1', b'\xff\xc2') if (i := head.find(m)) > 0), None)
         if at and len(head) > at+4 and head[at+4] == 12: return 'jpeg8', 'a JPEG of 12 bits'
 
-def _decoded(path, codec, what):
+def _decoded(path, codec, what, data=None):
     "Samples of a file that imagecodecs decodes"
     try: decode = getattr(import_module('imagecodecs'), f'{codec}_decode')
     except (ImportError, AttributeError): raise needs_codecs(path, what) from None
-    try: x = decode(Path(path).read_bytes())
+    try: x = decode(Path(path).read_bytes() if data is None else data)
     except Exception as e: raise ValueError(f'{path} cannot be read: {" ".join(str(e).split())}') from None
     x = as_numbers(x, path)
     if x.ndim == 3 and x.shape[-1] in (2, 4): x = without_alpha(x, path)
@@ -101,8 +102,18 @@ def _restored(x, head):
     return x
 
 # %% ../../nbs/11_screen.pictures.ipynb #bbed2b48
+def _row_picture(path, row):
+    "The picture in a row of a Parquet file"
+    data, where = row_bytes(path, row), Plane(str(path), (row,))
+    if codec := _codec(data[:1 << 16]): return _decoded(where, *codec, data)
+    try:
+        with Image.open(io.BytesIO(data)) as im: x = _of_mode(im, where)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f'{where} cannot be read: {e}') from None
+    return as_numbers(_restored(x, data[:1 << 16]) if x.ndim == 2 else x, where)
+
 def read_picture(
-    path:str|Path, # PNG, JPEG, JPEG 2000, JPEG XL, BMP ...; a TIFF file goes to `read_page`
+    path:str|Path, # PNG, JPEG, JPEG 2000, JPEG XL, BMP ..., or Parquet; a TIFF file goes to `read_page`
     index:tuple=None, # number of an image, for files that hold several
 ) -> np.ndarray: # (H, W), or (H, W, 3) in colour: uint8, other whole numbers or floats
     """Grey values of one picture, 12 bits as 0 to 4095 in any container.
@@ -110,6 +121,7 @@ def read_picture(
     Raises: `FileNotFoundError`; `ValueError` for a file that is no image, holds several, has transparent pixels, or
     needs a package that is missing.
     """
+    if str(path).lower().endswith('.parquet') and index: return _row_picture(path, *index)
     try:
         with open(regular_file(path), 'rb') as f: head = f.read(1 << 16)
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None

@@ -52,11 +52,18 @@ def _check_columns(columns, own, name):
         if ours not in _aliases: raise ValueError(f'columns: {ours!r} is none of ours{did_you_mean(ours, _aliases)}')
         if theirs not in own: raise ValueError(f'{name}: there is no column {theirs!r}{did_you_mean(theirs, own)}')
 
-def _known_columns(own, columns):
-    "Which column of a table stands for each name of the schema"
+def _are_wells(values):
+    counted = values.str.fullmatch(r'[Ww]\d{4}')  # which needs the size of the plate
+    try: return all(map(well_name, values[~counted].unique()))
+    except ValueError: return False
+
+def _known_columns(own, columns, table=None):
+    "Which column of a table stands for each name of the schema; of several for the well, one that names wells"
     free, found = [c for c in own if c not in columns.values()], {}
     for ours, known in _aliases.items():
         candidates = sorted((c for c in free if _plain(c) in known), key=lambda c: known.index(_plain(c)))
+        if ours == 'well' and table is not None:
+            candidates = [c for c in candidates if _are_wells(table[c])] or candidates
         if columns.get(ours) or candidates: found[ours] = columns.get(ours) or candidates[0]
     for names in _treatment_names:
         candidates = [c for c in free if _plain(c) in names]
@@ -102,7 +109,7 @@ def read_plate_map(
     _check_columns(columns, table.columns.drop(['file', 'row']), path.name)
     table = _with_wells(table, columns)
     own = table.columns.drop(['file', 'row'])
-    found = {ours: table[theirs] for ours, theirs in _known_columns(own, columns).items()}
+    found = {ours: table[theirs] for ours, theirs in _known_columns(own, columns, table).items()}
     if 'plate' in found: found['plate'] = _whole(found['plate'])
     if 'well' not in found:
         raise ValueError(f"{path.name}: none of the columns {', '.join(own)} is known to name the well; "

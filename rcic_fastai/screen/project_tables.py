@@ -161,7 +161,7 @@ def wells_of_sites(
 
 # %% ../../nbs/12_screen.project_tables.ipynb #32597487
 _NEGATIVE = {'dmso', 'mock', 'negcon', 'neg', 'negativecontrol', 'empty', 'emptycontrol', 'untreated', 'vehicle',
-             'notreatment'}
+             'notreatment', 'nontargeting', 'nontargetingcontrol', 'ntc', 'scramble', 'scrambled', 'crisprcontrol'}
 _ROLES = ('controltype', 'perttype', 'assaywellrole')
 
 _AMOUNT = re.compile(r'[\s_-]*\(?[\d.,]+\s*(%|[nuµm]M|x)?(\s*v\s*/?\s*v)?\)?\s*$', re.I)  # of DMSO 0.1 % (v/v)
@@ -231,7 +231,7 @@ def read_project_map(
     rows = read_plate_map(path, columns, table)
     wells = wells_of_sites(rows, say)
     table = _with_wells(table, columns)
-    _say_columns(_known_columns(table.columns.drop(['file', 'row']), columns or {}), wells, say)
+    _say_columns(_known_columns(table.columns.drop(['file', 'row']), columns or {}, table), wells, say)
     typed = with_controls(wells, say) if controls else wells
     return typed, other or shared is not None or len(wells) < len(rows) or typed is not wells
 
