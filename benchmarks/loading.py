@@ -150,7 +150,7 @@ def packed_stores(sites, folder, names=tuple(STORES)):
 
 def pixel_bytes(store):
     "Bytes of the pixels, without tables and index"
-    return disk_bytes(Path(store.path) / "shards")
+    return sum(disk_bytes(Path(store.path) / d) for d in ("shards", "plates") if (Path(store.path) / d).exists())
 
 
 def measure_packing(sites, names, folder, repeats):
