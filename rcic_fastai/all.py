@@ -21,7 +21,8 @@ from .data.store import open_store, read_site, verify_store
 from .data.pack import pack_screen
 from .data.target import TargetBlock
 from .data.hashes import find_duplicates
-from .data.image import channel_limits, MultiChannelImage, show_channels, stain_names, stains_to_rgb
+from .data.colors import stain_names
+from .data.image import channel_limits, MultiChannelImage, show_channels, stains_to_rgb
 from .data.block import MultiChannelImageBlock, screen_block, screen_dataloaders, SixChannelImageBlock
 
 from .model.backbone import create_backbone

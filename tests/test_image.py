@@ -17,7 +17,8 @@ from PIL import Image
 
 from rcic_fastai.screen.planes import read_channel
 from rcic_fastai.data.store import read_site
-from rcic_fastai.data.image import MultiChannelImage, channel_limits, show_channels, stain_colors, stain_names
+from rcic_fastai.data.colors import channel_colors, stain_colors, stain_names
+from rcic_fastai.data.image import MultiChannelImage, channel_limits, show_channels
 from rcic_fastai.data.image import stains_to_rgb
 from rcic_fastai.screen.sites import present_sites, site_files
 from rcic_fastai.screen.read import read_screen
@@ -373,6 +374,36 @@ def test_show_channels_shows_each_plane(n):
     assert [a.get_title() for a in axes] == ["together", *(f"{i} {name}" for i, name in enumerate(stain_names[:n], 1))]
     for i in range(n):
         np.testing.assert_array_equal(axes[i + 1].images[0].get_array(), x[i].numpy())
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7, 8, 30])
+def test_any_number_of_channels_is_a_contact_sheet(n):
+    "Floats of any size; each channel alone has its colour, and no two are alike"
+    x = np.zeros((n, 6, n + 1), np.float32)
+    for c in range(n): x[c, :, c] = 2e-5
+    limits = np.tile([0.5e-5, 2e-5], (n, 1))
+    axes = show_channels(x, [f"marker {c}" for c in range(n)], limits)
+    rows = {round(a.get_position().y0, 3) for a in axes}
+    assert len(axes) == n + 1 and len(rows) == -(-(n + 1) // 8) and axes[n].get_title() == f"{n} marker {n - 1}"
+    rgb = axes[0].images[0].get_array()
+    np.testing.assert_allclose(rgb[0, :n], channel_colors(n), atol=1e-5)
+    assert (rgb[0, n] == 0).all() and len(set(channel_colors(n))) == n
+    assert all(a.lines[0].get_color() == c for a, c in zip(axes[1:], channel_colors(n)))
+    plt.close("all")
+
+
+def test_some_channels_of_a_well(small_screen):
+    screen = read_screen(small_screen)
+    well = screen.wells.id_code[0]
+    every, some = screen.show_well(well), screen.show_well(well, channels="Golgi,2")
+    assert [a.get_title() for a in some] == ["together", "1 Golgi", "2 ER"]
+    for ours, theirs in ((1, 6), (2, 2)):
+        np.testing.assert_array_equal(some[ours].images[0].get_array(), every[theirs].images[0].get_array())
+        assert some[ours].lines[0].get_color() == every[theirs].lines[0].get_color() == stain_colors[theirs - 1]
+    with pytest.raises(ValueError, match="no channel is called 'DNA'; did you mean 'RNA'"):
+        screen.show_well(well, channels="DNA")
+    with pytest.raises(ValueError, match="there is no time 2: the screen has one"): screen.show_well(well, time=2)
+    plt.close("all")
 
 
 def test_show_channels_of_standardised_half_precision():

@@ -307,6 +307,8 @@ def rcic_show(
     data:_Required=None, # folder of the screen, or of a store
     well:str=None, # id such as HUVEC-01_1_B03, plate and name such as 2_B03, or B03; by default the first with images
     site:int=None, # number of the site; by default its first
+    channels:str=None, # names or numbers in your order, such as DNA,ER; by default all
+    time:int=None, # a point in time, where the screen has several; by default the first
     out:Path=Path('well.png'), # picture to write
     debug:bool=False, # show the traceback of an error
 ):
@@ -319,7 +321,7 @@ def rcic_show(
     _check_picture(out)
     screen = read_screen(data)
     out = check_ours(check_screen_output(out, screen), 'a picture')
-    fig = screen.show_well(well, site)[0].figure
+    fig = screen.show_well(well, site, channels, time)[0].figure
     write_picture(fig, out, dpi=150, bbox_inches='tight')
     plt.close(fig) # a notebook would show it
     _say(f'Written: {out}, {fig.get_suptitle()}')

@@ -38,7 +38,7 @@ from ..screen.core import plain_text, Screen
 from ..screen.planes import resize_site
 from ..screen.atlas import Atlas, read_labels
 from ..screen.describe import read_well_table
-from ..data.image import channel_limits, MultiChannelImage, stain_colors, stains_to_rgb
+from ..data.image import channel_limits, MultiChannelImage, stains_to_rgb
 from ..data.statistics import complete_stats
 from ..model.batchnorm import batchnorm_layers, BatchNormMode, pool_stats
 from ..profile.correct import well_means
@@ -625,7 +625,7 @@ def well_images(
     sites = sites.set_index('id_code').files
     for i in ids:
         if i in sites.index:
-            x = np.asarray(MultiChannelImage.create(sites[i], c.screen.channels))[:len(stain_colors)]
+            x = np.asarray(MultiChannelImage.create(sites[i], c.screen.channels))
             out[i] = resize_site(x, min(256, *x.shape[-2:]))
     return out
 
