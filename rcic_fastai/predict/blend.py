@@ -142,7 +142,7 @@ def _normalised(weights, names):
 def _common(members):
     "What all members say of how they were made"
     first, *others = (p.made for p in members.values())
-    return {k: v for k, v in first.items() if all(k in m and m[k] == v for m in others)}
+    return {k: v for k, v in first.items() if k != 'temperature' and all(k in m and m[k] == v for m in others)}
 
 # %% ../../nbs/47_predict.blend.ipynb #910580e6
 def blend_predictions(

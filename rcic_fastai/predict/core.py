@@ -122,7 +122,8 @@ def combine(self:Predictions,
         raise ValueError(f'{len(lost)} of {len(names)} views of tta {_tta_setting(tta)!r} were not kept, such as '
                          f'{lost[0]!r}: kept are those of tta {self.made.get("tta")!r}')
     logits = combine_views(torch.from_numpy(self.views[[at[n] for n in names]]), group, self.activation).numpy()
-    return replace(self, logits=logits, made={**self.made, 'tta': _tta_setting(tta)})
+    made = {k: v for k, v in self.made.items() if k!='temperature'} # which was that of the views as they were combined
+    return replace(self, logits=logits, made={**made, 'tta': _tta_setting(tta)})
 
 # %% ../../nbs/46_predict.core.ipynb #59df9675
 _made = dict(level=('site', 'well'), activation=('softmax', 'sigmoid')) # what may be said

@@ -18,7 +18,7 @@ from ..screen.core import Screen
 from ..predict.blend import blend_predictions, blend_report, blend_weights, _check_space, _normalised
 from ..labels.metrics import average_precision
 from .record import write_run
-from .predict import Run
+from .predict import _note_temperature, Run
 
 # %% ../../nbs/77_run.blend.ipynb #3c469c5e
 def _precision_report(members, blend, wells):
@@ -98,7 +98,9 @@ def _blend(runs, out, weights, space, splits, how):
     found = {split: {r.path.name: predict(r, split) for r in runs} for split in splits}
     given = blend_weights(found['valid'], wells, first.target, space=space) if isinstance(weights, str) else weights
     blends = {split: blend_predictions(members, given, space) for split, members in found.items()}
-    for split, p in blends.items(): p.save(out/'predictions'/f'{split}.npz')
+    for split, p in blends.items():
+        _note_temperature(first, split, p, blends.get('valid'))
+        p.save(out/'predictions'/f'{split}.npz')
     chosen = blends[splits[0]].made['weights']
     info = {k: first.info[k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells', 'treatments')
             if k in first.info}
