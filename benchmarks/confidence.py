@@ -109,8 +109,8 @@ def main(argv=None):
     table = pd.DataFrame(rows)
     n = table.groupby(["effect", "seed"]).held_out.first()
     write_report(args.out, "Confidence", f"Screens of {DESIGN['n_sirnas']} treatments, {2 * DESIGN['n_train']} "
-                 f"training and {2 * DESIGN['n_test']} new experiments; {VALID}, so that {n.min()} to {n.max()} wells are held "
-                 f"out; `densenet161_domain_batches --laptop {EPOCHS}`. Mean over seeds "
+                 f"training and {2 * DESIGN['n_test']} new experiments; {VALID}, so that {n.min()} to {n.max()} wells "
+                 f"are held out; `densenet161_domain_batches --laptop {EPOCHS}`. Mean over seeds "
                  f"{', '.join(map(str, args.seeds))}, and lowest to highest. Kept: at an error rate of {ERROR_RATE}.",
                  markdown(over_seeds(table)), machine("timm"))
 

@@ -42,6 +42,7 @@ from .predict.tta import TTA
 from .predict.core import Predictions, well_accuracy
 from .predict.assign import accuracy_ladder, assign_classes, assign_predictions, infer_plate_groups
 from .predict.blend import agreement, blend_predictions, blend_report, blend_weights
+from .predict.confidence import error_table, fit_confidence, kept_wells, Temperature
 from .predict.sites import embed_sites, predict_sites
 
 from .labels.adversarial import adversarial_report, choose_validation

@@ -223,7 +223,7 @@ class Confidence:
     "What wells of held-out experiments say of the probabilities of other wells."
     temperature:Temperature # of the network alone
     margin:MarginConfidence|None # of the assignment; None where each well has its best class
-    # by id_code: experiment; network_right, right (of the label); raw, network, probability: that these are right,
+    # by id_code: experiment; network_right, right (of the label); raw, calibrated, probability: that these are right,
     # as the network says, with a temperature, and of the label; the last two by the other experiments, NaN if none
     wells:pd.DataFrame
 
@@ -235,15 +235,16 @@ def errors(self:Confidence) -> pd.Series: # as the network says, with temperatur
     w = self.wells
     error = lambda p, right: calibration_error(reliability(w[p], w[right])) if w[p].notna().all() else np.nan
     return pd.Series({'as the network says': error('raw', 'network_right'),
-                      'with temperature': error('network', 'network_right'),
+                      'with temperature': error('calibrated', 'network_right'),
                       'of the label': error('probability', 'right')})
 
 @patch
 def __str__(self:Confidence):
     n, before, after = self.wells.experiment.nunique(), *self.errors.iloc[[0, 1]]
     judged = f'{after:.3f} after it (each experiment judged by the others)' if n > 1 else 'unknown after it'
+    of_labels = '' if self.margin is None or n < 2 else f'; of the assigned labels {self.errors.iloc[2]:.3f}'
     return (f'Calibrated on {len(self.wells):,} wells of {n} held-out experiment{"s"*(n > 1)}: expected calibration '
-            f'error {before:.3f} before it, {judged}')
+            f'error {before:.3f} before it, {judged}{of_labels}')
 
 # %% ../../nbs/48_predict.confidence.ipynb #ce8d756e
 _least_wells = 50
@@ -279,7 +280,7 @@ def _judged(p, truth, experiments, labels, margin):
     network = cross_fitted(lambda others, own: fitted(others).predict(x[own]).max(1), e)
     of_label = lambda others, own: curve(others).predict(margin[own])
     return pd.DataFrame(dict(experiment=e, network_right=best==columns, right=right, raw=softmax(x, 1).max(1),
-                             network=network, probability=network if margin is None else cross_fitted(of_label, e)),
+                             calibrated=network, probability=network if margin is None else cross_fitted(of_label, e)),
                         index=pd.Index(p.ids, name='id_code'))
 
 # %% ../../nbs/48_predict.confidence.ipynb #3b292bd8

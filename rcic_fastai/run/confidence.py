@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/77_run.confidence.ipynb #d68c52ed
-import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 

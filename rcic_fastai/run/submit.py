@@ -22,8 +22,7 @@ from ..predict.assign import assign_predictions
 from ..predict.confidence import kept_wells
 from .task import several_labels, task_of_target
 from .folder import treatment_names
-from .predict import Run
-from .confidence import Confidence
+from .confidence import Run
 from .labels import fit_thresholds, submit_labels, validation_sentence
 
 # %% ../../nbs/78_run.submit.ipynb #e1179bf9
@@ -94,10 +93,10 @@ def _is_side_table(path):
 def _output(run, out, sample):
     "The file to write, and the sample; whatever lies there, or beside it, must be of ours"
     out = check_screen_output(out or run.submission_path, run.screen, sample, *run.files())
-    out = check_submission_path(out, sample := _own_sample(run.screen) if sample is None else sample)
-    side = check_screen_output(side_table_path(out), run.screen, sample, *run.files())
-    check_ours(side, 'a table of wells', _is_side_table)
-    return out, sample
+    check_ours(check_screen_output(side_table_path(out), run.screen, sample, *run.files()), 'a table of wells',
+               _is_side_table)
+    sample = _own_sample(run.screen) if sample is None else sample
+    return check_submission_path(out, sample), sample
 
 # %% ../../nbs/78_run.submit.ipynb #7e0ae2ca
 _of_replicates = ('Treatments have several wells within an experiment: each well gets its most likely treatment, '
@@ -116,7 +115,7 @@ def _write_side_table(run, p, table, how, out, error_rate, say):
     found = _confidence(run, p, how, say)
     t = run.well_table(p, table, found, how[0], error_rate)
     t = t.set_index('id_code').loc[pd.read_csv(out, dtype=dict(id_code=str)).id_code].reset_index()
-    write_whole(side_table_path(out), t.to_csv(index=False))
+    write_whole(side_table_path(out), t.to_csv(index=False, float_format='%.6g'))
     kept = f', {t.kept.sum():,} of them kept at an error rate of {error_rate:.3g}' if found is not None else ''
     say(f'Written: {side_table_path(out)}, {len(t):,} wells{kept}')
 
