@@ -559,10 +559,11 @@ def _submit_labels(finished, out, sample, thresholds):
     "Submit labels; their thresholds are written into the run folder"
     with claim_folder(finished.path): return finished.submit(out, sample, thresholds, _say)
 
-def _submit_wells(finished, out, sample, assignment, groups, one_to_one):
+def _submit_wells(finished, out, sample, assignment, groups, one_to_one, error_rate):
     from rcic_fastai.run.predict import _claimed
     with _claimed(finished.path, out or finished.submission_path):
-        finished.submit(out, sample, assignment, _say, groups=groups, one_to_one=one_to_one)
+        finished.submit(out, sample, assignment, _say, groups=groups, one_to_one=one_to_one,
+                        error_rate=.05 if error_rate is None else error_rate)
 
 # %% ../../nbs/91_cli.core.ipynb #12daf329
 @command
@@ -574,6 +575,7 @@ def rcic_submit(
     no_groups:bool=False, # leave the plate groups out
     no_assignment:bool=False, # let a siRNA win several wells of an experiment
     thresholds:str=None, # of several labels: repeated_f1_to_share, share, ...; by default what the recipe says
+    error_rate:float=None, # share of the wells kept in the table beside it that may be wrong; by default .05
     assignment:str=None, # exact, vote (plates vote for their groups) or vote_zero; by default what the recipe says
     debug:bool=False, # show the traceback of an error
 ):
@@ -583,9 +585,9 @@ def rcic_submit(
     finished = Run(run, data)
     if not isinstance(finished.screen, Atlas):
         if thresholds: raise ValueError('--thresholds is for several labels per image, and this is a screen of siRNAs')
-        return _submit_wells(finished, out, sample, assignment, not no_groups, not no_assignment)
-    if no_groups or no_assignment or assignment:
-        raise ValueError('an atlas has no plate groups and no assignment; --thresholds says how scores become labels')
+        return _submit_wells(finished, out, sample, assignment, not no_groups, not no_assignment, error_rate)
+    if no_groups or no_assignment or assignment or error_rate is not None:
+        raise ValueError('an atlas has no plate groups, no assignment and no error rate; --thresholds says how')
     _submit_labels(finished, out, sample, thresholds)
 
 # %% ../../nbs/91_cli.core.ipynb #a9c634c8

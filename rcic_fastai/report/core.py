@@ -51,7 +51,7 @@ from ..recipe.settings import compare_recipes, pooled_domain, Recipe, stage_name
 from ..recipe.published import recipes
 from ..train.inference import embed_with
 from ..run.folder import read_history, run_name
-from ..run.predict import Run
+from ..run.confidence import Run
 from .accuracy import accuracy_by, BLUE, clean_axes, GREY, judge_wells, ORANGE
 from .accuracy import statistic_shift, worst_wells
 from .html import duration, execute_notebook, interval, notebook_page, percent, source_date
