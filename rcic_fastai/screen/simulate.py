@@ -151,6 +151,7 @@ def simulate_site(
                                  sim.cell_radius, sim.effect, sim.plate_effect), sim.optics.bits
     return np.clip(np.rint(grey*2**(bits-8)), 0, 2**bits-1).astype(np.uint8 if bits == 8 else np.uint16)
 
+# %% ../../nbs/13_screen.simulate.ipynb #9134193b
 def _write_wells(sim, root, wells):
     "Write the images of some wells of one plate; return the number of their sites"
     folder = root/wells.split.iloc[0]/wells.experiment.iloc[0]/f'Plate{wells.plate.iloc[0]}'
@@ -214,12 +215,9 @@ def simulate_screen(
     workers:int|None=None, # processes; by default one per core, 0 or 1 write in this process
     progress:bool=True # show a progress bar?
 ) -> Path: # `path`
-    """Write a screen in the Kaggle layout: `train.csv` and the other tables, `train/HUVEC-01/Plate1/B03_s1_w1.png`, and
-    `truth.csv`.
+    """Write a screen in the Kaggle layout: tables, `train/HUVEC-01/Plate1/B03_s1_w1.png` and the like, and `truth.csv`.
 
-    Raises: ValueError for settings out of range, or a folder that holds a screen made with others; FileExistsError for
-    a folder of something else.
-    """
+    Raises: ValueError for settings out of range or a screen made with others; FileExistsError for a foreign folder."""
     sim = Simulation(seed, image_size, min(image_size/8, 26.) if cell_radius is None else cell_radius, n_sites, effect,
                      batch_effect, plate_effect, family_optics(family, **effects or {}))
     design = dict(n_sirnas=n_sirnas, n_train=n_train, n_test=n_test, cell_types=_names(cell_types),
@@ -252,6 +250,7 @@ def _settings(sim, design):
     own = {k: v for k,v in asdict(sim).items() if k != 'optics'}
     return dict(own, **design, **({} if sim.optics is None else asdict(sim.optics)))
 
+# %% ../../nbs/13_screen.simulate.ipynb #f986c1d8
 def _write_screen(root, sim, design, workers, progress):
     "Tables and images of a screen in its folder, a few wells at a time"
     wells = design_screen(**design, seed=sim.seed)
