@@ -238,6 +238,7 @@ def _sizes(optics):
             raise ValueError(f'--optics is {text!r}, expected a name and a number such as bleed=0.5') from None
     return found
 
+# %% ../../nbs/91_cli.core.ipynb #b60f8b75
 @command
 def rcic_simulate(
     out:_Required=None, # folder to write the screen to
