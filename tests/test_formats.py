@@ -1,6 +1,7 @@
 "What wrote a folder of images: names, indexes and headers of microscopes and projects, and what cannot be guessed."
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -642,6 +643,39 @@ def test_sites_of_a_pattern_are_found_again_when_something_has_changed(tmp_path,
     assert len(read_screen(tmp_path).sites()) == 2 and len(walked) == 4
     describe_screen(tmp_path, say=lambda *a: None)
     kept = pd.read_parquet(tmp_path / "images.parquet")
-    found_with = module._found_with(tmp_path, json.loads((tmp_path / "screen.json").read_text()))
+    d = json.loads((tmp_path / "screen.json").read_text())
+    found_with = module._found_with(tmp_path, d, module._names_now(tmp_path, d))
     write_sites(tmp_path / "images.parquet", kept.assign(files="../x_{channel}.png"), **found_with)
     with pytest.raises(ValueError, match="leads to another folder"): read_screen(tmp_path)
+
+
+def test_a_screen_whose_folders_have_not_changed_is_not_listed_again(tmp_path, monkeypatch):
+    "The times of the folders say so; a file more in one of them, and all are listed"
+    import rcic_fastai.screen.describe as module
+
+    images, out = tmp_path / "images", tmp_path / "out"
+    for plate in ("P1", "P2"):
+        (images / plate).mkdir(parents=True)
+        for name in ("A01_DAPI", "A01_ER", "A02_DAPI", "A02_ER"):
+            Image.fromarray(np.full((8, 8), 9, np.uint8)).save(images / plate / f"{name}.png")
+        os.utime(images / plate, (1e9, 1e9))
+    os.utime(images, (1e9, 1e9))
+    plates = dict(plate=["P1", "P1", "P2", "P2"], well=["A01", "A02"] * 2, treatment=list("abcd"))
+    write_csv(tmp_path / "wells.csv", plates)
+    describe_screen(images, tmp_path / "wells.csv", out=out, say=lambda *a: None)
+    listed, list_folder = [], module.list_folder
+    monkeypatch.setattr(module, "list_folder", lambda *args: listed.append(args) or list_folder(*args))
+    assert len(read_screen(out).sites()) == 4 and not listed
+    for c in ("DAPI", "ER"): (images / "P2" / f"A02_{c}.png").unlink()
+    assert len(read_screen(out).sites()) == 3 and listed
+
+
+def test_a_pattern_guessed_from_some_names_is_that_of_all(monkeypatch):
+    "Of very many names some are looked at; what only others have is seen all the same"
+    import rcic_fastai.screen.formats as module
+
+    names = [f"Plate{p}/{r}{c:02}_s{s}_w{w}.tif" for p in (1, 2) for r in "ABCDEFGHIJKLMNOP" for c in range(1, 25)
+             for s in range(1, 8) for w in (1, 2, 3)]
+    assert len(names) > 16_000 and module._pattern_of_some(names, {}) == guess_names(names)
+    assert module._pattern_of_some([*names, "Plate1/A01_s1_w1_x.tif"], {}) is None
+    assert module._pattern_of_some([n.replace("_w", f"_x{i % 7}_w") for i, n in enumerate(names)], {}) is None

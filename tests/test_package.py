@@ -74,10 +74,10 @@ def test_setup_is_what_the_settings_say(monkeypatch):
     assert (given["name"], given["version"], given["license"]) == (cfg["lib_name"], cfg["version"], cfg["license"])
     assert given["python_requires"] == ">=" + cfg["min_python"]
     assert given["install_requires"] == cfg["requirements"].split()
-    extras = ("dev", "phenomics", "zarr", "codecs", "excel", "stack", "kaggle", "tracking", "bench")
+    extras = ("dev", "phenomics", "zarr", "s3", "codecs", "excel", "stack", "kaggle", "tracking", "bench")
     assert given["extras_require"] == {e: cfg[f"{e}_requirements"].split() for e in extras}
     named = {e for f in FILES.values() for e in re.findall(r"rcic_fastai\[(\w+)\]", f.read_text(encoding="utf-8"))}
-    assert {"excel", "codecs", "zarr"} <= named <= set(extras)  # what messages advise can be installed
+    assert {"excel", "codecs", "zarr", "s3"} <= named <= set(extras)  # what messages advise can be installed
     assert dict(s.split("=") for s in given["entry_points"]["console_scripts"]) == scripts()
     rooms = {f"rcic_fastai.{m.partition('.')[0]}" for m in MODULES if "." in m}
     assert set(given["packages"]) == {"rcic_fastai", *rooms}

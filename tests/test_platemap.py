@@ -1,5 +1,6 @@
 "Somebody's own screen: plate maps, names of files, grey values, screen.json."
 import json
+import os
 import shutil
 import sys
 import warnings
@@ -489,6 +490,7 @@ def test_a_plate_that_is_drawn(tmp_path, n_rows, n_columns, last, sep):
 
 def test_plates_that_are_drawn_below_each_other(tmp_path):
     write_images(tmp_path, [f"{p}/{w}_{c}.tif" for p in ("X1", "X2") for w in ("A02", "B03") for c in ("a", "b")])
+    for plate in ("X1", "X2"): os.utime(tmp_path / plate, (1e9, 1e9))  # what was made just now may still change unseen
     write_table(tmp_path, drawn(8, 12, name="X1") + "\n" + drawn(8, 12, name="X2"), "layout.txt")
     screen = describe_screen(tmp_path, say=lambda *a: None)
     assert screen.sites().treatment.tolist() == ["X1A2", "X1B3", "X2A2", "X2B3"]

@@ -352,3 +352,50 @@ def test_a_training_epoch_is_compared(script, tmp_path):
     text = (tmp_path / "training.md").read_text()
     assert all(name in text for name in ("bare PyTorch, our DataLoaders", "ours", "fastai's Learner and AdamW"))
     assert len(ratios) == 1 and all(0 < r < 100 for r in ratios.values())
+
+
+# describing a folder of many files
+
+
+def test_folders_of_many_files(script, tmp_path):
+    "Each place has its file, each plate of Harmony an index of all its files, and the library reads both"
+    from rcic_fastai.screen.describe import describe_screen
+
+    screens, shape = script("screens"), (2, 2, 3, 2, 5)
+    for i, name in enumerate(screens.NAMINGS.values()):
+        folder = tmp_path / f"screen{i}"
+        assert screens.write_folder(folder, name, shape) == len(list(folder.rglob("*.tif*"))) == 2 * 2 * 3 * 2 * 5
+        sites = describe_screen(folder, out=tmp_path / f"out{i}", say=lambda *a: None).sites()
+        assert len(sites) == 24 and sites.plate.nunique() == 2
+    index = (tmp_path / "screen0" / "Plate2" / "Images" / "Index.idx.xml").read_text()
+    assert index.count("<Image>") == 60 and "r02c03f02p01-ch5sk1fk1fl1.tiff" in index
+
+
+def test_describing_is_compared_within_a_repeat(script, tmp_path):
+    "Turns alternate, ratios are of one repeat, and contestants that find other sites end it"
+    screens, asked = script("screens"), []
+    naming = next(iter(screens.NAMINGS))
+
+    def clock(package, images, out, reads):
+        asked.append(package)
+        t = 1.0 if package == "ours" else 4.0
+        return dict(describe=t, read=t / 10, sites=3, wells=2, channels=1, first="a", last="b")
+
+    packages = {screens.NOW: "ours", screens.BEFORE: "earlier"}
+    rows, found = screens.measure(tmp_path / "x", packages, naming, 2, 1, clock)
+    assert asked == ["earlier", "ours", "ours", "earlier"] and found["sites"] == 3
+    assert screens.ratios(rows).eq(0.25).all(axis=None)
+    assert screens.summary(rows)["of the earlier commit"]["describe, rcic_fastai"] == "0.250"
+    other = lambda package, *args: clock(package, *args) | dict(sites=3 if package == "ours" else 4)
+    with pytest.raises(RuntimeError, match="the contestants find other sites"):
+        screens.measure(tmp_path / "x", packages, naming, 1, 1, other)
+    with pytest.raises(ValueError, match="--against 0000000 is no commit of this checkout"):
+        screens.take_out("0000000", tmp_path)
+
+
+@pytest.mark.slow
+def test_screens_run(script, tmp_path):
+    tables = script("screens").main(["--quick", "--against", "none", "--out", str(tmp_path / "screens.md")])
+    assert len(tables) == 2 and all((t[["describe", "read_screen"]] > 0).all(axis=None) for t in tables.values())
+    text = (tmp_path / "screens.md").read_text()
+    assert len(tables_in(text)) == 2 and "There is no earlier commit here" in text

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..locations import local_copy
 from ..screen.channels import CHANNELS
 from ..screen.sources import as_pixels, has_channels, pattern_parts, pixel_column, SitePixels
 from ..screen.sites import site_files
@@ -95,7 +96,7 @@ def site_size(
 ) -> tuple[int, int]|None: # height and width; None where no header says them: a packed site, or a file that is missing
     "Size of an image file, without reading its pixels."
     try:
-        with Image.open(next(iter(site_files(files, channels)))) as image: return image.height, image.width
+        with Image.open(local_copy(next(iter(site_files(files, channels))))) as image: return image.height, image.width
     except (OSError, UnidentifiedImageError, StopIteration, ValueError, TypeError): return None
 
 # %% ../../nbs/22_data.reader.ipynb #7196dc84

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..files import parse_json, path_within, regular_file, user_path
 from ..credentials import scrub
+from ..locations import is_address, read_bytes, read_part, with_retries
 from ..screen.channels import CHANNELS
 from ..screen.sources import AbsentSite, as_pixels, PixelsArray, SitePixels, store_column, StoreRow
 from ..screen.planes import resize_site
@@ -46,13 +47,7 @@ def _mapped(path):
     with open(path, 'rb') as f: return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 def _read_bytes(path):
-    if '://' not in str(path): return regular_file(path).read_bytes()
-    import fsspec
-    try:
-        with fsspec.open(str(path)) as f: return f.read()
-    except FileNotFoundError: raise FileNotFoundError(f'{scrub(path)} does not exist') from None
-    except Exception as e: # each file system has its own errors
-        raise OSError(f'{scrub(path)} cannot be read: {type(e).__name__}: {scrub(e)}') from None
+    return read_bytes(str(path)) if is_address(path) else regular_file(path).read_bytes()
 
 # %% ../../nbs/20_data.store.ipynb #d200451f
 def _whole(v, least): return isinstance(v, int) and not isinstance(v, bool) and v >= least
@@ -203,7 +198,7 @@ class Store:
     Raises: FileNotFoundError if the folder holds no finished store.
     """
     def __init__(self,
-        path:str|Path # folder, or a URL for fsspec such as 's3://bucket/store' (format 'zarr')
+        path:str|Path # folder, or an address such as s3://bucket/store
     ):
         self.path = str(path).rstrip('/')
         self.manifest = self._read_manifest(f'{self.shown}/{_MANIFEST}')
@@ -237,8 +232,6 @@ def _read_manifest(self:Store, where):
         again = '; packing was interrupted: run the same command to resume' if begun else ''
         raise FileNotFoundError(f'{self.shown} holds no finished store{again}') from None
     _check_manifest(manifest, where)
-    if '://' in self.path and (known := manifest['format']) != 'zarr':
-        raise ValueError(f'{self.shown}: a store of format {known!r} is read from a disk; only zarr is read from a URL')
     return manifest
 
 @patch
@@ -301,6 +294,12 @@ def places(self:Store,
 def _map_shard(self:Store, k): return _mapped(Path(self.path)/'shards'/f'{k:05d}.bin')
 
 @patch
+def _remote(self:Store, k, start, end):
+    "Bytes of a shard in object storage: those of one site, not the whole"
+    where = _join(self.path, 'shards', f'{k:05d}.bin')
+    return np.frombuffer(read_part(where, start, end, self.manifest.get('digest', '')), np.uint8)
+
+@patch
 def _damaged(self:Store, i, why):
     where = f'{self.sites.place.iloc[i]}/0' if 'ome_zarr' in self.manifest else 'array shards'
     if self.format != 'zarr':
@@ -312,12 +311,17 @@ def _damaged(self:Store, i, why):
 def _stored(self:Store, i):
     "View of the stored bytes of a site"
     offset, length = int(self._where[0][i]), int(self._where[1][i])
-    try: data = self._shard(i//self.manifest['shard_sites'])[offset:offset+length]
+    k = i//self.manifest['shard_sites']
+    try:
+        if not is_address(self.path): data = self._shard(k)[offset:offset+length]
+        else: data = self._remote(k, offset, offset+length)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f'{e.filename} does not exist; it holds site {self.sites.site_id.iloc[i]}') from None
+        where = e.filename or f'{self.shown}/shards/{k:05d}.bin'
+        raise FileNotFoundError(f'{where} does not exist; it holds site {self.sites.site_id.iloc[i]}') from None
     if len(data) < length: raise self._damaged(i, 'the file ends before')
     return data
 
+# %% ../../nbs/20_data.store.ipynb #191a0568
 @patch
 def _compare(self:Store, i, data):
     if xxhash.xxh3_64_intdigest(data) != int(self._where[2][i]): raise self._damaged(i, 'its checksum differs')
@@ -384,7 +388,13 @@ def _open_array(self:Store):
                 scrub(where))
     with zarr.config.set({'codecs.zstd': _checked_zstd()}):
         # older formats have codecs that unpickle
-        return zarr.open_array(_join(self.path, 'shards'), mode='r', zarr_format=3)
+        return with_retries(lambda: zarr.open_array(_join(self.path, 'shards'), mode='r', zarr_format=3), where)
+
+@patch
+def _chunk(self:Store, i, rows, columns):
+    "Part of a site of an array; read again if a request fails"
+    read = lambda: self._array[i, :, rows, columns]
+    return with_retries(read, self.path) if is_address(self.path) else read()
 
 # %% ../../nbs/20_data.store.ipynb #af23d1dd
 @patch
@@ -408,14 +418,14 @@ def read_into(self:Store,
             self._first_time(i, out)
         elif self.format == 'blosc2': self._codec.decode(self._bytes(i), out)
         else:
-            out[...] = self._array[i]
+            out[...] = self._chunk(i, slice(None), slice(None))
             self._compare(i, out)
     self._guarded(i, read)
 
 # %% ../../nbs/20_data.store.ipynb #4ef973bc
 @patch
 def _window(self:Store, i, y, x, h, w):
-    if self.format == 'zarr': return self._array[i, :, y:y+h, x:x+w] # zarr keeps its own checksums for each chunk
+    if self.format == 'zarr': return self._chunk(i, slice(y, y+h), slice(x, x+w)) # it has checksums of its own
     if self.format == 'blosc2': return self._codec.window(self._bytes(i), y, x, h, w)
     data = self._stored(i)
     self._first_time(i, data)

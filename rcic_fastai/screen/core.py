@@ -21,6 +21,7 @@ from matplotlib.patches import Circle
 
 from ..errors import did_you_mean
 from ..files import check_name, naming, read_json
+from ..locations import fetched_from
 from .channels import CHANNELS
 from .tables import CELL_TYPES, _require, _require_unique, _SPLITS, WELL_TYPES
 from .tables import _where
@@ -205,11 +206,11 @@ def _packed_files(root):
         ids = pd.read_parquet(root/'sites.parquet', columns=['site_id']).site_id
     twice = ids[ids.isna() | ids.duplicated()]
     if len(twice): raise ValueError(f'{root/"sites.parquet"}: site {twice.iloc[0]} is missing or is there twice')
-    return pd.Series(store_column(root, np.arange(len(ids))), index=ids)
+    return pd.Series(store_column(fetched_from(root) or root, np.arange(len(ids))), index=ids)
 
 def _packed_column(screen, site_ids):
     "References to sites of a packed screen"
-    return store_column(screen.path, screen.packed.index.get_indexer(site_ids), site_ids)
+    return store_column(fetched_from(screen.path) or screen.path, screen.packed.index.get_indexer(site_ids), site_ids)
 
 # %% ../../nbs/12_screen.core.ipynb #ac166477
 def _counts(wells, full):
@@ -238,7 +239,7 @@ def summary(self:Screen,
 def _headline(screen):
     w = screen.wells
     packed = '' if screen.packed is None else ', packed'
-    return (f"Screen {screen.path} ({screen.layout} layout{packed}): "
+    return (f"Screen {fetched_from(screen.path) or screen.path} ({screen.layout} layout{packed}): "
             f"{len(screen.experiments)} experiments of {', '.join(screen.cell_types)}; "
             f"{len(w):,} wells, {len(screen.channels)} channels")
 

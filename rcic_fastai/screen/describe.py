@@ -8,15 +8,18 @@ __all__ = ['pattern_regex', 'find_sites', 'guess_pattern', 'PlateMapScreen', 're
 
 # %% ../../nbs/15_screen.describe.ipynb #7e6260e7
 import json, os, re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..errors import did_you_mean
-from ..files import claim_folder, path_within, read_json, user_path, write_json, write_whole
+from ..files import claim_folder, parse_json, path_within, read_json, user_path, write_json, write_whole
+from ..locations import as_address, fetched_from, is_address, join_address, local_copy, RemoteFolder
 from .channels import as_channel, check_channel_names
 from .tables import alike, alike_names, read_rows, _require, _seen
 from .platemap import _aliases, column_alias, _has_wells, _natural, _plain, plate_map_wells
@@ -25,12 +28,15 @@ from .project_tables import _names_wells, _of_a_site, read_any_rows, read_projec
 from .sources import as_pixels, escape_braces, pattern_column, pattern_parts
 from .core import _packed_files, Screen
 from .planes import plane_color
+
+# %% ../../nbs/15_screen.describe.ipynb #543b42e9
 from .formats import find_images, SYSTEMS
-from .formats_core import ImageSet, list_folder, match_names
+from .formats_core import image_names, ImageSet, list_folder, Listing
 from .formats_guess import guess_names
 from .grey_limits import clipped_shares, find_grey_limits, GreySample
-from .image_index import index_sites, list_checksum, read_index, read_sites, single_files
-from .image_index import sorted_index, write_index, write_sites
+from .image_index import folder_stamps, index_sites, list_checksum, read_index, read_sites
+from .image_index import _require_within, same_folders, single_files, sites_made_with, sorted_index
+from .image_index import write_index, write_sites
 from .image_table import check_images, choose_t, choose_z, image_sites, require_plain_channels
 from .image_wells import match_wells, refuse_left_over
 from .well_names import PLATE_COLUMNS, WELL_PATTERN
@@ -77,16 +83,16 @@ def pattern_regex(
 # %% ../../nbs/15_screen.describe.ipynb #64c91896
 def _image_files(root):
     "Relative paths of all images below a folder but thumbnails, sorted"
-    return sorted(match_names(list_folder(root).images, re.compile('.*'))[0], key=_natural)
+    return image_names(list_folder(root).images)[0]
 
 def _examples(root):
-    there = _image_files(root)
+    there = sorted(_image_files(root), key=_natural)
     if not there: return '; there are no images in that folder'
     return f'; there are {len(there):,} images, such as {", ".join(there[:3])}'
 
 # %% ../../nbs/15_screen.describe.ipynb #d1faa54f
 def _row_of_path(files, rows):
-    "A function of a match that gives the row of the plate map, or None"
+    "Groups of a match, and a function of their texts that gives the row of the plate map, or None"
     fields = [f for f in dict.fromkeys(f for _, f in pattern_parts(files)) if f not in ('channel', 'site', '')]
     def key(values): return tuple(_well_name(v) if f == 'well' else _same(v) for f, v in zip(fields, values))
     keys = pd.Series([key(v) for v in rows[fields].astype(str).itertuples(index=False)], index=rows.index)
@@ -94,26 +100,24 @@ def _row_of_path(files, rows):
              lambda r: f'well {r.well} is there a second time, and files {files!r} cannot tell them apart: '
                                                  'put {plate} or another column into it')
     row_of = dict(zip(keys, rows.index))
-    return lambda m: row_of.get(key(m[_group(f)] for f in fields))
+    return [_group(f) for f in fields], lru_cache(None)(lambda *texts: row_of.get(key(texts)))
 
-def _fitting_images(root, files, rows):
+def _fitting_images(listing, files, rows):
     "(row, site, pattern) and the channel of each image that fits; how many do not"
     regex = pattern_regex(files, rows)
-    row_of, found, other = _row_of_path(files, rows), [], 0
-    for path in _image_files(root):
-        m = regex.fullmatch(path)
-        row = m and row_of(m)
-        if row is None:
-            other += 1
-            continue
+    (groups, row_of), found = _row_of_path(files, rows), []
+    paths = image_names(listing.images)[0]
+    for path, m in zip(paths, map(regex.fullmatch, paths)):
+        if m is None or (row := row_of(*m.group('channel', *groups)[1:])) is None: continue
         a, b = m.span('channel')
-        pattern = escape_braces(path[:a])+'{channel}'+escape_braces(path[b:])
-        found.append(((row, int(m['site']) if 'site' in regex.groupindex else 1, pattern), m['channel']))
-    return found, other
+        start, end = (escape_braces(t) if '{' in t or '}' in t else t for t in (path[:a], path[b:]))
+        site = int(m['site']) if 'site' in regex.groupindex else 1
+        found.append(((row, site, f'{start}{{channel}}{end}'), path[a:b]))
+    return found, len(paths)-len(found)
 
 # %% ../../nbs/15_screen.describe.ipynb #b7d18b5f
 def find_sites(
-    root:str|Path, # folder of the images
+    root:str|Path|Listing, # folder of the images, or the list of its files
     files:str, # pattern
     rows:pd.DataFrame, # from `read_plate_map`
     # returns `site` and `files` by the row of the table; sites that have each channel; images that do not fit
@@ -122,10 +126,10 @@ def find_sites(
 
     Raises: `ValueError` if nothing fits, or the pattern cannot tell two rows of the table apart.
     """
-    found, other = _fitting_images(root, files, rows)
+    listing = root if isinstance(root, Listing) else list_folder(root)
+    root, (found, other) = listing.root, _fitting_images(listing, files, rows)
     if not found: raise ValueError(f'{root}: no image fits {files!r}{_examples(root)}')
-    channels:dict[str, set] = {}
-    for at, channel in found: channels.setdefault(channel, set()).add(at)
+    counts = Counter(channel for _, channel in dict.fromkeys(found))
     sites = pd.DataFrame(list(dict.fromkeys(at for at, _ in found)), columns=['index', 'site', 'files'])
     sites = sites.sort_values(['index', 'site'], kind='stable')
     twice = sites[sites.duplicated(['index', 'site'])]
@@ -134,7 +138,7 @@ def find_sites(
         well = rows.loc[s['index']].well
         raise ValueError(f'{root}: {s.files} and another file are both site {s.site} of well {well}; '
                          'put what differs into the pattern')
-    return sites.set_index('index'), pd.Series({c: len(channels[c]) for c in sorted(channels, key=_natural)}), other
+    return sites.set_index('index'), pd.Series({c: counts[c] for c in sorted(counts, key=_natural)}), other
 
 # %% ../../nbs/15_screen.describe.ipynb #541df31a
 def _known_columns(rows):
@@ -188,9 +192,11 @@ def _chosen_channels(found, asked, n_sites, say, names={}):
     return texts
 
 # %% ../../nbs/15_screen.describe.ipynb #c51b165f
+def _is_there(path): return is_address(path) or os.path.exists(path)  # in object storage it was listed just now
+
 def _sample_of(channel, sites):
     "Some images of a channel"
-    planes = [p for f in sites if (p := as_pixels(f).planes([channel.file])[0]) is not None and os.path.exists(p.path)]
+    planes = [p for f in sites if (p := as_pixels(f).planes([channel.file])[0]) is not None and _is_there(p.path)]
     if not planes: raise ValueError(f'no image of channel {str(channel)!r} was found')
     return GreySample(planes, color=plane_color(channel))
 
@@ -273,11 +279,15 @@ def _described_wells(root, d, rows):
                      "screen.json; describe the screen anew")
 
 # %% ../../nbs/15_screen.describe.ipynb #0eaeb1f3
+def _folder_text(folder):
+    "A folder as it stands before the paths in it"
+    return folder.as_posix() if isinstance(folder, RemoteFolder) else os.path.normpath(folder).replace(os.sep, '/')
+
 def _indexed_sites(root, d, wells):
     "`id_code`, `t` where there are several times, `site` and `files` of the sites of an index"
     try: path = path_within(root, d['index'])
     except ValueError as e: raise ValueError(f'{root/"screen.json"}: index {e}') from None
-    sites = index_sites(read_index(path), os.path.normpath(root/d['images']).replace(os.sep, '/'))
+    sites = index_sites(read_index(path), _folder_text(_images_of(root, d)))
     names = wells[['experiment', 'plate_name', 'well', 'id_code']].rename(columns=dict(plate_name='plate'))
     sites = sites.merge(names, on=['experiment', 'plate', 'well'], how='inner')
     time = ['t'] if sites.t.nunique() > 1 else []
@@ -288,14 +298,29 @@ def _time_column(wells): return 'time_point' if 'time' in wells else 'time'
 # %% ../../nbs/15_screen.describe.ipynb #c7b0363e
 _SITES = 'images.parquet'  # what a pattern has found, next to screen.json
 
-def _found_with(root, d):
+def _images_of(root, d):
+    "Folder of the images. Raises: ValueError for one that lies elsewhere in object storage"
+    if is_address(d['images']): return RemoteFolder(as_address(d['images']))
+    if (address := fetched_from(root)) is not None: return RemoteFolder(join_address(address, d['images']))
+    return root/d['images']
+
+def _names_now(root, d):
+    "Checksum of the list of files; it is not made again where no folder has changed, or in object storage"
+    kept = sites_made_with(root/_SITES)
+    if isinstance(_images_of(root, d), RemoteFolder): return kept.get('names', '')
+    stamps = parse_json(kept.get('folders', '{}'), root/_SITES, dict)
+    _require_within(root/_SITES, pd.Series(list(stamps), dtype=str))
+    if same_folders(root/d['images'], stamps, root): return kept.get('names', '')
+    return list_checksum(list_folder(root/d['images']).images)
+
+def _found_with(root, d, names):
     "What the sites of a pattern depend on: the pattern, the list of files, the plate map and how it is read"
     table = [(root/d['table']).read_text(encoding='utf-8', errors='replace'), json.dumps(d['columns']), d['experiment']]
-    return dict(files=d['files'], names=list_checksum(list_folder(root/d['images']).images), table=list_checksum(table))
+    return dict(files=d['files'], names=names, table=list_checksum(table))
 
 def _kept_sites(root, d, wells):
     "Sites that the pattern has found when the same files were there, or None"
-    try: sites = read_sites(root/_SITES, **_found_with(root, d))
+    try: sites = read_sites(root/_SITES, **_found_with(root, d, _names_now(root, d)))
     except ValueError as e: raise ValueError(f'{root/"screen.json"}: {e}') from None
     if sites is None: return None
     names = wells[['experiment', 'plate_name', 'well', 'id_code']].rename(columns=dict(plate_name='plate'))
@@ -305,13 +330,14 @@ def _kept_sites(root, d, wells):
 def _described_sites(root, d, rows, wells):
     "`id_code`, `site` and `files` of the images"
     if 'index' in d: return _indexed_sites(root, d, wells)
-    if not (root/d['images']).is_dir():
+    images = _images_of(root, d)
+    if not isinstance(images, RemoteFolder) and not images.is_dir():
         raise FileNotFoundError(f'{root/"screen.json"}: the folder of the images, {d["images"]}, does not exist')
     if (sites := _kept_sites(root, d, wells)) is None:
-        try: sites, _, _ = find_sites(root/d['images'], d['files'], rows)
+        try: sites, _, _ = find_sites(images, d['files'], rows)
         except ValueError as e: raise ValueError(f'{root/"screen.json"}: {e}') from None
         sites = sites.assign(id_code=wells.set_index('row').id_code.reindex(rows.row.loc[sites.index]).to_numpy())
-    start = escape_braces(os.path.normpath(root/d['images']).replace(os.sep, '/'))
+    start = escape_braces(_folder_text(images))
     return pd.DataFrame(dict(id_code=sites.id_code.to_numpy(), site=sites.site.to_numpy(),
                              files=pattern_column(start+'/'+sites.files)))
 
@@ -349,21 +375,26 @@ def _columns_of(path):
         return {c.strip(' \r\n"') for c in f.readline().split(',')}
 
 # %% ../../nbs/15_screen.describe.ipynb #f6eec32c
+def _real(root, folder):
+    "The real path of a folder, or its address"
+    if isinstance(folder, RemoteFolder): return folder.address
+    return folder if is_address(folder) else os.path.realpath(os.path.join(root, folder))
+
 def _described_before(out, images):
     "What a folder says of the same images already, or None. Raises: FileExistsError for another screen."
     path, give = out/'screen.json', 'give another folder with out=... (--out)'
     store = next((n for n in ('manifest.json', 'packing.json', 'sites.parquet') if (out/n).exists()), None)
     if store: raise FileExistsError(f'{out} holds a packed store, or the beginning of one ({store}): {give}')
     if not path.exists():
-        theirs = {'id_code', 'Target', 'sirna_id' if os.path.realpath(out) == os.path.realpath(images) else 'site_id'}
+        theirs = {'id_code', 'Target', 'sirna_id' if os.path.realpath(out) == _real('', images) else 'site_id'}
         table = next((n for n in _other_tables if (out/n).is_file() and _columns_of(out/n) & theirs), None)
         if table: raise FileExistsError(f'{out} holds a screen that is read without a description ({table}): {give}')
         return None
     if 'images' not in read_json(path): raise FileExistsError(f'{path} is no description of a screen; {give}')
     try: found = _read_description(out)
     except ValueError as e: raise ValueError(f'{e}; mend it, or delete it to number the treatments anew') from None
-    there = os.path.realpath(out/found['images'])
-    if there == os.path.realpath(images): return found
+    there, here = _real(out, found['images']), _real('', images)
+    if there == here: return found
     raise FileExistsError(f'{path} describes the images in {there}, and not those in {images}: {give}')
 
 # %% ../../nbs/15_screen.describe.ipynb #7f1b0f53
@@ -420,8 +451,18 @@ def _heads_wells(path):
     names = [c.strip(' \r\n"') for c in head]
     return _has_wells(names)
 
+# %% ../../nbs/15_screen.describe.ipynb #c4192abe
+def _remote_table(images, before):
+    "A copy of the one table of a folder in object storage. Raises: ValueError if there is not one"
+    if before and 'source' in before: return images/before['source']
+    tables = [p for p in images.files if '/' not in p and p.lower().endswith(('.csv', '.tsv'))]
+    if len(tables) == 1: return images/tables[0]
+    raise ValueError(f'{images} holds {len(tables) or "no"} CSV files; '
+                     'say which is the plate map with table=... (--table)')
+
 def _only_table(images, before):
     "The one table of a folder, the one that it was described with, or the list of plates of a project"
+    if isinstance(images, RemoteFolder): return _remote_table(images, before)
     if before and 'source' in before: return path_within(images, before['source'])
     here = read_json(images/'screen.json') if (images/'screen.json').is_file() else {}
     made = here.get('table') if 'source' in here else None  # by an earlier description
@@ -453,12 +494,15 @@ def _table_name(out, name, content, say):
     return found
 
 # %% ../../nbs/15_screen.describe.ipynb #77c00cb2
-def _write_description(out, content, description, index):
+def _write_description(out, content, description, index, listing):
     "The plate map, the index of the images, then screen.json"
     copy = out/description['table']
     if not copy.exists(): write_whole(copy, content)
     if 'index' in description: write_index(out/description['index'], index)
-    else: write_sites(out/_SITES, index, **_found_with(out, description))
+    else:
+        stamps = {} if isinstance(listing.root, RemoteFolder) else folder_stamps(listing.root, listing.folders, out)
+        found = _found_with(out, description, list_checksum(listing.images))
+        write_sites(out/_SITES, index, folders=json.dumps(stamps), **found)
     write_json(out/'screen.json', description)
 
 # %% ../../nbs/15_screen.describe.ipynb #f17e3b4c
@@ -473,13 +517,14 @@ def _numbered(rows, before, earlier, name, negative, positive, out, say):
     return treatments+new
 
 # %% ../../nbs/15_screen.describe.ipynb #c5404335
-def _strange_images(images, files, rows):
+def _strange_images(listing, files, rows):
     "By the position of a row of its plate: the first image of a well that the plate does not have"
-    regex, row_of, found = pattern_regex(files, rows), _row_of_path(files, rows), {}
+    regex, (groups, row_of), found = pattern_regex(files, rows), _row_of_path(files, rows), {}
     fields = [f for f in dict.fromkeys(f for _, f in pattern_parts(files)) if f not in ('channel', 'site', 'well', '')]
     plates = [tuple(map(_same, v)) for v in rows[fields].astype(str).itertuples(index=False)]
-    for path in _image_files(images):
-        if (m := regex.fullmatch(path)) is None or row_of(m) is not None: continue
+    for path in image_names(listing.images)[0]:
+        if (m := regex.fullmatch(path)) is None: continue
+        if row_of(*m.group('channel', *groups)[1:]) is not None: continue
         plate = tuple(_same(m[_group(f)]) for f in fields)
         if plate in plates: found.setdefault(plates.index(plate), path)
     return found
@@ -495,7 +540,9 @@ class _Found:
     described:dict # for screen.json
     names:dict # of channels
     index:pd.DataFrame|None = None # planes; of a pattern the sites
+    listing:Listing|None = None # of a pattern
 
+# %% ../../nbs/15_screen.describe.ipynb #66f652b5
 _PLACE = dict(experiment='experiment', plate='plate_name', well='well')  # columns of an index, by those of wells
 
 def _is_plain(files, rows):
@@ -503,15 +550,15 @@ def _is_plain(files, rows):
     fields = {f for _, f in pattern_parts(files)}-{''}
     return '{*}' not in files and {'channel', 'well'} <= fields and fields <= {'channel', 'site', *rows.columns}
 
-def _by_pattern(images, files, rows, wells, asked=None):
+def _by_pattern(listing, files, rows, wells, asked=None):
     "Sites whose names fit a plain pattern"
-    sites, channels, others = find_sites(images, files, rows)
+    sites, channels, others = find_sites(listing, files, rows)
     if not asked: require_plain_channels(channels.index)
-    if others: refuse_left_over(rows, rows.index.get_indexer(sites.index), _strange_images(images, files, rows))
-    files_of = pd.Series(pattern_column(escape_braces(images.as_posix())+'/'+sites.files))
+    if others: refuse_left_over(rows, rows.index.get_indexer(sites.index), _strange_images(listing, files, rows))
+    files_of = pd.Series(pattern_column(escape_braces(listing.root.as_posix())+'/'+sites.files))
     place = wells.set_index('row')[['experiment', 'plate_name', 'well']].reindex(rows.row.loc[sites.index])
     kept = sites.reset_index(drop=True).assign(**{c: place[p].to_numpy() for c, p in _PLACE.items()})
-    return _Found(files_of, sites.index.nunique(), channels, others, dict(files=files), {}, kept)
+    return _Found(files_of, sites.index.nunique(), channels, others, dict(files=files), {}, kept, listing)
 
 # %% ../../nbs/15_screen.describe.ipynb #5e4dbc8c
 def _say_system(found, say):
@@ -577,19 +624,21 @@ class _How:
 
 def _look_up(images, rows, wells, how, say):
     "The sites of a folder"
+    listing = list_folder(images, how.plate_size)
     if how.files is not None and _is_plain(how.files, rows):
-        return _by_pattern(images, how.files, rows, wells, how.channels)
-    found = find_images(images, how.system, how.files, _known_columns(rows), how.plate_size)
+        return _by_pattern(listing, how.files, rows, wells, how.channels)
+    found = find_images(listing, how.system, how.files, _known_columns(rows), how.plate_size)
     _say_system(found, say)
     if not found.pattern or not _is_plain(found.pattern, rows) or found.images.page.any():
         return _by_index(images, found, rows, wells, how, _say_choice(found.images, how, say))
     check_images(found.images, how.channels and found.images.channel.unique())
-    return _by_pattern(images, found.pattern, rows, wells, how.channels)
+    return _by_pattern(listing, found.pattern, rows, wells, how.channels)
 
 # %% ../../nbs/15_screen.describe.ipynb #4d074d4c
 def _tables(images, table, columns, controls, files, out, before, say):
     "Rows of the plate map; what is kept of it: its name, its content, and what screen.json says of it"
-    path = _only_table(images, before) if table is None else user_path(table)
+    there = None if table is None else as_address(table)
+    path = _only_table(images, before) if table is None else local_copy(there) if there else user_path(table)
     rows, more = read_project_map(path, columns, controls, say)
     _require_treatments(rows, columns, files)
     if not more:
@@ -601,7 +650,7 @@ def _tables(images, table, columns, controls, files, out, before, say):
     content = _own_table(rows)
     name = _table_name(out, 'plate_map.csv', content, say)
     try: source = dict(source=path.relative_to(images).as_posix())
-    except ValueError: source = {}  # it lies elsewhere
+    except (TypeError, ValueError): source = {}  # it lies elsewhere
     if rows.row.duplicated().any(): rows = rows.assign(file=name, row=np.arange(2, len(rows)+2))  # of several tables
     return rows, content, dict(table=name, columns=none, **source)
 
@@ -644,17 +693,19 @@ def _describe(images, table, columns, negative, positive, out, like, n_images, h
         how, columns, negative, positive = _taken_over(earlier, like, how, say, columns=columns, negative=negative,
                                                        positive=positive)
     rows, content, kept = _tables(images, table, columns, not (negative or positive), how.files, out, before, say)
-    name = re.sub('/', '-', images.resolve().name) or 'experiment-1'
+    remote = isinstance(images, RemoteFolder)
+    name = re.sub('/', '-', images.name if remote else images.resolve().name) or 'experiment-1'
     how = how.decided(before, earlier)
     negative, positive = (_present_controls(rows, earlier, *c, say) for c in zip(asked[1:], (negative, positive)))
     found = _look_up_like(images, rows, plate_map_wells(rows, name, negative, positive), how, asked[0], say)
     texts = _chosen_channels(found.channels, how.channels, len(found.files), say, found.names)
     treatments = _numbered(rows, before, earlier, name, negative, positive, out, say)
     texts, clipped = _channels_with_limits(found.files, texts, n_images, say, find=not earlier)
+    where = images.address if remote else os.path.relpath(images, out).replace(os.sep, '/')
     _write_description(out, content, dict(
-        table=kept.pop('table'), images=os.path.relpath(images, out).replace(os.sep, '/'), **found.described,
+        table=kept.pop('table'), images=where, **found.described,
         channels=texts, columns=kept.pop('columns'), experiment=name, negative=list(negative), positive=list(positive),
-        treatments=treatments, clipped=clipped, **kept), found.index)
+        treatments=treatments, clipped=clipped, **kept), found.index, found.listing)
     _say_sites(found, len(rows), say)
     return read_platemap(out)
 
@@ -665,8 +716,20 @@ def _say_sites(found, n, say):
         + (f'; {found.others:,} images belong to no well' if found.others else ''))
 
 # %% ../../nbs/15_screen.describe.ipynb #5b52826a
+def _images_folder(images, out):
+    "A folder of images. Raises: FileNotFoundError; ValueError for one in object storage without a folder to write to"
+    if (address := as_address(images)) is None:
+        images = user_path(images)
+        if not images.is_dir(): raise FileNotFoundError(f'{images} is not a folder')
+        return images
+    if out is None: raise ValueError(f'nothing is written to {address}: give a folder with out=... (--out)')
+    folder = RemoteFolder(address)
+    if not folder.files: raise FileNotFoundError(f'{address} holds no files')
+    return folder
+
+# %% ../../nbs/15_screen.describe.ipynb #ef1bfc7d
 def describe_screen(
-    images:str|Path, # folder of the images, with whatever folders in it
+    images:str|Path, # folder of the images, with whatever folders in it; or an address such as s3://bucket/screen
     table:str|Path=None, # the plate map; None: the only table of that folder, or its barcode_platemap.csv
     files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; None: by their system
     channels:Sequence[str]=None, # which, in order: 'w1' as in the files' names, 'w1=DAPI' or 'w1=DAPI[0-.5]'; None: all
@@ -688,8 +751,7 @@ def describe_screen(
     Raises: `FileNotFoundError`; `ValueError` that says what does not fit, and which setting helps;
     `FileExistsError` for a folder of another screen.
     """
-    images = user_path(images)
-    if not images.is_dir(): raise FileNotFoundError(f'{images} is not a folder')
+    images = _images_folder(images, out)
     with claim_folder(out or images) as out:
         how = _How(files, system, channels, z, time, plate_size)
         return _describe(images, table, columns, negative, positive, out, like, n_images, how, say)

@@ -6,7 +6,6 @@
 __all__ = ['ome_tiff', 'tiff_stack', 'any_names', 'SYSTEMS', 'systems_table', 'guess_system', 'find_images']
 
 # %% ../../nbs/14_screen.formats.ipynb #c7e3fd56
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -15,11 +14,11 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import did_you_mean
-from .formats_core import ImageSet, list_folder, Listing, System
+from .formats_core import ImageSet, image_names, list_folder, Listing, _some, System
 from .formats_guess import guess_names
 from .formats_indexed import cellvoyager, cq1, harmony, load_data, metaxpress
-from .formats_names import bd_pathway, cellomics, columbus, gen5, incell, incell_full, match_names
-from .formats_names import pattern_images, protein_atlas, rxrx
+from .formats_names import bd_pathway, cellomics, columbus, gen5, incell, incell_full
+from .formats_names import names_regex, pattern_images, protein_atlas, rxrx
 from .formats_stacks import has_stacks, ome_zarr, open_stacks, rxrx_rows, tiff_planes
 from .image_table import image_table
 
@@ -35,15 +34,26 @@ def _from_headers(listing, paths):
         names |= {str(i): t for i, t in enumerate(texts, 1) if t}
     return ImageSet(image_table(records), channel_names=names)
 
-_ANY = re.compile('.*')
+# %% ../../nbs/14_screen.formats.ipynb #b738d599
+def _pattern_of_some(paths, known, n=4000):
+    "A pattern guessed from some of very many names, if all have it and each of its fields means something; or None"
+    if len(paths) <= 4*n: return None
+    some = _some(paths, n)
+    try: pattern = guess_names(some, known)
+    except ValueError: return None
+    found, few = (list(map(names_regex(pattern, known).fullmatch, p)) for p in (paths, some))
+    if not all(found) or '{*}' in pattern: return None
+    texts = [g for g in ('channel', 'plate', 'batch', 'experiment', 'cell_type') if g in few[0].re.groupindex]
+    return pattern if all({m[g] for m in few} == {m[g] for m in found} for g in texts) else None
 
 @lru_cache(maxsize=2)
-def _guess_once(paths, known): return guess_names(paths, dict(known))
+def _guess_once(paths, known): return _pattern_of_some(paths, dict(known)) or guess_names(paths, dict(known))
 
 def _guessed(listing):
     "The pattern of its names, which is asked for twice"
     known = tuple((k, tuple(v)) for k, v in listing.known.items())
-    return _guess_once(tuple(match_names(listing.images, _ANY)[0]), known)
+    if 'images' not in listing._matched: listing._matched['images'] = tuple(image_names(listing.images)[0])
+    return _guess_once(listing._matched['images'], known)
 
 def _parse_any(listing):
     "Images whose names are guessed"
@@ -155,7 +165,7 @@ def _system_images(listing, name):
 
 # %% ../../nbs/14_screen.formats.ipynb #d6fcb59d
 def find_images(
-    root:str|Path, # folder of the images
+    root:str|Path|Listing, # folder of the images, or the list of its files
     system:str='auto', # one of `SYSTEMS`, or 'auto': find out
     files:str=None, # pattern of names, instead of a system
     known:Mapping[str, Sequence[str]]={}, # columns of the plate map, such as well and plate
@@ -165,7 +175,8 @@ def find_images(
 
     Raises: `FileNotFoundError`; `ValueError` that shows two names and what differs, or what was meant.
     """
-    listing = replace(list_folder(root, plate_size), known=dict(known))
+    listing = root if isinstance(root, Listing) else list_folder(root, plate_size)
+    listing = replace(listing, known=dict(known))
     found = _system_images(listing, system) if files is None else _fitting_images(listing, files)
     unread = {f'{what}, which are not read': len(paths) for (what, _), paths in _unread(listing).items()}
     found = replace(found, skipped=found.skipped|unread)

@@ -9,12 +9,13 @@ __all__ = ['harmony', 'metaxpress', 'cellvoyager', 'cq1', 'load_data']
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pandas as pd
 
 from ..files import regular_file
-from .formats_core import by_names, ImageSet, IMAGE_SUFFIXES, System, xml_elements
+from .formats_core import by_names, ImageSet, IMAGE_SUFFIXES, _MOST, System, xml_elements
 from .formats_names import cq1_regex, digits, _LETTERS, metaxpress_regex, _TIF, _WHERE
 from .image_table import image_table
 from .tables import read_rows, _require
@@ -37,9 +38,25 @@ def _with_names(images, names):
 # %% ../../nbs/13_screen.formats_indexed.ipynb #eee50a85
 _HARMONY = ('Index.idx.xml', 'Index.xml', 'ImageIndex.ColumbusIDX.xml', 'MeasurementIndex.ColumbusIDX.xml')
 
+def _one_per_channel(path):
+    "The text of an index with one image of each channel, of the many that say the same; the files of the others"
+    kept, seen, rest, files = [], set(), b'', []
+    if regular_file(path).stat().st_size > _MOST: return None, []  # it is refused
+    with open(path, 'rb') as f:
+        while part := f.read(1<<24):
+            *images, rest = (rest+part).split(b'</Image>')
+            for image in images:
+                at = image.find(b'<ChannelID>')
+                channel = image[at:image.find(b'</', at)] if at >= 0 else None
+                if channel is None or channel not in seen: kept.append(image+b'</Image>')
+                elif (url := image.find(b'<URL>')) >= 0: files.append(image[url+5:image.find(b'</', url)])
+                seen.add(channel)
+    return b''.join([*kept, rest]), [unescape(f.decode(errors='replace')) for f in files]
+
 def _harmony_index(path):
     "What an index says: the plate, when it was imaged, what each channel is called and emits, and the size of a pixel"
-    found = xml_elements(path, 'Image', 'Entry', 'PlateID', 'MeasurementStartTime')
+    text, files = _one_per_channel(path)
+    found = xml_elements(path, 'Image', 'Entry', 'PlateID', 'MeasurementStartTime', text=text)
     of = lambda tag: next((e.text or '' for e in found if e.tag == tag), '')
     rows = [e for e in found if e.tag in ('Image', 'Entry')]
     def values(tag):
@@ -48,7 +65,7 @@ def _harmony_index(path):
     light = {c: float(v) for c, v in values('MainEmissionWavelength').items()}
     return dict(plate=of('PlateID'), started=of('MeasurementStartTime'), names=values('ChannelName'), light=light,
                 pixel_size=round(sizes[0]*1e6, 6) if sizes else None,
-                files=[t for e in rows if (t := e.findtext('URL'))])
+                files=[t for e in rows if (t := e.findtext('URL'))]+files)
 
 # %% ../../nbs/13_screen.formats_indexed.ipynb #80382fba
 def _folder_of(path): return path.rpartition('/')[0]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..errors import did_you_mean
-from .formats_core import by_names, ImageSet, match_names, name_record
+from .formats_core import by_names, ImageSet, match_names, names_table
 from .image_table import image_table
 from .sources import pattern_parts
 from .well_names import WELL_PATTERN
@@ -69,10 +69,9 @@ def pattern_images(
 ) -> tuple[ImageSet, list[str]]: # the images, and the paths that do not fit
     "The images that fit a pattern. Raises: as `names_regex` and `well_name`."
     matches, others, skipped = match_names(paths, names_regex(files, values))
-    def record(p, m): return {**m.groupdict(), **name_record(p, m, columns)}
-    table = image_table({k: v for k, v in record(p, m).items() if k not in ('row', 'column')} for p,
-                        m in matches.items())
-    return ImageSet(table, skipped=skipped), others
+    if not matches: return ImageSet(image_table(()), skipped=skipped), others
+    table = names_table(matches, columns)
+    return ImageSet(image_table(table[[c for c in table if c not in ('row', 'column')]]), skipped=skipped), others
 
 # %% ../../nbs/12_screen.formats_names.ipynb #62624653
 _WHERE, _TIF = r'(?P<where>(?:[^/]+/)*?)', r'\.(?i:tiff?)'

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PlaneStack', 'SiteStacks', 'ImageIndex', 'single_files', 'sorted_index', 'write_index', 'read_index', 'index_sites',
-           'list_checksum', 'write_sites', 'read_sites']
+           'list_checksum', 'write_sites', 'sites_made_with', 'read_sites', 'folder_stamps', 'same_folders']
 
 # %% ../../nbs/11_screen.image_index.ipynb #13afdedb
-from collections.abc import Sequence
+import os, time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import xxhash
 from pandas.api.extensions import ExtensionArray
 
 from ..files import naming, path_within, write_whole
+from ..locations import RemoteFolder
 from .image_table import image_table, IMAGE_COLUMNS
 from .sources import PixelsArray, PixelSource, Plane, SitePixels
 
@@ -113,13 +115,14 @@ def read_index(
 # %% ../../nbs/11_screen.image_index.ipynb #9ea03d88
 def index_sites(
     table:pd.DataFrame, # from `read_index` or `sorted_index`
-    root:str|Path, # folder of the images
+    root:str|Path|RemoteFolder, # folder of the images
 ) -> pd.DataFrame: # a row per site: `experiment`, `plate`, `well`, `field`, `t`, `site`, `files` (references)
     "The sites of an index."
     keys = ['experiment', 'plate', 'well', 'site']
     first = np.flatnonzero((table[keys] != table[keys].shift()).any(axis=1))
     codes, names = pd.factorize(table.channel)
-    source = ImageIndex(Path(root).as_posix(), tuple(names), np.append(first, len(table)).astype(np.int64),
+    root = root.as_posix() if isinstance(root, (Path, RemoteFolder)) else root
+    source = ImageIndex(root, tuple(names), np.append(first, len(table)).astype(np.int64),
                         codes.astype(np.int16), pd.array(table.path, dtype=pd.StringDtype('pyarrow')),
                         table.page.to_numpy(np.int64))
     sites = table.iloc[first][['experiment', 'plate', 'well', 'field', 't', 'site']].reset_index(drop=True)
@@ -142,6 +145,15 @@ def write_sites(
     table = table.replace_schema_metadata((table.schema.metadata or {})|{k.encode(): v.encode() for k, v in of.items()})
     return write_whole(path, lambda p: pq.write_table(table, p))
 
+# %% ../../nbs/11_screen.image_index.ipynb #07e2f4db
+def sites_made_with(
+    path:str|Path, # Parquet file
+) -> dict[str, str]: # as for `write_sites`; empty without such a file
+    "What kept sites were found with. Raises: `ValueError` for another file."
+    if not Path(path).is_file(): return {}
+    with naming(path, 'list of sites (Parquet)'): said = pq.read_metadata(path).metadata or {}
+    return {k.decode(): v.decode() for k, v in said.items() if k not in (b'pandas', b'ARROW:schema')}
+
 def read_sites(
     path:str|Path, # Parquet file
     **of:str, # as for `write_sites`
@@ -156,3 +168,28 @@ def read_sites(
     sites = table.to_pandas()
     _require_within(path, sites.files)
     return sites
+
+# %% ../../nbs/11_screen.image_index.ipynb #79a41e60
+def folder_stamps(
+    root:str|Path, # folder of the images
+    folders:Iterable[str], # in it, '.' is itself
+    own:str|Path, # folder of screen.json
+) -> dict[str, str]: # by folder; '' if it may still change unseen
+    "What shows that files came or went. Raises: `FileNotFoundError` for a folder that is gone."
+    now, ours = time.time_ns(), ('screen.json', 'images.parquet')
+    def stamp(path):
+        if os.path.samefile(path, own):
+            return list_checksum(sorted(n for n in os.listdir(path) if n not in ours and not n.startswith('.')))
+        changed = os.stat(path).st_mtime_ns
+        return str(changed) if changed < now-2*10**9 else ''
+    return {f: stamp(os.path.join(root, f)) for f in folders}
+
+def same_folders(
+    root:str|Path, # folder of the images
+    stamps:Mapping[str, str], # from `folder_stamps`
+    own:str|Path, # folder of screen.json
+) -> bool:
+    "Has no file come or gone?"
+    if not stamps or '' in stamps.values(): return False
+    try: return folder_stamps(root, stamps, own) == stamps
+    except OSError: return False

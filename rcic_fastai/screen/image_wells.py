@@ -118,8 +118,8 @@ def match_wells(
     of_row = [plate_of[tuple(r)] for r in rows[keys].itertuples(index=False)] if keys else [0]*len(rows)
     names = [well_name(w, columns) for w in rows.well]
     row_of = {k: i for i, k in enumerate(zip(of_row, names, *(rows[c].map(_plain_word) for c in extra)))}
-    of_image = [found.get(k, -1) for k in zip(images.batch, images.plate)]
-    return np.array([row_of.get(k, -1) for k in zip(of_image, images.well,
+    of_image = [found.get(k, -1) for k in zip(images.batch.tolist(), images.plate.tolist())]
+    return np.array([row_of.get(k, -1) for k in zip(of_image, images.well.tolist(),
                                                     *(images[c].map(_plain_word) for c in extra))], dtype=np.int64)
 
 # %% ../../nbs/12_screen.image_wells.ipynb #f5736dd9

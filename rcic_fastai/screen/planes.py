@@ -14,6 +14,7 @@ import numpy as np
 import torch.nn.functional as F
 from fastcore.basics import patch
 
+from ..locations import is_address, local_copy
 from .channels import as_channel, Channel, CHANNELS, check_grey_limits
 from .image_index import PlaneStack
 from .pages import has_pages, read_page
@@ -32,7 +33,11 @@ def _of_colour(x, color):
 
 def _samples(path, index):
     "What a file holds: (H, W), or (H, W, 3) in colour"
-    return read_page(path, index) if has_pages(path) else read_picture(path, index)
+    file = local_copy(path)
+    try: return read_page(file, index) if has_pages(file) else read_picture(file, index)
+    except (FileNotFoundError, ValueError) as e:
+        if not is_address(path): raise
+        raise type(e)(str(e).replace(str(file), str(path))) from None # not of the copy
 
 def read_grey(
     path:str|Path, # image file of one grey plane, of any depth, or an array of Zarr

@@ -8,6 +8,8 @@ __all__ = ['read_screen']
 # %% ../../nbs/16_screen.read.ipynb #e562a5dd
 from pathlib import Path
 
+from ..files import check_name, read_json
+from ..locations import as_address, fetch_tables, fetched_from
 from .channels import CHANNELS
 from .tables import _find_screen, kaggle_wells, metadata_sites, WELL_COLUMNS
 from .core import check_screen, _packed_files, Screen
@@ -29,8 +31,25 @@ def _published_screen(root, layout, check):
     return Screen(root, layout, rows[list(WELL_COLUMNS)], channels, site_rows, packed)
 
 # %% ../../nbs/16_screen.read.ipynb #35789001
+_STORED = ('manifest.json', 'sites.parquet', 'packing.json')
+_PUBLISHED = ('train.csv', 'train_controls.csv', 'test.csv', 'test_controls.csv', 'metadata.csv', 'truth.csv',
+              'sample_submission.csv')
+
+def _fetched(address):
+    "Folder with copies of the tables of a screen in object storage. Raises: FileNotFoundError"
+    root = fetch_tables(address, ['screen.json', *_STORED])
+    if not (root/'screen.json').is_file():
+        fetch_tables(address, _PUBLISHED)
+        if (root/'train.csv').is_file() or (root/'metadata.csv').is_file(): return root
+        raise FileNotFoundError(f'{address} holds no screen; looked for screen.json, train.csv, metadata.csv')
+    said = read_json(root/'screen.json')
+    names = [said.get('table'), said.get('index', 'images.parquet')]
+    fetch_tables(address, [check_name(n, 'table') for n in names if isinstance(n, str)])
+    return root
+
+# %% ../../nbs/16_screen.read.ipynb #637ed395
 def read_screen(
-    path:str|Path, # folder of the screen, or of a store that it was packed into
+    path:str|Path, # folder or address (s3://bucket/screen) of the screen, or of a store that it was packed into
     layout:str=None, # one of `LAYOUTS`; None: find out
     check:bool=True, # compare the rows with each other, require controls with treatments
 ) -> Screen:
@@ -39,10 +58,13 @@ def read_screen(
     Raises: `FileNotFoundError` for a folder without a screen or a missing table; `ValueError` naming file and row of
     what is wrong.
     """
+    if (address := as_address(path)) is not None: path = _fetched(address)
     if (Path(path)/'packing.json').is_file():
         raise FileNotFoundError(f'{path} holds no finished store: packing was interrupted; '
                                 'run the same rcic-pack to resume')
     root, layout = _find_screen(path, layout)
+    if layout == 'hpa' and fetched_from(root): raise ValueError(f'{fetched_from(root)} is an atlas, which is read '
+                                                                'from a disk: copy it to this machine')
     if layout == 'hpa':
         from rcic_fastai.screen.atlas import read_hpa  # only where there is an atlas
         return read_hpa(root)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import did_you_mean
+from ..locations import fetched_from, is_address, names_in
 from .channels import channel_file, CHANNELS, is_optional
 from .sources import as_pixels, escape_braces, pattern_column, pixel_column, SitePixels
 from .tables import _require
@@ -33,7 +34,7 @@ _PLATE_FOLDER = dict(kaggle='{0}/{1}/Plate{2}', rxrx1='images/{1}/Plate{2}', wil
 
 def _file_patterns(table, root, layout):
     "Path patterns of sites"
-    root, folder = escape_braces(Path(root).as_posix()), _PLATE_FOLDER[layout]
+    root, folder = escape_braces(fetched_from(root) or Path(root).as_posix()), _PLATE_FOLDER[layout]
     end = '' if layout == 'wilds' else '_w{channel}'
     plates = list(zip(table.split, table.experiment, table.plate))
     where = {k: f'{root}/{folder.format(*(escape_braces(str(v)) for v in k))}/' for k in set(plates)}
@@ -63,9 +64,10 @@ def well_sites(
 def site_files(
     files:SitePixels|str|Path|Sequence, # reference or path pattern, as in the column `files` of sites
     channels:Sequence=CHANNELS, # numbers or texts of channels, see `as_channel`
-) -> list[Path]: # one path per channel, or the one path of a composite; none for a packed site
+) -> list[Path|str]: # one path or address per channel, or the one of a composite; none for a packed site
     "Paths of the image files of one site."
-    return [Path(p) for p in as_pixels(files).paths([channel_file(c) for c in channels])]
+    paths = as_pixels(files).paths([channel_file(c) for c in channels])
+    return [p if is_address(p) else Path(p) for p in paths]
 
 # %% ../../nbs/11_screen.sites.ipynb #8edb5a07
 def _lost_files(paths, listed):
@@ -73,6 +75,7 @@ def _lost_files(paths, listed):
     lost = []
     for path in paths:
         folder, _, name = path.rpartition('/')
+        if folder not in listed and is_address(folder): listed[folder] = names_in(folder)
         if folder not in listed:
             listed[folder] = set(os.listdir(folder or '.')) if os.path.isdir(folder or '.') else set()
         if name not in listed[folder]: lost.append(path)
