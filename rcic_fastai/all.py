@@ -78,6 +78,7 @@ from .run.stack import stack_runs
 
 from .report.accuracy import accuracy_by, confused_pairs, plot_intervals, plot_plate, worst_wells
 from .report.core import make_report
+from .report.apply import apply_run
 
 from .kaggle.core import build_kernel, weights_folder
 from .kaggle.download import download_competition, download_rxrx1

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_line_errors', 'command', 'rcic_simulate', 'rcic_describe', 'rcic_show', 'rcic_pack', 'rcic_train', 'rcic_find_lr',
-           'rcic_predict', 'rcic_embed', 'rcic_blend', 'rcic_submit', 'rcic_score', 'rcic_report', 'rcic_demo']
+           'rcic_predict', 'rcic_embed', 'rcic_blend', 'rcic_submit', 'rcic_score', 'rcic_report', 'rcic_apply',
+           'rcic_demo']
 
 # %% ../../nbs/91_cli.core.ipynb #d74bc3d9
 import inspect, linecache, logging, math, os, re, signal, sys, time, traceback, warnings
@@ -628,6 +629,27 @@ def rcic_report(
     from rcic_fastai.report.core import make_report
     _require(folder or run, 'the folder of a run')
     _say(f'Written: {make_report(folder or run, out, data, truth, template, say=_say)}')
+
+# %% ../../nbs/91_cli.core.ipynb #ebeac833
+@command
+def rcic_apply(
+    run:_Required=None, # folder of a finished run, trained on a screen that rcic-describe has described
+    data:_Required=None, # folder of the later images
+    out:_Required=None, # folder to write: screen.json, submission.csv, submission_wells.csv and report.html
+    table:Path=None, # the plate map; by default the only table of the folder of the images
+    files:str=None, # how images are named; by default as in the screen of the run
+    column:_Repeated=None, # what the table calls a column, such as treatment=Compound; by default as there
+    negative:_Repeated=None, # treatment that is a negative control; may be repeated; by default as there
+    error_rate:float=.05, # share of the wells kept in submission_wells.csv that may be wrong
+    no_report:bool=False, # write no page
+    debug:bool=False, # show the traceback of an error
+):
+    "A finished run on plates that were imaged later: described like its own, predicted, labelled, reported."
+    from rcic_fastai.report.apply import apply_run
+    asked:dict = dict(files=files, columns=_pairs(column, 'column'), negative=negative or ())
+    answers = apply_run(run, data, out, table, not no_report, error_rate, say=_say, **asked)
+    _say(answers.head(20).to_string(index=False))
+    if len(answers) > 20: _say(f'... {len(answers)-20:,} more wells in {out}/submission_wells.csv')
 
 # %% ../../nbs/91_cli.core.ipynb #7a7e540f
 def _demo_recipe(tiny, seed, settings):
