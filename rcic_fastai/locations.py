@@ -131,6 +131,7 @@ def _limit():
     except ValueError: raise ValueError(f'RCIC_CACHE_GB is {text!r}, expected a number of gigabytes') from None
 
 _WEEK, _lock, _written = 7*24*3600, threading.Lock(), [float('inf')]  # bytes since the folder was measured
+_writing = [threading.Lock() for _ in range(64)]  # of two threads with the same file one waits
 
 def _make_room(folder, more):
     "Delete what was not used for longest, if the copies exceed their limit"
@@ -162,10 +163,7 @@ def _copy(key, name, fetch):
             return path
     except OSError: pass
     data = fetch()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f'.{os.getpid()}-{threading.get_ident()}')
-    new.write_bytes(data)
-    os.replace(new, path)
+    with _writing[int(key[:2], 16) % len(_writing)]: write_whole(path, data, sync=False)
     _make_room(folder, len(data))
     return path
 
