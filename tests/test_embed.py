@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from rcic_fastai.profile.correct import TVN, ClassCentres, Sphering, center_by, embedding_correction
-from rcic_fastai.profile.correct import postprocess_embeddings, postprocess_names, well_means
+from rcic_fastai.profile.correct import postprocess_embeddings, postprocess_names, shrink_by, well_means
 from rcic_fastai.profile.metrics import batch_probe, embedding_report, knn_recall, plot_embedding, project_2d
 from rcic_fastai.profile.metrics import replicate_map, to_anndata
 
@@ -379,3 +379,20 @@ def test_project_and_plot(method):
     with pytest.raises(ValueError, match="unknown method 'pac'"):
         project_2d(x, "pac")
     plt.close("all")
+
+
+@each("n_wells, plate, share", [(12, 0., (-1e-9, .25)), (12, .5, (.6, .95)), (277, .5, (.97, 1.0001)),
+                                (12, 5., (.98, 1.0001))])
+def test_plates_are_centred_as_far_as_they_differ(n_wells, plate, share):
+    rng = np.random.default_rng(1)
+    plates = np.repeat(np.arange(8), n_wells)
+    own = plate * rng.standard_normal((8, 30))
+    x = own[plates] + rng.standard_normal((len(plates), 30))
+    sites, wells = np.repeat(x, 2, axis=0), np.repeat(np.arange(len(x)), 2)  # two sites count as one well
+    days = plates.repeat(2) // 4
+    y = shrink_by(sites, plates.repeat(2), days, wells)
+    np.testing.assert_allclose(y[::2], shrink_by(x, plates, plates // 4, np.arange(len(x))))
+    means = lambda v: pd.DataFrame(center_by(v, days)).groupby(plates.repeat(2)).mean().to_numpy()
+    taken = 1 - np.linalg.norm(means(y)) / np.linalg.norm(means(sites))
+    assert share[0] <= taken <= share[1], taken
+    np.testing.assert_allclose(shrink_by(x, plates, plates, np.arange(len(x))), center_by(x, plates), atol=1e-12)

@@ -75,21 +75,35 @@ def center_by(
     return (x - _group_means(x, codes, len(found))[codes]).astype(x.dtype)
 
 # %% ../../nbs/40_profile.correct.ipynb #f546b644
+def _share_of_groups(m, codes, larger):
+    "(G,) share of the mean of each group that is its own: n*t/(n*t + w), with variances t between and w within groups"
+    n, parts = np.bincount(codes), np.bincount(larger)
+    w = ((m - _group_means(m, codes, len(n))[codes])**2).sum()/max(len(m)-len(n), 1)
+    between = ((_group_means(m, codes, len(n))[codes] - _group_means(m, larger, len(parts))[larger])**2).sum()
+    freedom = len(n)-len(parts)
+    weight = len(m) - (n[codes]/parts[larger]).sum() # of t in the expectation of `between`
+    t = max(between - freedom*w, 0)/weight if freedom and weight > 1e-9 else 0.
+    return n*t/np.maximum(n*t+w, np.finfo(float).tiny)
+
 def shrink_by(
     x:ArrayLike, # (N, F) float embeddings
     groups:ArrayLike, # (N,) label of each row, e.g. its plate
+    larger:ArrayLike, # (N,) label of the larger group that holds the group, e.g. its experiment
     wells:ArrayLike, # (N,) well of each row; the rows of a well count as one
-    prior:float=12., # wells that the guess of no difference is worth, 0 or more
 ) -> np.ndarray: # (N, F), dtype of `x`
-    """Subtract from every row a share of the mean of its group, n/(n + prior) for a group of n wells.
+    """Subtract from every row the mean of its larger group, and of what its own group differs from that as much as is
+    no chance: much for many wells, or groups that differ more than their wells make likely.
 
     Raises: as `center_by`.
-    Source: the shrinkage of James and Stein 1961, with a fixed prior."""
+    Source: James and Stein 1961; the variances are those of a one-way analysis of variance, pooled over features."""
     x = _as_rows(x)
+    of_well, names = pd.factorize(_as_labels(wells, len(x), 'wells'))
     codes, found = pd.factorize(_as_labels(groups, len(x), 'groups'))
-    each = pd.Series(_as_labels(wells, len(x), 'wells')).groupby(codes).nunique().to_numpy()
-    means = _group_means(x, codes, len(found))*(each/(each+prior))[:,None]
-    return (x - means[codes]).astype(x.dtype)
+    parts = pd.factorize(_as_labels(larger, len(x), 'larger'))[0]
+    first = np.unique(of_well, return_index=True)[1]
+    share = _share_of_groups(_group_means(x, of_well, len(names)), codes[first], parts[first])
+    around = center_by(x.astype(np.float64), parts)
+    return (around - (_group_means(around, codes, len(found))*share[:, None])[codes]).astype(x.dtype)
 
 # %% ../../nbs/40_profile.correct.ipynb #6a2104b1
 def well_means(
@@ -313,7 +327,8 @@ def embedding_correction(
     if name == 'centers': return lambda x, sites: _as_rows(x)
     if name == 'center_plate': return lambda x, sites: center_by(x, _plates(sites, len(x)))
     if name == 'shrink_plate':
-        return lambda x, sites: shrink_by(x, _plates(sites, len(x)), _column(sites, 'id_code', len(x)))
+        return lambda x, sites: shrink_by(x, _plates(sites, len(x)), _column(sites, 'experiment', len(x)),
+                                          _column(sites, 'id_code', len(x)))
     if name == 'center_experiment': return lambda x, sites: center_by(x, _column(sites, 'experiment', len(x)))
     if control_x is None:
         raise ValueError(f'postprocess {name!r} is fitted on controls: give control_x and control_sites')

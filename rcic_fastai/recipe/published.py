@@ -113,7 +113,7 @@ _add(
            model=ModelSettings(arch='densenet161', pretrained=True, head='cosine', cell_type='one_hot'),
            loss=LossSettings('am_softmax', dict(m=.3, s=16.)),
            train=TrainSettings(epochs=90, lr=1e-3, weight_decay=1e-2),
-           inference=InferenceSettings(batchnorm='domain', tta=8, postprocess='center_plate', pool_sites=128)))
+           inference=InferenceSettings(batchnorm='domain', tta=8, postprocess='shrink_plate', pool_sites=128)))
 
 # %% ../../nbs/62_recipe.published.ipynb #64e808be
 small_resnet = dict(arch='resnet10t', arch_options=dict(channels=[24, 48, 96, 192], stem_width=16)) # .7 million weights
