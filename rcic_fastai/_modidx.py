@@ -2137,6 +2137,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'rcic_fastai/profile/correct.py'),
                                              'rcic_fastai.profile.correct._positive': ( 'profile.correct.html#_positive',
                                                                                         'rcic_fastai/profile/correct.py'),
+                                             'rcic_fastai.profile.correct._share_of_groups': ( 'profile.correct.html#_share_of_groups',
+                                                                                               'rcic_fastai/profile/correct.py'),
                                              'rcic_fastai.profile.correct._unit': ( 'profile.correct.html#_unit',
                                                                                     'rcic_fastai/profile/correct.py'),
                                              'rcic_fastai.profile.correct.center_by': ( 'profile.correct.html#center_by',
