@@ -212,8 +212,9 @@ def main(argv=None):
     said = (f"Earlier commit: {commit[:12]}. *Of the earlier commit* is the median over the repeats of the ratio "
             "within one repeat. It guesses Harmony's names too, and reads no index."
             if commit else "There is no earlier commit here to compare with.")
+    load = f" The load of the machine was {os.getloadavg()[0]:.1f} at the end." if hasattr(os, "getloadavg") else ""
     write_report(args.out, "Describing and reading a screen of many files", __doc__.strip(),
-                 machine("pandas", "pyarrow", "numpy"), said, *parts)
+                 machine("pandas", "pyarrow", "numpy") + load, said, *parts)
     return tables
 
 
