@@ -14,7 +14,7 @@ BENCH := $(VENV)/.bench
 # the tests of a file run in one process, and the longest files begin first (tests/conftest.py)
 PYTEST_N := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 # the benchmarks of speed; `make bench` runs them one after the other
-SPEED := loading training inference assignment index screens
+SPEED := loading training inference assignment index screens store16
 RUN := PATH="$$(cd $(VENV)/bin && pwd):$$PATH"
 RUN1 := $(RUN) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 # what `make export` writes, and the few files it needs to do so

@@ -55,11 +55,11 @@ def simulated_index(n, shard_sites=256, seed=0):
 def write_store(folder, table, shard_sites=256):
     "A store without its shards"
     from rcic_fastai.data.pack import write_index
-    from rcic_fastai.data.store import _KIND
+    from rcic_fastai.data.store import _KINDS
 
     folder.mkdir(parents=True, exist_ok=True)
     write_index(table, folder / "sites.parquet")
-    manifest = dict(kind=_KIND, format="blosc2", preset="default", shape=[6, 512, 512], channels=[1, 2, 3, 4, 5, 6],
+    manifest = dict(kind=_KINDS[8], format="blosc2", preset="default", shape=[6, 512, 512], channels=[1, 2, 3, 4, 5, 6],
                     composite=False, size=None,
                     n_sites=len(table), shard_sites=shard_sites, tables=[],
                     files={"sites.parquet": xxhash.xxh3_64_hexdigest((folder / "sites.parquet").read_bytes())})

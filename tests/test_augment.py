@@ -207,7 +207,7 @@ def test_missing_statistics_and_wrong_tables_are_explained():
     with pytest.raises(ValueError, match="by is 'image', expected one of 'screen'"):
         channel_stats([(x, context)], 'image')
     with pytest.raises(ValueError, match='got no images'): channel_stats([])
-    with pytest.raises(ValueError, match='got torch.float32'): channel_stats([(x.float(), context)])
+    with pytest.raises(ValueError, match='got floats from -'): channel_stats([(x.float()-300, context)])
 
 
 # Crops

@@ -399,3 +399,17 @@ def test_screens_run(script, tmp_path):
     assert len(tables) == 2 and all((t[["describe", "read_screen"]] > 0).all(axis=None) for t in tables.values())
     text = (tmp_path / "screens.md").read_text()
     assert len(tables_in(text)) == 2 and "There is no earlier commit here" in text
+
+
+# store16.py
+
+
+def test_a_store_of_16_bits_against_lzw(script, tmp_path):
+    for package in ("tifffile", "imagecodecs", "zarr"):
+        pytest.importorskip(package)
+    store16 = script("store16")
+    tables = store16.main(["--quick", "--out", str(tmp_path / "store16.md")])
+    table = tables["noise"]
+    assert list(table.index) == [store16.LZW, *store16.STORES] and table.loc["store, raw", "of the pixels"] == 1
+    assert table.loc["store, default", "of the bytes"] < 0.95 < table.loc["store, raw", "of the bytes"]
+    assert "store, small" in (tmp_path / "store16.md").read_text()

@@ -350,6 +350,7 @@ def rcic_pack(
     format:str='blosc2', # blosc2, zarr (for napari, dask, object stores) or raw (for memmap, three times the PNGs)
     preset:str='default', # of blosc2: default, small (30 times as long), fast (larger) or windows (10 times as long)
     size:int=None, # shorter side that images are reduced to by area average, in pixels; by default as they are
+    bits:int=8, # 8: scaled by grey limits; 16: as the camera wrote them, larger
     present_only:bool=False, # pack the sites whose files are all there, instead of stopping at a missing one
     workers:int=None, # threads; by default one per core
     verify:bool=False, # compare every pixel with the files of --data afterwards, or those of a finished store
@@ -360,7 +361,7 @@ def rcic_pack(
     from rcic_fastai.data.store import Store
     from rcic_fastai.data.pack import pack_screen
     if data is None and not verify: raise ValueError('--data is missing: the folder of the screen to pack')
-    screen, how = None if data is None else read_screen(data), dict(format=format, preset=preset, size=size)
+    screen, how = None if data is None else read_screen(data), dict(format=format, preset=preset, size=size, bits=bits)
     if screen is None or verify and (out/'manifest.json').exists(): store = Store(out)
     else:
         try: store = pack_screen(screen, out, present_only, _say, **how, workers=workers)

@@ -53,24 +53,30 @@ def _stacked(values):
     for key, v in values.items(): out[key] = v
     return out
 
-def _integer_pixels(image, function):
-    if image.dtype != torch.uint8:
-        raise ValueError(f'{function} needs uint8 images, from before the batch transforms, got {image.dtype}')
-    return image.as_subclass(Tensor)
+def _grey_pixels(image, function):
+    x, said = image.as_subclass(Tensor), image.dtype
+    if x.dtype == torch.uint8: return x
+    if x.is_floating_point():
+        low, high = x.min().item(), x.max().item()
+        if low >= 0 and high <= 255: return x
+        said = f'floats from {low:.3g} to {high:.3g}'
+    raise ValueError(f'{function} needs uint8 images, or grey values that GreyLimits made of uint16, '
+                     f'from before the batch transforms, got {said}')
 
 # %% ../../nbs/20_data.augment.ipynb #886f1a0d
 def channel_stats(
-    batches:Iterable, # of (image, context, ...): uint8 (B, C, H, W), int (B, 3) or wider, as without batch transforms
+    batches:Iterable, # of (image, context, ...): uint8 (B, C, H, W), or float from `GreyLimits`; int (B, 3) or wider
     by:str='experiment', # 'screen', 'experiment' or 'plate'
 ) -> ChannelStats: # on the CPU, indexed like the context; the arguments `mean` and `std` of `Standardize`
     """Mean and standard deviation per domain and channel, pooled exactly over all pixels.
 
-    Raises: ValueError if an image is not uint8, or there is no batch.
+    Raises: ValueError if an image is neither uint8 nor float, or there is no batch.
     """
     one_of(by, _domain_columns, 'by')
     sums:dict[tuple, Tensor] = {} # int64 (3, C): number of pixels, their sum and the sum of their squares
     for image, context, *_ in batches:
-        x = _integer_pixels(image, 'channel_stats').int()
+        x = _grey_pixels(image, 'channel_stats')
+        x = x.double() if x.is_floating_point() else x.int()
         total, square = x.sum((2, 3)), (x*x).sum((2, 3)) # int64: exact for any number of pixels a disk can hold
         own = torch.stack([torch.full_like(total, x[0, 0].numel()), total, square], 1).cpu()
         for key, s in zip(_domains(context, by), own): sums[key] = sums[key]+s if key in sums else s
@@ -183,17 +189,18 @@ def _decode(self:Standardize, x, context):
 
 # %% ../../nbs/20_data.augment.ipynb #4daa49da
 def channel_histograms(
-    batches:Iterable, # of (image, context, ...): uint8 (B, C, H, W), int (B, 3) or wider, as without batch transforms
+    batches:Iterable, # of (image, context, ...): uint8 (B, C, H, W), or float from `GreyLimits`; int (B, 3) or wider
     by:str='experiment', # 'experiment' or 'plate'
 ) -> Tensor: # int64 (experiments, C, 256) or (experiments, plates, C, 256), zero where there were no images
-    """How often each grey value occurs, per domain and channel.
+    """How often each grey value occurs, per domain and channel; floats are rounded.
 
-    Raises: ValueError if an image is not uint8, or there is no batch.
+    Raises: ValueError if an image is neither uint8 nor float, or there is no batch.
     """
     one_of(by, ('experiment', 'plate'), 'by')
     counts:dict[tuple, Tensor] = {}
     for image, context, *_ in batches:
-        for x, key in zip(_integer_pixels(image, 'channel_histograms').cpu(), _domains(context, by)):
+        for x, key in zip(_grey_pixels(image, 'channel_histograms').cpu(), _domains(context, by)):
+            if x.is_floating_point(): x = x.round().clamp(0, 255)
             own = torch.stack([torch.bincount(c.flatten().int(), minlength=256) for c in x])
             counts[key] = counts[key]+own if key in counts else own
     if not counts: raise ValueError('channel_histograms got no images')
@@ -309,6 +316,8 @@ def dihedral(
     return x.flip(dims) if dims else x
 
 # %% ../../nbs/20_data.augment.ipynb #698dc12d
+def _movable(x): return x.view(torch.int16) if x.dtype == torch.uint16 else x # torch moves no uint16 by index
+
 def dihedral_batch(
     x:Tensor, # (B, C, H, W), any dtype
     ks:Tensor, # (B,) int, on the CPU: symmetry of each image
@@ -319,8 +328,7 @@ def dihedral_batch(
     """
     if (ks >= 4).any() and x.shape[-1] != x.shape[-2]:
         raise ValueError(f'symmetries 4-7 transpose, but images of {x.shape[-2]}x{x.shape[-1]} are not square')
-    # torch moves no uint16 by index
-    if x.dtype == torch.uint16: return dihedral_batch(x.view(torch.int16), ks).view(torch.uint16)
+    if x.dtype == torch.uint16: return dihedral_batch(_movable(x), ks).view(torch.uint16)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     for k in ks.unique().tolist():
         rows = (ks == k).nonzero()[:, 0].to(x.device)
@@ -358,8 +366,9 @@ class RandomSquareCrop(RandBatchTransform):
         self.size = size
 
     def encodes(self, x:TensorImage):
-        pixels, n, corners = x.as_subclass(Tensor), self.size, self.corners.T.tolist()
-        return torch.stack([pixels[i, :, top:top+n, left:left+n] for i, (top, left) in enumerate(corners)])
+        pixels, n, corners = _movable(x.as_subclass(Tensor)), self.size, self.corners.T.tolist()
+        windows = [pixels[i, :, top:top+n, left:left+n] for i, (top, left) in enumerate(corners)]
+        return torch.stack(windows).view(x.dtype)
 
 # %% ../../nbs/20_data.augment.ipynb #73e7d374
 @patch

@@ -18,13 +18,14 @@ from fastai.data.all import DataBlock, DataLoaders, delegates, is_listy, Transfo
 from ..errors import did_you_mean
 from ..files import user_path
 from ..versions import check_versions
-from ..screen.channels import CHANNELS
+from ..screen.channels import CHANNELS, grey_limits
 from ..screen.core import Screen
 from ..screen.sources import store_column
 from ..screen.atlas import hpa_classes
 from ..screen.split import _VALID, valid_mask
 from .augment import screen_transforms
 from .context import ContextBlock
+from .grey import GreyLimits
 from .select import select_sites
 from .store import open_store, Store
 from .target import is_multilabel, MultiLabelBlock, TargetBlock
@@ -42,7 +43,8 @@ def MultiChannelImageBlock(
     size:int=None # shorter side that images are brought to, in pixels; None: as they are
 ) -> TransformBlock:
     "A `TransformBlock` for images with a file per channel: integers, and floats of 0-1 from the batch on."
-    return TransformBlock(type_tfms=SiteReader(channels, cache, size), batch_tfms=PixelsToFloat)
+    limits = [GreyLimits(channels)] if any(map(grey_limits, channels)) else []
+    return TransformBlock(type_tfms=SiteReader(channels, cache, size), batch_tfms=[*limits, PixelsToFloat])
 
 def SixChannelImageBlock() -> TransformBlock:
     "A `TransformBlock` for the six stains of an RCIC site."
@@ -70,6 +72,7 @@ def screen_block(
 ) -> DataBlock: # image, context, target
     "The `DataBlock` of a screen."
     target_block = MultiLabelBlock if multilabel else TargetBlock
+    if batch_tfms: batch_tfms = [GreyLimits(channels), *(batch_tfms if is_listy(batch_tfms) else [batch_tfms])]
     blocks = (TransformBlock(SiteReader(channels, cache, read_size)), ContextBlock(cell_types, experiments),
               target_block(classes, target, class_names))
     return _ScreenBlock(blocks=blocks, n_inp=2, getters=[_files, _origin, _Target(target)], splitter=splitter,
@@ -231,7 +234,7 @@ def screen_dataloaders(
 ) -> DataLoaders: # batches (image, context, target)
     """DataLoaders of a screen, in batches of one domain.
 
-    Shape: image uint8 until it is on the device, then float (B, C, H, W); context int64 (B, 4); target int64 (B,).
+    Shape: image integers until it is on the device, then float (B, C, H, W); context int64 (B, 4); target int64 (B,).
     Raises: TypeError for another name; ValueError for an unknown target or class, images of several sizes,
     a domain without controls, and settings that do not fit; FileNotFoundError, while reading, that names the file.
     """

@@ -20,13 +20,14 @@ from torch import Tensor
 
 # %% ../../nbs/19_data.buffers.ipynb #1d765a20
 class BatchBuffers:
-    "uint8 batches whose memory is used again once nothing refers to them."
+    "Batches whose memory is used again once nothing refers to them."
     def __init__(self,
         shape:Sequence[int], # (C, H, W) of an image
         pin_memory:bool=False, # memory that a GPU copies from while the program runs?
-        keep:int=8 # at most so many unused ones
+        keep:int=8, # at most so many unused ones
+        dtype:torch.dtype=torch.uint8 # of the pixels: uint8 or uint16
     ):
-        self.shape, self.pin_memory, self.keep = tuple(shape), pin_memory, keep
+        self.shape, self.pin_memory, self.keep, self.dtype = tuple(shape), pin_memory, keep, dtype
         self._lock = threading.RLock() # the same thread may hold it: memory can be collected at any moment
         self._free:list[_Memory] = []
 
@@ -42,13 +43,13 @@ class _Memory:
 @patch
 def take(self:BatchBuffers,
     n:int # images
-) -> Tensor: # uint8 (n, C, H, W), with any content
+) -> Tensor: # uint8 or uint16 (n, C, H, W), with any content
     "Memory for a batch."
     with self._lock:
         memory = next((m for m in self._free if len(m.array) >= n), None)
         if memory: self._free.remove(memory)
     if not memory:
-        memory = _Memory(torch.empty((n, *self.shape), dtype=torch.uint8, pin_memory=self.pin_memory).numpy())
+        memory = _Memory(torch.empty((n, *self.shape), dtype=self.dtype, pin_memory=self.pin_memory).numpy())
     view = memory.array[:n]
     weakref.finalize(view, self._back, memory).atexit = False
     return torch.from_numpy(view)
@@ -64,7 +65,7 @@ def read_ahead(
     take:Callable[[int], Tensor], # gives memory for so many images, such as `BatchBuffers.take`
     threads:int=2, # that read at a time; 0 reads when a batch is asked for
     ahead:int=2 # batches that are read before they are asked for
-) -> Iterator[Tensor]: # uint8 (N, C, H, W), one by one in order
+) -> Iterator[Tensor]: # uint8 or uint16 (N, C, H, W), one by one in order
     "Batches that threads read before they are asked for, each by all of them, in ascending order of the rows."
     pool, batches = ThreadPoolExecutor(max(threads, 1)), iter(batches)
     pending:deque[tuple[Tensor, Sequence[Future]]] = deque()

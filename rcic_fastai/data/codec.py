@@ -17,6 +17,7 @@ _presets = dict( # codec, level, block
     small=('ZSTD', 9, 'plane'), # smallest; a core packs less than a site per second
     fast=('LZ4HC', 9, 'plane'), # read twice as fast, a third larger; a core packs two sites per second
     windows=('ZSTD', 1, 'tile')) # windows without the rest of the site
+_bits_apart = 'default', 'windows' # presets that put bits of 16-bit pixels apart, which is quicker; others bytes
 
 def _blosc2():
     "The library, which lets other threads run while it works"
@@ -24,27 +25,35 @@ def _blosc2():
     blosc2.set_releasegil(True)
     return blosc2
 
+def _filters(preset, deep):
+    "Names of what is done to pixels of 8 or 16 bits before the codec"
+    if not deep: return ['BYTEDELTA']
+    return ['BITSHUFFLE'] if preset in _bits_apart else ['SHUFFLE', 'BYTEDELTA']
+
 def _largest_divisor(n, most): return next(d for d in range(min(n, most), 0, -1) if n%d == 0)
 
-def _block_shape(kind, shape):
+def _block_shape(kind, shape, itemsize=1):
     "(c, h, w) of what is decoded at once"
     c, h, w = shape
     if kind == 'plane': return 1, h, w
-    if kind == 'planes': return _largest_divisor(c, max(1, 2**19//(h*w))), h, w
+    if kind == 'planes': return _largest_divisor(c, max(1, 2**19//(h*w*itemsize))), h, w
     return c, _largest_divisor(h, 64), _largest_divisor(w, 64)
 
 # %% ../../nbs/19_data.codec.ipynb #2d79c602
 class _Blosc2:
-    "Sites of one shape to Blosc2 chunks and back"
-    def __init__(self, shape, preset):
-        codec, self.level, kind = _presets[preset]
-        self.shape, self.block, self.tiled = shape, _block_shape(kind, shape), kind == 'tile'
-        blosc2 = _blosc2()
+    "Sites of one shape and type, uint8 or uint16, to Blosc2 chunks and back"
+    def __init__(self, shape, preset, dtype=np.uint8):
+        (codec, self.level, kind), self.dtype = _presets[preset], np.dtype(dtype)
+        self.shape, self.block, self.tiled = shape, _block_shape(kind, shape, self.dtype.itemsize), kind == 'tile'
+        blosc2, deep = _blosc2(), self.dtype.itemsize == 2
         self.decompress, self.single = blosc2.decompress2, blosc2.DParams(nthreads=1)
-        self.typesize = 2 if math.prod(self.block)%2 == 0 else 1 # bytedelta works on pairs of bytes
+        self.blocksize = math.prod(self.block)*self.dtype.itemsize
+        self.typesize = 2 if self.blocksize%2 == 0 else 1 # bytedelta works on pairs of bytes
+        filters = [blosc2.Filter[f] for f in _filters(preset, deep)]
+        self.filters = {f.value for f in filters}
         self.cparams = blosc2.CParams(
-            codec=blosc2.Codec[codec], clevel=self.level, typesize=self.typesize, filters=[blosc2.Filter.BYTEDELTA],
-            filters_meta=[0], blocksize=math.prod(self.block), splitmode=blosc2.SplitMode.NEVER_SPLIT, nthreads=1)
+            codec=blosc2.Codec[codec], clevel=self.level, typesize=self.typesize, filters=filters,
+            filters_meta=[0]*len(filters), blocksize=self.blocksize, splitmode=blosc2.SplitMode.NEVER_SPLIT, nthreads=1)
         self.codecs = dict(ZSTD=(4, (5,)), LZ4HC=(1, (1, 2)))[codec] # in the flags, and by number
         self.local = threading.local() # memory of each thread
 
@@ -64,13 +73,13 @@ class _Blosc2:
 # of a chunk: versions, flags, type size; bytes, of a block, compressed; filters; codec; settings of filters; reserved,
 # more flags
 _HEADER = struct.Struct('<4B3i6s2B6s2B')
-_BYTEDELTA, _ZEROS = 35, 0b10000 # the only filter, and the mark of a chunk of zeros
+_ZEROS = 0b10000 # the mark of a chunk of zeros
 
 @patch
 def fault(self:_Blosc2, data):
     "Why stored bytes are no chunk of such sites, or None"
     if len(data) < _HEADER.size: return f'{len(data)} bytes are no chunk'
-    whole, blocks = math.prod(self.shape), math.prod(self.block)
+    whole, blocks = math.prod(self.shape)*self.dtype.itemsize, self.blocksize
     header = _HEADER.unpack(bytes(data[:_HEADER.size]))
     _, _, flags, typesize, size, block, stored, filters, codec, _, _, reserved, more = header
     if size != whole: return f'it holds {size:,} bytes, not {whole:,}'
@@ -79,13 +88,13 @@ def fault(self:_Blosc2, data):
         return f'it has blocks of {block:,} bytes and numbers of {typesize}, not {blocks:,} and {self.typesize}'
     if flags & 5 != 5 or flags >> 5 != self.codecs[0] and flags & 0b11100010 != 2 or codec not in self.codecs[1]:
         return f'its codec is {flags >> 5}, {codec}'
-    if set(filters)-{0, _BYTEDELTA}: return f'its filters are {", ".join(map(str, filters))}'
+    if set(filters)-{0, *self.filters}: return f'its filters are {", ".join(map(str, filters))}'
     if reserved or more not in (0, _ZEROS): return 'it has flags that are unknown'
 
 # %% ../../nbs/19_data.codec.ipynb #94f39c20
 @patch
 def _scratch(self:_Blosc2):
-    if not hasattr(self.local, 'scratch'): self.local.scratch = np.empty(self.shape, np.uint8)
+    if not hasattr(self.local, 'scratch'): self.local.scratch = np.empty(self.shape, self.dtype)
     return self.local.scratch
 
 @patch
@@ -109,12 +118,12 @@ def _touches_all(self:_Blosc2, y, x, h, w):
 def window(self:_Blosc2, data, y, x, h, w):
     "Pixels of a window (C, h, w)"
     if not self.tiled or self._touches_all(y, x, h, w):
-        whole = np.empty(self.shape, np.uint8)
+        whole = np.empty(self.shape, self.dtype)
         self.decode(data, whole)
         return whole[:, y:y+h, x:x+w] # a view: a copy would make it dearer than the site
     if why := self.fault(data): raise ValueError(why)
     if not hasattr(self.local, 'array'):
         settings = dict(chunks=self.shape, blocks=self.block, cparams=self.cparams, dparams=self.single)
-        self.local.array = _blosc2().asarray(np.zeros(self.shape, np.uint8), **settings)
+        self.local.array = _blosc2().asarray(np.zeros(self.shape, self.dtype), **settings)
     self.local.array.schunk.update_chunk(0, data.tobytes())
     return self.local.array[:, y:y+h, x:x+w]

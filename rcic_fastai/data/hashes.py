@@ -42,6 +42,8 @@ def _read_cache(path, columns, made):
     return t.to_pandas()
 
 # %% ../../nbs/21_data.hashes.ipynb #23455ab3
+def _grey_values(files, channels): return read_site(files, channels, bits=8) # the same hash whatever a store keeps
+
 def _ids(sites, id):
     "The column of ids. Raises: ValueError if a column is missing or an id repeats"
     if lost := [c for c in ('files', id) if c not in sites]:
@@ -75,7 +77,7 @@ def hash_sites(
     channels:Sequence[int|str], # numbers or names of the channels to put into `files`
     cache:str|Path=None, # file to keep hashes in, and to resume from
     id:str='site_id', # column of the ids, unique
-    read:Callable=read_site, # (C, H, W) pixels of an entry of `files` and the channels; zeros for a missing one
+    read:Callable=_grey_values, # (C, H, W) pixels of an entry of `files` and the channels; zeros for a missing one
     size:int=8, # lowest frequencies per direction
     canonical:bool=False, # the same for all flips and rotations?
     min_range:float=1, # as for `perceptual_hash`

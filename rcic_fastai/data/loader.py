@@ -222,6 +222,9 @@ class _BatchSource:
 @patch
 def _read_file(self:_BatchSource, i, out):
     x = self.reader.pixels(self.files[i])
+    if x.dtype!=out.dtype:
+        raise ValueError(f'{self.files[i]} is {x.dtype}, but the first site {out.dtype}: '
+                         'a batch holds images of one depth; pack all stores with the same bits')
     if x.shape!=out.shape:
         raise ValueError(f'{self.files[i]} has shape {x.shape}, but the first site {out.shape}: '
                          'a batch holds images of one shape; read_size (data.read_size) brings them to one')
@@ -231,18 +234,20 @@ def _read_file(self:_BatchSource, i, out):
 def _start(self:_BatchSource):
     "Shape of an image, memory for batches, and what reads into it"
     store = self.store
-    if store is None: shape, self.read_into = self.reader.pixels(self.files[0]).shape, self._read_file
+    if store is None:
+        first, self.read_into = self.reader.pixels(self.files[0]), self._read_file
+        shape, dtype = first.shape, first.dtype
     else:
         at = slice(None) if store.manifest['composite'] else store.places(self.reader.channels)
         shape = store.check().shape if isinstance(at, slice) else (len(at), *store.shape[1:])
         def some_channels(i, out): out[...] = store.read(i)[at]
-        self.read_into = store.read_into if isinstance(at, slice) else some_channels
-    self.buffers = BatchBuffers(shape, self.pin_memory)
+        self.read_into, dtype = store.read_into if isinstance(at, slice) else some_channels, store.dtype
+    self.buffers = BatchBuffers(shape, self.pin_memory, dtype=getattr(torch, dtype.name))
 
 # %% ../../nbs/23_data.loader.ipynb #3eece4a6
 @patch
 def read(self:_BatchSource, batches, threads):
-    "Images of each batch, uint8 (B, C, H, W)"
+    "Images of each batch, uint8 or uint16 (B, C, H, W)"
     if self.buffers is None: self._start()
     if self.store is None: return read_ahead(batches, self.read_into, self.buffers.take, threads)
     missing = next((i for b in batches for i in b if self.rows[i] < 0), None)

@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 from fastai.data.core import DataLoaders
 
+from .grey import GreyLimits
 from .augment import channel_histograms, channel_stats, ChannelStats, MatchHistograms, Standardize
 
 # %% ../../nbs/21_data.statistics.ipynb #ff7971c5
+def _reader(dls): return next(t for t in dls.train_ds.tls[0].tfms if hasattr(t, 'channels'))
 def _context_encoder(dls): return next(t for t in dls.train_ds.tls[1].tfms if hasattr(t, 'cell_types'))
 
 # %% ../../nbs/21_data.statistics.ipynb #d80be02d
@@ -33,8 +35,9 @@ def sample_sites(
 
 # %% ../../nbs/21_data.statistics.ipynb #5601f9ef
 def _raw_batches(dls, sites, by, seed):
-    "Batches of a sample, without batch transforms"
-    return dls.test_dl(sample_sites(sites, by, seed=seed).reset_index(drop=True), after_batch=[], bs=16)
+    "Batches of a sample in grey values, without the other batch transforms"
+    sample = sample_sites(sites, by, seed=seed).reset_index(drop=True)
+    return dls.test_dl(sample, after_batch=[GreyLimits(_reader(dls).channels)], bs=16)
 
 def measure_stats(
     dls:DataLoaders, # DataLoaders of the screen

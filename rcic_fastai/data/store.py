@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from ..files import parse_json, path_within, regular_file, user_path
 from ..credentials import scrub
 from ..locations import is_address, read_bytes, read_part, with_retries
-from ..screen.channels import CHANNELS
+from ..screen.channels import channel_file, channel_name, CHANNELS
+from ..screen.counts import eight_bits, read_counts
 from ..screen.sources import AbsentSite, as_pixels, PixelsArray, SitePixels, store_column, StoreRow
 from ..screen.planes import resize_site
 from .buffers import BatchBuffers, _fill, read_ahead
@@ -34,7 +35,8 @@ from .codec import _Blosc2, _HEADER, _presets
 
 # %% ../../nbs/20_data.store.ipynb #62096971
 FORMATS = 'blosc2', 'zarr', 'raw'
-_MANIFEST, _INDEX, _PLAN, _KIND = 'manifest.json', 'sites.parquet', 'packing.json', 'rcic_fastai store 1'
+_MANIFEST, _INDEX, _PLAN = 'manifest.json', 'sites.parquet', 'packing.json'
+_KINDS = {8: 'rcic_fastai store 1', 16: 'rcic_fastai store 2'} # by bits; releases that know no 16 refuse them
 
 class DamagedSite(ValueError):
     "A site whose stored bytes are not those that were packed."
@@ -54,6 +56,8 @@ def _whole(v, least): return isinstance(v, int) and not isinstance(v, bool) and 
 def _list(v, test): return isinstance(v, list) and len(v) > 0 and all(map(test, v))
 def _inside(name): return isinstance(name, str) and path_within('.', name, links=True).name != ''
 def _is_shape(v): return _list(v, lambda n: _whole(n, 1)) and len(v) == 3 and math.prod(v) < 2**31-32
+def _bits(manifest): return manifest.get('bits', 8)
+def _pixel_bytes(manifest): return math.prod(manifest['shape'])*_bits(manifest)//8
 def _are_channels(v): return _list(v, lambda c: _whole(c, 0) or isinstance(c, str)) and len(set(v)) == len(v)
 def _are_files(v):
     return isinstance(v, dict) and _INDEX in v and all(map(_inside, v)) and all(isinstance(h, str) for h in v.values())
@@ -77,7 +81,11 @@ def _digest(manifest):
 
 def _check_manifest(manifest, where):
     "Raises: ValueError naming the entry that no store of ours has"
-    if manifest.get('kind') != _KIND: raise ValueError(f'{where}: kind {manifest.get("kind")!r}, expected {_KIND!r}')
+    bits, kind = _bits(manifest), manifest.get('kind')
+    if kind not in _KINDS.values(): raise ValueError(f'{where}: kind {kind!r}, expected {_KINDS[8]!r}')
+    if isinstance(bits, bool) or bits not in (8, 16) or kind != _KINDS[bits]:
+        expected = next(b for b, k in _KINDS.items() if k == kind)
+        raise ValueError(f'{where}: bits is {str(bits)[:80]}, expected {expected}')
     for name, (fits, expected) in _rules.items():
         try: good = fits(manifest[name])
         except (KeyError, TypeError, ValueError): good = False
@@ -85,6 +93,8 @@ def _check_manifest(manifest, where):
             raise ValueError(f'{where}: {name} is {str(manifest.get(name, "missing"))[:80]}, expected {expected}')
     if 'digest' in manifest and manifest['digest'] != _digest(manifest):
         raise ValueError(f'{where} is not as it was written: its digest differs')
+    if _pixel_bytes(manifest) >= 2**31-32:
+        raise ValueError(f'{where}: shape is {manifest["shape"]}, expected less than 2 GB')
     c = manifest['shape'][0]
     if not manifest['composite'] and c != len(manifest['channels']):
         raise ValueError(f'{where}: {len(manifest["channels"])} channels, but the shape says {c}')
@@ -124,7 +134,7 @@ def _read_index(data, manifest, where):
 # %% ../../nbs/20_data.store.ipynb #cad0f6b2
 def _check_places(table, manifest, where):
     "Do the bytes of the sites lie one after the other, each as long as a site can be?"
-    size, step, lengths = math.prod(manifest['shape']), manifest['shard_sites'], table.length.to_numpy()
+    size, step, lengths = _pixel_bytes(manifest), manifest['shard_sites'], table.length.to_numpy()
     least, most = dict(raw=(size, size), zarr=(0, 0), blosc2=(_HEADER.size, size+_HEADER.size))[manifest['format']]
     wrong = (lengths < least) | (lengths > most)
     if wrong.any():
@@ -146,8 +156,8 @@ def _zarr_sketch(shape, shards):
     codecs = [part('bytes'), part('zstd', level=1, checksum=False), part('crc32c')]
     sharding = part('sharding_indexed', chunk_shape=[1, *shape[1:]], index_codecs=index, index_location='end',
                     codecs=codecs)
-    return dict(zarr_format=3, node_type='array', shape=shape, data_type='uint8', fill_value=0, storage_transformers=[],
-                chunk_key_encoding=part('default', separator='/'),
+    return dict(zarr_format=3, node_type='array', shape=shape, data_type='uint8', fill_value=0,
+                storage_transformers=[], chunk_key_encoding=part('default', separator='/'),
                 chunk_grid=part('regular', chunk_shape=[shards, *shape[1:]]), codecs=[sharding])
 
 def _bare(v):
@@ -179,7 +189,8 @@ def _checked_zstd():
     from zarr.codecs import ZstdCodec
     from zarr.registry import register_codec
     def check(data, spec):
-        size, expected = _zstd_size(data[:18].to_bytes()), math.prod(spec.shape)
+        kind = getattr(spec.dtype, 'to_native_dtype', lambda: spec.dtype)() # numpy's own in older releases
+        size, expected = _zstd_size(data[:18].to_bytes()), math.prod(spec.shape)*np.dtype(kind).itemsize
         if size != expected: raise ValueError(f'it holds {size} bytes, not {expected:,}')
     class CheckedZstd(ZstdCodec):
         def _decode_sync(self, chunk_bytes, chunk_spec):
@@ -211,19 +222,35 @@ class Store:
     shown = property(lambda self: scrub(self.path), doc='Its path for messages: without the password of an address')
     _fits = cached_property(lambda self: self._check_first())
     _array = cached_property(lambda self: self._open_array())
-    _codec = cached_property(lambda self: _Blosc2(self.shape, self.preset))
+    _codec = cached_property(lambda self: _Blosc2(self.shape, self.preset, self.dtype))
     _rows = cached_property(lambda self: pd.Index(self.sites.site_id))
     _where = cached_property(lambda self: tuple(self.sites[c].to_numpy() for c in ('offset', 'length', 'checksum')))
     def __len__(self): return self.manifest['n_sites']
     _shard = cached_property(lambda self: lru_cache(maxsize=256)(self._map_shard)) # fewer than files may be open
     _checked = cached_property(lambda self: np.zeros(len(self), bool)) # raw sites that this process has compared
-    _buffers = cached_property(lambda self: {p: BatchBuffers(self.shape, p) for p in (False, True) if self._fits})
+    _buffers = cached_property(lambda self: self._new_buffers())
     @cached_property
     def sites(self) -> pd.DataFrame:
         "One row per site in stored order: its well, its `files`, and `offset`, `length`, `checksum` of its bytes."
         return self._read_sites()
 
 # %% ../../nbs/20_data.store.ipynb #889e72a5
+@patch(as_prop=True)
+def bits(self:Store) -> int: # 8, or 16 as the camera wrote them
+    "Bits of a grey value."
+    return _bits(self.manifest)
+
+@patch(as_prop=True)
+def dtype(self:Store) -> np.dtype: # uint8 or uint16
+    "Type of the pixels."
+    return np.dtype(f'uint{self.bits}')
+
+@patch
+def _new_buffers(self:Store):
+    kind = getattr(torch, self.dtype.name)
+    return {p: BatchBuffers(self.shape, p, dtype=kind) for p in (False, True) if self._fits}
+
+# %% ../../nbs/20_data.store.ipynb #96978d1d
 @patch
 def _read_manifest(self:Store, where):
     try: manifest = parse_json(_read_bytes(_join(self.path, _MANIFEST)).decode(errors='replace'), where, dict)
@@ -244,7 +271,9 @@ def __repr__(self:Store):
     c, h, w = self.shape
     size = f', images reduced to {self.manifest["size"]} pixels' if self.manifest['size'] else ''
     preset = '' if self.format != 'blosc2' else f' {self.preset}'
-    return f'Store {self.shown}: {len(self):,} sites of {c} channels, {h} x {w} pixels, {self.format}{preset}{size}'
+    deep = '' if self.bits == 8 else f' of {self.bits} bits'
+    return (f'Store {self.shown}: {len(self):,} sites of {c} channels, {h} x {w} pixels{deep}, '
+            f'{self.format}{preset}{size}')
 
 # %% ../../nbs/20_data.store.ipynb #60ab807a
 @patch
@@ -284,10 +313,12 @@ def places(self:Store,
     Raises: ValueError for a channel that is not stored.
     """
     if tuple(channels) == self.channels: return slice(None)
-    missing = [c for c in channels if c not in self.channels]
+    def key(c): return c if self.bits == 8 else (channel_file(c), channel_name(c)) # limits come later
+    stored, wanted = [[key(c) for c in cs] for cs in (self.channels, channels)]
+    missing = [c for c, k in zip(channels, wanted) if k not in stored]
     if missing:
         raise ValueError(f'{self.shown} has no channel {missing[0]}; it holds {", ".join(map(str, self.channels))}')
-    return [self.channels.index(c) for c in channels]
+    return slice(None) if wanted == stored else [stored.index(k) for k in wanted]
 
 # %% ../../nbs/20_data.store.ipynb #caaac7f7
 @patch
@@ -373,12 +404,13 @@ def check(self:Store) -> 'Store': # itself
 @patch
 def _lost(self:Store, i):
     "Raises: FileNotFoundError for a site whose file is missing, unless it is black"
-    if int(self._where[2][i]) == xxhash.xxh3_64_intdigest(np.zeros(self.shape, np.uint8)): return
+    if int(self._where[2][i]) == xxhash.xxh3_64_intdigest(np.zeros(self.shape, self.dtype)): return
     site = self.sites.iloc[i]
     raise FileNotFoundError(f'{self.shown}/{site.place}/0/c/0/0/0 does not exist; it holds site {site.site_id}')
 
 @patch
-def _open_plates(self:Store): return open_sites(self.path, self.sites.place.tolist(), self.shape, lost=self._lost)
+def _open_plates(self:Store):
+    return open_sites(self.path, self.sites.place.tolist(), self.shape, self.dtype.name, lost=self._lost)
 
 @patch
 def _open_array(self:Store):
@@ -432,7 +464,7 @@ def _first_time(self:Store, i, data):
 @patch
 def read_into(self:Store,
     i:int, # row of the site
-    out:np.ndarray # contiguous uint8 (C, H, W)
+    out:np.ndarray # contiguous (C, H, W), of the type of the store
 ):
     """Read all pixels of a site into an array.
 
@@ -440,7 +472,7 @@ def read_into(self:Store,
     """
     def read():
         if self.format == 'raw':
-            np.copyto(out.reshape(-1), self._stored(i))
+            np.copyto(out.reshape(-1).view(np.uint8), self._stored(i))
             self._first_time(i, out)
         elif self.format == 'blosc2': self._codec.decode(self._bytes(i), out)
         else:
@@ -457,7 +489,7 @@ def _window(self:Store, i, y, x, h, w):
     if self.format == 'blosc2': return self._codec.window(self._bytes(i), y, x, h, w)
     data = self._stored(i)
     self._first_time(i, data)
-    return data.reshape(self.shape)[:, y:y+h, x:x+w].copy()
+    return data.view(self.dtype).reshape(self.shape)[:, y:y+h, x:x+w].copy()
 
 @patch
 def read(self:Store,
@@ -466,7 +498,7 @@ def read(self:Store,
     x:int=0, # first column
     h:int=None, # height; by default to the lower edge
     w:int=None # width; by default to the right edge
-) -> np.ndarray: # uint8 (C, h, w); a window may be a view of the whole site
+) -> np.ndarray: # uint8 or uint16 (C, h, w); a window may be a view of the whole site
     """Read one site, or a window of it, which never costs more than the site.
 
     Raises: IndexError, ValueError for a row or window outside; DamagedSite naming the site.
@@ -476,7 +508,7 @@ def read(self:Store,
     if y < 0 or x < 0 or h < 1 or w < 1 or y+h > height or x+w > width:
         raise ValueError(f'window {h}x{w} at ({y}, {x}) is not inside {height}x{width} pixels')
     if not self._fits or (h, w) != (height, width): return self._guarded(i, lambda: self._window(i, y, x, h, w))
-    out = np.empty(self.shape, np.uint8)
+    out = np.empty(self.shape, self.dtype)
     self.read_into(i, out)
     return out
 
@@ -484,16 +516,17 @@ def read(self:Store,
 @patch
 def _batch(self:Store, n, out) -> Tensor:
     "`out` as a tensor, or new memory. Raises: ValueError for memory that does not fit"
-    if out is None and self._fits: out = torch.empty((n, *self.shape), dtype=torch.uint8)
+    kind = getattr(torch, self.dtype.name)
+    if out is None and self._fits: out = torch.empty((n, *self.shape), dtype=kind)
     if isinstance(out, np.ndarray): out = torch.from_numpy(out)
-    if tuple(out.shape) != (n, *self.shape) or out.dtype != torch.uint8 or not out.is_contiguous():
-        raise ValueError(f'out is {out.dtype} {tuple(out.shape)}, expected contiguous uint8 {(n, *self.shape)}')
+    if tuple(out.shape) != (n, *self.shape) or out.dtype != kind or not out.is_contiguous():
+        raise ValueError(f'out is {out.dtype} {tuple(out.shape)}, expected contiguous {self.dtype} {(n, *self.shape)}')
     return out
 
 @patch
 def read_batch(self:Store,
     rows:Sequence[int]|np.ndarray, # int (N,)
-    out:Tensor|np.ndarray=None, # uint8 (N, C, H, W), contiguous, such as shared or pinned memory; by default new memory
+    out:Tensor|np.ndarray=None, # (N, C, H, W) of its type, contiguous, such as pinned memory; by default new memory
     threads:int=1 # that read at a time
 ) -> Tensor: # `out`
     "Read sites straight into one tensor; they are read in stored order, whatever the order of `rows`."
@@ -513,7 +546,7 @@ def read_ahead(self:Store,
     threads:int=2, # that read at a time; 0 reads when a batch is asked for
     ahead:int=2, # batches that are read before they are asked for
     pin_memory:bool=False # into memory that a GPU copies from while the program continues?
-) -> Iterator[Tensor]: # uint8 (N, C, H, W), one by one in order
+) -> Iterator[Tensor]: # uint8 or uint16 (N, C, H, W), one by one in order
     "Batches, read by threads while the caller works."
     return read_ahead(batches, self.read_into, self._buffers[pin_memory].take, threads, ahead)
 
@@ -532,7 +565,7 @@ def open_store(
 @patch
 def read(self:StoreRow,
     channels:Sequence[int|str]=None # numbers or names of the channels; None: all that are stored
-) -> np.ndarray: # uint8 (C, H, W)
+) -> np.ndarray: # uint8 or uint16 (C, H, W)
     "Read this site. Raises: as `Store.read` does; ValueError for a channel that is not stored."
     store = open_store(self.store)
     x = store.read(self.row)
@@ -546,18 +579,23 @@ def composite(self:StoreRow) -> bool: # as in the files it was packed from
 # %% ../../nbs/20_data.store.ipynb #d613c02a
 def read_site(
     files:SitePixels|str|Path|Sequence, # reference, path with `{channel}`, a composite, or paths of the channels
-    channels:Sequence=CHANNELS # numbers or names, as `read_planes` takes them
-) -> np.ndarray: # uint8 (C, H, W)
+    channels:Sequence=CHANNELS, # numbers or names, as `read_planes` takes them
+    bits:int=None # 8: by the grey limits, from a store of 16 too; 16: without them, from files too; None: as they come
+) -> np.ndarray: # uint8 (C, H, W), or uint16
     """Read all channels of one site, from its files or from a store.
 
-    Raises: as `read_planes` and `Store.read` do; FileNotFoundError for a site that is not in the store.
+    Raises: as `read_planes`, `read_counts` and `Store.read` do; FileNotFoundError for a site that is not in the store.
     """
-    return as_pixels(files).read(channels)
+    pixels = as_pixels(files)
+    if bits == 16 and not isinstance(pixels, (StoreRow, AbsentSite)): return read_counts(pixels, channels)
+    x = pixels.read(channels)
+    if bits == 16 and x.dtype != np.uint16: raise ValueError(f'{pixels} is of 8 bits, expected 16')
+    return eight_bits(x, channels) if bits == 8 else x
 
 def read_packed(
     files:SitePixels|str, # of a packed site; or its text of version 0.1.0, such as 'store#17'
     channels:Sequence[int|str]=None # numbers or names of the channels; None: all that are stored
-) -> np.ndarray: # uint8 (C, H, W)
+) -> np.ndarray: # uint8 or uint16 (C, H, W)
     """Read one packed site.
 
     Raises: as `read_site` does; FileNotFoundError for image files.
@@ -572,9 +610,9 @@ def _downscale(x, size):
     if min(h, w) < size: raise ValueError(f'images of {h}x{w} pixels cannot be reduced to {size}')
     return resize_site(x, size)
 
-def _source_image(files, channels, size):
+def _source_image(files, channels, size, bits=8):
     "Pixels of a site as a store keeps them"
-    x = read_site(files, channels)
+    x = read_site(files, channels, bits)
     return _downscale(x, size) if size else x
 
 def _site_problem(store, i, files=None):
@@ -585,7 +623,7 @@ def _site_problem(store, i, files=None):
         if store._direct: store._guarded(i, lambda: store._array[i])
     except (DamagedSite, FileNotFoundError) as e: return str(e)
     if files is None: return None
-    try: source = _source_image(files, store.channels, store.manifest['size'])
+    try: source = _source_image(files, store.channels, store.manifest['size'], store.bits)
     except (FileNotFoundError, ValueError) as e: return f'could not be compared: {e}'
     if source.shape != x.shape: return f'{source.shape} pixels in the files, {x.shape} in the store'
     differ = int((source != x).sum())
@@ -595,7 +633,7 @@ def _site_problem(store, i, files=None):
 def _files_of(store):
     "Checksums of index and tables, and of what describes plates and images to other programs"
     said = store.manifest.get('ome_zarr')
-    described = () if said is None else ome_zarr_files(store.sites, said, store.shape)
+    described = () if said is None else ome_zarr_files(store.sites, said, store.shape, store.dtype.name)
     return store.manifest['files']|{name: xxhash.xxh3_64_hexdigest(text.encode()) for name, text in described}
 
 def _table_problem(store, name, checksum):

@@ -68,7 +68,7 @@ def site_statistics(
 
     Raises: FileNotFoundError or ValueError naming the file that is missing or is no image.
     """
-    def read(f): return image_statistics(read_site(f, channels), names, size)
+    def read(f): return image_statistics(read_site(f, channels, bits=8), names, size)
     index = files.index if isinstance(files, pd.Series) else pd.RangeIndex(len(files))
     hidden, rows = None if progress and not os.environ.get('TQDM_DISABLE') else True, []
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(files), desc='Statistics', unit='site',

@@ -29,7 +29,7 @@ from ..screen.read import read_screen
 from ..data.augment import ChannelStats
 from ..data.loader import sites_table
 from ..data.select import select_sites
-from ..data.store import read_site
+from ..data.store import open_store, read_site
 from ..model.core import load_weights
 from ..predict.core import Predictions
 from ..recipe.settings import InferenceSettings, current_name, Recipe, TrainSettings
@@ -284,7 +284,8 @@ def _check_channel(run, trained, own, packed, said):
                          f'channels of another')
     if files[0]!=files[1] and not packed:
         raise ValueError(f'{said}: files call {names[0]} {files[1]} here, and {files[0]} there')
-    if packed and grey_limits(trained)!=grey_limits(own):
+    shallow = packed and open_store(run.screen.path).bits==8 # limits of 16 bits are those of the run
+    if shallow and grey_limits(trained)!=grey_limits(own):
         raise ValueError(f'{run} was trained on grey values {grey_limits(trained)} of {names[0]}, and '
                          f'{run.screen.path} was packed with '
                          f'{grey_limits(own)}: describe it --like the other, and pack it again')

@@ -91,7 +91,7 @@ _if_there:_Checks = dict(
     groups=(_are_groups, 'a plate group of each number, in braces'),
     blend=(_list_of(str, 1), 'a list of folders'), weights=(_is(dict), 'an object in braces'),
     versions=(_is(dict), 'an object in braces'),
-    image_size=(lambda v: _list_of(int)(v) and len(v)==2, 'height and width'),
+    image_size=(lambda v: _list_of(int)(v) and len(v)==2, 'height and width'), bits=(lambda v: v in (8, 16), '8 or 16'),
     stats=(_is((list, type(None))), 'means and standard deviations'), stack=(_is(dict), 'an object in braces'))
 
 # %% ../../nbs/72_run.record.ipynb #b2e0d3ac

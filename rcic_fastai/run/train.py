@@ -407,11 +407,11 @@ def _versions():
 # %% ../../nbs/77_run.train.ipynb #4fd8b2da
 def _write_run(t, table, learn, names, more):
     "Histograms, weights, recipe.json, and run.json last"
-    stats, asked = learn.dls.stats, _asked_for(t)
+    stats, asked, first = learn.dls.stats, _asked_for(t), learn.dls.train_ds[0][0]
     info = dict(**asked, start=asked['request']['asked']['start'], **more, classes=list(learn.dls.vocab),
                 channels=list(t.screen.channels), groups=_groups(t),
                 cell_types=names['cell_types'], experiments=names['experiments'],
-                image_size=list(learn.dls.train_ds[0][0].shape[-2:]),
+                image_size=list(first.shape[-2:]), **(dict(bits=16) if first.dtype==torch.uint16 else {}),
                 stats=None if stats is None else [s.tolist() for s in stats],
                 valid_wells=sorted(set(table.sites.id_code[table.mask])), versions=_versions())
     if learn.dls.counts is not None:
