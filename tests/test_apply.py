@@ -48,8 +48,8 @@ def test_the_next_plates_by_command(plates, monkeypatch, capsys):
     first, later, run, out = (plates / n for n in ("first", "next week", "run", "answers"))
     command("rcic-describe", "--data", first, "--column", "experiment=Day", "--column", "plate=Barcode", "--column",
             "well=Position", "--column", "treatment=Compound", "--negative", "vehicle")
-    command("rcic-train", "--data", first, "--run", run, "--recipe", "laptop", "--laptop", 2, "--valid", "experiment=day2",
-            "--set", "model.arch=resnet10t")
+    command("rcic-train", "--data", first, "--run", run, "--recipe", "laptop", "--laptop", 2, "--valid",
+            "experiment=day2", "--set", "model.arch=resnet10t")
     command("rcic-predict", "--run", run, "--split", "valid")
     before = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file() and not p.name.startswith(".")}
     monkeypatch.chdir(plates.parent)  # from another folder

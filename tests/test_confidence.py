@@ -117,7 +117,7 @@ def test_the_temperature_goes_along_with_predictions_made_alike(screen, run):
     both = blend_predictions({"a": test, "b": test})
     assert "temperature" not in both.made
     with pytest.raises(ValueError, match="have no temperature"):
-        both.calibrated
+        both.calibrated.sum()
     train = drawn(treated(screen, ["HUVEC-01"]), 2)
     _note_temperature(run, "train", train, valid)
     assert "temperature" not in train.made  # what was trained on is no measure
