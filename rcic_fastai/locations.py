@@ -19,7 +19,7 @@ from .credentials import refuse_password, scrub
 from .files import parse_json, write_json, write_whole
 
 # %% ../nbs/06_locations.ipynb #806a799a
-_ADDRESS = re.compile(r'([A-Za-z][\w+.-]+):/{1,2}(?!/)(.*)', re.S)  # a drive of Windows has one letter
+_ADDRESS = re.compile(r'([A-Za-z][\w+.-]+):/+(.*)', re.S)  # a drive of Windows has one letter
 
 def is_address(
     path:object, # path or address
@@ -54,6 +54,9 @@ _WAITS = .2, .8, 2., 5.  # seconds
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError, ValueError,
           TypeError)
 
+_NO_CREDENTIALS = ('{} cannot be read: there are no credentials; a bucket that is public needs none with '
+                   'FSSPEC_S3_ANON=true in the environment')
+
 def with_retries(
     read:Callable[[], Any], # a request
     what:str, # it is for, for the message
@@ -65,7 +68,8 @@ def with_retries(
             said = str(e) if '://' in str(e) else f'{what} does not exist'
             raise FileNotFoundError(scrub(said)) from None
         except Exception as e:
-            final = isinstance(e, _FINAL) or 'Credentials' in type(e).__name__
+            if 'Credentials' in type(e).__name__: raise PermissionError(_NO_CREDENTIALS.format(scrub(what))) from None
+            final = isinstance(e, _FINAL)
             if not final and wait is not None: time.sleep(wait)
             elif isinstance(e, (ImportError, PermissionError)): raise
             else: raise OSError(f'{scrub(what)} cannot be read: {type(e).__name__}: {scrub(e)}') from None

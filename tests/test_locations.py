@@ -155,6 +155,24 @@ def test_what_an_address_is_no_place_for(tmp_path, memory, cache):
     assert not [p for p in cache.rglob("passwd")]
 
 
+def test_folders_of_this_machine_as_addresses(tmp_path):
+    "file:// by `describe_screen`, then by what it wrote; and a store"
+    here = describe_screen(write_screen(tmp_path / "mine"), out=tmp_path / "here", say=quiet)
+    there = describe_screen(Path(f"file://{tmp_path}/mine"), out=tmp_path / "there", say=quiet)
+    assert (pixels(there) == pixels(here)).all()
+    pack_screen(read_screen(tmp_path / "there"), tmp_path / "packed", progress=False, say=quiet)
+    assert (pixels(read_screen((tmp_path / "packed").as_uri())) == pixels(here)).all()
+
+
+def test_missing_credentials_are_told_as_that(monkeypatch):
+    class NoCredentialsError(Exception): pass
+
+    def read(): raise NoCredentialsError("Unable to locate credentials")
+
+    with pytest.raises(PermissionError, match="s3://bucket/a cannot be read: there are no credentials"):
+        locations.with_retries(read, "s3://bucket/a")
+
+
 def test_copies_are_bounded(tmp_path, memory, monkeypatch, cache):
     "What was not used for longest goes; threads that fetch the same file do not disturb each other"
     monkeypatch.setenv("RCIC_CACHE_GB", "1e-4")  # 100 kB
