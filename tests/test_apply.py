@@ -64,3 +64,22 @@ def test_the_next_plates_by_command(plates, monkeypatch, capsys):
     again = command("rcic-apply", "--run", run, "--data", later, "--out", out, "--no-report")
     assert f"{len(answers)} wells" in again
     pd.testing.assert_frame_equal(pd.read_csv(out / "submission_wells.csv"), answers)
+
+
+@pytest.mark.slow
+def test_controls_among_the_classes_are_found_again(plates, tmp_path):
+    "With wells='all' a control has a class centre like every other class"
+    from rcic_fastai.recipe.default import default_recipe
+    from rcic_fastai.recipe.published import change_recipe
+    from rcic_fastai.run.predict import predict_run
+    from rcic_fastai.run.train import train_run
+    from rcic_fastai.screen.describe import describe_screen
+
+    columns = dict(experiment="Day", plate="Barcode", well="Position", treatment="Compound")
+    screen = describe_screen(plates / "first", columns=columns, negative=["vehicle"], out=tmp_path / "own",
+                             say=lambda *a: None)
+    recipe = change_recipe(default_recipe(screen)[0], "train.epochs=2")
+    train_run(screen, recipe, tmp_path / "run", wells="all", valid="experiment=day2", say=lambda *a: None)
+    p = predict_run(tmp_path / "run", screen, "valid", progress=False)
+    assert recipe.inference.postprocess and len(p.classes) == 4
+    assert (p.logits > -15).any(0).all()  # before, that of the control was -16 for every site

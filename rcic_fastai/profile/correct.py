@@ -315,6 +315,7 @@ def _check_postprocess(name):
     meant = f'did you mean {near[0]!r}?' if near else f"expected one of {', '.join(postprocess_names)}"
     raise ValueError(f'unknown postprocess {name!r}; {meant}')
 
+# %% ../../nbs/40_profile.correct.ipynb #6b4004ac
 def embedding_correction(
     name:str, # one of `postprocess_names`; 'centers' leaves embeddings as they are
     control_x:np.ndarray=None, # (C, F) float embeddings of controls, for 'sphering' and 'tvn'

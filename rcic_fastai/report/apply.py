@@ -6,7 +6,7 @@
 __all__ = ['apply_run']
 
 # %% ../../nbs/83_report.apply.ipynb #8db634d5
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd

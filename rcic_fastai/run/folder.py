@@ -386,7 +386,7 @@ def references(self:Run,
     "What `needs` asks for; None for what is not needed."
     w, needs = self.screen.wells, self.needs
     select = lambda s, kind: select_sites(self.screen, s, kind, present_only, lambda *a: None)
-    labelled = select('train', 'treatments') if needs.reference else None
+    labelled = select('train', self.wells) if needs.reference else None # a centre for each class that it knows
     if needs.reference: labelled = labelled[~labelled.id_code.isin(self.valid_wells)].reset_index(drop=True)
     # the splits of a site may differ from that of its well
     asked = {*w.split[w.id_code.isin(sites.id_code)], *(['train'] if needs.reference else [])}

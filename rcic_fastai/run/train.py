@@ -104,8 +104,12 @@ def _check_classes(sites, target):
     "Refuse training sites that are all alike"
     values = sites[target].dropna()
     if not len(values) or task_of(values).several or values.nunique() > 1: return
-    raise ValueError(f'{target} of all training sites is {values.iloc[0]}: there is nothing to tell apart')
+    named = 'treatment' in sites and target=='sirna'
+    one = f'treatment {sites.treatment[values.index[0]]!r}' if named else f'{target} {values.iloc[0]}'
+    controls = '; controls are no classes unless wells=\'all\' (--wells all) says so' if target=='sirna' else ''
+    raise ValueError(f'all training sites have {one}: there is nothing to tell apart{controls}')
 
+# %% ../../nbs/77_run.train.ipynb #ca644494
 def _labelled(sites, target, say):
     "Without sites whose target is unknown, such as images whose antibody is unknown"
     known = sites[target].notna().to_numpy()

@@ -7,7 +7,7 @@ __all__ = ['pattern_regex', 'find_sites', 'guess_pattern', 'PlateMapScreen', 're
            'read_well_table']
 
 # %% ../../nbs/15_screen.describe.ipynb #7e6260e7
-import json, os, re
+import json, os, re, shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -188,7 +188,7 @@ def _chosen_channels(found, asked, n_sites, say, names={}):
     if not asked and len(texts) > 1:
         other = ','.join([texts[-1], *texts[:-1]])
         say(f'Channels are in the order of their names: {", ".join(texts)}; pictures show the first as the nucleus, '
-            f'and channels=... (--channels {other}) gives another order')
+            f'and channels=... (--channels {shlex.quote(other)}) gives another order')
     return texts
 
 # %% ../../nbs/15_screen.describe.ipynb #c51b165f

@@ -126,6 +126,10 @@ def _listed(text, known):
 
 def _value_mask(wells, spec, column, text):
     there = wells[column].astype(str)
+    if column == 'plate' and 'plate_name' in wells: # numbers, or what the plate map calls them
+        named = wells.plate_name.astype(str)
+        fits = lambda known: set(_listed(text, known)) <= known
+        if not fits(set(there)) and fits(set(named)): there = named
     known = set(there)
     values = [text] if text in known else _listed(text, known)  # a name may hold a comma
     for v in values:
