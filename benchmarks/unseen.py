@@ -63,12 +63,15 @@ def alike(folder):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(folder, out, ignore=lambda *a: ["train", "done"])
         settings = json.loads((folder / "simulation.json").read_text())
-        names = Simulation.__dataclass_fields__
-        sim = Simulation(**{k: v for k, v in settings.items() if k in names and k != "optics"},
-                         optics=settings.get("optics") and Optics(**settings["optics"]))
+        own, optics = ({k: v for k, v in settings.items() if k in t.__dataclass_fields__} for t in (Simulation, Optics))
+        sim = Simulation(**own, optics=Optics(**optics) if optics else None)
         for path in (out / "test").rglob("*.png"):
             if f"{path.parts[-3]}_{path.parts[-2][-1]}_{path.name[:3]}" in set(test.id_code): path.unlink()
-        for _, plate in test.groupby(["experiment", "plate"]): _write_wells(sim, out, plate)
+        for _, plate in test.groupby(["experiment", "plate"]):
+            _write_wells(sim, out, plate)
+            first = f"test/{plate.experiment.iloc[0]}/Plate{plate.plate.iloc[0]}/{plate.well.iloc[0]}_s1_w1.png"
+            if (out / first).read_bytes() != (folder / first).read_bytes(): # its treatment is what it was
+                raise RuntimeError(f"{out / first} is drawn otherwise than {folder / first}")
         (out / "done").write_text("")
     return out, test[["id_code", "sirna"]]
 

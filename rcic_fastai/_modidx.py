@@ -15,6 +15,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'rcic_fastai.cli.core._clean_record': ('cli.core.html#_clean_record', 'rcic_fastai/cli/core.py'),
                                       'rcic_fastai.cli.core._clean_warning': ('cli.core.html#_clean_warning', 'rcic_fastai/cli/core.py'),
                                       'rcic_fastai.cli.core._demo_recipe': ('cli.core.html#_demo_recipe', 'rcic_fastai/cli/core.py'),
+                                      'rcic_fastai.cli.core._demo_runs': ('cli.core.html#_demo_runs', 'rcic_fastai/cli/core.py'),
                                       'rcic_fastai.cli.core._demo_screen': ('cli.core.html#_demo_screen', 'rcic_fastai/cli/core.py'),
                                       'rcic_fastai.cli.core._demo_submission': ( 'cli.core.html#_demo_submission',
                                                                                  'rcic_fastai/cli/core.py'),

@@ -104,6 +104,6 @@ def test_commands_of_the_readme(home, monkeypatch, capsys):
     assert picture.width > 500 and len(np.unique(np.asarray(picture))) > 50
     submission = pd.read_csv("submission.csv")
     assert set(submission.id_code) == set(pd.read_csv("truth.csv").id_code)
-    for page in ("runs/seresnext101/report.html", "runs/focal/report.html", "runs/demo/tiny/run/report.html"):
+    for page in ("runs/seresnext101/report.html", "runs/focal/report.html", "runs/demo/tiny/default/report.html"):
         assert "</html>" in Path(page).read_text(encoding="utf-8")
     assert Path("kernel/kernel-metadata.json").exists()

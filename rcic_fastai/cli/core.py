@@ -653,11 +653,10 @@ def rcic_apply(
     if len(answers) > 20: _say(f'... {len(answers)-20:,} more wells in {out}/submission_wells.csv')
 
 # %% ../../nbs/91_cli.core.ipynb #7a7e540f
-def _demo_recipe(tiny, seed, settings):
-    from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
-    recipe = get_recipe('laptop')
+def _demo_recipe(recipe, tiny, seed, settings):
+    from rcic_fastai.recipe.published import change_recipe, laptop_recipe
     if tiny: recipe = laptop_recipe(recipe, 6, virtual_batch=16)
-    return change_recipe(recipe, 'name=demo', f'seed={seed}', *(settings or []))
+    return change_recipe(recipe, f'seed={seed}', *(settings or []))
 
 def _demo_screen(out, tiny, sirnas, seed):
     "A simulated screen, packed"
@@ -671,18 +670,28 @@ def _demo_screen(out, tiny, sirnas, seed):
     return read_screen(out/'packed')
 
 # %% ../../nbs/91_cli.core.ipynb #7f3194cc
-def _demo_submission(run, screen):
-    "Predictions with both kinds of statistics, the submission, and what each step adds"
+def _demo_runs(out, screen, recipes):
+    "Train what is not trained yet: the small network of the ladder, and the default"
+    from rcic_fastai.run.train import finished_run, train_run
+    runs = out/'run', out/'default'
+    for recipe, run in zip(recipes, runs):
+        if not finished_run(screen, recipe, run): train_run(screen, recipe, run, say=_say)
+    return runs
+
+def _demo_submission(runs, screen):
+    "Predictions with both kinds of statistics and of the default, the submission, and what each step adds"
     from rcic_fastai.predict.submission import write_submission
     from rcic_fastai.predict.assign import accuracy_ladder, assign_predictions
     from rcic_fastai.run.predict import predict_run
     from rcic_fastai.screen.groups import plate_groups
-    running, domain = (predict_run(run, screen, 'test', batchnorm=m, say=_say) for m in ('running', 'domain'))
+    first, default = runs
+    steps = {f'{m} BatchNorm': predict_run(first, screen, 'test', batchnorm=m, say=_say) for m in ('running', 'domain')}
+    steps['default recipe'] = predict_run(default, screen, 'test', say=_say)
     groups, truth = plate_groups(screen.wells), screen.path/'truth.csv'
-    table = assign_predictions(domain, groups)
+    table = assign_predictions(steps['default recipe'], groups)
     sample = screen.path/'sample_submission.csv'
-    submission = write_submission(table.id_code, table.sirna, sample, run/'submission.csv')
-    return submission, accuracy_ladder({'running BatchNorm': running, 'domain BatchNorm': domain}, truth, groups)
+    submission = write_submission(table.id_code, table.sirna, sample, default/'submission.csv')
+    return submission, accuracy_ladder(steps, truth, groups)
 
 # %% ../../nbs/91_cli.core.ipynb #0320dcbc
 @command
@@ -690,23 +699,25 @@ def rcic_demo(
     out:Path=Path('runs/demo'), # folder for the screen and the run; a simulated screen in it is kept
     sirnas:int=48, # number of treatment siRNAs
     seed:int=0, # of the screen and of the training
-    set:_Repeated=None, # change a setting of the `demo` recipe; may be repeated
+    set:_Repeated=None, # change a setting of its two recipes; may be repeated
     tiny:bool=False, # 8 siRNAs, 48 pixels, 6 epochs of a small ResNet: a quick look at whether everything works
     debug:bool=False, # show the traceback of an error
 ):
     "All of it on a simulated screen: simulate, pack, train, predict, assign, submit, score, report."
+    from rcic_fastai.recipe.default import default_recipe
+    from rcic_fastai.recipe.published import get_recipe
     from rcic_fastai.report.core import make_report
-    from rcic_fastai.run.train import finished_run, train_run
     start, out = time.time(), Path(out)/('tiny' if tiny else f'seed{seed}') if out == Path('runs/demo') else Path(out)
     if tiny: sirnas = 8
-    recipe, run = _demo_recipe(tiny, seed, set), out/'run'
+    first = _demo_recipe(get_recipe('laptop'), tiny, seed, set)
     screen = _demo_screen(out, tiny, sirnas, seed)
-    if not finished_run(screen, recipe, run): train_run(screen, recipe, run, say=_say)
-    submission, ladder = _demo_submission(run, screen)
+    default = _demo_recipe(default_recipe(screen, full=False)[0], tiny, seed, set)
+    runs = _demo_runs(out, screen, (first, default))
+    submission, ladder = _demo_submission(runs, screen)
     experiments = screen.wells[screen.wells.split == 'test'].experiment.nunique()
     _say(f'\nAccuracy on {experiments} test experiments that training never saw '
-         f'({recipe.model.arch}, {sirnas} siRNAs, chance {1/sirnas:.3f}):\n')
+         f'({first.name}, then {default.name}; {sirnas} siRNAs, chance {1/sirnas:.3f}):\n')
     _say(ladder.to_string(float_format=lambda v: f'{v:.3f}'))
-    report = make_report(run, say=_say)
-    _say(f'\nSubmission: {submission}\nTruth:      {screen.path/"truth.csv"}\nRun folder: {run}\nReport:     {report}')
+    report = make_report(runs[1], say=_say)
+    _say(f'\nSubmission: {submission}\nTruth:      {screen.path/"truth.csv"}\nRun folder: {runs[1]}\nReport:     {report}')
     _say(f'{time.time()-start:.0f} s')
