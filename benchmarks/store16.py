@@ -8,6 +8,7 @@ contestants read the same site in turns, in one thread, and write the same thing
 
 import argparse
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -41,16 +42,25 @@ def sites_in(data):
         raise SystemExit(f"{data}: no TIFF files")
     groups = {}
     for f in files:
-        groups.setdefault(f.parent, []).append(tifffile.imread(f))
-    return [np.stack(planes) for planes in groups.values()]
+        groups.setdefault(f.parent, []).append(f)
+    return list(groups.values()), [np.stack([tifffile.imread(f) for f in planes]) for planes in groups.values()]
 
 
-def written(pixels, folder):
-    "A table of sites whose planes are TIFF files with LZW"
+def with_lzw(path):
+    with tifffile.TiffFile(path) as f:
+        return f.pages[0].compression == tifffile.COMPRESSION.LZW
+
+
+def written(pixels, folder, files=None):
+    "A table of sites whose planes are TIFF files with LZW: copies of `files` that have it, others written"
     rows = []
     for i, planes in enumerate(pixels):
         for c, plane in enumerate(planes):
-            tifffile.imwrite(folder / f"s{i}_w{c}.tif", plane, compression="lzw")
+            to = folder / f"s{i}_w{c}.tif"
+            if files and with_lzw(files[i][c]):
+                shutil.copyfile(files[i][c], to)
+            else:
+                tifffile.imwrite(to, plane, compression="lzw")
         rows.append(dict(site_id=f"E_1_A01_{i}", id_code="E_1_A01", split="train", cell_type="cells", experiment="E",
                          plate=1, well="A01", well_type="treatment", sirna=0, site=i,
                          files=str(folder / f"s{i}_w{{channel}}.tif")))
@@ -61,10 +71,10 @@ def size_of(folder, pattern):
     return sum(f.stat().st_size for f in folder.rglob(pattern) if f.is_file())
 
 
-def measured(pixels, folder, repeats):
+def measured(pixels, folder, repeats, files=None):
     "Table of the contestants: milliseconds, bytes"
     (folder / "files").mkdir()
-    sites = written(pixels, folder / "files")
+    sites = written(pixels, folder / "files", files)
     channels = [f"{c}[0-65535]" for c in range(len(pixels[0]))]
     readers, sizes = {}, {LZW: size_of(folder / "files", "*.tif")}
     paths = [[f.replace("{channel}", str(c)) for c in range(len(channels))] for f in sites.files]
@@ -89,7 +99,7 @@ def measured(pixels, folder, repeats):
         for i, x in enumerate(pixels):
             if not np.array_equal(store.read(i), x):
                 raise ValueError(f"{name}: the pixels are not those of the files")
-        sizes[name] = size_of(out / "shards", "*")
+        sizes[name] = sum(size_of(out / part, "*") for part in ("shards", "plates", "images.ome.zarr"))
         readers[name] = reader(store)
     seconds = interleave({LZW: read_lzw, **readers}, repeats)
     table = summary(seconds, LZW, units=len(pixels), unit="site")
@@ -114,12 +124,12 @@ def main(argv=None):
     args = arguments(argv)
     sets, repeats = {}, 3 if args.quick else args.repeats
     if args.data:
-        sets["real"] = (args.source or "Files of a microscope", sites_in(args.data))
-    sets["noise"] = ("Noise like that of a camera", [camera_noise(side=128 if args.quick else 1080)])
+        sets["real"] = (args.source or "Files of a microscope", *sites_in(args.data))
+    sets["noise"] = ("Noise like that of a camera", None, [camera_noise(side=128 if args.quick else 1080)])
     tables, parts = {}, []
-    for key, (name, pixels) in sets.items():
+    for key, (name, files, pixels) in sets.items():
         with tempfile.TemporaryDirectory() as folder:
-            tables[key] = measured(pixels, Path(folder), repeats)
+            tables[key] = measured(pixels, Path(folder), repeats, files)
         c, h, w = pixels[0].shape
         n = f"{len(pixels)} sites" if len(pixels) > 1 else "A site"
         parts += [f"## {name}", f"{n} of {c} channels, {h}x{w} pixels, {pixels[0].nbytes / 1e6:.3g} MB each.",
