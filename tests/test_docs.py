@@ -93,7 +93,7 @@ def test_every_exported_name_has_an_entry(site, module):
 def test_an_entry_has_signature_parameters_errors_and_source(site):
     entry = text_of(site / "api" / "screen.read.html").split('id="rcic_fastai.screen.read.read_screen"')[1][:8000]
     entry = html.unescape(re.sub(r"<[^>]+>", "", entry))
-    for part in ("read_screen(path", "[source]", "folder of the screen", "FileNotFoundError"):
+    for part in ("read_screen(path", "[source]", "of the screen, or of a store", "FileNotFoundError"):
         assert part in entry
 
 
