@@ -1,6 +1,6 @@
 """Recipes for new experiments that cannot be seen whole: a plate alone, a well alone, a plate of one phenotype.
 
-`make bench NAME=unseen` runs it in about 15 minutes on two cores. It can be stopped and started again: what has
+`make bench NAME=unseen` runs it in about eight minutes on two cores. It can be stopped and started again: what has
 finished is kept in `--work`. Statistics of a plate (`resnet10t_domain_batches`) need its wells; those of its controls
 (`resnet10t_control_statistics`, `resnet10t_control_histograms`) do not.
 """
@@ -172,7 +172,7 @@ def report(args, table):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of screens and trainings")
-    parser.add_argument("--views", type=int, default=12_000, help="treated images shown in a training")
+    parser.add_argument("--views", type=int, default=8_000, help="treated images shown in a training")
     parser.add_argument("--families", nargs="+", default=list(SCREENS), help="of screens")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="screens and finished trainings")

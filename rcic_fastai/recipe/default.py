@@ -26,7 +26,7 @@ def _side(screen, sites):
     except (OSError, ValueError): return 128
 
 # %% ../../nbs/63_recipe.default.ipynb #938c26eb
-_views, _fewest, _most = 32_000, 12, 60 # images of 64 pixels that a training shows; limits of its epochs
+_views, _fewest, _most = 24_000, 12, 60 # images of 64 pixels that a training shows; limits of its epochs
 
 def default_epochs(
     n_sites:int, # training sites
