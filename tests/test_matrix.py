@@ -239,7 +239,8 @@ def test_every_command(server, layouts, tmp_path, layout):
 
 
 def test_every_command_is_in_the_matrix(tmp_path):
-    used, met = {"rcic-describe", "rcic-pack", "rcic-simulate", "rcic-hpa-simulate"}, []
+    # rcic-apply takes a later folder of images: tests/test_apply.py
+    used, met = {"rcic-apply", "rcic-describe", "rcic-pack", "rcic-simulate", "rcic-hpa-simulate"}, []
     for layout in LAYOUTS:
         (tmp_path / layout).mkdir()
         if layout in ("rxrx1", "wilds"):
