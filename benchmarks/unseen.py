@@ -122,6 +122,11 @@ def forgetful(learn):
     return forget
 
 
+def result_of(work, views, job):
+    "File of the result of a job"
+    return work / "results" / f"{'_'.join(map(str, job))}_{views}.json"
+
+
 def run_job(work, views, job):
     "Train a recipe once, and predict in every situation"
     import torch
@@ -132,7 +137,7 @@ def run_job(work, views, job):
 
     torch.set_num_threads(1)
     family, seed, name = job
-    result = work / "results" / f"{family}_{seed}_{name}_{views}.json"
+    result = result_of(work, views, job)
     if result.exists(): return json.loads(result.read_text())
     folder, run, start = ready_screen(work, family, seed), work / "runs" / "_".join(map(str, job)), time.process_time()
     shutil.rmtree(run, ignore_errors=True)
@@ -156,10 +161,11 @@ def run_job(work, views, job):
 def report(args, table):
     "A page and a CSV"
     table.to_csv(args.out / "unseen.csv", index=False, float_format="%.4f")
-    shown = table.groupby(["family", "recipe"], sort=False)[list(SITUATIONS)].agg(spread).reset_index()
+    groups = table.groupby(["family", "recipe"], sort=False)
+    shown = groups[list(SITUATIONS)].agg(spread).assign(seeds=groups.size()).reset_index()
     parts = ["# When an experiment cannot be seen whole",
-             f"`make bench NAME=unseen`, seeds {', '.join(map(str, args.seeds))}: accuracy of wells (`argmax`), mean ± "
-             f"standard deviation over the seeds. {args.views:,} treated images shown, the same small network, "
+             "`make bench NAME=unseen`: accuracy of wells (`argmax`), mean ± standard deviation over so many seeds (of "
+             f"screen and training) as the last column says. {args.views:,} treated images shown, the same network, "
              f"{table.seconds.sum():,} s of computing on {platform.machine()}, Python {platform.python_version()}.",
              markdown(shown),
              "*One plate alone* and *one well alone*: nothing else of the experiment is known but the controls of the "
@@ -177,10 +183,12 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="screens and finished trainings")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the tables go")
+    parser.add_argument("--finished", action="store_true", help="write the tables of what is finished, train nothing")
     args = parser.parse_args(argv)
     jobs = [(family, seed, name) for family in args.families for seed in args.seeds for name in RECIPES]
+    if args.finished: jobs = [j for j in jobs if result_of(args.work, args.views, j).exists()]
     with ProcessPoolExecutor(args.workers) as pool:
-        list(pool.map(partial(ready_screen, args.work), *zip(*[(f, s) for f in args.families for s in args.seeds])))
+        list(pool.map(partial(ready_screen, args.work), *zip(*{j[:2] for j in jobs})))
         rows = []
         for row in pool.map(partial(run_job, args.work, args.views), jobs):
             rows.append(row)
