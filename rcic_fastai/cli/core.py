@@ -130,7 +130,7 @@ _limits:dict[str, tuple[float, float]] = dict(
     size=(1, 16_384), laptop=(1, 100_000), steps=(20, 1_000_000), images=(1, 1_000_000), test=(0, 1_000_000),
     external=(0, 1_000_000), size_shift=(.1, 10), contrast=(1e-3, 100), max_distance=(0, 64), folds=(2, 1000),
     repeats=(1, 1000), min_positives=(0, 1_000_000), neighbours=(1, 1000), hours=(.01, 1000),
-    plate_size=(6, 1536))
+    time=(0, 1_000_000), plate_size=(6, 1536), error_rate=(0, 1), bits=(8, 16))
 
 def _check_limits(given):
     for name, value in given.items():

@@ -9,6 +9,7 @@ __all__ = ['families', 'Optics', 'PlateOptics', 'plate_optics', 'optics_morpholo
 # %% ../../nbs/12_screen.optics.ipynb #cd4a9c68
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from fastcore.basics import patch
@@ -119,7 +120,7 @@ def _evaporated(evaporation, edge): return evaporation*float(np.exp(-max(edge, 0
 def optics_morphology(
     optics:Optics, # size of each effect
     seed:int, # seed of the screen
-    well, # row of the well table: id_code, cell_type, experiment, plate, well, well_type, sirna
+    well:Any, # row of the well table: id_code, cell_type, experiment, plate, well, well_type, sirna
     effect:float=.5, # size of the phenotypes
     plate_effect:float=.1 # size of the difference between plates, as a share of that between experiments
 ) -> Morphology: # of the cells in that well
@@ -226,7 +227,7 @@ def _through_lens(optics, p, rng, field, level, well, radius):
 def optics_site(
     optics:Optics, # size of each effect
     seed:int, # seed of the screen
-    well, # row of the well table: id_code, cell_type, experiment, plate, well, well_type, sirna
+    well:Any, # row of the well table: id_code, cell_type, experiment, plate, well, well_type, sirna
     site:int, # 1 or 2
     size:int=64, # side of the image in pixels
     radius:float=8., # cell radius in pixels
