@@ -719,5 +719,6 @@ def rcic_demo(
          f'({first.name}, then {default.name}; {sirnas} siRNAs, chance {1/sirnas:.3f}):\n')
     _say(ladder.to_string(float_format=lambda v: f'{v:.3f}'))
     report = make_report(runs[1], say=_say)
-    _say(f'\nSubmission: {submission}\nTruth:      {screen.path/"truth.csv"}\nRun folder: {runs[1]}\nReport:     {report}')
+    _say(f'\nSubmission: {submission}\nTruth:      {screen.path/"truth.csv"}\nRun folder: {runs[1]}\n'
+         f'Report:     {report}')
     _say(f'{time.time()-start:.0f} s')
