@@ -127,6 +127,7 @@ def run_job(work, job):
     "Train once, predict with every variant; the result is a file, so that it is never done twice"
     import torch
 
+    from rcic_fastai.files import write_json
     from rcic_fastai.predict.assign import accuracy_ladder
     from rcic_fastai.train.inference import predict_with
     from rcic_fastai.run.train import control_sites, needs_controls, train_run
@@ -162,9 +163,7 @@ def run_job(work, job):
     out = dict(rows=rows, train_seconds=trained - start, predict_seconds=time.process_time() - trained)
     shutil.rmtree(run, ignore_errors=True)
     result.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = result.with_suffix(f".{os.getpid()}")
-    partial_file.write_text(json.dumps(out))
-    os.replace(partial_file, result)
+    write_json(result, out)
     return out
 
 

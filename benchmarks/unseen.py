@@ -131,6 +131,7 @@ def run_job(work, views, job):
     "Train a recipe once, and predict in every situation"
     import torch
 
+    from rcic_fastai.files import write_json
     from rcic_fastai.recipe.published import get_recipe, laptop_recipe
     from rcic_fastai.run.train import train_run
     from rcic_fastai.screen.read import read_screen
@@ -152,9 +153,7 @@ def run_job(work, views, job):
     out = dict(family=family, seed=seed, recipe=name, seconds=round(time.process_time() - start), **rows)
     shutil.rmtree(run, ignore_errors=True)
     result.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = result.with_suffix(f".{os.getpid()}")
-    partial_file.write_text(json.dumps(out))
-    os.replace(partial_file, result)
+    write_json(result, out)
     return out
 
 
