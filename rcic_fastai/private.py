@@ -88,6 +88,7 @@ PRIVATE_PARTS = {
     'fastai.optimizer.OptimWrapper._set_hyper': 'hyperparameters reach the fused optimiser',
     'concurrent.futures.ThreadPoolExecutor._max_workers': 'how many threads a pool has',
     'filelock.BaseFileLock._context': 'the open file of a lock, in a process that was forked',
+    'fsspec.spec.AbstractFileSystem._strip_protocol': 'the path of an address within its store',
     'zarr.abc.codec.ArrayBytesCodec._decode_single': 'the codec of a store',
     'lightgbm.basic._ConfigAliases._get_all_param_aliases': 'parameters under any of their names',
 }

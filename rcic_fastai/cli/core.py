@@ -9,7 +9,6 @@ __all__ = ['one_line_errors', 'command', 'rcic_simulate', 'rcic_describe', 'rcic
 
 # %% ../../nbs/91_cli.core.ipynb #d74bc3d9
 import inspect, linecache, logging, math, os, re, signal, sys, time, traceback, warnings
-from dataclasses import is_dataclass
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -219,7 +218,8 @@ def _pairs(options, name):
 def _chosen_recipe(recipe, set, laptop, faithful=False):
     "The recipe that `--recipe`, `--set`, `--laptop` and `--faithful` say; `recipe` may be one already"
     from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
-    chosen = recipe if is_dataclass(recipe) else get_recipe(recipe, faithful)
+    from rcic_fastai.recipe.settings import Recipe
+    chosen = recipe if isinstance(recipe, Recipe) else get_recipe(recipe, faithful)
     return change_recipe(chosen if laptop is None else laptop_recipe(chosen, laptop), *(set or []))
 
 # %% ../../nbs/91_cli.core.ipynb #361d90a9

@@ -39,8 +39,8 @@ def channel_label(
     channel:int|str # number or text of a channel
 ) -> str: # such as 'DAPI' of 'w1=DAPI', 'ER' of 2
     "What a picture calls a channel."
-    numbered = isinstance(channel, int) and 1 <= channel <= len(stain_names)
-    return stain_names[channel-1] if numbered else channel_name(channel)
+    if isinstance(channel, int) and 1 <= channel <= len(stain_names): return stain_names[channel-1]
+    return channel_name(channel)
 
 # %% ../../nbs/19_data.colors.ipynb #94633bdb
 def hex_color(

@@ -108,7 +108,7 @@ def check_sizes(
 ):
     "Refuse sites of several sizes. Raises: ValueError that names one of each, and `read_size`."
     at = np.linspace(0, len(sites)-1, min(most, len(sites))).round().astype(int)
-    seen:dict[tuple, str] = {} # a site of each size
+    seen:dict[tuple, Path|str] = {} # a site of each size
     for files in sites.sort_values('experiment', kind='stable').files.iloc[at]:
         own = site_size(files, channels)
         if own is None: continue

@@ -84,8 +84,8 @@ def _check_manifest(manifest, where):
     bits, kind = _bits(manifest), manifest.get('kind')
     if kind not in _KINDS.values(): raise ValueError(f'{where}: kind {kind!r}, expected {_KINDS[8]!r}')
     if isinstance(bits, bool) or bits not in (8, 16) or kind != _KINDS[bits]:
-        expected = next(b for b, k in _KINDS.items() if k == kind)
-        raise ValueError(f'{where}: bits is {str(bits)[:80]}, expected {expected}')
+        right = next(b for b, k in _KINDS.items() if k == kind)
+        raise ValueError(f'{where}: bits is {str(bits)[:80]}, expected {right}')
     for name, (fits, expected) in _rules.items():
         try: good = fits(manifest[name])
         except (KeyError, TypeError, ValueError): good = False
@@ -404,7 +404,7 @@ def check(self:Store) -> 'Store': # itself
 @patch
 def _lost(self:Store, i):
     "Raises: FileNotFoundError for a site whose file is missing, unless it is black"
-    if int(self._where[2][i]) == xxhash.xxh3_64_intdigest(np.zeros(self.shape, self.dtype)): return
+    if int(self._where[2][i]) == xxhash.xxh3_64_intdigest(bytes(int(np.prod(self.shape))*self.dtype.itemsize)): return
     site = self.sites.iloc[i]
     raise FileNotFoundError(f'{self.shown}/{site.place}/0/c/0/0/0 does not exist; it holds site {site.site_id}')
 

@@ -127,6 +127,7 @@ def cross_fitted(
     experiments:ArrayLike # (N,) experiment of each well
 ) -> np.ndarray: # float64 (N,); NaN if there is one experiment only
     "Probabilities of each experiment by what was fitted on the others."
+    experiments = np.asarray(experiments)
     out = np.full(len(experiments), np.nan)
     if len(np.unique(experiments)) < 2: return out
     for others, own in LeaveOneGroupOut().split(out, groups=experiments): out[own] = predict(others, own)
@@ -240,7 +241,7 @@ def errors(self:Confidence) -> pd.Series: # as the network says, with temperatur
 
 @patch
 def __str__(self:Confidence):
-    n, before, after = self.wells.experiment.nunique(), *self.errors.iloc[[0, 1]]
+    n, (before, after) = self.wells.experiment.nunique(), self.errors.iloc[[0, 1]]
     judged = f'{after:.3f} after it (each experiment judged by the others)' if n > 1 else 'unknown after it'
     of_labels = '' if self.margin is None or n < 2 else f'; of the assigned labels {self.errors.iloc[2]:.3f}'
     return (f'Calibrated on {len(self.wells):,} wells of {n} held-out experiment{"s"*(n > 1)}: expected calibration '

@@ -51,10 +51,10 @@ def apply_run(
     Nothing of the run's own screen is touched; predictions are kept in a folder of their own within the run.
     Raises: as `describe_screen` and `Run.predict`; ValueError if the run's screen has no description, or no well is
     unknown."""
-    run, out = Run(run), check_output(out, run)
-    screen = describe_screen(images, table, out=out, like=_described(run), say=say, **described)
+    trained, out = Run(run), check_output(out, run)
+    screen = describe_screen(images, table, out=out, like=_described(trained), say=say, **described)
     _require_unknown(screen)
-    later = Run(run, screen)
+    later = Run(trained, screen)
     later.predict('test', device=device, progress=progress, say=say)
     written = submit_run(later, screen, out/'submission.csv', say=say, error_rate=error_rate)
     if report: say(f'Written: {make_report(later, out/"report.html", screen.path, say=say)}')

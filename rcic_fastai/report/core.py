@@ -771,7 +771,7 @@ def report(self:Run,
 
 # %% ../../nbs/81_report.core.ipynb #aa01b20c
 def make_report(
-    run:str|Path, # folder of a finished run, of a run with a network for each cell type, or of a blend
+    run:str|Path|Run, # folder of a finished run, of a run with a network for each cell type, or of a blend
     out:str|Path=None, # file to write; by default report.html in the run folder; the executed notebook lies next to it
     data:str|Path=None, # folder of the screen; by default the one of the run
     truth:str|Path=None, # CSV file with the truth of the test split; by default truth.csv of the screen, if it exists

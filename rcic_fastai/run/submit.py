@@ -138,18 +138,18 @@ def submit_run(
     run = Run(run, screen)
     kept_wells((), error_rate) # refuses what is no share
     p = _test_predictions(run)
-    out, sample = _output(run, out, sample)
+    written, sample = _output(run, out, sample)
     if _replicates(run) and (groups or one_to_one):
         groups = one_to_one = False
         say(_of_replicates)
     method = method or (run.recipe.inference.assignment if groups and one_to_one else 'exact')
     table, how = _assigned(run, p, groups, one_to_one, method, say)
-    write_submission(table.id_code, table.sirna, sample, out)
-    _name_treatments(out, run)
-    _write_side_table(run, p, table, how, out, error_rate, say)
+    write_submission(table.id_code, table.sirna, sample, written)
+    _name_treatments(written, run)
+    _write_side_table(run, p, table, how, written, error_rate, say)
     if how[0] is not None: _say_groups(table, method, say)
-    say(f'Written: {out}, {len(table):,} wells')
-    return out
+    say(f'Written: {written}, {len(table):,} wells')
+    return written
 
 # %% ../../nbs/78_run.submit.ipynb #c8d2e5f3
 @patch

@@ -444,15 +444,15 @@ def train_run(
     signal, FloatingPointError for a loss that is not finite, both with what is saved intact.
     """
     if not isinstance(screen, Screen): screen = read_screen(screen)
-    recipe = _recipe_of(screen, recipe, target, say)
+    chosen = _recipe_of(screen, recipe, target, say)
     run = check_output(run, screen.path, start, option='--run')
-    valid = _wells_of_run(recipe.valid if valid is None else valid)
-    t = Training(screen, recipe, run, target or screen.target, wells, valid, present_only,
+    valid = _wells_of_run(chosen.valid if valid is None else valid)
+    t = Training(screen, chosen, run, target or screen.target, wells, valid, present_only,
                  None if start is None else user_path(start), say, cbs)
     _check_request(t)
     with claim_folder(run):
         _make_ready(run)
-        in_parts = len(screen.cell_types) > 1 and (recipe.per_cell_type or recipe.cell_type.epochs)
+        in_parts = len(screen.cell_types) > 1 and (chosen.per_cell_type or chosen.cell_type.epochs)
         return _train_parts(t) if in_parts else _train(t)
 
 # %% ../../nbs/77_run.train.ipynb #a7c1e0ec
@@ -535,10 +535,10 @@ def find_lr(
     "A learning rate for the main stage, by fastai's `lr_find`: it rises until the loss says that it is too much."
     import matplotlib.pyplot as plt
     if steps < 20: raise ValueError(f'--steps is {steps}, expected 20 or more: fewer points show no curve')
-    recipe = _recipe_of(screen, recipe, target, say)
+    chosen = _recipe_of(screen, recipe, target, say)
     if path is not None: path = check_ours(check_screen_output(path, screen), 'a picture')
     with tempfile.TemporaryDirectory() as folder:
-        t = Training(screen, recipe, Path(folder), target or screen.target, 'treatments', None, present_only, None, say)
+        t = Training(screen, chosen, Path(folder), target or screen.target, 'treatments', None, present_only, None, say)
         _check_request(t)
         learn = _untrained(t)
         with learn.no_bar():

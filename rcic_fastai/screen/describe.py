@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -127,8 +128,8 @@ def find_sites(
     Raises: `ValueError` if nothing fits, or the pattern cannot tell two rows of the table apart.
     """
     listing = root if isinstance(root, Listing) else list_folder(root)
-    root, (found, other) = listing.root, _fitting_images(listing, files, rows)
-    if not found: raise ValueError(f'{root}: no image fits {files!r}{_examples(root)}')
+    found, other = _fitting_images(listing, files, rows)
+    if not found: raise ValueError(f'{listing.root}: no image fits {files!r}{_examples(listing.root)}')
     counts = Counter(channel for _, channel in dict.fromkeys(found))
     sites = pd.DataFrame(list(dict.fromkeys(at for at, _ in found)), columns=['index', 'site', 'files'])
     sites = sites.sort_values(['index', 'site'], kind='stable')
@@ -136,7 +137,7 @@ def find_sites(
     if len(twice):
         s = twice.iloc[0]
         well = rows.loc[s['index']].well
-        raise ValueError(f'{root}: {s.files} and another file are both site {s.site} of well {well}; '
+        raise ValueError(f'{listing.root}: {s.files} and another file are both site {s.site} of well {well}; '
                          'put what differs into the pattern')
     return sites.set_index('index'), pd.Series({c: counts[c] for c in sorted(counts, key=_natural)}), other
 
@@ -519,7 +520,7 @@ def _numbered(rows, before, earlier, name, negative, positive, out, say):
 # %% ../../nbs/15_screen.describe.ipynb #c5404335
 def _strange_images(listing, files, rows):
     "By the position of a row of its plate: the first image of a well that the plate does not have"
-    regex, (groups, row_of), found = pattern_regex(files, rows), _row_of_path(files, rows), {}
+    regex, (groups, row_of), found = pattern_regex(files, rows), _row_of_path(files, rows), dict[int, str]()
     fields = [f for f in dict.fromkeys(f for _, f in pattern_parts(files)) if f not in ('channel', 'site', 'well', '')]
     plates = [tuple(map(_same, v)) for v in rows[fields].astype(str).itertuples(index=False)]
     for path in image_names(listing.images)[0]:
@@ -618,7 +619,7 @@ class _How:
 
     def decided(self, *descriptions):
         "What is not asked for is as it was described before, or as usual"
-        said = dict(z='max', time='all')
+        said:dict[str, Any] = dict(z='max', time='all')
         for d in reversed(descriptions): said |= {k: d[k] for k in said if d and k in d}
         return replace(self, **{k: v for k, v in said.items() if getattr(self, k) is None})
 

@@ -169,7 +169,7 @@ def image_names(
     skip:tuple=_SKIPPED, # (what, pattern) of files that are no images of a screen; perhaps a word that all have
 ) -> tuple[list[str], dict[str, int]]: # the others; what was skipped, and how many
     "Names without thumbnails and the like."
-    paths, skipped = list(paths), {}
+    paths, skipped = list(paths), dict[str, int]()
     text = '\n'.join(paths).lower()
     for what, pattern, *word in skip:
         if word and word[0] not in text: continue

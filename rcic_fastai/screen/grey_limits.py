@@ -75,5 +75,5 @@ def clipped_shares(
     "The shares of pixels below and above the limits."
     n = sum(x.size for x in sample.planes)
     low, high = limits
-    return tuple(float(sum(np.count_nonzero(outside(x)) for x in sample.planes)/max(n, 1))
-                 for outside in (lambda x: x < low, lambda x: x > high))
+    share = lambda outside: float(sum(np.count_nonzero(outside(x)) for x in sample.planes)/max(n, 1))
+    return share(lambda x: x < low), share(lambda x: x > high)

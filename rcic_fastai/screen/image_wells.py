@@ -130,7 +130,7 @@ def refuse_left_over(
 ):
     "Refuse wells without images next to images of no well. Raises: `ValueError` that shows both."
     keys = [c for c in ('experiment', 'plate') if c in rows]
-    of = list(rows[keys].itertuples(index=False, name=None)) if keys else [()]*len(rows)
+    of:list[tuple] = list(rows[keys].itertuples(index=False, name=None)) if keys else [()]*len(rows)
     there, name = set(there), rows.file.iloc[0] if 'file' in rows else 'the plate map'
     for i, path in strange.items():
         lost = [rows.well.iloc[k] for k in range(len(rows)) if of[k] == of[i] and k not in there]

@@ -104,8 +104,8 @@ def _restored(x, head):
 # %% ../../nbs/11_screen.pictures.ipynb #bbed2b48
 def _row_picture(path, row):
     "The picture in a row of a Parquet file"
-    data, where = row_bytes(path, row), Plane(str(path), (row,))
-    if codec := _codec(data[:1 << 16]): return _decoded(where, *codec, data)
+    data, where = row_bytes(path, row), str(Plane(str(path), (row,)))
+    if codec := _codec(data[:1 << 16]): return _decoded(where, codec[0], codec[1], data)
     try:
         with Image.open(io.BytesIO(data)) as im: x = _of_mode(im, where)
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:

@@ -125,7 +125,7 @@ def _explains(table, rows):
 def _with_compounds(path, rows, say):
     "Rows with the columns of a second table next to the first that explains them"
     for other in _tables_below(path):
-        told = []
+        told:list[str] = []
         try: table = read_any_rows(other, say=told.append)
         except (ValueError, ImportError): continue  # of another kind
         if (key := _explains(table, rows)) is None: continue

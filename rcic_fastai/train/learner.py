@@ -35,6 +35,7 @@ from torch import nn
 # %% ../../nbs/66_train.learner.ipynb #75d7087d
 from ..errors import nearest
 from ..files import user_path
+from ..locations import is_address
 from ..screen.sites import site_files
 from ..data.target import MultiLabelCategorize
 from ..data.domains import control_pools, _domain_names
@@ -603,7 +604,7 @@ def _need_files(dl):
     "Raises: FileNotFoundError, before anything is said of the site, as the reader does"
     reader = dl._transform(SiteReader) if isinstance(dl, DomainDL) else None
     for files in dl.sites.files if reader is not None else []:
-        if not all(map(Path.exists, site_files(files, reader.channels))): reader.pixels(files)
+        if not all(is_address(p) or Path(p).exists() for p in site_files(files, reader.channels)): reader.pixels(files)
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b007
 @patch
