@@ -15,7 +15,8 @@ import pandas as pd
 from ..files import check_output, claim_folder, folder_contents, note_request
 from ..screen.labels import label_matrix
 from ..screen.core import Screen
-from ..predict.blend import blend_predictions, blend_report, blend_weights, _check_space, _normalised
+from ..predict.blend import blend_predictions, blend_report, blend_weights, join_folds
+from ..predict.blend import _check_space, _normalised
 from ..labels.metrics import average_precision
 from .record import write_run
 from .predict import _note_temperature, Run
@@ -38,9 +39,13 @@ def _check_members(runs):
     for run in runs:
         run.check_treatments()
         if run.target!=first.target: raise ValueError(f'{run} predicts {run.target}, {first} {first.target}')
-        if set(run.valid_wells)!=set(first.valid_wells):
-            raise ValueError(f'{run} and {first} set other wells aside: '
-                             'what one validates on, the other has trained on')
+        if bool(run.valid_wells)!=bool(first.valid_wells):
+            one, other = (first, run) if first.valid_wells else (run, first)
+            raise ValueError(f'{one} set wells aside and {other} trained on all: no well says how good both are')
+
+def _are_folds(runs):
+    "Did they set different wells aside, so that each well is known by those that did not train on it?"
+    return len({frozenset(r.valid_wells) for r in runs}) > 1
 
 # %% ../../nbs/77_run.blend.ipynb #1d95e7ec
 def _blended_splits(run):
@@ -58,6 +63,8 @@ def _check_weights(weights, runs, splits):
     if weights!='chosen': raise ValueError(f"weights are {weights!r}, expected 'chosen' or a number per run")
     if 'valid' not in splits:
         raise ValueError(f'weights are chosen on wells that were set aside, and {runs[0]} set none aside')
+    if _are_folds(runs): raise ValueError('weights are chosen on wells that all runs set aside, and these are folds: '
+                                          'each set others aside')
     if runs[0].task.several:
         raise ValueError('weights of several labels are chosen class by class: rcic-hpa-stack does that')
 
@@ -73,8 +80,10 @@ def blend_runs(
 ) -> pd.DataFrame: # from `blend_report`, of the wells that were set aside; weights alone if there are none
     """Average the predictions of runs and write them like those of a run.
 
-    Raises: ValueError for runs that predict other targets, classes or wells, or that set other wells aside;
-    FileExistsError for anything else in `out`.
+    Runs that set different wells aside are folds: each of these wells is predicted by the runs that did not train on
+    it, the test split by all.
+    Raises: ValueError for runs that predict other targets, classes or wells; FileExistsError for anything else in
+    `out`.
     """
     out = check_output(out, screen.path, *runs)
     runs = [Run(r, screen) for r in runs]
@@ -91,19 +100,28 @@ def blend_runs(
             raise
 
 # %% ../../nbs/77_run.blend.ipynb #c1c2c693
+def _info_of(runs, say):
+    "What run.json says of a blend"
+    kept = 'target', 'wells', 'valid', 'present_only', 'data', 'valid_wells', 'treatments'
+    info = {k: runs[0].info[k] for k in kept if k in runs[0].info}
+    if not _are_folds(runs): return info
+    together = sorted({w for r in runs for w in r.valid_wells})
+    say(f'The runs set different wells aside, as folds do: each of {len(together):,} wells is predicted by the runs '
+        'that did not train on it, the test split by all')
+    return info | dict(valid='; '.join(map(str, dict.fromkeys(r.valid for r in runs))), valid_wells=together)
+
 def _blend(runs, out, weights, space, splits, how):
     "Write the blend, its `run.json` last"
     first, wells = runs[0], runs[0].screen.wells
     predict = lambda r, split: r.check_predicted(split, r.predicted(split, **how))
     found = {split: {r.path.name: predict(r, split) for r in runs} for split in splits}
     given = blend_weights(found['valid'], wells, first.target, space=space) if isinstance(weights, str) else weights
-    blends = {split: blend_predictions(members, given, space) for split, members in found.items()}
+    join = lambda split: join_folds if split=='valid' and _are_folds(runs) else blend_predictions
+    blends = {split: join(split)(members, given, space) for split, members in found.items()}
     for split, p in blends.items():
-        _note_temperature(first, split, p, blends.get('valid'))
+        if not _are_folds(runs): _note_temperature(first, split, p, blends.get('valid')) # no well is new to all folds
         p.save(out/'predictions'/f'{split}.npz')
-    chosen = blends[splits[0]].made['weights']
-    info = {k: first.info[k] for k in ('target', 'wells', 'valid', 'present_only', 'data', 'valid_wells', 'treatments')
-            if k in first.info}
+    chosen, info = blends[splits[0]].made['weights'], _info_of(runs, how['say'])
     write_run(out, replace(first.recipe, name='blend'), dict(**info, blend=[str(r) for r in runs], weights=chosen))
     if 'valid' not in splits: return pd.Series(chosen, name='weight').to_frame()
     if first.task.several: return _precision_report(found['valid'], blends['valid'], wells)
