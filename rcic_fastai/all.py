@@ -41,7 +41,7 @@ from .predict.submission import score_submission, score_table, write_submission
 from .predict.tta import TTA
 from .predict.core import Predictions, well_accuracy
 from .predict.assign import accuracy_ladder, assign_classes, assign_predictions, infer_plate_groups
-from .predict.blend import agreement, blend_predictions, blend_report, blend_weights
+from .predict.blend import agreement, blend_predictions, blend_report, blend_weights, join_folds
 from .predict.confidence import error_table, fit_confidence, kept_wells, Temperature
 from .predict.sites import embed_sites, predict_sites
 
@@ -66,6 +66,7 @@ from .train.mix import cutmix_images, LISA, mix_targets, mixup_images, ScreenCut
 from .train.optimizer import adam, adamw, radam
 from .train.network import ImageOnly
 from .train.learner import screen_learner
+from .train.precision import use_device
 from .train.pseudo import select_pseudo_labels
 
 from .run.folder import load_run, read_run, Run

@@ -6,7 +6,7 @@ import pytest
 from cases import each
 
 from rcic_fastai.predict.blend import agreement, aligned, blend_predictions, blend_report, blend_weights
-from rcic_fastai.predict.blend import check_members
+from rcic_fastai.predict.blend import check_members, join_folds
 from rcic_fastai.predict.core import Predictions, well_accuracy
 
 
@@ -204,6 +204,40 @@ def test_certain_members_do_not_end_in_a_tie():
     mean = (softmax64(a.logits) + softmax64(b.logits)) / 2
     assert mean.argmax() == 2 and np.log(mean).astype(np.float32)[0, 0] == np.log(mean).astype(np.float32)[0, 2]
     assert blend_predictions(dict(a=a, b=b)).labels.tolist() == [2]
+
+
+@each("space", ["probability", "logit"])
+def test_folds(space):
+    "Each well by those that have it: one of them, or the blend of two; whatever the order of rows and classes"
+    members, wells = draw()
+    rows = dict(a=range(0, 30), b=range(20, 45), c=range(45, 60))
+    folds = {n: changed(p, list(rows[n])[::-1], np.random.default_rng(0).permutation(12) if n == "c" else None)
+             for n, p in members.items()}
+    joined = join_folds(folds, [1, 3, 1], space)
+    assert joined.ids.tolist() == sorted(members["a"].ids) and joined.made["weights"] == dict(a=0.2, b=0.6, c=0.2)
+    taken = lambda p, which: changed(p, [p.ids.tolist().index(i) for i in members["a"].ids[which]])
+    for name, which in (("a", range(20)), ("b", range(30, 45)), ("c", range(45, 60))):
+        np.testing.assert_array_equal(taken(joined, which).labels, taken(members[name], which).labels)
+        if space == "probability":
+            np.testing.assert_allclose(taken(joined, which).probabilities, taken(members[name], which).probabilities,
+                                       atol=1e-6)
+    if space == "probability":
+        both = blend_predictions({n: taken(members[n], range(20, 30)) for n in "ab"}, [1, 3])
+        np.testing.assert_allclose(taken(joined, range(20, 30)).logits, both.logits, atol=1e-6)
+    report = blend_report(folds, joined, wells)
+    assert report.known.tolist() == [30, 25, 15, 60] and report.agreement.isna().all()
+    assert report.right["blend"] == accuracy(joined, wells)
+
+
+@each("change, message", [
+    (lambda m: dict(a=m["a"]), "folds need two members or more, got 'a'"),
+    (lambda m: m | dict(b=changed(m["b"], split="test")), "'a' has split 'valid' and 'b' 'test'"),
+    (lambda m: m | dict(b=changed(m["b"], cols=range(11))), "classes differ: 1 of the 12 of 'a' are not in 'b'"),
+])
+def test_folds_that_do_not_fit_together(change, message):
+    members = {n: changed(p, range(i * 20, i * 20 + 20), split="valid") for i, (n, p) in enumerate(draw()[0].items())}
+    with pytest.raises(ValueError, match=message): join_folds(change(members))
+    with pytest.raises(ValueError, match="is held out by 'c' only, with a weight of 0"): join_folds(members, [1, 1, 0])
 
 
 @pytest.mark.slow

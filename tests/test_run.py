@@ -197,6 +197,37 @@ def test_the_blend_of_four_models_runs_to_a_submission(screen, tmp_path, capsys)
 
 
 @pytest.mark.slow
+def test_folds_are_blended_by_command(screen, tmp_path, capsys):
+    "Each labelled well by the run that did not train on it; a submission, and a run that is loaded instead of trained"
+    small = ["model.arch=resnet10t", "model.arch_options=" + json.dumps(dict(channels=[8, 8, 8, 8], stem_width=8)), "data.crop=null"]
+    how = dict(data=screen.path, recipe="laptop", epochs=1, batch_size=16, device="cpu", set=small)
+    for k in range(2): cli.rcic_train(run=tmp_path / f"fold{k}", valid=f"fold={k}/2", **how)
+    recipe, info = read_run(tmp_path / "fold0")
+    assert (recipe.train.epochs, recipe.data.batch_size) == (1, 16)
+    folds = [tmp_path / "fold0", tmp_path / "fold1"]
+    with pytest.raises(CliError, match="these are folds"): cli.rcic_blend(run=folds, out=tmp_path / "no", weights="chosen")
+    cli.rcic_blend(run=folds, out=tmp_path / "blend", device="cpu")
+    labelled = screen.wells[(screen.wells.split == "train") & (screen.wells.well_type == "treatment")]
+    assert f"each of {len(labelled)} wells is predicted by the runs that did not train on it" in capsys.readouterr().out
+    joined = Predictions.load(tmp_path / "blend/predictions/valid.npz").wells()
+    assert set(joined.ids) == set(labelled.id_code) == set(read_run(tmp_path / "blend")[1]["valid_wells"])
+    own = Predictions.load(folds[1] / "predictions/valid.npz").wells()
+    rows = [joined.ids.tolist().index(i) for i in own.ids]
+    np.testing.assert_array_equal(joined.labels[rows], own.labels)
+    cli.rcic_submit(run=tmp_path / "blend")
+    assert (tmp_path / "blend/submission.csv").exists()
+    before = (folds[0] / "model.safetensors").read_bytes()
+    learn = train_run(screen, recipe, folds[0], valid="fold=0/2", exist="load", say=print)
+    assert "is trained, and loaded" in capsys.readouterr().out and set(learn.dls.valid.sites.id_code) == set(
+        info["valid_wells"])
+    assert (folds[0] / "model.safetensors").read_bytes() == before
+    with pytest.raises(FileExistsError, match="seed was 0 and is 1"):
+        train_run(screen, replace(recipe, seed=1), folds[0], valid="fold=0/2", exist="load", say=quiet)
+    with pytest.raises(ValueError, match="exist is 'replace'"):
+        train_run(screen, recipe, folds[0], valid="fold=0/2", exist="replace", say=quiet)
+
+
+@pytest.mark.slow
 def test_histograms_come_back_with_the_run(screen, tmp_path):
     "What was saved is what was trained: the same sites, loaded alone, are predicted alike"
     recipe = change_recipe(quick, 'data.match_histograms="plate"', 'inference.batchnorm="running"')

@@ -10,7 +10,7 @@ __all__ = ['one_line_errors', 'command', 'rcic_simulate', 'rcic_describe', 'rcic
 # %% ../../nbs/91_cli.core.ipynb #d74bc3d9
 import inspect, linecache, logging, math, os, re, signal, sys, time, traceback, warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
@@ -129,7 +129,8 @@ _limits:dict[str, tuple[float, float]] = dict(
     size=(1, 16_384), laptop=(1, 100_000), steps=(20, 1_000_000), images=(1, 1_000_000), test=(0, 1_000_000),
     external=(0, 1_000_000), size_shift=(.1, 10), contrast=(1e-3, 100), max_distance=(0, 64), folds=(2, 1000),
     repeats=(1, 1000), min_positives=(0, 1_000_000), neighbours=(1, 1000), hours=(.01, 1000),
-    time=(0, 1_000_000), plate_size=(6, 1536), error_rate=(0, 1), bits=(8, 16))
+    time=(0, 1_000_000), plate_size=(6, 1536), error_rate=(0, 1), bits=(8, 16), epochs=(1, 100_000),
+    batch_size=(2, 65_536))
 
 def _check_limits(given):
     for name, value in given.items():
@@ -168,6 +169,12 @@ def _check_folder(command, given):
     if path.exists() and not path.is_dir(): raise ValueError(f'{option} {path} is a file, expected a folder')
 
 # %% ../../nbs/91_cli.core.ipynb #41a89ad0
+def _on(device):
+    "A block in which networks run there"
+    if device is None: return nullcontext()
+    from rcic_fastai.train.precision import use_device
+    return use_device(device)
+
 def command(
     func:Callable # its parameters are the options; `debug` is one of them
 ) -> Callable: # reads the options from the command line, or is called like `func`
@@ -180,7 +187,7 @@ def command(
             args, kwargs = _expanded(list(args)), {k: _expanded(v) for k, v in kwargs.items()}
             _check_limits(given())
             _check_folder(func.__name__, given())
-            return func(*args, **kwargs)
+            with _on(given().get('device')): return func(*args, **kwargs)
     return call_parse(called)
 
 # %% ../../nbs/91_cli.core.ipynb #96178e18
@@ -391,8 +398,14 @@ def _train(screen, recipe, run, asked, log, submit):
             cbs = [] if log is None else [logger(log, run, recipe)]
             train_run(screen, recipe, run, **asked, say=_say, cbs=cbs)
         _after_training(Run(run, screen), asked['valid'], submit)
+    _say(f'Run folder: {run}')
 
 # %% ../../nbs/91_cli.core.ipynb #74b289e7
+def _settings(set, epochs, batch_size):
+    "What has an option of its own as a setting, before those of `--set`"
+    own = {'train.epochs': epochs, 'data.batch_size': batch_size}
+    return [f'{k}={v}' for k, v in own.items() if v is not None] + (set or [])
+
 def _recipe_for(data, target, recipe, set, laptop, faithful=False, full=False):
     "The recipe that is asked for, or the default for the screen; and the screen"
     from rcic_fastai.recipe.default import default_recipe
@@ -430,6 +443,9 @@ def rcic_train(
     log:str=None, # tensorboard or wandb
     submit:bool=False, # predict the test split and write submission.csv as well
     present_only:bool=False, # use the sites whose files are all there, instead of stopping at a missing one
+    epochs:int=None, # of the main stage: the same as --set train.epochs=N
+    batch_size:int=None, # sites per step: the same as --set data.batch_size=N
+    device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     laptop:int=None, # shrink the recipe to a small network and so many epochs in all
     full:bool=False, # the default recipe at full size, even without a GPU
     list:bool=False, # show the recipes and stop
@@ -439,11 +455,10 @@ def rcic_train(
     from rcic_fastai.recipe.published import list_recipes
     if list: return _say(list_recipes().to_string())
     _require(data, '--data (or --list)')
-    chosen, screen = _recipe_for(data, target, recipe, set, laptop, faithful, full)
+    chosen, screen = _recipe_for(data, target, recipe, _settings(set, epochs, batch_size), laptop, faithful, full)
     _check_run_folder(run, recipe, data, start)
-    asked = dict(target=target or screen.target, wells=wells, valid=valid or chosen.valid, present_only=present_only)
-    _train(screen, chosen, run, asked | dict(start=start), log, submit)
-    _say(f'Run folder: {run}')
+    _train(screen, chosen, run, dict(target=target or screen.target, wells=wells, valid=valid or chosen.valid,
+                                     present_only=present_only, start=start), log, submit)
 
 # %% ../../nbs/91_cli.core.ipynb #a88652cd
 @command
@@ -456,6 +471,7 @@ def rcic_find_lr(
     out:Path=Path('lr_find.png'), # picture of the loss against the learning rate
     present_only:bool=False, # use the sites whose files are all there, instead of stopping at a missing one
     laptop:int=None, # shrink the recipe to a small network and so many epochs in all
+    device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
 ):
     "Suggest a learning rate for the main stage of a recipe, with fastai's `lr_find`."
@@ -478,6 +494,7 @@ def rcic_predict(
     postprocess:str=None, # centers, center_plate, shrink_plate, center_experiment, sphering, tvn: cosines to centres
     tta:str=None, # views per site, 1 to 64, or a group: d4, s4, hpa_first_place; by default what the recipe says
     present_only:bool=False, # use the sites whose files are all there
+    device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
 ):
     "Predict a split of a screen with a finished run; writes predictions/SPLIT.npz into its folder."
@@ -519,6 +536,7 @@ def rcic_embed(
     batchnorm:str=None, # running, batch, domain or controls; by default what the recipe says
     truth:Path=None, # CSV file with id_code, sirna, for the metrics of a test split
     present_only:bool=False, # use the sites whose files are all there
+    device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
 ):
     "Embeddings of a split, as a file, and how well they tell siRNAs apart and batches together."
@@ -545,6 +563,7 @@ def rcic_blend(
     space:str='probability', # what is averaged: probability or logit
     data:Path=None, # folder of the screen; by default the one of the first run
     present_only:bool=False, # use the sites whose files are all there
+    device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
 ):
     "Average predictions of several runs; how good each is on the wells that were set aside, and how much they agree."
@@ -643,6 +662,7 @@ def rcic_apply(
     negative:_Repeated=None, # treatment that is a negative control; may be repeated; by default as there
     error_rate:float=.05, # share of the wells kept in submission_wells.csv that may be wrong
     no_report:bool=False, # write no page
+    device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
 ):
     "A finished run on plates that were imaged later: described like its own, predicted, labelled, reported."

@@ -15,7 +15,7 @@ from scipy.special import expit, logit, softmax
 
 from .core import Predictions, well_accuracy
 
-# %% ../../nbs/47_predict.blend.ipynb #38ec3d98
+# %% ../../nbs/47_predict.blend.ipynb #eca33608
 def _listed(names): return ', '.join(map(repr, names))
 
 def _check_unique(p, name):
@@ -32,6 +32,7 @@ def _check_same(what, a, b, name_a, name_b):
         if lost: missing.append(f'{len(lost):,} of the {len(x):,} of {of} are not in {to}, such as {lost[0]!r}')
     if missing: raise ValueError(f'{what} differ: {"; ".join(missing)}')
 
+# %% ../../nbs/47_predict.blend.ipynb #38ec3d98
 def aligned(
     p:Predictions, # to be brought into another order
     like:Predictions # whose order of ids and classes counts

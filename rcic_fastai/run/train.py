@@ -23,7 +23,7 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 # %% ../../nbs/77_run.train.ipynb #e13a2078
-from ..errors import did_you_mean
+from ..errors import did_you_mean, one_of
 from ..files import check_name, check_output, claim_folder, clean_partials, read_json, refuse_links, user_path
 from ..files import check_ours, write_picture, write_whole
 from ..screen.groups import plate_groups
@@ -232,10 +232,14 @@ def finished_run(
     start:str|Path=None # finished run whose network to start from
 ) -> bool:
     "Has this training come to its end? Raises: FileExistsError for the finished run of another one."
-    run = user_path(run)
+    valid = _wells_of_run(recipe.valid if valid is None else valid)
+    return _is_finished(Training(screen, recipe, user_path(run), target or screen.target, wells, valid, present_only,
+                                 start))
+
+def _is_finished(t):
+    "See `finished_run`"
+    run, recipe = t.run, t.recipe
     if not (run/'run.json').exists(): return False
-    t = Training(screen, recipe, run, target or screen.target, wells,
-                 _wells_of_run(recipe.valid if valid is None else valid), present_only, start)
     before = read_json(run/'run.json').get('request')
     other = 'it does not say of which settings' if before is None else _differences(before, recipe,
                                                                                     t.request()['asked'])
@@ -423,6 +427,21 @@ def _write_run(t, table, learn, names, more):
     save_weights(learn.model, t.run/'model.safetensors', meta=dict(recipe=table.recipe.name))
     write_run(t.run, table.recipe, info)
 
+# %% ../../nbs/77_run.train.ipynb #af086743
+def _trained(t):
+    "The learner of a training that is begun or resumed, or one for each cell type"
+    _make_ready(t.run)
+    in_parts = len(t.screen.cell_types) > 1 and (t.recipe.per_cell_type or t.recipe.cell_type.epochs)
+    return _train_parts(t) if in_parts else _train(t)
+
+def _loaded(t):
+    "The learner of a run that is finished, or of each of its networks"
+    t.say(f'{t.run} is trained, and loaded; to train anew, give another folder or delete it')
+    run = Run(t.run, t.screen)
+    if not run.parts: return run.learner()
+    part = lambda name: replace(t.screen, wells=t.screen.wells[t.screen.wells.cell_type==name].reset_index(drop=True))
+    return {name: Run(t.run/name, part(name)).learner() for name in run.parts}
+
 # %% ../../nbs/77_run.train.ipynb #0cc5df76
 def train_run(
     screen:Screen|str|Path, # from `read_screen`, or its folder
@@ -434,12 +453,13 @@ def train_run(
     present_only:bool=False, # leave out sites with missing files instead of raising an error?
     say:Callable=print, # where notices go
     cbs:Iterable[Callback]=(), # further callbacks of all stages, such as a logger
-    start:str|Path=None # finished run whose network to start from
+    start:str|Path=None, # finished run whose network to start from
+    exist:str='error' # where the folder holds this run, finished: 'error', or 'load' it and say so
 ) -> Learner|dict: # trained; the run folder is complete; with networks per cell type a learner for each of them
     """Train a recipe on the training split of a screen and write its run folder.
 
     `valid` may be 'experiment=HUVEC-07', those of another run, or ids; by default it is what the recipe says.
-    Raises: FileExistsError if the folder holds a finished run, or a network of another origin; ValueError and
+    Raises: FileExistsError for a finished run that is not to be loaded, or a network of another origin; ValueError and
     FileNotFoundError for what is wrong with the data, or if the run was started otherwise; TrainingStopped for a
     signal, FloatingPointError for a loss that is not finite, both with what is saved intact.
     """
@@ -451,9 +471,8 @@ def train_run(
                  None if start is None else user_path(start), say, cbs)
     _check_request(t)
     with claim_folder(run):
-        _make_ready(run)
-        in_parts = len(screen.cell_types) > 1 and (chosen.per_cell_type or chosen.cell_type.epochs)
-        return _train_parts(t) if in_parts else _train(t)
+        if one_of(exist, ('error', 'load'), 'exist')=='load' and _is_finished(t): return _loaded(t)
+        return _trained(t)
 
 # %% ../../nbs/77_run.train.ipynb #a7c1e0ec
 def _chosen_once(t):
