@@ -65,6 +65,7 @@ from .train.loaders import recipe_dataloaders
 from .train.mix import cutmix_images, LISA, mix_targets, mixup_images, ScreenCutMix, ScreenMixUp
 from .train.optimizer import adam, adamw, radam
 from .train.network import ImageOnly
+from .train.precision import use_device
 from .train.learner import screen_learner
 from .train.precision import use_device
 from .train.pseudo import select_pseudo_labels
