@@ -67,7 +67,6 @@ from .train.optimizer import adam, adamw, radam
 from .train.network import ImageOnly
 from .train.precision import use_device
 from .train.learner import screen_learner
-from .train.precision import use_device
 from .train.pseudo import select_pseudo_labels
 
 from .run.folder import load_run, read_run, Run

@@ -199,13 +199,15 @@ def test_the_blend_of_four_models_runs_to_a_submission(screen, tmp_path, capsys)
 @pytest.mark.slow
 def test_folds_are_blended_by_command(screen, tmp_path, capsys):
     "Each labelled well by the run that did not train on it; a submission, and a run that is loaded instead of trained"
-    small = ["model.arch=resnet10t", "model.arch_options=" + json.dumps(dict(channels=[8, 8, 8, 8], stem_width=8)), "data.crop=null"]
+    options = json.dumps(dict(channels=[8, 8, 8, 8], stem_width=8))
+    small = ["model.arch=resnet10t", f"model.arch_options={options}", "data.crop=null"]
     how = dict(data=screen.path, recipe="laptop", epochs=1, batch_size=16, device="cpu", set=small)
     for k in range(2): cli.rcic_train(run=tmp_path / f"fold{k}", valid=f"fold={k}/2", **how)
     recipe, info = read_run(tmp_path / "fold0")
     assert (recipe.train.epochs, recipe.data.batch_size) == (1, 16)
     folds = [tmp_path / "fold0", tmp_path / "fold1"]
-    with pytest.raises(CliError, match="these are folds"): cli.rcic_blend(run=folds, out=tmp_path / "no", weights="chosen")
+    with pytest.raises(CliError, match="these are folds"):
+        cli.rcic_blend(run=folds, out=tmp_path / "no", weights="chosen")
     cli.rcic_blend(run=folds, out=tmp_path / "blend", device="cpu")
     labelled = screen.wells[(screen.wells.split == "train") & (screen.wells.well_type == "treatment")]
     assert f"each of {len(labelled)} wells is predicted by the runs that did not train on it" in capsys.readouterr().out
