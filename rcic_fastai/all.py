@@ -37,6 +37,8 @@ from .loss.by_name import create_loss, losses, multilabel_losses
 from .profile.correct import embedding_correction, postprocess_embeddings, TVN, well_means
 from .profile.metrics import batch_probe, embedding_report, plot_embedding, project_2d, replicate_map, to_anndata
 
+from .quality.core import Quality, screen_quality
+
 from .predict.submission import score_submission, score_table, write_submission
 from .predict.tta import TTA
 from .predict.core import Predictions, well_accuracy
@@ -79,6 +81,7 @@ from .run.stack import stack_runs
 
 from .report.accuracy import accuracy_by, confused_pairs, plot_intervals, plot_plate, worst_wells
 from .report.core import make_report
+from .report.quality import write_quality
 from .report.apply import apply_run
 
 from .kaggle.core import build_kernel, weights_folder

@@ -75,7 +75,8 @@ def check_target(
 
 # %% ../nbs/01_files.ipynb #7124a592
 # of PNG, PDF, SVG, PostScript and HTML
-_mark = re.compile(rb'(?:Software\0|/Creator \(|<dc:title>|%%Creator: |name="generator" content=")rcic_fastai')
+_mark = re.compile(rb'(?:Software\0|/Creator \(|<dc:title>|%%Creator: |'
+                   rb'name="generator" content="|<meta content=")rcic_fastai')
 
 def is_marked(
     path:str|Path # a picture or a page

@@ -103,6 +103,7 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(command, small_scree
         status, _, err = command(name, "--data", small_screen, "--out", tmp_path)
         assert status == 1 and f"--out {tmp_path} is a folder" in err
     commands = [("rcic-simulate", "out"), ("rcic-pack", "out", "--data", small_screen),
+                ("rcic-qc", "out", "--data", small_screen),
                 ("rcic-train", "run", "--data", small_screen), ("rcic-demo", "out"),
                 ("rcic-describe", "out", "--data", small_screen), ("rcic-kaggle", "folder", "build")]
     for name, option, *more in commands:
@@ -242,6 +243,7 @@ def test_no_output_is_an_address(command, small_screen, small_run, tmp_path, mon
                                 ("rcic-embed", "out", "--run", small_run), ("rcic-submit", "out", "--run", small_run),
                                 ("rcic-report", "out", small_run),
                                 ("rcic-blend", "out", "--run", small_run),
+                                ("rcic-qc", "out", "--data", small_screen),
                                 ("rcic-describe", "out", "--data", small_screen), ("rcic-kaggle", "folder", "build"),
                                 ("rcic-kaggle", "to", "output"),
                                 ("rcic-hpa-simulate", "out"), ("rcic-hpa-stack", "out", "--run", small_run),

@@ -174,6 +174,7 @@ def every_cell(layout, packed, data, home):
     first, second, blend, truth = home / "first", home / "second", home / "blend", truth_file(
         layout, data if not packed else data.parent / layout)
     yield "show", ["rcic-show", "--data", data, "--out", home / "well.png"]
+    if layout != "atlas": yield "qc", ["rcic-qc", "--data", data, "--out", home / "qc", "--workers", "1"]
     yield "find-lr", ["rcic-find-lr", "--data", data, *recipe, "--steps", "20", "--out", home / "lr.png"]
     yield "train", ["rcic-train", "--data", data, "--run", first, "--valid", VALID[layout], *recipe, "--submit"]
     yield "train again", ["rcic-train", "--data", data, "--run", second, "--valid", VALID[layout], *recipe, "--set",
