@@ -37,8 +37,6 @@ from .loss.by_name import create_loss, losses, multilabel_losses
 from .profile.correct import embedding_correction, postprocess_embeddings, TVN, well_means
 from .profile.metrics import batch_probe, embedding_report, plot_embedding, project_2d, replicate_map, to_anndata
 
-from .quality.core import Quality, screen_quality
-
 from .predict.submission import score_submission, score_table, write_submission
 from .predict.tta import TTA
 from .predict.core import Predictions, well_accuracy
@@ -54,6 +52,8 @@ from .labels.retrieval import Retrieval
 from .labels.submission import read_label_submission, score_label_submission, write_label_submission
 from .labels.threshold import compare_thresholds, create_threshold
 from .labels.stack import Stacker
+
+from .quality.core import Quality, screen_quality
 
 from .recipe.settings import (
     compare_recipes, DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe,
