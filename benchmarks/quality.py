@@ -127,8 +127,9 @@ def main(argv=None):
                          for w in ("experiment", "plate")})
     told = told.T.round(3).rename_axis(["family", "what"]).reset_index().set_index("family")
     hot = [own_hot_pixels(s) for s in args.seeds]
-    write_report(args.out, "Quality of images", "Screens of {n_sirnas} treatments, {n_positive} controls, 10 "
-                 "experiments, 40 plates and {image_size} pixels each; ".format(**DESIGN) + f"in each {SITES} sites with each "
+    screens = ("Screens of {n_sirnas} treatments, {n_positive} controls, 10 experiments, 40 plates and {image_size} "
+               "pixels each; ").format(**DESIGN)
+    write_report(args.out, "Quality of images", screens + f"in each {SITES} sites with each "
                  f"fault, {PLATES} plates with hot pixels, {PLATES} shifted by a well. Sums over seeds "
                  f"{', '.join(map(str, args.seeds))}. A fault counts as found under its own name only. The optical "
                  "family has effects of its own: wells that died, sites out of focus, plates that saturate; where "
