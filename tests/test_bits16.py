@@ -20,7 +20,7 @@ from rcic_fastai.data.block import MultiChannelImageBlock, screen_dataloaders
 from rcic_fastai.data.grey import GreyLimits
 from rcic_fastai.data.hashes import hash_sites
 from rcic_fastai.data.image import MultiChannelImage, show_channels, stains_to_rgb
-from rcic_fastai.data.pack import clipped_shares, pack_screen, pack_sites
+from rcic_fastai.data.pack import clipped_pixels, pack_screen, pack_sites
 from rcic_fastai.data.statistics import measure_histograms, measure_stats
 from rcic_fastai.data.store import DamagedSite, Store, read_site, verify_store
 from rcic_fastai.labels.pixel_statistics import site_statistics
@@ -294,8 +294,11 @@ def test_clipped_shares_are_said(stores, tmp_path):
     x = np.stack([stores.sixteen.read(i) for i in range(len(stores.sixteen))])
     below, above = (x[:, 1] < 250.5).mean(), (x[:, 1] > 900).mean()
     assert f"GFP {below:.2%} and {above:.2%}" in said[0] and "DAPI" in said[0]
-    shares = clipped_shares(stores.sixteen.sites, CHANNELS)
+    shares = clipped_pixels(stores.sixteen.sites, CHANNELS)
     assert shares.loc["RNA"].tolist() == [0, 0] and shares.above["GFP"] == pytest.approx(above)
-    assert not len(clipped_shares(stores.eight.sites, CHANNELS))
+    assert not len(clipped_pixels(stores.eight.sites, CHANNELS))
+    known = {str(CHANNELS[1]): [.25, .5]}
+    told = clipped_pixels(stores.sixteen.sites, CHANNELS, known)
+    assert told.loc["GFP"].tolist() == [.25, .5] and told.index.tolist() == shares.index.tolist()
     pack_screen(stores.files, tmp_path / "deep", bits=16, progress=False, say=said.append)
     assert len(said) == 1

@@ -12,6 +12,7 @@ from cases import each
 from formats_inputs import WELLS, hostile_zarr, make, write_csv, write_tiff
 
 from rcic_fastai.data.pack import pack_screen
+from rcic_fastai.data.reader import site_size
 from rcic_fastai.data.store import read_site, verify_store
 from rcic_fastai.screen.channels import as_channel, channel_name
 from rcic_fastai.screen.describe import describe_screen, read_well_table
@@ -161,10 +162,10 @@ def test_other_names_of_the_same_systems(system, template, tmp_path):
     assert fields.index.get_level_values("well").tolist() == ["A01", "B02"] * 2 and fields.tolist() == [1, 2, 1, 2]
 
 
-UNREAD = [("001001000.flex", "1 files of Opera such as P1/001001000.flex, which are not read: export them as TIFF"),
-          ("P1_A01f00d0.C01", "1 files of Cellomics"), ("scan.czi", "1 files of Zeiss"),
-          ("scan.nd2", "1 files of Nikon"),
-          ("P1.tar", "1 archives such as P1/P1.tar, which are not read: unpack them"), ("A01.tif.gz", "1 archives")]
+UNREAD = [("001001000.flex", "is 1 file of Opera such as P1/001001000.flex, which is not read: export them as TIFF"),
+          ("P1_A01f00d0.C01", "1 file of Cellomics"), ("scan.czi", "1 file of Zeiss"),
+          ("scan.nd2", "1 file of Nikon"),
+          ("P1.tar", "1 archive such as P1/P1.tar, which is not read: unpack them"), ("A01.tif.gz", "1 archive")]
 
 
 @each("name, message", UNREAD)
@@ -172,7 +173,9 @@ def test_files_that_are_not_read(name, message, tmp_path):
     "A plate of them is refused, also with a few overviews next to it; one next to images is said"
     for k in (0, 1):
         write_tiff(tmp_path / f"P1/{name}", np.zeros((4, 4), np.uint16))
-        with pytest.raises(ValueError, match=message if k == 0 else message.replace("1 ", "2 ", 1)):
+        several = message.replace("is 1 ", "are 2 ").replace("1 ", "2 ", 1).replace("which is", "which are")
+        for one, more in (("file ", "files "), ("archive", "archives")): several = several.replace(one, more, 1)
+        with pytest.raises(ValueError, match=message if k == 0 else several):
             find_images(tmp_path)
         write_tiff(tmp_path / f"P1/z_{name}", np.zeros((4, 4), np.uint16))
         write_tiff(tmp_path / "P1/A01.jpg", np.zeros((4, 4), np.uint8))
@@ -386,6 +389,7 @@ def test_pixels_of_ten_real_conventions(name, how, n_sites, channels, values, tm
     one = sites[(sites.well == "A02") & (sites.site == (1 if name.startswith("ome_zarr") else 2))]
     assert [grey(f, screen.channels) for f in one.files] == [[(v, v + 63) for v in plate] for plate in values]
     check_files(sites, screen.channels)
+    assert {site_size(f, screen.channels) for f in sites.files} == {(8, 8)}
     x = sites.files.iloc[-1].read(screen.channels)
     assert x.shape == (2, 8, 8) and x.dtype == np.uint8 and x[0, 0, 0] < x[0, 7, 7]
     if name not in ("jump", "load_data"):
@@ -509,6 +513,7 @@ def test_images_in_rows_of_parquet_files(tmp_path):
     assert set(wells.xs("B02", level="well").well_type) == {"negative_control"}
     one = sites[(sites.experiment == "gene-002") & (sites.well == "AA02")].files.iloc[0]
     assert grey(one, screen.channels) == [(71, 86), (72, 87)]  # 10 * 7 + channel
+    assert site_size(one, screen.channels) == (8, 8)
     check_files(sites, screen.channels)
     store = pack_screen(screen, tmp_path / "store", progress=False)
     assert not len(verify_store(store, sites, progress=False))
@@ -679,3 +684,62 @@ def test_a_pattern_guessed_from_some_names_is_that_of_all(monkeypatch):
     assert len(names) > 16_000 and module._pattern_of_some(names, {}) == guess_names(names)
     assert module._pattern_of_some([*names, "Plate1/A01_s1_w1_x.tif"], {}) is None
     assert module._pattern_of_some([n.replace("_w", f"_x{i % 7}_w") for i, n in enumerate(names)], {}) is None
+
+
+def refused(folder, **how):
+    with pytest.raises(ValueError) as e: describe_screen(folder, say=lambda *a: None, **how)
+    return str(e.value)
+
+
+def test_what_a_person_may_have_meant(tmp_path):
+    "Another system, a microscope by its own name, a folder inside, a column of another table, roles in a column"
+    own, project = make("harmony", tmp_path / "own"), make("jump", tmp_path / "project")
+    for system in ("cellvoyager", "rxrx", "ome-tiff", "load-data"):
+        assert "Leave system (--system) out: this looks like Harmony" in refused(own, system=system)
+    for name, meant in (("phenix", "harmony"), ("opera-phenix", "harmony"), ("ImageXpress", "metaxpress"),
+                        ("cv8000", "cellvoyager"), ("cytation", "gen5"), ("In Cell", "incell")):
+        assert f"system {name!r} is unknown; did you mean '{meant}'" in refused(own, system=name)
+    assert "--system list shows all" in refused(own, system="xyz")
+    assert f"{own}/wells.csv may be it: give that folder (--data {own})" in refused(next(own.glob("BR*")) / "Images")
+    said = refused(project, columns=dict(treatment="pert_inam"))
+    assert "compound_metadata.tsv: there is no column 'pert_inam'; did you mean 'pert_iname'?" in said
+    said = refused(project, columns=dict(well_type="pert_type"))
+    assert "well_type 'control' is unknown; expected treatment, positive_control" in said and "--negative" in said
+    screen = describe_screen(project, positive=[""], say=lambda *a: None)
+    assert screen.wells.well_type.value_counts().to_dict() == dict(treatment=4, negative_control=2)
+    assert "positive_control" in set(describe_screen(project, say=lambda *a: None).wells.well_type)
+    screen = describe_screen(own, negative=[""], out=tmp_path / "out", say=lambda *a: None)
+    assert set(screen.wells.well_type) == {"treatment"}
+
+
+def test_a_folder_of_several_screens_is_not_read_as_one_of_them(tmp_path):
+    for name, system in (("a", "harmony"), ("b", "cellvoyager")): make(system, tmp_path / "two/images" / name)
+    (tmp_path / "two/images/a/wells.csv").rename(tmp_path / "two/wells.csv")
+    (tmp_path / "two/images/b/wells.csv").unlink()
+    said = refused(tmp_path / "two")
+    assert "holds images of two systems: images/a/BR" in said and "of CellVoyager (CV7000, CV8000)" in said
+    assert f"--data {tmp_path}/two/images/b" in said
+    for name in "abc": make("cellvoyager", tmp_path / "three" / name)
+    said = refused(tmp_path / "three")
+    assert "a/wells.csv, b/wells.csv, c/wells.csv in its folders: describe each folder on its own" in said
+    make("jump", tmp_path / "mixed/one")
+    make("cellvoyager", tmp_path / "mixed/two")
+    said = refused(tmp_path / "mixed")
+    assert "several screens: one/metadata/barcode_platemap.csv and two/wells.csv are plate maps of their own" in said
+
+
+def test_any_plane_of_a_stack_can_be_looked_at(tmp_path):
+    "However the screen was described; a store holds one"
+    screens = [described("harmony", tmp_path / str(z), z=z) for z in (2, "max", "middle")]
+    for screen in screens:
+        for z, value in ((1, 1213), (3, 1217), ("middle", 1215), ("max", 1217)):  # of field 1, as `plane` says
+            sites = screen.at_depth(z).sites()
+            one = sites[(sites.well == "A02") & (sites.site == 1) & (sites.plate == 1)].files.iloc[0]
+            assert read_plane(one.planes(["1"])[0])[0, 0] == value
+    said = []
+    title = lambda z: screens[0].show_well("A02", z=z, say=said.append)[0].figure._suptitle.get_text()
+    assert "plane 3" in title(3) and "maximum of 3 planes" in title("max") and len(said) == 2
+    with pytest.raises(ValueError, match="there is no plane 9; expected one of 1 to 3"): title(9)
+    pack_screen(screens[1], tmp_path / "store", progress=False)
+    with pytest.raises(ValueError, match="no depth 2 to choose: .* is a packed store"):
+        read_screen(tmp_path / "store").show_well("A02", z=2)

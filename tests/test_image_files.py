@@ -19,8 +19,9 @@ from rcic_fastai.data.pack import pack_screen
 from rcic_fastai.screen.channels import as_channel, grey_limits
 from rcic_fastai.screen.describe import describe_screen
 from rcic_fastai.screen.grey_limits import find_grey_limits
-from rcic_fastai.screen.planes import read_grey
+from rcic_fastai.screen.planes import plane_size, read_grey
 from rcic_fastai.screen.read import read_screen
+from rcic_fastai.screen.sources import Plane
 
 try: import imagecodecs
 except ImportError: imagecodecs = None
@@ -191,6 +192,7 @@ def test_every_kind_of_file_is_read_alike(tmp_path):
     for kind, (_, want) in kinds.items():
         got = read_grey(tmp_path / "own" / f"A01_{kind}.img.tif")
         assert got.dtype == want.dtype and (got == want).all(), kind
+        assert plane_size(Plane(str(tmp_path / "own" / f"A01_{kind}.img.tif"))) == want.shape, kind
     said = []
     screen = describe_screen(tmp_path / "own", files="{well}_{channel}.img.tif", say=said.append)
     found = ways(screen, tmp_path / "store")

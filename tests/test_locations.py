@@ -15,6 +15,7 @@ from PIL import Image
 
 from rcic_fastai import locations
 from rcic_fastai.data.pack import pack_screen
+from rcic_fastai.data.reader import site_size
 from rcic_fastai.data.store import Store, verify_store
 from rcic_fastai.screen.describe import describe_screen
 from rcic_fastai.screen.read import read_screen
@@ -82,6 +83,7 @@ def test_systems_are_read_from_addresses(tmp_path, memory, system):
     here = describe_screen(tmp_path / "mine", out=tmp_path / "here", say=quiet)
     there = describe_screen("memory://mine", out=tmp_path / "there", say=quiet)
     assert there.channels == here.channels and (pixels(there) == pixels(here)).all()
+    assert site_size(there.sites()["files"][0], there.channels) == (8, 8)
 
 
 def test_a_described_screen_is_read_where_it_lies(tmp_path, memory):

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -229,7 +230,8 @@ def test_a_described_screen_is_a_screen(own, tmp_path):
                     "channels=... (--channels ER,DAPI) gives another order",
                     *(f"Channel {c}: of the pixels looked at, {low:.2%} are darker than these grey limits and "
                       f"{high:.2%} brighter" for c, (low, high) in zip(screen.channels, clipped)),
-                    f"25 sites of 13 wells, named {FILES}; 1 wells have no images; 1 images belong to no well"]
+                    f"25 sites of 13 wells, 1 to 2 of each, named {FILES}; 1 well has no images; 1 image belongs to no "
+                    "well"]
     again = read_screen(own)
     pd.testing.assert_frame_equal(again.sites(), screen.sites())
     assert again.replicates and again.layout == "platemap" and len(again.wells) == 14
@@ -297,8 +299,23 @@ def test_a_well_is_shown(own):
     screen = describe_screen(own, files=FILES, say=lambda *a: None)
     axes = screen.show_well("A02", site=2)
     assert [a.get_title() for a in axes] == ["together", "1 DAPI", "2 ER"]
-    assert axes[0].figure._suptitle.get_text() == "b1_1_A02, site 2, y"
-    with pytest.raises(ValueError, match="has no images of well A05"): screen.show_well("A05")
+    assert axes[0].figure._suptitle.get_text() == "b1_1_A02, site 2 (2 sites), y"
+    with pytest.raises(ValueError, match="has no images of well A05"): screen.show_well("A05", experiment="b2", plate=2)
+    with pytest.raises(ValueError, match="no images of well A02, site 7; sites are 1, 2"): screen.show_well("A02", 7)
+
+
+def test_which_of_several_wells_is_shown(own):
+    screen, said = describe_screen(own, files=FILES, say=lambda *a: None), []
+    screen.show_well("A02", say=said.append)
+    assert said == ["There are 4 wells A02: the one shown is on plate 1 of b1; the others are on plate 2 of b1, "
+                    "plate 1 of b2, plate 2 of b2; plate=... (--plate) and experiment=... (--experiment) choose"]
+    for plate in ("02", 2):
+        axes = screen.show_well("A02", plate=plate, experiment="b2", say=said.append)
+        assert axes[0].figure._suptitle.get_text().startswith("b2_2_A02, site 1") and len(said) == 1
+    with pytest.raises(ValueError, match="there is no plate '7'; expected one of '1', '2'"): screen.show_well(plate=7)
+    with pytest.raises(ValueError, match="has no experiment 'b3'; expected one of 'b1'"): screen.show_well(experiment="b3")
+    with pytest.raises(ValueError, match="there is no depth 2 to choose: .* one plane"): screen.show_well(z=2)
+    plt.close("all")
     assert MultiChannelImage.create(screen.sites().files.iloc[0], screen.channels).shape == (2, 64, 64)
 
 

@@ -97,7 +97,7 @@ def test_notices_of_a_description(tmp_path):
     said = []
     screen = describe_screen(tmp_path, files="{well}_{channel}.png", say=lambda s: said.append(str(s)))
     assert any("treatment 'Taxol' and 'taxol' differ in capitals or blanks only" in s for s in said)
-    assert any("1 wells have the treatment 'n/a': taken as unknown" in s for s in said)
+    assert any("1 well has the treatment 'n/a': taken as unknown" in s for s in said)
     assert screen.wells.sirna.notna().sum() == 2
 
 

@@ -7,7 +7,7 @@ __all__ = ['MultiChannelImage', 'channel_limits', 'stains_to_rgb', 'show_channel
 
 # %% ../../nbs/21_data.image.ipynb #9d320346
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import did_you_mean
 from ..screen.channels import channel_file, channel_name, CHANNELS
 from ..screen.sites import present_sites
+from ..screen.image_index import SiteStacks
 from ..screen.core import plain_text, Screen
 from ..screen.sources import as_pixels
 from .colors import channel_colors, channel_label, stain_names
@@ -133,14 +134,33 @@ def _called(wells, name):
     if 'plate_name' in wells: same |= wells.plate_name == plate
     return same & (wells.well == position(well))
 
-def _sites_of(screen, well, site):
+# %% ../../nbs/21_data.image.ipynb #822e7d1f
+def _on_plate(screen, plate, experiment):
+    "Wells of a plate by its number or name, and of an experiment. Raises: ValueError for one that there is not"
+    wells = screen.wells
+    if experiment is not None:
+        wells = wells[wells.experiment == experiment]
+        if not len(wells): raise ValueError(f'{screen.path} has no experiment {experiment!r}'
+                                            + did_you_mean(experiment, screen.experiments))
+    if plate is None: return wells
+    names = wells.plate_name.astype(str) if 'plate_name' in wells else wells.plate.astype(str)
+    number = str(plate).lstrip('0')
+    found = wells[(names == str(plate)) if (names == str(plate)).any() else (wells.plate.astype(str) == number)]
+    if len(found): return found
+    there = sorted(names.unique(), key=lambda n: (len(n), n))
+    raise ValueError(f'there is no plate {str(plate)!r}{did_you_mean(str(plate), there)}')
+
+def _sites_of(screen, wells, well, site):
     "Sites with images. Raises: ValueError for a well or a site that has none"
-    wells = screen.wells if well is None else screen.wells[_called(screen.wells, well)]
+    if well is not None: wells = wells[_called(wells, well)]
     if not len(wells): raise ValueError(f'{screen.path} has no well {well}' + did_you_mean(well, screen.wells.id_code))
-    sites = screen.sites(wells)
+    sites = every = screen.sites(wells)
     if site is not None: sites = sites[sites.site == site]
-    which = '' if site is None else f', site {site}'
-    if not len(sites): raise ValueError(f'{screen.path} has no images of well {well or "any"}{which}')
+    if not len(sites):
+        there = sorted(every.site.unique().tolist())
+        has = f'; sites are {", ".join(map(str, there[:12]))}{" ..." if len(there) > 12 else ""}' if there else ''
+        raise ValueError(f'{screen.path} has no images of well {well or "any"}'
+                         f'{"" if site is None else f", site {site}"}{has}')
     if well is not None: return sites
     parts = (present_sites(sites.iloc[i:i+256], screen.channels)[0] for i in range(0, len(sites), 256))
     return next((p for p in parts if len(p)), sites)
@@ -163,7 +183,43 @@ def _at_time(sites, time):
     there = sorted(sites.time.unique().tolist()) if 'time' in sites else []
     if time in there: return sites[sites.time == time]
     raise ValueError(f'there is no time {time}: times are {", ".join(map(str, there))}' if there else
-                     f'there is no time {time}: the screen has one time')
+                     f'there is no time {time}: the screen has one time (of several, rcic-describe --time all '
+                     'makes each a site)')
+
+# %% ../../nbs/21_data.image.ipynb #d4ccfc74
+def _of_plate(row):
+    "How a person says which plate a well is on, as `--plate` and `--experiment` take it"
+    return f'plate {row.plate_name if "plate_name" in row else row.plate} of {row.experiment}'
+
+def _say_others(sites, row, well, say):
+    "Which of several wells of that name is shown, and where the others are"
+    others = sites[sites.id_code != row.id_code].drop_duplicates('id_code')
+    if well is None or not len(others): return
+    named = [_of_plate(r) for _, r in others.head(4).iterrows()]
+    more = f' and {len(others)-4:,} more' if len(others) > 4 else ''
+    say(f'There are {len(others)+1:,} wells {row.well}: the one shown is on {_of_plate(row)}; the others are on '
+        f'{", ".join(named)}{more}; plate=... (--plate) and experiment=... (--experiment) choose')
+
+# %% ../../nbs/21_data.image.ipynb #334e9982
+def _depth_of(files, z):
+    "What is shown of a stack, for a title; '' where there is one plane"
+    n = max((len(p) for _, p in files.channels), default=1) if isinstance(files, SiteStacks) else 1
+    if n > 1: return f', maximum of {n} planes'
+    return f', plane {z}' if isinstance(z, int) else ', plane in the middle' if z == 'middle' else ''
+
+def _title_of(screen, row, z):
+    "What a picture of a site is called"
+    own = screen.wells[screen.wells.id_code == row.id_code]
+    n = len(screen.sites(own))
+    treatment = f', {row.treatment}' if isinstance(row.get('treatment'), str) else ''
+    plate = f' (plate {row.plate_name})' if str(row.get('plate_name', row.plate)) != str(row.plate) else ''
+    site = f', site {row.site}{f" ({n} sites)" if n > 1 else ""}' + (f', time {row.time}' if 'time' in row else '')
+    return f'{row.id_code}{plate}{site}{_depth_of(row.files, z)}{treatment}'
+
+def _labels_of(channels, places):
+    "Names and colours of some of the channels, for `show_channels`"
+    colors = channel_colors(len(channels))
+    return dict(names=[channel_label(channels[k]) for k in places], colors=[colors[k] for k in places])
 
 # %% ../../nbs/21_data.image.ipynb #68a73033
 @patch
@@ -172,23 +228,25 @@ def show_well(self:Screen,
     site:int=None, # number of the site; None: its first
     channels:str|Sequence=None, # numbers or names, such as 'DNA,ER', in your order; None: all
     time:int=None, # a point in time, where the screen has several; None: the first
+    plate:int|str=None, # number or name of its plate; None: the first that has the well
+    experiment:str=None, # name of its experiment; None: the first that has the well
+    z:str|int=None, # of a stack: 'max', 'middle' or the number of a plane; None: as the screen was described
+    say:Callable=print, # what notices are given to
     **kwargs # of `show_channels`
 ) -> np.ndarray: # the axes
     """Show a site of a well: the colour image, then each channel in grey; by default the first well with images.
 
-    A name alone means the well of the first plate that has it. A channel keeps its colour if others are left out.
-    Raises: ValueError for a well, site, time or channel that there is not; FileNotFoundError naming a missing file.
+    Of several wells of a name it says which one it shows. A channel keeps its colour if others are left out.
+    Raises: ValueError for what the screen does not have; FileNotFoundError naming a missing file.
     """
-    row = _at_time(_sites_of(self, well, site), time).iloc[0]
-    places = _places_of(self.channels, channels)
-    colors = channel_colors(len(self.channels))
-    kwargs = {'names': [channel_label(self.channels[k]) for k in places],
-              'colors': [colors[k] for k in places], **kwargs}
+    screen, places = self if z is None else self.at_depth(z), _places_of(self.channels, channels)
+    sites = _at_time(_sites_of(screen, _on_plate(screen, plate, experiment), well, site), time)
+    row = sites.iloc[0]
+    _say_others(sites, row, well, say)
+    kwargs = _labels_of(self.channels, places)|kwargs
     composite = as_pixels(row.files).composite # its channels are read at once
     x = MultiChannelImage.create(row.files, self.channels if composite else [self.channels[k] for k in places])
     axes = show_channels(x[places] if composite and channels else x, **kwargs)
-    treatment = f', {row.treatment}' if isinstance(row.get('treatment'), str) else ''
-    moment = f', time {row.time}' if 'time' in row else ''
-    axes[0].figure.suptitle(plain_text(f'{row.id_code}, site {row.site}{moment}{treatment}'),
-                            y=1+.13/axes[0].figure.get_figheight(), fontsize=10)
+    figure = axes[0].figure
+    figure.suptitle(plain_text(_title_of(screen, row, z)), y=1+.13/figure.get_figheight(), fontsize=10)
     return axes

@@ -14,14 +14,12 @@ import numpy as np
 import pandas as pd
 from fastai.data.all import DisplayedTransform
 from fastcore.basics import patch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..locations import local_copy
-from ..screen.channels import CHANNELS
+from ..screen.channels import channel_file, CHANNELS
 from ..screen.sources import as_pixels, has_channels, pattern_parts, pixel_column, SitePixels
 from ..screen.sites import site_files
-from ..screen.planes import resize_site
+from ..screen.planes import plane_size, resize_site
 from .store import open_store, read_site, Store
 from .image import MultiChannelImage
 
@@ -94,10 +92,13 @@ def site_size(
     files:SitePixels|str|Path|Sequence, # reference, path pattern, or the paths of the channels
     channels:Sequence[int|str]=CHANNELS # numbers or names of the channels
 ) -> tuple[int, int]|None: # height and width; None where no header says them: a packed site, or a file that is missing
-    "Size of an image file, without reading its pixels."
-    try:
-        with Image.open(local_copy(next(iter(site_files(files, channels))))) as image: return image.height, image.width
-    except (OSError, UnidentifiedImageError, StopIteration, ValueError, TypeError): return None
+    "Size of the images of a site, of any kind that is read; without their pixels where a header says it."
+    for plane in as_pixels(files).planes([channel_file(c) for c in channels]):
+        try:
+            if plane is not None: return plane_size(plane)
+        except FileNotFoundError: continue  # an optional channel
+        except (OSError, ValueError, ImportError): return None  # reading says what is wrong
+    return None
 
 # %% ../../nbs/22_data.reader.ipynb #7196dc84
 def check_sizes(

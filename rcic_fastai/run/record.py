@@ -123,6 +123,9 @@ def _read_recipe(settings, info, run):
         raise ValueError(f'{run/"recipe.json"}: {e}; written by rcic_fastai {info.get("version", "0.1")}, and this is '
                          f'{__version__}') from None
 
+# %% ../../nbs/72_run.record.ipynb #0bd4f5c6
+_BEGUN = 'begun.json' # in the folder of a run while it is trained
+
 def read_record(
     run:str|Path # a run folder
 ) -> tuple[Recipe, dict]: # the recipe; what run.json says, with paths as they can be used
@@ -133,8 +136,11 @@ def read_record(
     """
     run = user_path(run)
     def need(name):
-        if not (run/name).exists(): raise FileNotFoundError(f'{run} is no finished run: {name} is missing')
-        return run/name
+        if (run/name).exists(): return run/name
+        begun = not (run/'run.json').exists() and (run/_BEGUN).exists()
+        raise FileNotFoundError(f'{run} is no finished run: '+(
+            'its training is not finished; the same rcic-train (with --run and the options it was started with) '
+            'resumes where it stopped' if begun else f'{name} is missing'))
     settings = read_json(need('recipe.json'), nan=True)
     info = _check_info(read_json(need('run.json'), nan=True), run/'run.json')
     recipe = _read_recipe(settings, info, run)

@@ -21,9 +21,9 @@ from ..recipe.settings import compare_recipes, current_name, Recipe, recipe_from
 from ..recipe.settings import TrainSettings
 from ..train.checkpoint import Checkpoint, History, latest_checkpoint
 from ..train.learner import fit_stage, suggest_lr
+from .record import _BEGUN
 
 # %% ../../nbs/75_run.stages.ipynb #d21bea8f
-_BEGUN = 'begun.json' # in the folder of a run while it is trained
 _free = 'checkpoint.every_steps', 'checkpoint.keep_last', 'data.workers', 'data.cache' # change nothing that is computed
 
 def _differences(started, recipe, asked):

@@ -45,9 +45,9 @@ from ..train.learner import screen_learner
 from ..train.pseudo import PseudoLabels
 from ..train.controls import _plain_log, pretrain_on_controls
 from .task import task_of
-from .record import write_run
+from .record import _BEGUN, write_run
 from .folder import Run, treatment_names
-from .stages import _BEGUN, _differences, Stages
+from .stages import _differences, Stages
 
 # %% ../../nbs/77_run.train.ipynb #a7c1e0d1
 def training_sites(

@@ -19,7 +19,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
-from ..errors import did_you_mean
+from ..errors import counted, did_you_mean
 from ..files import check_name, naming, read_json
 from ..locations import fetched_from
 from .channels import CHANNELS
@@ -172,6 +172,15 @@ class Screen:
         table = well_sites(wells, self.path, self.layout, (1, 2) if self.site_rows is None else self.site_rows)
         return table if self.packed is None else table.assign(files=_packed_column(self, table.site_id))
 
+# %% ../../nbs/12_screen.core.ipynb #5d642ac3
+@patch
+def at_depth(self:Screen,
+    z:str|int, # 'max', 'middle' or the number of a plane
+) -> Screen: # the same wells with other pixels
+    "A screen of stacks at another depth, to look at. Raises: `ValueError` for one without planes to choose from."
+    where = 'a packed store, which holds' if self.packed is not None else 'of'
+    raise ValueError(f'there is no depth {z} to choose: {self.path} is {where} one plane for each channel of a site')
+
 # %% ../../nbs/12_screen.core.ipynb #8fb3a9b0
 @patch(as_prop=True)
 def experiments(self:Screen) -> list[str]:
@@ -221,7 +230,7 @@ def _counts(wells, full):
             'treatment wells': len(t),
             'positive controls': int((wells.well_type == 'positive_control').sum()),
             'negative controls': int((wells.well_type == 'negative_control').sum()),
-            'siRNAs': labelled.sirna.nunique() or pd.NA}
+            'treatments' if 'treatment' in wells else 'siRNAs': labelled.sirna.nunique() or pd.NA}
 
 @patch
 def summary(self:Screen,
@@ -240,8 +249,8 @@ def _headline(screen):
     w = screen.wells
     packed = '' if screen.packed is None else ', packed'
     return (f"Screen {fetched_from(screen.path) or screen.path} ({screen.layout} layout{packed}): "
-            f"{len(screen.experiments)} experiments of {', '.join(screen.cell_types)}; "
-            f"{len(w):,} wells, {len(screen.channels)} channels")
+            f"{counted(len(screen.experiments), 'experiments')} of {', '.join(screen.cell_types)}; "
+            f"{counted(len(w), 'wells')}, {counted(len(screen.channels), 'channels')}")
 
 def _as_text(count): return '-' if pd.isna(count) else f'{count:,}'
 

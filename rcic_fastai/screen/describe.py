@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
-from ..errors import did_you_mean
+from ..errors import counted, did_you_mean
 from ..files import claim_folder, parse_json, path_within, read_json, user_path, write_json, write_whole
 from ..locations import as_address, fetched_from, is_address, join_address, local_copy, RemoteFolder
 from .channels import as_channel, check_channel_names
@@ -216,7 +217,7 @@ def _channels_with_limits(files, texts, n_images, say, find=True):
         limits = find_grey_limits(sample) if channel.limits is None and find else channel.limits
         channels.append(str(replace(channel, limits=limits)))
         if limits is None: continue
-        below, above = shares[channel.name] = clipped_shares(sample, limits)
+        below, above = shares[channels[-1]] = clipped_shares(sample.planes, limits)
         say(f'Channel {channels[-1]}: of the pixels looked at, {below:.2%} are darker than these grey limits and '
             f'{above:.2%} brighter')
     _require_readable(chosen, channels)
@@ -284,11 +285,15 @@ def _folder_text(folder):
     "A folder as it stands before the paths in it"
     return folder.as_posix() if isinstance(folder, RemoteFolder) else os.path.normpath(folder).replace(os.sep, '/')
 
+def _at_depth(index, z):
+    "The planes of an index that are used"
+    return index if z == 'max' else choose_z(index.assign(batch=index.experiment), z).drop(columns='batch')
+
 def _indexed_sites(root, d, wells):
     "`id_code`, `t` where there are several times, `site` and `files` of the sites of an index"
     try: path = path_within(root, d['index'])
     except ValueError as e: raise ValueError(f'{root/"screen.json"}: index {e}') from None
-    sites = index_sites(read_index(path), _folder_text(_images_of(root, d)))
+    sites = index_sites(_at_depth(read_index(path), d.get('z', 'max')), _folder_text(_images_of(root, d)))
     names = wells[['experiment', 'plate_name', 'well', 'id_code']].rename(columns=dict(plate_name='plate'))
     sites = sites.merge(names, on=['experiment', 'plate', 'well'], how='inner')
     time = ['t'] if sites.t.nunique() > 1 else []
@@ -368,6 +373,16 @@ def read_platemap(
     return PlateMapScreen(root, 'platemap', wells.drop(columns=['file', 'row']), tuple(d['channels']), packed=packed,
                           site_table=sites)
 
+# %% ../../nbs/15_screen.describe.ipynb #27885ec7
+@patch
+def at_depth(self:PlateMapScreen,
+    z:str|int, # 'max', 'middle' or the number of a plane
+) -> PlateMapScreen: # the same wells with other pixels
+    "A screen of stacks at another depth, to look at. Raises: `ValueError` for a plane that there is not."
+    d = _read_description(self.path)
+    if self.packed is not None or 'z' not in d: return Screen.at_depth(self, z)
+    return replace(self, site_table=_indexed_sites(Path(self.path), {**d, 'z': z}, self.wells))
+
 # %% ../../nbs/15_screen.describe.ipynb #0c45785e
 _other_tables = ('train.csv', 'metadata.csv', 'rxrx1_v1.0/metadata.csv', 'rxrx1/metadata.csv')
 
@@ -426,7 +441,7 @@ def _notices(rows, wells, treatments, say):
         unknown = wells.set_index('row').treatment.reindex(rows.row).isna().to_numpy()
         said = rows.treatment[unknown & (rows.treatment != '').to_numpy()].value_counts()
         if len(said):
-            say(f'{said.sum():,} wells have the treatment {", ".join(map(repr, said.index[:5]))}: taken as unknown, '
+            say(f'{counted(int(said.sum()), "wells")} {"has" if said.sum() == 1 else "have"} the treatment {", ".join(map(repr, said.index[:5]))}: taken as unknown, '
                 'wells to predict')
     for c, what in dict(treatment='treatment', cell_type='cell type', experiment='experiment',
                         plate_name='plate').items():
@@ -436,7 +451,7 @@ def _notices(rows, wells, treatments, say):
 
 def _notice_numbers(out, treatments, new, say):
     more = f'; new: {", ".join(new[:5])}{" ..." if len(new) > 5 else ""}' if new else ''
-    say(f'{len(treatments):,} treatments keep the numbers they have in {out/"screen.json"}{more}')
+    say(f'{counted(len(treatments), "treatments")} keep the numbers they have in {out/"screen.json"}{more}')
 
 # %% ../../nbs/15_screen.describe.ipynb #cec31511
 def _other_maps(images):
@@ -461,6 +476,33 @@ def _remote_table(images, before):
     raise ValueError(f'{images} holds {len(tables) or "no"} CSV files; '
                      'say which is the plate map with table=... (--table)')
 
+# %% ../../nbs/15_screen.describe.ipynb #67e15252
+def _maps_below(images):
+    "Plate maps in folders of a folder that have images below them, too; paths relative to it"
+    listing = list_folder(images)
+    tops = {p.partition('/')[0] for p in listing.images if '/' in p}
+    there = [p for p in listing.named('.csv', '.tsv') if '/' in p and p.partition('/')[0] in tops]
+    return [p for p in there if _heads_wells(images/p)]
+
+def _where_maps_are(images):
+    "What helps where a folder has no plate map, or several: one above it, or in its folders"
+    for folder in list(images.absolute().parents)[:3]:
+        for p in sorted(p for p in folder.glob('*') if p.suffix.lower() in ('.csv', '.tsv') and p.is_file()):
+            if _heads_wells(p): return f'{p} may be it: give that folder (--data {folder}); or '
+    below = _maps_below(images)
+    if not below: return ''
+    return (f'there {"is" if len(below) == 1 else "are"} {", ".join(below[:3])}{" ..." if len(below) > 3 else ""} in its '
+            f'folders: describe each folder on its own (--data {images/below[0].partition("/")[0]}), or ')
+
+def _refuse_other_maps(images, chosen):
+    "Raises: ValueError for a folder in which another folder has images and a plate map of its own"
+    other = next((p for p in _maps_below(images) if p.partition('/')[0] != chosen.partition('/')[0]), None)
+    if other is None: return
+    raise ValueError(f'{images} holds several screens: {chosen} and {other} are plate maps of their own; describe each '
+                     f'folder on its own (--data {images/other.partition("/")[0]}), or say which is meant with table=... '
+                     '(--table)')
+
+# %% ../../nbs/15_screen.describe.ipynb #fbb9d425
 def _only_table(images, before):
     "The one table of a folder, the one that it was described with, or the list of plates of a project"
     if isinstance(images, RemoteFolder): return _remote_table(images, before)
@@ -470,11 +512,14 @@ def _only_table(images, before):
     tables = sorted(p for p in images.iterdir() if p.suffix.lower() in ('.csv', '.tsv') and p.name != made)
     if len(tables) == 1: return path_within(images, tables[0].name)
     lists = [p for p in list_folder(images).named('barcode_platemap.csv')]
-    if not tables and len(lists) == 1: return path_within(images, lists[0])
+    if not tables and len(lists) == 1:
+        _refuse_other_maps(images, lists[0])
+        return path_within(images, lists[0])
     if not tables and len(more := _other_maps(images)) == 1: return path_within(images, more[0].name)
     if len(maps := [p for p in tables if _heads_wells(p)]) == 1: return path_within(images, maps[0].name)
     names = f', {", ".join(p.name for p in tables[:5])}' if tables else ''
-    raise ValueError(f'{images} holds {len(tables) or "no"} CSV files{names}; '
+    said = counted(len(tables), 'CSV files') if tables else 'no CSV files'
+    raise ValueError(f'{images} holds {said}{names}; {_where_maps_are(images)}'
                      'say which is the plate map with table=... (--table)')
 
 # %% ../../nbs/15_screen.describe.ipynb #67703aec
@@ -591,20 +636,21 @@ def _by_index(images, found, rows, wells, how, chosen):
     whole = single_files(found.images)
     planes = choose_t(found.images.assign(page=found.images.page.where(~whole, -1)),
                       None if how.time == 'all' else how.time)
-    planes = choose_z(planes, how.z)
-    check_images(planes, planes.channel.unique() if how.channels else None)
+    planes = choose_z(planes, 'max')  # all of them
+    check_images(choose_z(planes, how.z), planes.channel.unique() if how.channels else None)
     at = match_wells(planes, rows, PLATE_COLUMNS.get(how.plate_size))
     if (at < 0).all(): raise ValueError(f'{images}: no image is of a well of {rows.file.iloc[0]}')
     plates = planes.assign(at=at).sort_values('at', ascending=False).drop_duplicates(['batch', 'plate'])
     plates = plates[plates['at'] >= 0].set_index(['batch', 'plate'])['at']
     lost = planes[at < 0].drop_duplicates(['batch', 'plate']).set_index(['batch', 'plate']).path
     refuse_left_over(rows, at[at >= 0], {plates[k]: p for k, p in lost.items() if k in plates.index})
-    index = sorted_index(_index_of(planes, rows, wells, at))
+    every = sorted_index(_index_of(planes, rows, wells, at))
+    index = _at_depth(every, how.z)
     sites = index_sites(index, images)
     counts = index.drop_duplicates(['experiment', 'plate', 'well', 'site', 'channel']).channel.value_counts()
     return _Found(sites.files, len(sites.drop_duplicates(['experiment', 'plate', 'well'])),
                   counts.loc[sorted(counts.index, key=_natural)], planes[at < 0].path.nunique(),
-                  dict(system=found.system, index='images.parquet', **chosen), found.channel_names, index)
+                  dict(system=found.system, index='images.parquet', **chosen), found.channel_names, every)
 
 # %% ../../nbs/15_screen.describe.ipynb #f8fdf6ad
 @dataclass(frozen=True)
@@ -669,6 +715,12 @@ def _taken_over(earlier, like, how, say, **asked):
     say(f'Like {like}: ' + '; '.join(f'{k} {v}' for k, v in said.items() if v))
     return replace(how, channels=earlier['channels']), *taken.values()
 
+def _kinds_to_find(negative, positive):
+    "Kinds of controls to find in the table: none if some are named, and not those that an empty name rules out"
+    asked = dict(negative_control=negative, positive_control=positive)
+    if any(n for names in asked.values() for n in names): return ()
+    return [kind for kind, names in asked.items() if '' not in names]
+
 def _present_controls(rows, earlier, asked, taken, say):
     "Controls without those that were taken over and that the later plates lack"
     there = set(rows.treatment) if 'treatment' in rows else set()
@@ -693,7 +745,8 @@ def _describe(images, table, columns, negative, positive, out, like, n_images, h
     if earlier:
         how, columns, negative, positive = _taken_over(earlier, like, how, say, columns=columns, negative=negative,
                                                        positive=positive)
-    rows, content, kept = _tables(images, table, columns, not (negative or positive), how.files, out, before, say)
+    rows, content, kept = _tables(images, table, columns, _kinds_to_find(negative, positive), how.files, out, before, say)
+    negative, positive = ([n for n in names if n] for names in (negative, positive))
     remote = isinstance(images, RemoteFolder)
     name = re.sub('/', '-', images.name if remote else images.resolve().name) or 'experiment-1'
     how = how.decided(before, earlier)
@@ -707,14 +760,29 @@ def _describe(images, table, columns, negative, positive, out, like, n_images, h
         table=kept.pop('table'), images=where, **found.described,
         channels=texts, columns=kept.pop('columns'), experiment=name, negative=list(negative), positive=list(positive),
         treatments=treatments, clipped=clipped, **kept), found.index, found.listing)
-    _say_sites(found, len(rows), say)
-    return read_platemap(out)
+    screen = read_platemap(out)
+    _say_sites(found, screen, say)
+    return screen
 
-def _say_sites(found, n, say):
+# %% ../../nbs/15_screen.describe.ipynb #d33a2dff
+def _say_plates(wells, say):
+    "Which number each plate has, where it has a name"
+    plates = wells.drop_duplicates(['experiment', 'plate'])
+    if (plates.plate_name == plates.plate.astype(str)).all(): return
+    several = plates.experiment.nunique() > 1
+    said = [f'{r.plate} is {r.plate_name}{f" of {r.experiment}" if several else ""}' for r in plates.head(8).itertuples()]
+    say(f'Plates by number: {", ".join(said)}' + (f' and {len(plates)-8:,} more' if len(plates) > 8 else ''))
+
+def _say_sites(found, screen, say):
+    "How many sites, how many of each well, and what has no images or belongs to no well"
+    _say_plates(screen.wells, say)
+    each, n = screen.site_table.groupby('id_code').size(), len(screen.wells)-found.wells
+    of_well = f'{each.min():,}' + (f' to {each.max():,}' if each.min() < each.max() else '')
     named = f', named {found.described["files"]}' if 'files' in found.described else ''
-    say(f'{len(found.files):,} sites of {found.wells:,} wells{named}'
-        + (f'; {n-found.wells:,} wells have no images' if n > found.wells else '')
-        + (f'; {found.others:,} images belong to no well' if found.others else ''))
+    say(f'{counted(len(found.files), "sites")} of {counted(found.wells, "wells")}, {of_well} of each{named}'
+        + (f'; {counted(n, "wells")} {"has" if n == 1 else "have"} no images' if n > 0 else '')
+        + (f'; {counted(found.others, "images")} {"belongs" if found.others == 1 else "belong"} to no well' if found.others
+           else ''))
 
 # %% ../../nbs/15_screen.describe.ipynb #5b52826a
 def _images_folder(images, out):
@@ -735,8 +803,8 @@ def describe_screen(
     files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; None: by their system
     channels:Sequence[str]=None, # which, in order: 'w1' as in the files' names, 'w1=DAPI' or 'w1=DAPI[0-.5]'; None: all
     columns:dict=None, # what the table calls 'well', 'plate', 'treatment' ...; see `read_plate_map`
-    negative:Sequence[str]=(), # treatments that are negative controls
-    positive:Sequence[str]=(), # treatments that are positive controls
+    negative:Sequence[str]=(), # treatments that are negative controls; ['']: there are none
+    positive:Sequence[str]=(), # treatments that are positive controls; ['']: there are none
     out:str|Path=None, # folder for screen.json and the table; by default that of the images
     like:str|Path=None, # folder of a screen described before: what is not asked for is as it was there
     n_images:int=32, # of each channel, to find its grey limits

@@ -6,6 +6,7 @@
 __all__ = ['ome_tiff', 'tiff_stack', 'any_names', 'SYSTEMS', 'systems_table', 'guess_system', 'find_images']
 
 # %% ../../nbs/14_screen.formats.ipynb #c7e3fd56
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..errors import did_you_mean
+from ..errors import counted, did_you_mean
 from .formats_core import ImageSet, image_names, list_folder, Listing, _some, System
 from .formats_guess import guess_names
 from .formats_indexed import cellvoyager, cq1, harmony, load_data, metaxpress
@@ -133,35 +134,77 @@ def _refuse_unread(listing):
     "Raises: ValueError for a folder with more of such files than images"
     for (what, do), paths in _unread(listing).items():
         if len(paths) <= len(listing.images): continue
-        raise ValueError(f'{listing.root}: there are {len(paths):,} {what} such as {paths[0]}, '
-                         f'which are not read: {do}')
+        one = len(paths) == 1
+        raise ValueError(f'{listing.root}: there {"is" if one else "are"} {counted(len(paths), what)} such as {paths[0]}, '
+                         f'which {"is" if one else "are"} not read: {do}')
 
 # %% ../../nbs/14_screen.formats.ipynb #ab543999
 def _examples(listing):
     there = listing.images
     if not there: return '; there are no images in that folder'
-    return f'; there are {len(there):,} images, such as {", ".join(there[:3])}'
+    is_or_are = 'is' if len(there) == 1 else 'are'
+    return f'; there {is_or_are} {counted(len(there), "images")}, such as {", ".join(there[:3])}'
 
+def _words(text): return {w for w in re.findall('[a-z0-9]+', text.lower()) if len(w) > 1}
+
+def _meant_system(name):
+    "What a person may mean by the name of a microscope or of its software"
+    wanted = _words(name)
+    def alike(s): return sum(any(w in t or t in w for t in _words(f'{s.name} {s.title}') if len(t) > 2) for w in wanted)
+    best = max(SYSTEMS.values(), key=alike)
+    meant = f'; did you mean {best.name!r} ({best.title})?' if alike(best) else did_you_mean(name, SYSTEMS)
+    return f'{meant} --system list shows all, and without --system it is found out'
+
+def _looks_like(listing, asked=None):
+    "The system that a folder is of, if it is not the one that was asked for"
+    try: system, why = guess_system(listing)
+    except ValueError: return ''
+    if system is asked: return ''
+    return f'. Leave system (--system) out: this looks like {system.title} ({system.name}), {why}'
+
+# %% ../../nbs/14_screen.formats.ipynb #33561955
+def _top(path, n): return '/'.join(path.split('/')[:-1][:n])
+
+def _refuse_two_systems(listing, found):
+    "Raises: ValueError for a folder with images of another system, in folders that have none of this one"
+    taken = set(found.images.path)
+    own = {_top(p, n) for p in taken for n in range(1, p.count('/')+1)}
+    rest = [p for p in image_names(listing.images)[0] if p not in taken and '/' in p]
+    folders = dict.fromkeys(next((_top(p, n) for n in range(1, p.count('/')+1) if _top(p, n) not in own), '') for p in rest)
+    for folder in filter(None, folders):
+        there = [p for p in listing.paths if p.startswith(folder+'/')]
+        part = Listing(listing.root, tuple(there), listing.columns, listing.known)
+        other = next((s for s in SYSTEMS.values() if s is not any_names and s.sees(part)), None)
+        if other is None or other.name == found.system: continue
+        raise ValueError(f'{listing.root} holds images of two systems: {next(iter(found.images.path))} is of '
+                         f'{SYSTEMS[found.system].title} ({found.system}), {there[0]} of {other.title} ({other.name}): '
+                         f'describe each folder on its own (--data {listing.root}/{folder}), or take {folder} away')
+
+# %% ../../nbs/14_screen.formats.ipynb #68416e7a
 def _fitting_images(listing, files):
     "Images that fit a pattern. Raises: ValueError if there are none"
     found, others = pattern_images(listing.images, files, listing.known, listing.columns)
     if not len(found.images): raise ValueError(f'{listing.root}: no image fits {files!r}{_examples(listing)}')
     skipped = found.skipped|({'images that do not fit': len(others)} if others else {})
-    why = f'{len(found.images):,} images are named {files}'
+    why = f'{counted(len(found.images), "images")} named {files}'
     return replace(found, system='files', pattern=files, why=why, skipped=skipped)
 
 def _zarr_or_rows(listing): return any(s.sees(listing) for s in (ome_zarr, rxrx_rows))
 
 def _system_images(listing, name):
     "Images of a system, or of the one that is recognised. Raises: ValueError if there are none"
-    if name != 'auto' and name not in SYSTEMS:
-        raise ValueError(f'system {name!r} is unknown{did_you_mean(name, SYSTEMS)}')
+    if name != 'auto' and name not in SYSTEMS: raise ValueError(f'system {name!r} is unknown{_meant_system(name)}')
     if name == 'auto' and not _zarr_or_rows(listing): _refuse_unread(listing)
     system, why = guess_system(listing) if name == 'auto' else (SYSTEMS[name], 'it was asked for')
-    found = replace(system.parse(listing), system=system.name, why=why)
-    if len(found.images): return found
-    raise ValueError(f'{listing.root}: no image is named as {system.title} names them, such as {system.example}'
-                     f'{_examples(listing)}')
+    try: found = replace(system.parse(listing), system=system.name, why=why)
+    except ValueError as e:
+        other = _looks_like(listing, system) if name != 'auto' else ''
+        raise ValueError(f'{e}{other}') from None
+    if not len(found.images):
+        raise ValueError(f'{listing.root}: no image is named as {system.title} names them, such as {system.example}'
+                         f'{_examples(listing)}{_looks_like(listing)}')
+    if name == 'auto': _refuse_two_systems(listing, found)
+    return found
 
 # %% ../../nbs/14_screen.formats.ipynb #d6fcb59d
 def find_images(

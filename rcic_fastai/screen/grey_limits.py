@@ -69,11 +69,11 @@ def find_grey_limits(
 
 # %% ../../nbs/13_screen.grey_limits.ipynb #59870f3d
 def clipped_shares(
-    sample:GreySample, # of a channel
+    planes:Sequence[np.ndarray], # pixels of one channel, as in the files
     limits:tuple[float, float], # grey values that become 0 and 255
 ) -> tuple[float, float]: # 0 to 1
     "The shares of pixels below and above the limits."
-    n = sum(x.size for x in sample.planes)
+    n = sum(x.size for x in planes)
     low, high = limits
-    share = lambda outside: float(sum(np.count_nonzero(outside(x)) for x in sample.planes)/max(n, 1))
+    share = lambda outside: float(sum(np.count_nonzero(outside(x)) for x in planes)/max(n, 1))
     return share(lambda x: x < low), share(lambda x: x > high)

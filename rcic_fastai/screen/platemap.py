@@ -106,7 +106,8 @@ def read_plate_map(
     """
     path, columns = user_path(path), dict(columns or {})
     if table is None: table = read_rows(path, 'a CSV file with a row per well')
-    _check_columns(columns, table.columns.drop(['file', 'row']), path.name)
+    names = dict.fromkeys([path.name, *table.file.unique(), *table.attrs.get('tables', ())])
+    _check_columns(columns, table.columns.drop(['file', 'row']), ', '.join(names))
     table = _with_wells(table, columns)
     own = table.columns.drop(['file', 'row'])
     found = {ours: table[theirs] for ours, theirs in _known_columns(own, columns, table).items()}
@@ -185,7 +186,9 @@ def _typed(rows, negative, positive):
         kind = {**dict.fromkeys(negative, 'negative_control'), **dict.fromkeys(positive, 'positive_control')}
         rows = rows.assign(well_type=[kind.get(t, 'treatment') for t in rows.treatment])
     _require(rows, rows.well_type.isin(WELL_TYPES),
-             lambda r: f'well_type {r.well_type!r} is unknown{did_you_mean(r.well_type, WELL_TYPES)}')
+             lambda r: f'well_type {r.well_type!r} is unknown; expected {", ".join(WELL_TYPES)}. Columns such as '
+                       'pert_type and control_type are understood without --column well_type=...; '
+                       '--negative and --positive name controls')
     _require(rows, (rows.treatment != '') | (rows.well_type == 'treatment'),
              lambda r: 'a control without the name of its treatment; one that is called None or NA is named with '
                        'negative=... or positive=... (--negative, --positive)')

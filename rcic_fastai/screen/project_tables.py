@@ -7,16 +7,17 @@ __all__ = ['read_any_rows', 'wells_of_sites', 'with_controls', 'read_project_map
 
 # %% ../../nbs/12_screen.project_tables.ipynb #f92b3f00
 import re, string
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..errors import counted
 from ..files import regular_file, user_path
 from .platemap import _known_columns, _plain, _with_wells, read_plate_map
 from .tables import is_unknown, read_rows, _records, _require, _require_file
-from .tables import _table_rows, _table_text
+from .tables import _table_rows, _table_text, WELL_TYPES
 
 # %% ../../nbs/12_screen.project_tables.ipynb #7f07e98c
 def _workbook_text(path):
@@ -132,7 +133,9 @@ def _with_compounds(path, rows, say):
         more = table.drop(columns=[c for c in table if c in rows and c != key])
         for t in told: say(t)
         say(f'{other.name} says more about {key}: {", ".join(c for c in more if c != key)}')
-        return rows.merge(more, on=key, how='left')
+        full = rows.merge(more, on=key, how='left')
+        full.attrs['tables'] = [other.name]
+        return full
     return rows
 
 # %% ../../nbs/12_screen.project_tables.ipynb #059cc1ac
@@ -156,7 +159,7 @@ def wells_of_sites(
     varied = [c for c in rest if (rows[c] != first[c]).any()]
     if varied: say(f'{", ".join(varied)}: left out, sites of a well have different values')
     wells = rows.drop_duplicates(keys).drop(columns=[*own, *varied])
-    say(f'{len(rows):,} rows of sites are {len(wells):,} wells')
+    say(f'{counted(len(rows), "rows of sites")} are {counted(len(wells), "wells")}')
     return wells.reset_index(drop=True)
 
 # %% ../../nbs/12_screen.project_tables.ipynb #32597487
@@ -195,6 +198,7 @@ def _say_controls(treatment, found, say):
 def with_controls(
     rows:pd.DataFrame, # with `treatment`, `file` and `row`
     say:Callable=print, # what notices are given to
+    kinds:Collection[str]=WELL_TYPES, # of controls to look for, of `WELL_TYPES`
 ) -> pd.DataFrame: # with `well_type` if any well is a control, and treatments for controls that had none
     "Take wells for controls by what columns and names say, and say which."
     if 'well_type' in rows or 'treatment' not in rows: return rows
@@ -203,6 +207,7 @@ def with_controls(
     found = named.treatment.map(_role).where(named.treatment.map(_control_word).isin(_NEGATIVE))
     for role in [rows[c].map(_role) for w in reversed(_ROLES) for c in rows if _plain(c) == w]:
         found = role.where(role.notna(), found)
+    found = found.where(found.isin(list(kinds)))
     if not found.notna().any(): return rows
     _say_controls(named.treatment, found, say)
     return named.assign(well_type=found.fillna('treatment'))
@@ -220,7 +225,7 @@ def _say_columns(found, rows, say):
 def read_project_map(
     path:str|Path, # plate map, list of plates with their maps, or table with a row per site
     columns:dict=None, # its column for each of our names, see `read_plate_map`
-    controls:bool=True, # find controls by columns and names?
+    controls:bool|Collection[str]=True, # find controls by columns and names? or which kinds of them
     say:Callable=print, # what notices are given to
 ) -> tuple[pd.DataFrame, bool]: # as from `read_plate_map`; is it more than that table alone says?
     "A plate map of a project. Raises: as `read_plate_map`; `FileNotFoundError` for a map that a list of plates names."
@@ -232,7 +237,8 @@ def read_project_map(
     wells = wells_of_sites(rows, say)
     table = _with_wells(table, columns)
     _say_columns(_known_columns(table.columns.drop(['file', 'row']), columns or {}, table), wells, say)
-    typed = with_controls(wells, say) if controls else wells
+    kinds = WELL_TYPES if controls is True else controls or ()
+    typed = with_controls(wells, say, kinds) if kinds else wells
     return typed, other or shared is not None or len(wells) < len(rows) or typed is not wells
 
 # %% ../../nbs/12_screen.project_tables.ipynb #d09b154f
