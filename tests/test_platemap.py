@@ -312,8 +312,10 @@ def test_which_of_several_wells_is_shown(own):
     for plate in ("02", 2):
         axes = screen.show_well("A02", plate=plate, experiment="b2", say=said.append)
         assert axes[0].figure._suptitle.get_text().startswith("b2_2_A02, site 1") and len(said) == 1
-    with pytest.raises(ValueError, match="there is no plate '7'; expected one of '1', '2'"): screen.show_well(plate=7)
-    with pytest.raises(ValueError, match="has no experiment 'b3'; expected one of 'b1'"): screen.show_well(experiment="b3")
+    with pytest.raises(ValueError, match="there is no plate '7'; expected one of '1', '2'"):
+        screen.show_well(plate=7)
+    with pytest.raises(ValueError, match="has no experiment 'b3'; expected one of 'b1'"):
+        screen.show_well(experiment="b3")
     with pytest.raises(ValueError, match="there is no depth 2 to choose: .* one plane"): screen.show_well(z=2)
     plt.close("all")
     assert MultiChannelImage.create(screen.sites().files.iloc[0], screen.channels).shape == (2, 64, 64)

@@ -335,3 +335,11 @@ def test_options_that_a_blend_refuses_leave_nothing(small_run, small_screen, tmp
     with pytest.raises(CliError, match="weights|space"):
         cli.rcic_blend(run=runs, data=small_screen, out=tmp_path / "blend", **options)
     assert not (tmp_path / "blend").exists()
+
+
+def test_a_training_that_is_not_finished_is_told_as_that(tmp_path):
+    for name in ("recipe.json", "begun.json"): (tmp_path / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match="its training is not finished; the same rcic-train .* resumes"):
+        read_record(tmp_path)
+    (tmp_path / "begun.json").unlink()
+    with pytest.raises(FileNotFoundError, match="is no finished run: run.json is missing"): read_record(tmp_path)

@@ -289,8 +289,8 @@ def rcic_describe(
     files:str=None, # how images are named, such as 'Plate{plate}/{well}_s{site}_{channel}.tif'; by default by system
     channels:str=None, # in order, as in the names of files, the nucleus first, such as w1=DAPI,w2=ER[100-3200]
     column:_Repeated=None, # what the plate map calls well, plate, treatment, ...: well=Position; may be repeated
-    negative:_Repeated=None, # treatment that is a negative control; may be repeated
-    positive:_Repeated=None, # treatment that is a positive control; may be repeated
+    negative:_Repeated=None, # treatment that is a negative control; may be repeated; '' says that there are none
+    positive:_Repeated=None, # treatment that is a positive control; may be repeated; '' says that there are none
     z:str=None, # planes of a stack: max (maximum projection), middle, or the number of one; as before, or max
     time:str=None, # a point in time, or all: each is a site; by default as before, or all
     plate_size:int=None, # wells of a plate, for systems that count wells: 96, 384, 1536
@@ -319,6 +319,9 @@ def rcic_show(
     site:int=None, # number of the site; by default its first
     channels:str=None, # names or numbers in your order, such as DNA,ER; by default all
     time:int=None, # a point in time, where the screen has several; by default the first
+    plate:str=None, # number or name of its plate; by default the first that has the well
+    experiment:str=None, # name of its experiment; by default the first that has the well
+    z:str=None, # of a stack: max, middle or the number of a plane; by default as the screen was described
     out:Path=Path('well.png'), # picture to write
     debug:bool=False, # show the traceback of an error
 ):
@@ -331,7 +334,8 @@ def rcic_show(
     _check_picture(out)
     screen = read_screen(data)
     out = check_ours(check_screen_output(out, screen), 'a picture')
-    fig = screen.show_well(well, site, channels, time)[0].figure
+    depth = int(z) if z and z.isdecimal() else z
+    fig = screen.show_well(well, site, channels, time, plate, experiment, depth, say=_say)[0].figure
     write_picture(fig, out, dpi=150, bbox_inches='tight')
     plt.close(fig) # a notebook would show it
     _say(f'Written: {out}, {fig.get_suptitle()}')
