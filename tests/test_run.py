@@ -28,6 +28,7 @@ from rcic_fastai.train.learner import fit_stage, screen_learner
 from rcic_fastai.train.metrics import known_accuracy
 from rcic_fastai.train.network import new_head
 from rcic_fastai.run.folder import load_run, read_run
+from rcic_fastai.run.record import read_record
 
 quick = change_recipe(replace(Recipe(), model=ModelSettings(**small_resnet)), "data.batch_size=16", "data.cache=true",
                       "train.epochs=1",
