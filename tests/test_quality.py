@@ -3,19 +3,28 @@
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from rcic_fastai.cli import core as cli
+from rcic_fastai.data.pack import pack_screen
 from rcic_fastai.data.store import read_site
 from rcic_fastai.quality.batch import batch_table, position_table
 from rcic_fastai.quality.core import FAULTS, screen_quality
 from rcic_fastai.quality.measures import block_means, focus, light, nuclei, standing_out
 from rcic_fastai.quality.outliers import moved_wells, plate_scores, unexplained
 from rcic_fastai.report.quality import check_quality_folder, write_quality
+from rcic_fastai.run.predict import Run
+from rcic_fastai.screen.describe import describe_screen
+from rcic_fastai.screen.exclude import without_sites
 from rcic_fastai.screen.faults import plant_faults, PLATE_FAULTS, SITE_FAULTS, spoil_site
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.simulate import simulate_screen
 
 DESIGN = dict(n_sirnas=48, n_train=3, n_test=0, cell_types=("HUVEC",), n_plates=2, image_size=48, missing=0.0)
+
+
+def quiet(*args): pass
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +149,49 @@ def test_faults_keep_type_and_range():
 def test_planting_refuses_other_folders(tmp_path, spoilt):
     with pytest.raises(FileNotFoundError, match="no simulated screen"): plant_faults(tmp_path)
     with pytest.raises(FileExistsError, match="has faults already"): plant_faults(spoilt)
+
+
+def test_excluded_sites_count_nowhere_and_the_run_says_so(small_screen, tmp_path, capsys):
+    screen = read_screen(small_screen)
+    train = screen.wells[(screen.wells.split == "train") & (screen.wells.well_type == "treatment")]
+    valid = train[train.experiment == "HUVEC-03"].id_code.tolist()
+    hidden = screen.wells[screen.wells.sirna.isna()].id_code.iloc[0]  # it is to be predicted
+    gone = train.id_code.iloc[0]
+    table = pd.DataFrame(dict(id_code=[gone, gone, valid[0], valid[1], hidden], site=[1, 2, 1, 2, 1],
+                              exclude=["yes", "yes", "True", "no", "yes"]))
+    table.to_csv(tmp_path / "qc.csv", index=False)
+    asked = dict(data=small_screen, run=tmp_path / "run", recipe="laptop", laptop=1, valid="experiment=HUVEC-03",
+                 debug=True)
+    cli.rcic_train(**asked, exclude=tmp_path / "qc.csv")
+    said = capsys.readouterr().out
+    assert "3 sites are left out, and 1 wells that have no other" in said and "(3 sites left out)" in said
+    run = Run(tmp_path / "run")
+    assert run.info["left_out"] == sorted([f"{gone}_1", f"{gone}_2", f"{valid[0]}_1"])
+    assert "3 sites left out" in repr(run) and gone not in set(run.screen.wells.id_code)
+    ids = run.predicted("valid").ids
+    assert len(ids) == 2*len(valid)-1 and f"{valid[0]}_1" not in set(ids) and f"{valid[0]}_2" in set(ids)
+    assert f"{hidden}_1" in set(run.sites("test").site_id)
+    x, wells = run.embed("train", progress=False, say=quiet)
+    assert len(wells) == (screen.wells.split == "train").sum()-1 and gone not in set(wells.id_code)
+    assert Run(tmp_path / "run", screen).screen.left_out == run.screen.left_out  # whoever brings the screen
+    with pytest.raises(FileExistsError, match="not of what is asked for"): cli.rcic_train(**asked)
+
+
+@pytest.mark.parametrize("kind", ["packed", "described"])
+def test_sites_of_every_layout_are_left_out(small_screen, tmp_path, kind):
+    screen = read_screen(small_screen)
+    if kind == "packed":
+        pack_screen(screen, tmp_path / "packed", say=quiet, progress=False)
+        other = read_screen(tmp_path / "packed")
+    else:
+        for w in ("B02", "B03"):
+            for s in (1, 2): Image.fromarray(np.full((32, 32), s, np.uint8)).save(tmp_path / f"{w}_s{s}_DAPI.png")
+        pd.DataFrame(dict(well=["B02", "B03"], treatment=["DMSO", "x"])).to_csv(tmp_path / "map.csv", index=False)
+        other = describe_screen(tmp_path, files="{well}_s{site}_{channel}.png", say=quiet)
+    sites = other.sites()
+    out = without_sites(other, sites.site_id[[0]]).sites()
+    assert out.site_id.tolist() == sites.site_id[1:].tolist()
+    np.testing.assert_array_equal(read_site(out.files[0], other.channels), read_site(sites.files[1], other.channels))
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from ..errors import one_of
 from ..files import naming, read_arrays, user_path
 from ..screen.channels import channel_file, channel_name, grey_limits
 from ..screen.core import Screen
+from ..screen.exclude import without_sites
 from ..screen.sites import present_sites
 from ..screen.planes import resize_site
 from ..screen.read import read_screen
@@ -62,7 +63,8 @@ class Run:
     def __repr__(self):
         parts = f' for each of {", ".join(self.parts)}' if self.parts else ''
         what = f'blend of {", ".join(self.blend)}' if self.blend else self.recipe.model.arch + parts
-        return f'Run {self.path}: {self.target} by {what}, {len(self.valid_wells):,} wells set aside'
+        out = f', {len(self.info["left_out"]):,} sites left out' if self.info.get('left_out') else ''
+        return f'Run {self.path}: {self.target} by {what}, {len(self.valid_wells):,} wells set aside{out}'
 
 def run_name(
     run:str|os.PathLike # a run folder
@@ -99,8 +101,11 @@ def data(self:Run) -> Path:
 
 @patch(as_prop=True)
 def screen(self:Run) -> Screen:
-    "The screen, read when it is first asked for."
+    "The screen, read when it is first asked for, without the sites that the training left out."
     if not isinstance(self._data, Screen): self._data = read_screen(self.data)
+    if self.info.get('left_out') and not self.__dict__.get('_left'):
+        self._left = True # before it is asked whose screen this is
+        if not self._data.left_out and self.has_own_screen: self._data = without_sites(self._data, self.info['left_out'])
     return self._data
 
 def run_data(
