@@ -43,7 +43,8 @@ def quiet(*a): pass
 SECTIONS = {
     "single": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings",
                "Accuracy by cell type, experiment and plate",
-               "Plate maps", "Classes that are taken for each other", "The worst wells", "Map of embeddings",
+               "Plate maps", "Classes that are taken for each other", "The worst wells",
+               "Quality of the images", "Map of embeddings",
                "BatchNorm shift", "Calibration",
                "Time and size"],
     "several": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings",
@@ -134,7 +135,7 @@ def test_page_in_a_browser(pages, chromium, kind):
         assert len(seen["images"]) > 10
         assert all(w > 0 and alt > 10 and right <= width for w, alt, right in seen["images"])
         assert page.locator("details").count() == page.get_by_text("show code", exact=True).count() == (
-            13 + 1 if kind == "single" else 0)
+            14 + 1 if kind == "single" else 0)
         context.close()
 
 

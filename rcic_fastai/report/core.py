@@ -238,6 +238,7 @@ def headline(
     if c.judged is None: return {'wells judged': ('none', '; '.join(c.missing.values()))} | trained
     t, n = c.judged, len(c.predictions[c.split].classes)
     where = f'{c.split} split, {t.experiment.nunique()} experiment{"s"*(t.experiment.nunique() > 1)}'
+    if c.info.get('left_out'): where += f', {len(c.info["left_out"]):,} sites left out'
     if not t.known.any():
         margin = t.margin[np.isfinite(t.margin)].median()
         return {'wells predicted': (f'{len(t):,}', where+', truth unknown'),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['quality_tiles', 'fault_table', 'fault_pictures', 'plates_table', 'plate_maps', 'batch_parts', 'position_parts',
-           'quality_page', 'check_quality_folder', 'write_quality']
+           'quality_page', 'check_quality_folder', 'write_quality', 'run_quality']
 
-# %% ../../nbs/82_report.quality.ipynb #d43b002a
+# %% ../../nbs/82_report.quality.ipynb #730adead
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from ..screen.planes import resize_site
 from ..data.colors import stain_names
 from ..data.image import channel_limits, stains_to_rgb
 from ..data.store import read_site
-from ..quality.core import FAULTS, Quality
-from .accuracy import plate_grid, plot_plate
+from ..quality.core import FAULTS, Quality, screen_quality
+from .accuracy import plate_grid, plot_plate, worst_plates
+from .core import JudgedRun
 from .html import beside, figure, heading, note, notebook_page, percent, pictures, table, tiles
 
 # %% ../../nbs/82_report.quality.ipynb #9eb9d223
@@ -87,7 +89,7 @@ def fault_pictures(
         groups.append((shown, f'{site.site_id}: {r.why}' + ('' if y is None else '; on the right a usual one')))
     return pictures(groups) if groups else None
 
-# %% ../../nbs/82_report.quality.ipynb #ed1dfabf
+# %% ../../nbs/82_report.quality.ipynb #d75a4f3d
 def _stain(channel, q):
     "What a channel is called: the stain, of channels that have numbers only"
     numbered = all(isinstance(c, int) and 1 <= c <= len(stain_names) for c in q.screen.channels)
@@ -108,6 +110,7 @@ def plates_table(
                  'which it is largest: white pixels; tilt, the change of light from the middle to the border; vignette, '
                  'light lost in the corners; drift, the change of brightness from the first well to the last.')
 
+_least = 6 # wells of a plate, to say what is usual there
 _maps = 'nuclei', 'focus', 'brightness', 'background', 'contrast', 'saturated'
 
 def plate_maps(
@@ -155,23 +158,26 @@ def _named(index, q):
     "Channels by what they stain, where that is known"
     return [f'{m}, {_stain(c, q)}' if c else m for m, _, c in (k.partition(' ') for k in index)]
 
-# %% ../../nbs/82_report.quality.ipynb #16b53f38
+# %% ../../nbs/82_report.quality.ipynb #a8db5e87
 def _cells(q, n_plates=3):
     "Title of each section and its parts"
-    yield 'In short', [quality_tiles(q), fault_table(q)]
+    small = int((q.plates.drop_duplicates(['experiment', 'plate']).wells < _least).sum())
+    few = [note(f'{small:,} plates have fewer than {_least} wells that were looked at: too few to say what is usual.')]
+    yield 'In short', [quality_tiles(q), fault_table(q), *(few if small else [])]
     found = q.outliers
-    shown = found[['experiment', 'plate', 'well', 'site', 'channel', 'fault', 'why', 'score']].round(dict(score=1))
+    worst = found.groupby('fault', sort=False).head(6) # so that a frequent fault does not hide the others
+    shown = worst[['experiment', 'plate', 'well', 'site', 'channel', 'fault', 'why', 'score']].round(dict(score=1))
     shown = shown.assign(site=shown.site.replace(0, pd.NA), channel=[_stain(c, q) for c in shown.channel])
-    yield 'What is suspicious', [table(shown, 'Suspicious sites, the worst first within each fault; all of them are in '
-                                       'outliers.csv.', 1, False)] if len(found) else [note('Nothing is suspicious.')]
+    yield 'What is suspicious', [table(shown, f'The worst six of each fault; all {len(found):,} rows are in '
+                                       'outliers.csv.', 1, False, 60)] if len(found) else [note('Nothing is suspicious.')]
     parts = [(f, fault_pictures(q, f)) for f in FAULTS if f != 'shifted plate']
     seen = [p for f, p in parts if p is not None for p in (heading(f.capitalize()), p)]
     yield 'Pictures', seen or [note('Nothing is suspicious.')]
     yield 'Plates', [plates_table(q)]
     worst = q.plates.drop_duplicates(['experiment', 'plate']).sort_values('left_out', ascending=False, kind='stable')
-    maps = [p for r in worst.head(n_plates).itertuples() for p in (heading(f'{r.experiment}, plate {r.plate}'),
+    maps = [p for r in worst[worst.wells >= _least].head(n_plates).itertuples() for p in (heading(f'{r.experiment}, plate {r.plate}'),
                                                                    plate_maps(q, r.experiment, r.plate))]
-    yield 'Plate maps', maps
+    yield 'Plate maps', maps or [note('The plates have too few wells for a map.')]
     yield 'Batch effect', batch_parts(q)
     yield 'Rows, columns, edges', position_parts(q)
 
@@ -215,3 +221,41 @@ def write_quality(
     written = zip(_tables, (q.sites, q.wells, q.outliers, q.plates, q.batch_effect().reset_index()))
     for name, t in written: write_whole(out/name, partial(t.to_csv, index=False, float_format='%.5g'))
     return write_whole(out/'quality.html', quality_page(q)) if page else out/'qc.csv'
+
+# %% ../../nbs/82_report.quality.ipynb #5bf0bfed
+def _looked_at(c):
+    "Quality of the worst plates of a run, with the wells of all roles"
+    found, n, most, w = list[pd.DataFrame](), 0, 5*c.max_wells, c.screen.wells
+    for experiment, plate in worst_plates(c.judged, len(w)).index:
+        own = w[(w.experiment == experiment) & (w.plate == plate)]
+        if found and n+len(own) > most: break
+        found.append(own)
+        n += len(own)
+    screen = replace(c.screen, wells=pd.concat(found).reset_index(drop=True))
+    return screen_quality(screen, progress=False), len(found)
+
+def _right_by(judged, ids):
+    "Accuracy of wells with a suspicious site and of others, in words; '' where the truth is unknown"
+    known = judged[judged.known]
+    suspicious = known.id_code.isin(ids)
+    if not suspicious.any() or suspicious.all(): return ''
+    a, b = known.right[suspicious], known.right[~suspicious]
+    return (f' Of {len(a):,} wells with a suspicious site {percent(a.mean(), 0)} are right, of {len(b):,} others '
+            f'{percent(b.mean(), 0)}.')
+
+def run_quality(
+    c:JudgedRun # from `run_context`, one class per well
+) -> list[HTML]:
+    "What quality control says of the plates that a run does worst on, and how often suspicious wells are right."
+    if c.judged is None: return [note('There are no predictions, so no plate is looked at.')]
+    try: q, n = _looked_at(c)
+    except (OSError, ValueError) as e: return [note(f'The images were not looked at: {e}')]
+    bad = q.wells[q.wells.left_out > 0].id_code
+    judged = c.judged[c.judged.id_code.isin(q.wells.id_code)]
+    left = c.info.get('left_out') or ()
+    out = f' {len(left):,} sites were left out before the training and count nowhere.' if left else ''
+    said = (f'{len(q.measured.sites):,} sites of {n} plate{"s"*(n > 1)} were looked at, those with the lowest accuracy '
+            f'first; {len(bad):,} wells have a suspicious site.{_right_by(judged, bad)}{out} rcic-qc looks at all.')
+    worst = [f for f, k in q.counts().items() if k][:3]
+    shown = [p for f in worst if (p := fault_pictures(q, f, 2)) is not None]
+    return [note(said), *([fault_table(q)] if worst else []), *shown]
