@@ -30,7 +30,7 @@ from docs_links import broken_links  # noqa: E402
 
 # in this order; others follow
 TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]
-GUIDES = ["which_recipe", "systems", "runs", "published_systems", "limits", "architecture", "glossary"]
+GUIDES = ["which_recipe", "image_quality", "systems", "runs", "published_systems", "limits", "architecture", "glossary"]
 # rooms of the API that stand under one title; a room that is not named has its own
 GROUPS = dict.fromkeys(["errors", "files", "credentials", "renamed", "versions", "private"], "Ground")
 GROUND = "Files, errors and names that everything stands on."
@@ -44,6 +44,7 @@ BENCHMARKS = {  # in this order, each with a sentence
     "thresholds": "What a threshold loses on images that did not choose it.",
     "duplicates": "All pairs of perceptual hashes: time, memory, twins found.",
     "real_plates": "A real batch effect: what a linear probe reads from control wells.",
+    "quality": "Planted faults of images that quality control finds, and its false alarms.",
     "loading": "Reading sites: formats, presets and other libraries.",
     "training": "An epoch of our learner against a bare PyTorch loop and a naive pipeline.",
     "inference": "Prediction against bare PyTorch loops, by kind of BatchNorm statistics.",

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['tell_apart', 'batch_table', 'position_table']
 
-# %% ../../nbs/55_quality.batch.ipynb #179a692b
+# %% ../../nbs/55_quality.batch.ipynb #4d352eac
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
 from ..profile.metrics import batch_probe
 
@@ -48,16 +49,16 @@ def batch_table(
     index = pd.MultiIndex.from_tuples(rows, names=['what', 'within'])
     return pd.DataFrame(list(rows.values()), index, ['of', 'batches', 'wells', 'accuracy', 'chance'])
 
-# %% ../../nbs/55_quality.batch.ipynb #6aa9cd0f
+# %% ../../nbs/55_quality.batch.ipynb #a23a82a7
 def _explained(x, groups):
-    "Share (F,) of the variance that groups explain, adjusted for their number; NaN where there are too few wells"
+    "Share (F,) of the variance that groups explain, adjusted for their number; NaN where there are too few wells, or all are equal"
     _, code, n = np.unique(groups, return_inverse=True, return_counts=True)
     k, w = len(n), len(x)
     total = ((x-x.mean(0))**2).sum(0)
     if k < 2 or w-k < 3: return np.full(x.shape[1], np.nan)
     means = np.stack([np.bincount(code, v) for v in x.T], 1)/n[:, None]
     left = ((x-means[code])**2).sum(0)
-    return 1-(left/(w-k))/np.maximum(total/(w-1), 1e-12)
+    return np.where(total > 0, 1-(left/(w-k))/np.maximum(total/(w-1), 1e-12), np.nan)
 
 def position_table(
     x:np.ndarray, # float (W, F) numbers of wells
@@ -67,7 +68,7 @@ def position_table(
     "How much of what differs between the wells of a plate their position explains."
     plates, at, found = np.asarray(plates), np.asarray(at), []
     for p in np.unique(plates):
-        own, here = np.asarray(x, np.float64)[plates == p], at[plates == p]
+        own, here = rankdata(np.asarray(x)[plates == p], axis=0), at[plates == p]
         edge = ((here == here.min(0)) | (here == here.max(0))).any(1)
         found.append(np.stack([_explained(own, g) for g in (here[:, 0], here[:, 1], edge)], 1))
     shares = np.stack(found) if found else np.full((1, np.shape(x)[1], 3), np.nan)
