@@ -306,7 +306,8 @@ def run_facts(
 ) -> pd.DataFrame: # index: what; `value` as text
     "What was trained, on what, with which versions."
     facts, threads = {**_of_data(c), **(_of_blend(c) if c.blend else _of_network(c))}, torch.get_num_threads()
-    if c.info.get('left_out'): facts['left out'] = f'{len(c.info["left_out"]):,} sites, of the training and of all that is judged'
+    out = c.info.get('left_out')
+    if out: facts['left out'] = f'{len(out):,} sites, of the training and of all that is judged'
     if c.info.get('versions'): facts['versions'] = ', '.join(f'{k} {v}' for k, v in c.info['versions'].items())
     gpu = torch.cuda.is_available()
     cpu = f'a CPU, {threads} thread{"s"*(threads > 1)}'
