@@ -412,7 +412,8 @@ def _after_training(run, valid, submit):
     if valid is not None:
         run.predict('valid', say=lambda *a: None)
         said = submit or not isinstance(run.screen, Atlas) # a submission of labels says it
-        if not run.task.several or not said: _say(f'Validation, {valid}: {run.validation()}')
+        out = f' ({len(run.screen.left_out):,} sites left out)' if run.screen.left_out else ''
+        if not run.task.several or not said: _say(f'Validation, {valid}: {run.validation()}{out}')
     if not submit: return
     run.predict('test', say=_say)
     run.submit(say=_say)
@@ -449,6 +450,13 @@ def _recipe_for(data, target, recipe, set, laptop, faithful=False, full=False):
     _say(f'No --recipe: {chosen.name}, {chosen.train.epochs} epochs, because: {why}')
     return chosen, screen
 
+def _without(screen, table):
+    "A screen without what a table says, and how much that is"
+    from rcic_fastai.screen.exclude import leave_out, left_out_sentence
+    out = leave_out(screen, table)
+    _say(f'{table}: {left_out_sentence(out, screen) or "nothing is left out"}')
+    return out
+
 def _check_run_folder(run, recipe, data, start):
     "Refuse a run folder that holds what is read: the recipe, the screen, the run to start from"
     from rcic_fastai.files import check_output
@@ -467,6 +475,7 @@ def rcic_train(
     target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
     wells:str='treatments', # treatments, controls or all
     valid:str=None, # wells to set aside: experiment=RPE-07,RPE-09, plate=4, fold=0/3, well=0/5 (random), run=FOLDER
+    exclude:Path=None, # table of sites or wells to leave out, such as qc.csv of rcic-qc; those to predict stay
     start:Path=None, # finished run whose network to start from
     faithful:bool=False, # the recipe as it was published, mistakes included
     log:str=None, # tensorboard or wandb
@@ -486,6 +495,7 @@ def rcic_train(
     _require(data, '--data (or --list)')
     chosen, screen = _recipe_for(data, target, recipe, _settings(set, epochs, batch_size), laptop, faithful, full)
     _check_run_folder(run, recipe, data, start)
+    if exclude is not None: screen = _without(screen, exclude)
     _train(screen, chosen, run, dict(target=target or screen.target, wells=wells, valid=valid or chosen.valid,
                                      present_only=present_only, start=start), log, submit)
 

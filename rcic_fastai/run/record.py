@@ -86,6 +86,7 @@ _of_network:_Checks = dict(
 _if_there:_Checks = dict(
     format=(lambda v: _is(int)(v) and v > 0, 'a number'), version=(_is(str), 'a version'),
     valid=(_is((str, type(None))), 'a text'), start=(_is((str, type(None))), 'a folder'),
+    left_out=(_list_of(str), 'a list of ids of sites'),
     parts=(_are_parts, 'different names of folders within the run'),
     treatments=(lambda v: isinstance(v, dict) and all(map(_is(str), v.values())), 'names of numbers in braces'),
     groups=(_are_groups, 'a plate group of each number, in braces'),

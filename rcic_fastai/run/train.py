@@ -164,7 +164,7 @@ class Training:
         valid = self.valid if self.valid is None or isinstance(self.valid, str) else _digest(self.valid)
         asked = dict(target=self.target, wells=self.wells, valid=valid, present_only=self.present_only,
                      start=None if self.start is None else str(Path(self.start).resolve()),
-                     training_wells=_digest(train))
+                     training_wells=_digest(train), left_out=_digest(self.screen.left_out))
         return dict(recipe=asdict(self.recipe), asked=asked)
 
     def treatments(self) -> dict:
@@ -398,7 +398,8 @@ def _asked_for(t):
     request = t.request()
     return dict(target=t.target, wells=t.wells, valid=t.valid if isinstance(t.valid, str) else None,
                 present_only=t.present_only,
-                data=str(t.screen.path), request=request, **t.treatments())
+                data=str(t.screen.path), request=request, **t.treatments(),
+                **(dict(left_out=list(t.screen.left_out)) if t.screen.left_out else {}))
 
 def _groups(t):
     "The plate group of each number, for plates that come later; None where one-to-one assignment does not hold"

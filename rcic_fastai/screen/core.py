@@ -162,6 +162,7 @@ class Screen:
     channels:tuple[int|str,...]=CHANNELS # numbers or texts of the channels a site has, see `as_channel`
     site_rows:pd.DataFrame=None # `id_code` and `site` of every site; None: sites 1 and 2 of every well
     packed:pd.Series=None # references by `site_id`, in the order of the rows, if the folder is a store
+    left_out:tuple[str,...]=() # site_ids that do not count, see `leave_out`
     target = 'sirna' # column of the wells that is to be predicted
 
     def sites(self,
@@ -170,6 +171,7 @@ class Screen:
         "One row per site of the wells."
         if wells is None: wells = self.wells
         table = well_sites(wells, self.path, self.layout, (1, 2) if self.site_rows is None else self.site_rows)
+        if self.left_out: table = table[~table.site_id.isin(self.left_out)].reset_index(drop=True)
         return table if self.packed is None else table.assign(files=_packed_column(self, table.site_id))
 
 # %% ../../nbs/12_screen.core.ipynb #5d642ac3

@@ -237,7 +237,7 @@ class PlateMapScreen(Screen):
         if 'site_id' in wells: raise ValueError('these are sites already; expected one row per well')
         table = wells.merge(self.site_table, on='id_code', how='inner')
         table.insert(len(table.columns)-2, 'site_id', table.id_code+'_'+table.site.astype(str))
-        return table
+        return table[~table.site_id.isin(self.left_out)].reset_index(drop=True) if self.left_out else table
 
 # %% ../../nbs/15_screen.describe.ipynb #7b6d3ef6
 def _texts(v): return isinstance(v, list) and all(isinstance(t, str) for t in v)
