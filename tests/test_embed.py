@@ -294,7 +294,7 @@ def test_collapsed_embeddings_score_as_chance_and_chance_is_exact():
 
 
 def test_no_replicates_is_an_error():
-    with pytest.raises(ValueError, match="no siRNA occurs in two experiments"):
+    with pytest.raises(ValueError, match="no treatment occurs in two experiments"):
         replicate_map(np.eye(3), pd.DataFrame({"experiment": list("AAB"), "sirna": [0, 0, 1]}))
     with pytest.raises(ValueError, match="sirna: row 2 is missing"):
         replicate_map(np.eye(3),

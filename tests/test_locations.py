@@ -17,6 +17,8 @@ from rcic_fastai import locations
 from rcic_fastai.data.pack import pack_screen
 from rcic_fastai.data.reader import site_size
 from rcic_fastai.data.store import Store, verify_store
+from rcic_fastai.run.folder import Run, run_data
+from rcic_fastai.run.record import noted_path
 from rcic_fastai.screen.describe import describe_screen
 from rcic_fastai.screen.read import read_screen
 from rcic_fastai.screen.sites import check_files, present_sites
@@ -115,6 +117,18 @@ def test_stores_are_read_from_addresses(tmp_path, memory, format):
     there = pickle.loads(pickle.dumps(Store(f"memory://store-{format}")))
     assert len(verify_store(there, progress=False)) == 0
     assert (there.read(3, 4, 5, 6, 7) == store.read(3, 4, 5, 6, 7)).all()
+
+
+def test_a_run_takes_a_screen_at_an_address(small_run, small_screen, memory):
+    "Given, or noted: run.json says the address, and not where copies of its tables lie"
+    for p in Path(small_screen).glob("*.csv"): memory.pipe(f"/screen/{p.name}", p.read_bytes())
+    for address in ("memory://screen", Path("memory://screen")):
+        run = Run(small_run, address)
+        assert run.screen.wells.equals(read_screen(small_screen).wells) and run.has_own_screen
+        assert run_data(small_run, address) == run.data
+        assert noted_path(address, small_run) == noted_path(run.data, small_run) == "memory://screen"
+    with pytest.raises(FileNotFoundError, match="memory://none holds no screen"):
+        run_data(small_run, "memory://none")
 
 
 def test_damage_in_a_store_elsewhere_is_told(tmp_path, memory):

@@ -181,7 +181,7 @@ def test_sites_get_the_pseudo_label():
 
 def test_a_known_label_is_kept_unless_it_is_hidden():
     sites = sites_of([('RPE-01_1_B03', 5), ('RPE-01_1_B04', 7), ('RPE-02_1_B03', pd.NA), ('RPE-02_1_B05', 3)])
-    with pytest.raises(ValueError, match='RPE-01_1_B04 is known to be siRNA 7, its pseudo-label is 6'):
+    with pytest.raises(ValueError, match='RPE-01_1_B04 is known to be treatment 7, its pseudo-label is 6'):
         pseudo_sites(sites, PSEUDO)
     chosen = pseudo_sites(sites, PSEUDO, hidden=True)
     assert chosen.sirna.tolist() == [5, 5, 6, 6, 5, 5, 0, 0]

@@ -56,12 +56,20 @@ def test_from_a_microscope_to_a_report(system, larger, tmp_path, monkeypatch, ca
     assert f"({dict(jump='harmony').get(system, system)}): " in said and "36 sites of 36 wells" in said
     command("rcic-show", "--data", own, "--well", "B02", "--out", tmp_path / "well.png")
     command("rcic-pack", "--data", own, "--out", packed)
+    deep = tmp_path / "deep"
+    said = command("rcic-pack", "--data", own, "--out", deep, "--bits", 16, "--verify")
+    assert "of 16 bits" in said and f"36 sites are as they were packed, compared with {own}" in said
     said = command("rcic-train", "--data", packed, "--laptop", 4, "--wells", "all", "--valid", "plate=2", "--run", run)
     assert "Validation, plate=2" in said
     command("rcic-embed", "--run", run, "--split", "valid", "--out", tmp_path / "valid.npz")
     command("rcic-report", run)
+    if system == "harmony":  # grey limits make 0-255 of it on the device
+        command("rcic-embed", "--run", run, "--split", "valid", "--data", deep, "--out", tmp_path / "deep.npz")
     page = (run / "report.html").read_text()
     for name in names: assert name in page
     kept = np.load(tmp_path / "valid.npz", allow_pickle=False)
     assert set(kept["treatment"]) == set(names)
+    if system == "harmony":  # but for their rounding
+        x, y = (e - e.mean(0) for e in (np.load(tmp_path / "deep.npz", allow_pickle=False)["x"], kept["x"]))
+        assert np.corrcoef(x.ravel(), y.ravel())[0, 1] > .98
     if system != "jump": assert set(kept["dose"]) == {f"{i} uM" for i in range(5)}

@@ -283,7 +283,7 @@ def _postprocessed(learn, name, sites, reference, controls, **kwargs):
     if reference is None: reference = _labelled(learn)
     target = getattr(learn.dls.train, 'target_name', 'sirna')
     if target != 'sirna':
-        raise ValueError(f'postprocess compares with the centres of siRNAs, and this learner predicts {target}')
+        raise ValueError(f'postprocess compares with the centres of treatments, and this learner predicts {target}')
     tables = [sites, reference] + ([controls] if controls is not None else [])
     # controls are in the statistics besides the others
     rides = np.repeat([False, False, True][:len(tables)], [len(s) for s in tables])

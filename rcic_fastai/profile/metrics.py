@@ -99,7 +99,7 @@ def _retrieve(x, sites, chunk=256):
         other = experiment[part,None] != experiment
         hit = other & (sirna[part,None] == sirna)
         rows += [(start+i, *_ranks(sim[i], hit[i], other[i])) for i in np.flatnonzero(hit.any(1))]
-    if not rows: raise ValueError('no siRNA occurs in two experiments: there are no replicates to find')
+    if not rows: raise ValueError('no treatment occurs in two experiments: there are no replicates to find')
     return _Retrieval(*map(np.asarray, zip(*rows)))
 
 # %% ../../nbs/41_profile.metrics.ipynb #ee45b18b

@@ -27,7 +27,7 @@ from ..predict.confidence import calibration_error, reliability, wilson_interval
 def _why_not_assigned(p, wells, groups):
     "A sentence, or None if wells can be assigned one-to-one"
     if (wells.well_type != 'treatment').any():
-        return 'control wells repeat their siRNA, so there is no one-to-one assignment'
+        return 'control wells repeat their treatment, so there is no one-to-one assignment'
     if groups is None or not np.isin(p.classes, groups.index).any(): return 'the classes have no plate groups'
     if wells.groupby('experiment').size().max() > len(p.classes):
         return 'an experiment has more wells than there are classes, so there is no one-to-one assignment'

@@ -134,7 +134,7 @@ def pseudo_sites(
     if len(differ) and not hidden:
         i = differ[0]
         known_as, label = sites.sirna[i], labels[i]
-        raise ValueError(f'well {sites.id_code[i]} is known to be siRNA {known_as}, its pseudo-label is {label}; '
+        raise ValueError(f'well {sites.id_code[i]} is known to be treatment {known_as}, its pseudo-label is {label}; '
                          'give only unlabelled sites, or hidden=True for held-out ones, whose labels are then replaced')
     return sites.assign(sirna=labels, pseudo=True)
 
@@ -221,6 +221,6 @@ def before_epoch(self:PseudoLabels):
     wrong, known, rate = mislabel_rate(self.labels, self.sites)
     self.log.append(dict(epoch=self.epoch, share=share, wells=len(self.labels), known=known, wrong=wrong))
     mistakes = f'; {rate:.1%} of the {known:,} whose truth is known are wrong' if known else ''
-    self.say(f'Epoch {self.epoch}: {len(self.labels):,} wells join with their predicted siRNA{mistakes}')
+    self.say(f'Epoch {self.epoch}: {len(self.labels):,} wells join with their predicted treatment{mistakes}')
     if self.path: write_json(self.path, self.state())
     self._join()
