@@ -550,10 +550,10 @@ def _say_separation(x, wells):
     from rcic_fastai.profile.metrics import embedding_report
     known = wells.sirna.notna().to_numpy()
     if not (known & (wells.well_type == 'treatment').to_numpy()).any():
-        return _say('How well they tell siRNAs apart needs a truth: the siRNAs of this split are unknown, '
+        return _say('How well they tell treatments apart needs a truth: the treatments of this split are unknown, '
                     'and --truth FILE (id_code,sirna) gives them')
     left_out = f'{(~known).sum():,} of {len(known):,}'
-    if not known.all(): _say(f'The numbers leave {left_out} wells out, whose siRNA is unknown')
+    if not known.all(): _say(f'The numbers leave {left_out} wells out, whose treatment is unknown')
     _say(embedding_report(x[known], wells[known].reset_index(drop=True)).to_string(float_format=lambda v: f'{v:.3f}'))
 
 def _add_truth(screen, truth):
@@ -561,7 +561,7 @@ def _add_truth(screen, truth):
     from rcic_fastai.predict.submission import merge_truth, treatment_numbers
     from rcic_fastai.screen.atlas import Atlas
     if isinstance(screen, Atlas):
-        raise ValueError('--truth is for one siRNA per well, and this is an atlas: '
+        raise ValueError('--truth is for one treatment per well, and this is an atlas: '
                          'without it the embeddings are written')
     screen.wells = merge_truth(screen.wells, truth, treatment_numbers(screen.wells))
 
@@ -578,7 +578,7 @@ def rcic_embed(
     device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
 ):
-    "Embeddings of a split, as a file, and how well they tell siRNAs apart and batches together."
+    "Embeddings of a split, as a file, and how well they tell treatments apart and batches together."
     from rcic_fastai.screen.atlas import Atlas
     from rcic_fastai.run.predict import _claimed, embed_run, embeddings_path, write_embeddings
     from rcic_fastai.run.submit import Run
@@ -634,7 +634,7 @@ def rcic_submit(
     data:Path=None, # folder of the screen; by default the one of the run
     sample:Path=None, # sample submission that gives ids and order; by default that of the screen
     no_groups:bool=False, # leave the plate groups out
-    no_assignment:bool=False, # let a siRNA win several wells of an experiment
+    no_assignment:bool=False, # let a treatment win several wells of an experiment
     thresholds:str=None, # of several labels: repeated_f1_to_share, share, ...; by default what the recipe says
     error_rate:float=None, # share of the wells kept in the table beside it that may be wrong; by default .05
     assignment:str=None, # exact, vote (plates vote for their groups) or vote_zero; by default what the recipe says
@@ -645,7 +645,7 @@ def rcic_submit(
     from rcic_fastai.run.submit import Run
     finished = Run(run, data)
     if not isinstance(finished.screen, Atlas):
-        if thresholds: raise ValueError('--thresholds is for several labels per image, and this is a screen of siRNAs')
+        if thresholds: raise ValueError('--thresholds is for several labels per image, and this is a screen of one label per well')
         return _submit_wells(finished, out, sample, assignment, not no_groups, not no_assignment, error_rate)
     if no_groups or no_assignment or assignment or error_rate is not None:
         raise ValueError('an atlas has no plate groups, no assignment and no error rate; --thresholds says how')

@@ -205,7 +205,7 @@ def groups(self:JudgedRun, split:str) -> tuple: # plate groups or None; why ther
     if self.target!='sirna': return None, f'what is predicted is the {self.what}, which many wells share'
     if getattr(self.screen, 'replicates', False): return None, 'a treatment has several wells within an experiment'
     try: return plate_groups(w[~w.id_code.isin(self.predictions[split].ids)]), None
-    except ValueError as e: return None, f'plates do not hold groups of siRNAs ({e})'
+    except ValueError as e: return None, f'plates do not hold groups of treatments ({e})'
 
 @patch
 def judge(self:JudgedRun, split:str) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from fastcore.basics import patch
 # %% ../../nbs/75_run.folder.ipynb #4805d49e
 from ..errors import one_of
 from ..files import naming, read_arrays, user_path
+from ..locations import as_address, is_address
 from ..screen.channels import channel_file, channel_name, grey_limits
 from ..screen.core import Screen
 from ..screen.exclude import without_sites
@@ -82,7 +83,8 @@ def read_run(
 
 # %% ../../nbs/75_run.folder.ipynb #7a0800c8
 def _given_data(data, run):
-    "A folder that was named instead of the one of the run"
+    "A folder that was named instead of the one of the run; of an address one with copies of its tables"
+    if as_address(data) is not None: return Path(read_screen(data).path)
     if user_path(data).exists(): return user_path(data)
     raise FileNotFoundError(f'{data} does not exist; expected the folder of the screen of {run} (--data)')
 
@@ -94,11 +96,13 @@ def data(self:Run) -> Path:
     """
     if isinstance(self._data, Screen): return Path(self._data.path)
     if self._data is not None: return _given_data(self._data, self)
+    if is_address(self.info['data']): return _given_data(self.info['data'], self)
     if (there := Path(self.info['data'])).exists(): return there
     from_where = '' if there.is_absolute() else ' (as seen from where it was trained)'
     raise FileNotFoundError(f'the data of {self} was in {there}{from_where}, which does not exist here: say where it '
                             f'is now with --data (data=...)')
 
+# %% ../../nbs/75_run.folder.ipynb #f9ad6605
 @patch(as_prop=True)
 def screen(self:Run) -> Screen:
     "The screen, read when it is first asked for, without the sites that the training left out."
@@ -128,7 +132,8 @@ def _same_pictures(a, b):
 def has_own_screen(self:Run) -> bool:
     "Is it the screen of the training? Moved, copied, packed or cut down it still is; plates of next week are another."
     if self._data is None: return True
-    own, here = Path(self.info['data']), self.data
+    noted, here = self.info['data'], self.data
+    own = _given_data(noted, self) if is_address(noted) else Path(noted)
     if os.path.realpath(own)==os.path.realpath(here): return True
     w = self.screen.wells
     seen = w.id_code.isin(self.valid_wells) if self.valid_wells else w.experiment.isin(self.experiments or [])

@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import __version__
 from ..files import check_name, path_within, read_json, user_path, write_json
+from ..locations import as_address, fetched_from, is_address
 from ..recipe.settings import Recipe, recipe_from_dict
 from .task import task_of_run
 
@@ -28,6 +29,7 @@ def noted_path(
     run:str|Path # folder of the run
 ) -> str: # relative to the run folder if it is at most four folders up from there, else absolute
     "A path as run.json keeps it."
+    if address := as_address(path) or fetched_from(path): return address
     there, here = (os.path.realpath(user_path(p)) for p in (path, run))
     try: relative, common = os.path.relpath(there, here), os.path.commonpath([there, here])
     except ValueError: return there # another drive of Windows
@@ -36,7 +38,7 @@ def noted_path(
 
 def _found_path(text, run, number):
     "What `noted_path` was given"
-    return text if number==1 or os.path.isabs(text) else os.path.normpath(os.path.join(os.path.realpath(run), text))
+    return text if number==1 or os.path.isabs(text) or is_address(text) else os.path.normpath(os.path.join(os.path.realpath(run), text))
 
 def _each_path(info, change):
     "run.json with its paths changed"
