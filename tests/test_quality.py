@@ -204,6 +204,7 @@ def test_page_and_tables(quality, page):
     for title in ("In short", "What is suspicious", "Pictures", "Plates", "Plate maps", "Batch effect"):
         assert f">{title}</h2>" in text
     assert "src=\"http" not in text and "<script" not in text and len(text) < 3e6
+    assert "notebook beside" not in text  # there is none
     again = pd.read_csv(folder / "qc.csv", keep_default_na=False)
     assert again.exclude.sum() == quality.sites.exclude.sum() and len(again) == len(quality.sites)
     assert check_quality_folder(folder) == folder  # what is ours is replaced

@@ -343,7 +343,8 @@ def notebook_page(
     name:str, # what the page is about, the largest heading
     code:bool=True, # code behind "show code"? else without it
     date:datetime=None, # on the page; by default that of SOURCE_DATE_EPOCH, or now
-    what:str='' # happened on that date
+    what:str='', # happened on that date
+    beside:bool=True # will the notebook lie next to the page? then the page says so
 ) -> str: # HTML that loads nothing
     "An executed notebook as one self-contained page."
     from nbconvert import HTMLExporter # takes a second to import
@@ -359,6 +360,7 @@ def notebook_page(
     exporter = HTMLExporter(raw_template=template, exclude_anchor_links=True, extra_template_basedirs=[])
     date = date or source_date() or datetime.now()
     page = dict(name=name, kicker=kicker, code=code, sections=sections, what=what, version=rcic_fastai.__version__,
+                beside=beside,
                 date=' '.join(f'{date.day} {date:%B %Y, %H:%M} {date:%Z}'.split()), iso=f'{date:%Y-%m-%dT%H:%M%z}',
                 highlight=HtmlFormatter(style='friendly').get_style_defs('.highlight'))
     return exporter.from_notebook_node(nb, resources=dict(page=page))[0]

@@ -190,7 +190,7 @@ def quality_page(
         out = [nbformat.v4.new_output('display_data', {'text/html': p.data}) for p in parts]
         nb.cells += [nbformat.v4.new_markdown_cell(f'## {title}', id=f'title{i}'),
                      nbformat.v4.new_code_cell('', outputs=out, id=f'parts{i}')]
-    return notebook_page(nb, Path(q.screen.path).resolve().name, code=False, what='looked at ')
+    return notebook_page(nb, Path(q.screen.path).resolve().name, code=False, what='looked at ', beside=False)
 
 # %% ../../nbs/82_report.quality.ipynb #18ab0049
 _tables = {'qc.csv': 'id_code,site,', 'wells.csv': 'id_code,split,', 'outliers.csv': 'id_code,site,',
