@@ -55,7 +55,7 @@ from .metrics import known_accuracy, LeaveOutControls, loss_metrics, SkipEmptyVa
 from .mix import create_mix, refuse_plain_mix
 from .network import _for_screen, _groups_of, ImageOnly, new_head, recipe_model
 from .optimizer import optimizers
-from .precision import AutoMixedPrecision, ChannelsLastImages, InferenceMode
+from .precision import AutoMixedPrecision, ChannelsLastImages, FewThreads, InferenceMode
 from .schedule import schedule_function
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b032
@@ -349,9 +349,11 @@ def fit(self:ScreenLearner, n_epoch, lr=None, wd=None, cbs=None, *args, **kwargs
     _keep_history(self, self.cbs+given)
     graph = any(isinstance(cb, ShowGraphCallback) for cb in self.cbs+given)
     if graph and not hasattr(self, 'progress'): given += [ProgressCallback()] # which draws it
-    self.fits = True
-    try: Learner.fit(self, n_epoch, lr, wd, given, *args, **kwargs)
-    finally: self.fits = False
+    self.fits, threads = True, FewThreads()
+    try: Learner.fit(self, n_epoch, lr, wd, given+[threads], *args, **kwargs)
+    finally:
+        self.fits = False
+        threads.restore()
 
 # %% ../../nbs/66_train.learner.ipynb #306424c3
 class _WithTarget:
