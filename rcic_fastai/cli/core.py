@@ -406,6 +406,11 @@ def rcic_pack(
     if verify: _say_verified(store, screen, workers)
 
 # %% ../../nbs/91_cli.core.ipynb #5e2ef673
+def _recipe_list():
+    "All recipes, a line each"
+    from rcic_fastai.recipe.published import list_recipes
+    return list_recipes().to_string()
+
 def _after_training(run, valid, submit):
     "What a run is worth on the wells that were set aside, and the submission"
     from rcic_fastai.screen.atlas import Atlas
@@ -430,7 +435,7 @@ def _train(screen, recipe, run, asked, log, submit):
         _after_training(Run(run, screen), asked['valid'], submit)
     _say(f'Run folder: {run}')
 
-# %% ../../nbs/91_cli.core.ipynb #74b289e7
+# %% ../../nbs/91_cli.core.ipynb #63096f0c
 def _settings(set, epochs, batch_size):
     "What has an option of its own as a setting, before those of `--set`"
     own = {'train.epochs': epochs, 'data.batch_size': batch_size}
@@ -451,12 +456,14 @@ def _recipe_for(data, target, recipe, set, laptop, faithful=False, full=False):
     return chosen, screen
 
 def _without(screen, table):
-    "A screen without what a table says, and how much that is"
+    "A screen without what a table says, and how much that is; None: the whole screen"
+    if table is None: return screen
     from rcic_fastai.screen.exclude import leave_out, left_out_sentence
     out = leave_out(screen, table)
     _say(f'{table}: {left_out_sentence(out, screen) or "nothing is left out"}')
     return out
 
+# %% ../../nbs/91_cli.core.ipynb #74b289e7
 def _check_run_folder(run, recipe, data, start):
     "Refuse a run folder that holds what is read: the recipe, the screen, the run to start from"
     from rcic_fastai.files import check_output
@@ -490,14 +497,12 @@ def rcic_train(
     debug:bool=False, # show the traceback of an error
 ):
     "Train a recipe on the training split of a screen."
-    from rcic_fastai.recipe.published import list_recipes
-    if list: return _say(list_recipes().to_string())
+    if list: return _say(_recipe_list())
     _require(data, '--data (or --list)')
     chosen, screen = _recipe_for(data, target, recipe, _settings(set, epochs, batch_size), laptop, faithful, full)
     _check_run_folder(run, recipe, data, start)
-    if exclude is not None: screen = _without(screen, exclude)
-    _train(screen, chosen, run, dict(target=target or screen.target, wells=wells, valid=valid or chosen.valid,
-                                     present_only=present_only, start=start), log, submit)
+    asked = dict(target=target or screen.target, wells=wells, valid=valid or chosen.valid, present_only=present_only)
+    _train(_without(screen, exclude), chosen, run, asked | dict(start=start), log, submit)
 
 # %% ../../nbs/91_cli.core.ipynb #a88652cd
 @command

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_index', 'pack_sites', 'clipped_pixels', 'pack_screen', 'check_screen_output']
 
-# %% ../../nbs/21_data.pack.ipynb #44da7520
+# %% ../../nbs/21_data.pack.ipynb #d67329ed
 import errno, os, platform, shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,7 @@ import pandas as pd
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+# %% ../../nbs/21_data.pack.ipynb #44da7520
 from ..errors import one_of
 from ..files import check_output, claim_folder, clean_partials, folder_contents, path_within
 from ..files import read_json, refuse_linked_folders, refuse_links, user_path, write_json, write_whole

@@ -53,7 +53,7 @@ class Measured:
     blocks:np.ndarray # float (P, C, 8, 8) mean brightness over the field of each plate
     plates:np.ndarray # int (N,) number of the plate of each site
 
-# %% ../../nbs/56_quality.core.ipynb #3af0ac1a
+# %% ../../nbs/56_quality.core.ipynb #001deb2e
 def _read_plate(files, channels, bits, white, nucleus, pool):
     "Measures of the sites of a plate, its hot pixels and its light"
     def one(f):
@@ -68,6 +68,7 @@ def _read_plate(files, channels, bits, white, nucleus, pool):
     shape = max(counts, key=lambda s: np.prod(s))
     return rows, corr, nuclei, hashes, hot_pixels(counts[shape], n), blocks/max(n, 1)
 
+# %% ../../nbs/56_quality.core.ipynb #3af0ac1a
 def measure_sites(
     screen:Screen, # from `read_screen`
     sites:pd.DataFrame, # of it, whose files are all there
@@ -170,7 +171,7 @@ def _duplicates(m, empty):
         same = 'the same image as '+pd.Series(names[twins[b]], dtype=object)
         yield _found('duplicate', twins[a], -1, 64-twins.largest, same.to_numpy()).drop_duplicates('at')
 
-# %% ../../nbs/56_quality.core.ipynb #dd8be5f6
+# %% ../../nbs/56_quality.core.ipynb #67cdfe27
 def _profiles(m, s):
     "Numbers (W, F) of the wells of each plate, first of all sites; and the first site of each well"
     n, c = m.rows.shape[:2]
@@ -192,6 +193,7 @@ def _expected(x, treatments, plates):
             if len(others) > 1: out[i] = x[others].mean(0)
     return out
 
+# %% ../../nbs/56_quality.core.ipynb #dd8be5f6
 def _shifted(m, s):
     "Plates whose wells fit better under other names: number of the plate -> move and score"
     x, first = _profiles(m, s)
@@ -223,7 +225,7 @@ def find_faults(
             parts.append(_found('hot pixels', at, c, k, why, exclude=False))
     return pd.concat(parts, ignore_index=True).sort_values(['at', 'fault'], kind='stable', ignore_index=True)
 
-# %% ../../nbs/56_quality.core.ipynb #35463dac
+# %% ../../nbs/56_quality.core.ipynb #a0fb9a23
 def _drift(y, order):
     "By which share the brightness changes from the first to the last well of a plate, robustly"
     if len(y) < 6: return np.nan
@@ -246,6 +248,7 @@ def _site_table(m, faults, names):
     t.loc[list(said), 'fault'] = ['; '.join(dict.fromkeys(v)) for v in said.values()]
     return t
 
+# %% ../../nbs/56_quality.core.ipynb #35463dac
 def _well_table(sites):
     "A row per well; it is left out if none of its sites is left"
     one = sites.groupby(['id_code', 'site'], sort=False)
@@ -280,7 +283,7 @@ def _plate_table(m, faults, sites, names):
                              moved=moved.get(own[0], '')))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/56_quality.core.ipynb #2a0224e8
+# %% ../../nbs/56_quality.core.ipynb #2ead1e34
 @dataclass(repr=False)
 class Quality:
     "What is wrong with the pictures of a screen; made by `screen_quality`."
@@ -303,6 +306,7 @@ class Quality:
         f = self.faults.drop_duplicates(['at', 'fault'])
         return f.fault.value_counts().reindex(FAULTS, fill_value=0)
 
+# %% ../../nbs/56_quality.core.ipynb #2a0224e8
 def screen_quality(
     screen:Screen, # from `read_screen`
     nucleus:int|str=0, # the channel that shows nuclei: its place, or its name

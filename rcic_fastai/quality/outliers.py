@@ -51,7 +51,7 @@ def unexplained(
     rest = z-expected
     return np.where(np.sign(rest) == np.sign(z), np.sign(z)*np.minimum(np.abs(z), np.abs(rest)), 0)
 
-# %% ../../nbs/54_quality.outliers.ipynb #1ea1e03e
+# %% ../../nbs/54_quality.outliers.ipynb #807198a7
 def _misfit(z): return np.log1p(z*z/3).sum(-1)
 
 def _fingerprint(rows, corr):
@@ -66,6 +66,7 @@ def _usual(x, plates):
     spread = np.maximum(np.maximum(spread, .5*np.median(spread, 0)), .05)
     return [a.reshape(-1, *x.shape[1:])[plates] for a in (middle, spread)]
 
+# %% ../../nbs/54_quality.outliers.ipynb #1ea1e03e
 def swapped_channels(
     rows:np.ndarray, # float (N, C, 7) `MEASURES` of all sites
     corr:np.ndarray, # float (N, C, C) correlations of channels
@@ -87,7 +88,7 @@ def swapped_channels(
         which[gain > best], best = (a, b), np.maximum(best, gain)
     return best, which
 
-# %% ../../nbs/54_quality.outliers.ipynb #7f3ac1c4
+# %% ../../nbs/54_quality.outliers.ipynb #57f64d4f
 def _moves(at):
     "What may have happened to wells at positions (W, 2): name -> which well's image each holds, -1: none"
     place, (rows, columns) = {tuple(p): i for i, p in enumerate(at)}, at.max(0)+at.min(0)
@@ -106,6 +107,7 @@ def _moves(at):
 
 def _unit(x): return x/np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
 
+# %% ../../nbs/54_quality.outliers.ipynb #7f3ac1c4
 def moved_wells(
     profiles:np.ndarray, # float (W, F) of the wells of one plate
     expected:np.ndarray, # float (W, F) of their treatments, from other plates; NaN: unknown

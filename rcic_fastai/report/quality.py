@@ -89,7 +89,7 @@ def fault_pictures(
         groups.append((shown, f'{site.site_id}: {r.why}' + ('' if y is None else '; on the right a usual one')))
     return pictures(groups) if groups else None
 
-# %% ../../nbs/82_report.quality.ipynb #d75a4f3d
+# %% ../../nbs/82_report.quality.ipynb #19615a6b
 def _stain(channel, q):
     "What a channel is called: the stain, of channels that have numbers only"
     numbered = all(isinstance(c, int) and 1 <= c <= len(stain_names) for c in q.screen.channels)
@@ -113,6 +113,7 @@ def plates_table(
 _least = 6 # wells of a plate, to say what is usual there
 _maps = 'nuclei', 'focus', 'brightness', 'background', 'contrast', 'saturated'
 
+# %% ../../nbs/82_report.quality.ipynb #d75a4f3d
 def plate_maps(
     q:Quality, # of a screen
     experiment:str, # such as 'HUVEC-01'
@@ -158,7 +159,7 @@ def _named(index, q):
     "Channels by what they stain, where that is known"
     return [f'{m}, {_stain(c, q)}' if c else m for m, _, c in (k.partition(' ') for k in index)]
 
-# %% ../../nbs/82_report.quality.ipynb #a8db5e87
+# %% ../../nbs/82_report.quality.ipynb #56e5318f
 def _cells(q, n_plates=3):
     "Title of each section and its parts"
     small = int((q.plates.drop_duplicates(['experiment', 'plate']).wells < _least).sum())
@@ -181,6 +182,7 @@ def _cells(q, n_plates=3):
     yield 'Batch effect', batch_parts(q)
     yield 'Rows, columns, edges', position_parts(q)
 
+# %% ../../nbs/82_report.quality.ipynb #a8db5e87
 def quality_page(
     q:Quality # of a screen
 ) -> str: # HTML that loads nothing
@@ -222,7 +224,7 @@ def write_quality(
     for name, t in written: write_whole(out/name, partial(t.to_csv, index=False, float_format='%.5g'))
     return write_whole(out/'quality.html', quality_page(q)) if page else out/'qc.csv'
 
-# %% ../../nbs/82_report.quality.ipynb #5bf0bfed
+# %% ../../nbs/82_report.quality.ipynb #249f8aec
 def _looked_at(c):
     "Quality of the worst plates of a run, with the wells of all roles"
     found, n, most, w = list[pd.DataFrame](), 0, 5*c.max_wells, c.screen.wells
@@ -243,6 +245,7 @@ def _right_by(judged, ids):
     return (f' Of {len(a):,} wells with a suspicious site {percent(a.mean(), 0)} are right, of {len(b):,} others '
             f'{percent(b.mean(), 0)}.')
 
+# %% ../../nbs/82_report.quality.ipynb #5bf0bfed
 def run_quality(
     c:JudgedRun # from `run_context`, one class per well
 ) -> list[HTML]:
