@@ -6,10 +6,10 @@
 __all__ = ['user_path', 'output_path', 'refuse_links', 'check_target', 'is_marked', 'check_ours', 'partial_path', 'write_whole',
            'write_picture', 'clean_partials', 'refuse_linked_folders', 'parse_json', 'regular_file', 'read_text',
            'read_json', 'write_json', 'naming', 'read_arrays', 'check_name', 'path_within', 'check_output',
-           'FolderClaimed', 'claim_folder', 'folder_contents', 'check_free', 'note_request']
+           'notebook_folder', 'FolderClaimed', 'claim_folder', 'folder_contents', 'check_free', 'note_request']
 
 # %% ../nbs/01_files.ipynb #83648d7a
-import json, os, re, socket, sys, time, warnings
+import atexit, json, os, re, shutil, socket, sys, tempfile, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -339,6 +339,27 @@ def check_output(
         if real == there: raise ValueError(f'{option} {out} is what is read: give another name')
         if real in there.parents: raise ValueError(f'{option} {out} holds {i}, which is read: give another folder')
     return out
+
+# %% ../nbs/01_files.ipynb #d4e12517
+_started_in = Path.cwd() # before any notebook changes the folder
+
+def _is_tested(): return bool({'IN_TEST', 'CI'} & set(os.environ))
+
+def notebook_folder(
+    name:str # of the notebook
+) -> Path: # runs/NAME where the kernel was started, or a temporary folder in a test; the working folder from now on
+    """Work in a folder that stays, whichever cell is run again.
+
+    In a test, progress bars are off and the folder is deleted when the process ends."""
+    global _started_in
+    if not _is_tested(): folder = _started_in/'runs'/check_name(name, 'notebook')
+    else:
+        os.environ['TQDM_DISABLE'] = '1'
+        folder = Path(tempfile.mkdtemp())/name
+        atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    return folder
 
 # %% ../nbs/01_files.ipynb #de2fb612
 _CLAIM, _HOLDER = '.rcic-claim', '.rcic-claim.json'
