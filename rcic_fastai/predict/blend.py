@@ -186,12 +186,11 @@ def _blended(members, weights, space):
                                                           'weights': dict(zip(members, w.tolist()))})
 
 # %% ../../nbs/47_predict.blend.ipynb #637fe608
-def _fold(members, ids, weights, space):
+def _fold(members, ids, classes, weights, space):
     "Logits of the wells that the same members have, by id"
     if not any(weights[n] for n in members):
         raise ValueError(f'{ids[0]} is held out by {_listed(members)} only, with a weight of 0')
-    first = next(iter(members.values()))
-    taken = {n: _taken(p, ids, first.classes) for n, p in members.items()}
+    taken = {n: _taken(p, ids, classes) for n, p in members.items()}
     return pd.DataFrame(_blended(taken, [weights[n] for n in members], space).logits, ids)
 
 def join_folds(
@@ -211,7 +210,7 @@ def join_folds(
     for name, b in others: _check_made(a, b, first, name)
     w = dict(zip(members, _normalised(weights, list(members)).tolist()))
     has = pd.DataFrame({n: pd.Series(True, p.ids) for n, p in members.items()}).notna().sort_index()
-    parts = [_fold({n: p for n, p in members.items() if rows[n].iloc[0]}, rows.index, w, space)
+    parts = [_fold({n: p for n, p in members.items() if rows[n].iloc[0]}, rows.index, a.classes, w, space)
              for _, rows in has.groupby(list(has))]
     made = {**_common(members), 'space': space, 'folds': True, 'weights': w}
     return Predictions(has.index, a.classes, pd.concat(parts).loc[has.index].to_numpy(), made)
