@@ -31,10 +31,11 @@ WITHOUT = {
 PREDICTED_WITHOUT = {"centring of plates": dict(postprocess=None),
                      "shrinking of the centring": dict(postprocess="center_plate"), "eight views (one)": dict(tta=1),
                      "statistics of the plate (running)": dict(batchnorm="running")}
-NETWORKS = {"ConvNeXt": ["model.arch=convnext_atto", 'model.arch_options={"patch_size": 2}'],
-            "ViT": ["model.arch=vit_tiny_patch16_224",
-                    'model.arch_options={"img_size": 64, "patch_size": 8, "depth": 6}', "data.crop=null"]}
-NETWORK_RATES = {"ConvNeXt": 2e-3, "ViT": 1e-3}  # found by --select
+# without BatchNorm: the network, and what it needs of the data
+NETWORKS = {"ConvNeXt": (dict(arch="convnext_atto", arch_options=dict(patch_size=2)), []),
+            "ViT": (dict(arch="vit_tiny_patch16_224", arch_options=dict(img_size=64, patch_size=8, depth=6)),
+                    ["data.crop=null"])}
+NETWORK_RATES = {"ConvNeXt": 2e-3, "ViT": 1e-3}  # a guess; --select compares others
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 FULL, KEY = "default", "{} at {:,}"
 
@@ -53,13 +54,14 @@ def contestants(budgets, design=DESIGN, rates=None):
         out |= {KEY.format(k, views): (r, i) for k, r, i in (
             (FULL, default, {}), ("44th place: batch statistics", s3, {}), ("1st place", first, {}),
             ("1st place, domain statistics", first, dict(batchnorm="domain", domain="experiment")))}
-        for k, settings in NETWORKS.items():
+        for k, (_, settings) in NETWORKS.items():
             r = change_recipe(default, *settings, f"train.lr={rates[k]}", "inference.batchnorm=running")
             out |= {KEY.format(f"{k}, histograms alone", views): (r, dict(postprocess=None)),
                     KEY.format(f"{k}, centring too", views): (r, {})}
     out |= {KEY.format(f"without {k}", small): (default, v) for k, v in PREDICTED_WITHOUT.items()}
     views = lambda name: int(name.rpartition(" at ")[2].replace(",", ""))
-    return {k: (within_budget(r, views(k), design), inference, every) for k, (r, inference) in out.items()}
+    network = lambda name: next((n for k, (n, _) in NETWORKS.items() if name.startswith(k)), {})
+    return {k: (within_budget(r, views(k), design, **network(k)), i, every) for k, (r, i) in out.items()}
 
 
 def table_of(results):

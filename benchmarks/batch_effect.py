@@ -53,11 +53,14 @@ def images_shown(recipe, design):
                  + controls * design["n_train"] * recipe.pretrain.epochs)
 
 
-def within_budget(recipe, views, design):
-    "The recipe with as many epochs, its stages in proportion, as come closest to `views` images"
+def within_budget(recipe, views, design, **network):
+    """The recipe with as many epochs, its stages in proportion, as come closest to `views` images
+
+    On the laptop's network, or another by its settings."""
     from rcic_fastai.recipe.published import laptop_recipe
 
-    options = [replace(laptop_recipe(recipe, epochs=e, lr=recipe.train.lr), name=recipe.name) for e in range(3, 80)]
+    options = [replace(laptop_recipe(recipe, epochs=e, lr=recipe.train.lr, **network), name=recipe.name)
+               for e in range(3, 80)]
     return min(options, key=lambda r: abs(images_shown(r, design) - views))
 
 

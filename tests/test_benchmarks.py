@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rcic_fastai.recipe.published import change_recipe, laptop_recipe, recipes
+from rcic_fastai.train.network import recipe_model
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 DESIGN = dict(n_sirnas=4, n_train=2, n_test=1, cell_types=("HUVEC", "RPE"), n_positive=1, image_size=32)
@@ -122,3 +125,19 @@ def test_tables(bench):
 def test_replace_keeps_the_name(bench):
     r = bench.within_budget(recipes["laptop"], 3000, bench.DESIGN)
     assert r.name == "laptop" and replace(r, seed=1).seed == 1
+
+
+def test_networks_of_the_ablation_are_what_they_are_called(bench):
+    "Each contestant has the network of its name, and takes a batch"
+    spec = importlib.util.spec_from_file_location("ablation", FOLDER / "ablation.py")
+    ablation = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ablation)
+    found = ablation.contestants([8000])
+    arch = {k.partition(" at ")[0]: r.model.arch for k, (r, _, _) in found.items()}
+    assert {v for k, v in arch.items() if not k.startswith(tuple(ablation.NETWORKS))} == {"resnet10t"}
+    for name, (network, _) in ablation.NETWORKS.items():
+        assert {v for k, v in arch.items() if k.startswith(name)} == {network["arch"]}
+        recipe = found[f"{name}, histograms alone at 8,000"][0]
+        model = recipe_model(recipe, 40, 6, 2).eval()
+        assert not any(isinstance(m, _BatchNorm) for m in model.body.modules())
+        assert model(torch.rand(2, 6, 64, 64), torch.zeros(2, 4, dtype=torch.long)).shape == (2, 40)

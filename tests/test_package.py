@@ -65,6 +65,16 @@ def exported():
     return numbers
 
 
+# Lines
+
+def test_lines_of_the_library_fit_a_screen():
+    "120 columns, but for the list of names that nbdev writes"
+    wide = [f"{p.relative_to(ROOT)}:{i}" for p in (ROOT / "rcic_fastai").rglob("*.py") if p.name != "_modidx.py"
+            for i, line in enumerate(p.read_text(encoding="utf-8").splitlines(), 1)
+            if len(line) > 120 and not re.match(r"(__all__ = \[| +)'[\w.]+',", line)]
+    assert not wide, f"longer than 120 columns: {wide}"
+
+
 # Settings
 
 def test_setup_is_what_the_settings_say(monkeypatch):

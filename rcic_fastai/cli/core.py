@@ -650,7 +650,8 @@ def rcic_submit(
     from rcic_fastai.run.submit import Run
     finished = Run(run, data)
     if not isinstance(finished.screen, Atlas):
-        if thresholds: raise ValueError('--thresholds is for several labels per image, and this is a screen of one label per well')
+        if thresholds:
+            raise ValueError('--thresholds is for several labels per image, and this is a screen of one label per well')
         return _submit_wells(finished, out, sample, assignment, not no_groups, not no_assignment, error_rate)
     if no_groups or no_assignment or assignment or error_rate is not None:
         raise ValueError('an atlas has no plate groups, no assignment and no error rate; --thresholds says how')

@@ -51,7 +51,9 @@ def batch_table(
 
 # %% ../../nbs/55_quality.batch.ipynb #a23a82a7
 def _explained(x, groups):
-    "Share (F,) of the variance that groups explain, adjusted for their number; NaN where there are too few wells, or all are equal"
+    """Share (F,) of the variance that groups explain, adjusted for their number
+
+    NaN where there are too few wells, or all are equal."""
     _, code, n = np.unique(groups, return_inverse=True, return_counts=True)
     k, w = len(n), len(x)
     total = ((x-x.mean(0))**2).sum(0)

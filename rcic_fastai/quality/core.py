@@ -220,8 +220,9 @@ def find_faults(
         parts.append(_found('shifted plate', at, -1, score, f'wells fit better moved: {name}'))
     for p, hot in m.hot.items():
         for c in np.unique(hot[:, 0]):
-            at, k = np.flatnonzero(m.plates == p), int((hot[:, 0] == c).sum())
-            why = f'{k} pixel{"s"*(k > 1)} always bright, such as row {hot[hot[:, 0] == c][0, 1]}, column {hot[hot[:, 0] == c][0, 2]}'
+            at, own = np.flatnonzero(m.plates == p), hot[hot[:, 0] == c]
+            k, (_, row, column) = len(own), own[0]
+            why = f'{k} pixel{"s"*(k > 1)} always bright, such as row {row}, column {column}'
             parts.append(_found('hot pixels', at, c, k, why, exclude=False))
     return pd.concat(parts, ignore_index=True).sort_values(['at', 'fault'], kind='stable', ignore_index=True)
 
@@ -255,7 +256,8 @@ def _well_table(sites):
     by_site = one.agg(nuclei=('nuclei', 'first'), exclude=('exclude', 'any'), focus=('focus', 'median'),
                       fault=('fault', lambda f: '; '.join(dict.fromkeys(x for v in f if v for x in v.split('; ')))))
     g = by_site.reset_index().groupby('id_code', sort=False)
-    counts = g.agg(sites=('site', 'size'), left_out=('exclude', 'sum'), nuclei=('nuclei', 'mean'), focus=('focus', 'mean'),
+    counts = g.agg(sites=('site', 'size'), left_out=('exclude', 'sum'), nuclei=('nuclei', 'mean'),
+                   focus=('focus', 'mean'),
                    fault=('fault', lambda f: '; '.join(dict.fromkeys(x for v in f if v for x in v.split('; ')))))
     keys = sites.drop_duplicates('id_code').set_index('id_code')
     keys = keys[[k for k in keys if k in ('split', 'cell_type', 'experiment', 'plate', 'well', 'well_type', 'sirna',
@@ -275,7 +277,8 @@ def _plate_table(m, faults, sites, names):
         order = pd.factorize(w.well, sort=True)[0]
         for c, name in enumerate(names):
             middle = dict(zip(MEASURES, np.median(m.rows[own, c], 0)))
-            middle |= dict(tilt=tilt[c], vignette=vignette[c], saturated=float(m.rows[own, c, _place['saturated']].mean()))
+            white = float(m.rows[own, c, _place['saturated']].mean())
+            middle |= dict(tilt=tilt[c], vignette=vignette[c], saturated=white)
             rows.append(dict(cell_type=first.cell_type, experiment=first.experiment, plate=first.plate, channel=name,
                              wells=w.id_code.nunique(), sites=len(own), left_out=int(bad[own].sum()), **middle,
                              drift=_drift(m.rows[own, c, _place['brightness']], order),
@@ -299,7 +302,8 @@ class Quality:
         n, bad = len(self.measured.sites), self.sites.drop_duplicates(['id_code', 'site']).exclude.sum()
         counts = self.counts()
         said = ', '.join(f'{k} {v:,}' for k, v in counts.items() if v) or 'nothing suspicious'
-        return f'Quality of {self.screen.path}: {n:,} sites of {len(self.wells):,} wells, {bad:,} sites to leave out; {said}'
+        return (f'Quality of {self.screen.path}: {n:,} sites of {len(self.wells):,} wells, {bad:,} sites to leave out; '
+                f'{said}')
 
     def counts(self) -> pd.Series: # index `FAULTS`
         "How many sites have each fault."
@@ -340,7 +344,8 @@ def outliers(self:Quality) -> pd.DataFrame: # experiment, plate, well, site, cha
             if k in self.measured.sites]
     t = self.measured.sites[keys].iloc[self.faults['at']].reset_index(drop=True)
     names = [channel_name(c) for c in self.screen.channels]
-    t = t.join(self.faults.drop(columns='at').assign(channel=[names[c] if c >= 0 else 'all' for c in self.faults.channel]))
+    shown = [names[c] if c >= 0 else 'all' for c in self.faults.channel]
+    t = t.join(self.faults.drop(columns='at').assign(channel=shown))
     whole = t.fault.isin(['shifted plate', 'hot pixels'])
     one = t[whole].drop_duplicates(['experiment', 'plate', 'fault', 'channel']).assign(id_code='', well='', site=0)
     t = pd.concat([one, t[~whole]])

@@ -56,7 +56,8 @@ def _misfit(z): return np.log1p(z*z/3).sum(-1)
 
 def _fingerprint(rows, corr):
     "Numbers (N, C, 4) of channels, and correlations (N, C, C) on a scale without ends"
-    return rows[..., [MEASURES.index(m) for m in ('focus', 'background', 'contrast', 'brightness')]], np.arctanh(.98*corr)
+    own = [MEASURES.index(m) for m in ('focus', 'background', 'contrast', 'brightness')]
+    return rows[..., own], np.arctanh(.98*corr)
 
 def _usual(x, plates):
     "Median and spread of each plate, of what `_fingerprint` returns"
@@ -98,7 +99,8 @@ def _moves(at):
         out = np.empty(len(at), int)
         out[order] = np.roll(order, k)
         return out
-    moves = {f'{abs(dr)} row{"s"*(abs(dr) > 1)} {"down" if dr > 0 else "up"}': where(at-[dr, 0]) for dr in (-2, -1, 1, 2)}
+    moves = {f'{abs(dr)} row{"s"*(abs(dr) > 1)} {"down" if dr > 0 else "up"}': where(at-[dr, 0])
+             for dr in (-2, -1, 1, 2)}
     moves |= {f'{abs(dc)} column{"s"*(abs(dc) > 1)} {"right" if dc > 0 else "left"}': where(at-[0, dc])
               for dc in (-2, -1, 1, 2)}
     moves |= {f'{abs(k)} well{"s"*(abs(k) > 1)} {"on" if k > 0 else "back"}': by_order(k) for k in (-2, -1, 1, 2)}

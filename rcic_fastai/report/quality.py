@@ -41,11 +41,13 @@ def quality_tiles(
 ) -> HTML:
     "The numbers that say most."
     n, bad = len(q.measured.sites), int(q.sites.drop_duplicates(['id_code', 'site']).exclude.sum())
-    numbers = {'sites looked at': (f'{n:,}', f'{q.missing:,} more have missing files' if q.missing else 'all there are'),
+    others = f'{q.missing:,} more have missing files' if q.missing else 'all there are'
+    numbers = {'sites looked at': (f'{n:,}', others),
                'to leave out': (f'{bad:,}', f'{percent(bad/max(n, 1))} of the sites'),
                'wells without a site left': (f'{int(q.wells.exclude.sum()):,}', f'of {len(q.wells):,}')}
     for what, t in q.batch_effect().dropna().groupby('what', sort=False):
-        numbers[f'{what} told right'] = percent(t.accuracy.mean(), 0), f'by simple numbers; chance {percent(t.chance.mean(), 0)}'
+        chance = f'by simple numbers; chance {percent(t.chance.mean(), 0)}'
+        numbers[f'{what} told right'] = percent(t.accuracy.mean(), 0), chance
     return tiles(numbers)
 
 def fault_table(
@@ -53,7 +55,8 @@ def fault_table(
 ) -> HTML:
     "How many sites have each fault, and what it means."
     counts, n = q.counts(), max(len(q.measured.sites), 1)
-    t = pd.DataFrame(dict(sites=counts, share=[percent(v/n) for v in counts], meaning=[_meaning[f] for f in counts.index]))
+    t = pd.DataFrame(dict(sites=counts, share=[percent(v/n) for v in counts],
+                          meaning=[_meaning[f] for f in counts.index]))
     return table(t.rename_axis('fault'), 'Faults. A site is compared with its plate and with the other wells of its '
                  'treatment, so that a strong phenotype is none.')
 
@@ -61,7 +64,8 @@ def fault_table(
 def _usual_site(q, at):
     "Row of a site of the same plate with the most usual brightness, and without a fault"
     m = q.measured
-    own = np.flatnonzero((m.plates == m.plates[at]) & ~np.isin(np.arange(len(m.plates)), q.faults['at'][q.faults.exclude]))
+    spoilt = np.isin(np.arange(len(m.plates)), q.faults['at'][q.faults.exclude])
+    own = np.flatnonzero((m.plates == m.plates[at]) & ~spoilt)
     if not len(own): return None
     bright = m.rows[own, :, 3]
     return own[np.abs(bright-np.median(bright, 0)).sum(1).argmin()]
@@ -85,7 +89,8 @@ def fault_pictures(
         x, y = _pixels(q, r.at), None if usual is None else _pixels(q, usual)
         limits = channel_limits(x if y is None else y)
         shown = [(stains_to_rgb(x, limits), f'{site.site_id}, {fault}')]
-        if y is not None: shown.append((stains_to_rgb(y, limits), f'a usual site, {q.measured.sites.site_id.iloc[usual]}'))
+        if y is not None:
+            shown.append((stains_to_rgb(y, limits), f'a usual site, {q.measured.sites.site_id.iloc[usual]}'))
         groups.append((shown, f'{site.site_id}: {r.why}' + ('' if y is None else '; on the right a usual one')))
     return pictures(groups) if groups else None
 
@@ -107,8 +112,9 @@ def plates_table(
         hot_pixels=g.hot_pixels.sum(), moved=first.moved)
     order = t.left_out.sort_values(ascending=False, kind='stable').index
     return table(t.loc[order], 'Plates, those with most left out first. Nuclei: median of the sites. Of the channel in '
-                 'which it is largest: white pixels; tilt, the change of light from the middle to the border; vignette, '
-                 'light lost in the corners; drift, the change of brightness from the first well to the last.')
+                 'which it is largest: white pixels; tilt, the change of light from the middle to the border; '
+                 'vignette, light lost in the corners; drift, the change of brightness from the first well to the '
+                 'last.')
 
 _least = 6 # wells of a plate, to say what is usual there
 _maps = 'nuclei', 'focus', 'brightness', 'background', 'contrast', 'saturated'
@@ -137,7 +143,8 @@ def batch_parts(
     said = []
     for what, own in t.dropna().groupby('what', sort=False):
         a, c = own.accuracy.mean(), own.chance.mean()
-        size = 'a strong batch effect' if a > c+.5*(1-c) else 'a batch effect' if a > c+.15*(1-c) else 'hardly any batch effect'
+        above = (a-c)/(1-c)
+        size = ('a strong' if above > .5 else 'a' if above > .15 else 'hardly any') + ' batch effect'
         said.append(f'The {what} of a well is named right in {percent(a, 0)}, by chance in {percent(c, 0)}: {size}.')
     shown = t.assign(accuracy=t.accuracy.map(percent), chance=t.chance.map(percent))
     return [note(' '.join(said)), table(shown, 'How often a linear classifier names experiment and plate from the '
@@ -152,8 +159,9 @@ def position_parts(
     if not len(t): return [note('There are too few wells on a plate to compare positions.')]
     t = t.loc[t.max(1).sort_values(ascending=False, kind='stable').index].head(n)
     t.index = _named(t.index, q)
-    return [table(t.map(percent).rename_axis('measure'), 'Share of the differences within plates that row, column or edge '
-            'explains, the largest first; without an effect it is about nought.')]
+    said = ('Share of the differences within plates that row, column or edge explains, the largest first; without an '
+            'effect it is about nought.')
+    return [table(t.map(percent).rename_axis('measure'), said)]
 
 def _named(index, q):
     "Channels by what they stain, where that is known"
@@ -176,8 +184,8 @@ def _cells(q, n_plates=3):
     yield 'Pictures', seen or [note('Nothing is suspicious.')]
     yield 'Plates', [plates_table(q)]
     worst = q.plates.drop_duplicates(['experiment', 'plate']).sort_values('left_out', ascending=False, kind='stable')
-    maps = [p for r in worst[worst.wells >= _least].head(n_plates).itertuples() for p in (heading(f'{r.experiment}, plate {r.plate}'),
-                                                                   plate_maps(q, r.experiment, r.plate))]
+    maps = [p for r in worst[worst.wells >= _least].head(n_plates).itertuples()
+            for p in (heading(f'{r.experiment}, plate {r.plate}'), plate_maps(q, r.experiment, r.plate))]
     yield 'Plate maps', maps or [note('The plates have too few wells for a map.')]
     yield 'Batch effect', batch_parts(q)
     yield 'Rows, columns, edges', position_parts(q)

@@ -38,7 +38,8 @@ def noted_path(
 
 def _found_path(text, run, number):
     "What `noted_path` was given"
-    return text if number==1 or os.path.isabs(text) or is_address(text) else os.path.normpath(os.path.join(os.path.realpath(run), text))
+    if number==1 or os.path.isabs(text) or is_address(text): return text
+    return os.path.normpath(os.path.join(os.path.realpath(run), text))
 
 def _each_path(info, change):
     "run.json with its paths changed"

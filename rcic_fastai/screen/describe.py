@@ -441,8 +441,8 @@ def _notices(rows, wells, treatments, say):
         unknown = wells.set_index('row').treatment.reindex(rows.row).isna().to_numpy()
         said = rows.treatment[unknown & (rows.treatment != '').to_numpy()].value_counts()
         if len(said):
-            say(f'{counted(int(said.sum()), "wells")} {"has" if said.sum() == 1 else "have"} the treatment {", ".join(map(repr, said.index[:5]))}: taken as unknown, '
-                'wells to predict')
+            have = f'{counted(int(said.sum()), "wells")} {"has" if said.sum() == 1 else "have"}'
+            say(f'{have} the treatment {", ".join(map(repr, said.index[:5]))}: taken as unknown, wells to predict')
     for c, what in dict(treatment='treatment', cell_type='cell type', experiment='experiment',
                         plate_name='plate').items():
         named = [*wells[c], *(treatments if c == 'treatment' else ())]
@@ -491,16 +491,17 @@ def _where_maps_are(images):
             if _heads_wells(p): return f'{p} may be it: give that folder (--data {folder}); or '
     below = _maps_below(images)
     if not below: return ''
-    return (f'there {"is" if len(below) == 1 else "are"} {", ".join(below[:3])}{" ..." if len(below) > 3 else ""} in its '
-            f'folders: describe each folder on its own (--data {images/below[0].partition("/")[0]}), or ')
+    shown = f'{"is" if len(below) == 1 else "are"} {", ".join(below[:3])}{" ..." if len(below) > 3 else ""}'
+    first = images/below[0].partition('/')[0]
+    return f'there {shown} in its folders: describe each folder on its own (--data {first}), or '
 
 def _refuse_other_maps(images, chosen):
     "Raises: ValueError for a folder in which another folder has images and a plate map of its own"
     other = next((p for p in _maps_below(images) if p.partition('/')[0] != chosen.partition('/')[0]), None)
     if other is None: return
-    raise ValueError(f'{images} holds several screens: {chosen} and {other} are plate maps of their own; describe each '
-                     f'folder on its own (--data {images/other.partition("/")[0]}), or say which is meant with table=... '
-                     '(--table)')
+    raise ValueError(f'{images} holds several screens: {chosen} and {other} are plate maps of their own; describe '
+                     f'each folder on its own (--data {images/other.partition("/")[0]}), or say which is meant with '
+                     'table=... (--table)')
 
 # %% ../../nbs/15_screen.describe.ipynb #fbb9d425
 def _only_table(images, before):
@@ -745,7 +746,8 @@ def _describe(images, table, columns, negative, positive, out, like, n_images, h
     if earlier:
         how, columns, negative, positive = _taken_over(earlier, like, how, say, columns=columns, negative=negative,
                                                        positive=positive)
-    rows, content, kept = _tables(images, table, columns, _kinds_to_find(negative, positive), how.files, out, before, say)
+    kinds = _kinds_to_find(negative, positive)
+    rows, content, kept = _tables(images, table, columns, kinds, how.files, out, before, say)
     negative, positive = ([n for n in names if n] for names in (negative, positive))
     remote = isinstance(images, RemoteFolder)
     name = re.sub('/', '-', images.name if remote else images.resolve().name) or 'experiment-1'
@@ -770,7 +772,8 @@ def _say_plates(wells, say):
     plates = wells.drop_duplicates(['experiment', 'plate'])
     if (plates.plate_name == plates.plate.astype(str)).all(): return
     several = plates.experiment.nunique() > 1
-    said = [f'{r.plate} is {r.plate_name}{f" of {r.experiment}" if several else ""}' for r in plates.head(8).itertuples()]
+    said = [f'{r.plate} is {r.plate_name}' + (f' of {r.experiment}' if several else '')
+            for r in plates.head(8).itertuples()]
     say(f'Plates by number: {", ".join(said)}' + (f' and {len(plates)-8:,} more' if len(plates) > 8 else ''))
 
 def _say_sites(found, screen, say):
@@ -779,10 +782,10 @@ def _say_sites(found, screen, say):
     each, n = screen.site_table.groupby('id_code').size(), len(screen.wells)-found.wells
     of_well = f'{each.min():,}' + (f' to {each.max():,}' if each.min() < each.max() else '')
     named = f', named {found.described["files"]}' if 'files' in found.described else ''
+    others = f'; {counted(found.others, "images")} {"belongs" if found.others == 1 else "belong"} to no well'
     say(f'{counted(len(found.files), "sites")} of {counted(found.wells, "wells")}, {of_well} of each{named}'
         + (f'; {counted(n, "wells")} {"has" if n == 1 else "have"} no images' if n > 0 else '')
-        + (f'; {counted(found.others, "images")} {"belongs" if found.others == 1 else "belong"} to no well' if found.others
-           else ''))
+        + (others if found.others else ''))
 
 # %% ../../nbs/15_screen.describe.ipynb #5b52826a
 def _images_folder(images, out):

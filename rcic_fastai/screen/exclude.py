@@ -57,7 +57,8 @@ def leave_out(
     Raises: ValueError for an atlas, a table without id_code, one of another screen, or an `exclude` that is neither yes
     nor no; as `read_rows`.
     """
-    if isinstance(screen, Atlas): raise ValueError(f'{screen.path} is an atlas; sites are left out of screens of plates')
+    if isinstance(screen, Atlas):
+        raise ValueError(f'{screen.path} is an atlas; sites are left out of screens of plates')
     rows, name = _rows_of(table)
     if 'id_code' not in rows: raise ValueError(f'{name}: column id_code is missing; expected id_code, site, exclude')
     if len(rows) and not rows.id_code.isin(screen.wells.id_code).any():

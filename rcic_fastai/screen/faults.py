@@ -64,7 +64,8 @@ def spoil_site(
 
 # %% ../../nbs/17_screen.faults.ipynb #deebb390
 def _write_site(files, x):
-    for p, plane in zip(site_files(files), x): write_whole(p, partial(Image.fromarray(plane).save, format='PNG'), sync=False)
+    for p, plane in zip(site_files(files), x):
+        write_whole(p, partial(Image.fromarray(plane).save, format='PNG'), sync=False)
 
 def _read_site(files): return np.stack([np.asarray(Image.open(p)) for p in site_files(files)])
 
@@ -121,7 +122,8 @@ def plant_faults(
     sites:int=8, # sites with each of `SITE_FAULTS`
     plates:int=1, # plates with each of `PLATE_FAULTS`
     seed:int=0 # of which, and how
-) -> pd.DataFrame: # a row per spoilt site: id_code, site, experiment, plate, fault, channel, of (a duplicate's original)
+# a row per spoilt site: id_code, site, experiment, plate, fault, channel, of (a duplicate's original)
+) -> pd.DataFrame:
     """Spoil some images of a simulated screen; the truth is kept in its faults.csv.
 
     Raises: FileNotFoundError for a folder without a simulated screen; FileExistsError if it has faults already;
@@ -129,7 +131,8 @@ def plant_faults(
     root, rng = user_path(path), named_rng(seed, 'faults')
     if not (root/'simulation.json').exists():
         raise FileNotFoundError(f'{root} holds no simulated screen: only such images are rewritten')
-    if (root/'faults.csv').exists(): raise FileExistsError(f'{root/"faults.csv"} exists: this screen has faults already')
+    if (root/'faults.csv').exists():
+        raise FileExistsError(f'{root/"faults.csv"} exists: this screen has faults already')
     white = 2**read_json(root/'simulation.json').get('bits', 8)-1
     table = read_screen(root).sites()
     rows, free = _plant_plates(table, plates, rng, white)

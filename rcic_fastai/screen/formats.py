@@ -135,8 +135,8 @@ def _refuse_unread(listing):
     for (what, do), paths in _unread(listing).items():
         if len(paths) <= len(listing.images): continue
         one = len(paths) == 1
-        raise ValueError(f'{listing.root}: there {"is" if one else "are"} {counted(len(paths), what)} such as {paths[0]}, '
-                         f'which {"is" if one else "are"} not read: {do}')
+        are, there = 'is' if one else 'are', counted(len(paths), what)
+        raise ValueError(f'{listing.root}: there {are} {there} such as {paths[0]}, which {are} not read: {do}')
 
 # %% ../../nbs/14_screen.formats.ipynb #ab543999
 def _examples(listing):
@@ -168,9 +168,12 @@ def _top(path, n): return '/'.join(path.split('/')[:-1][:n])
 def _refuse_two_systems(listing, found):
     "Raises: ValueError for a folder with images of another system, in folders that have none of this one"
     taken = set(found.images.path)
-    own = {_top(p, n) for p in taken for n in range(1, p.count('/')+1)}
+    if len(taken) >= len(listing.images): return # most folders: nothing is left over
     rest = [p for p in image_names(listing.images)[0] if p not in taken and '/' in p]
-    folders = dict.fromkeys(next((_top(p, n) for n in range(1, p.count('/')+1) if _top(p, n) not in own), '') for p in rest)
+    if not rest: return
+    tops = lambda p: (_top(p, n) for n in range(1, p.count('/')+1))
+    own = {t for p in {p.rpartition('/')[0]+'/' for p in taken} for t in tops(p)} # a folder has many images
+    folders = dict.fromkeys(next((t for t in tops(p) if t not in own), '') for p in rest)
     for folder in filter(None, folders):
         there = [p for p in listing.paths if p.startswith(folder+'/')]
         part = Listing(listing.root, tuple(there), listing.columns, listing.known)
