@@ -340,12 +340,22 @@ def rcic_show(
     plt.close(fig) # a notebook would show it
     _say(f'Written: {out}, {fig.get_suptitle()}')
 
+# %% ../../nbs/91_cli.core.ipynb #9ba1375f
+def _without(screen, table):
+    "A screen without what a table says, and how much that is; None: the whole screen"
+    if table is None: return screen
+    from rcic_fastai.screen.exclude import leave_out, left_out_sentence
+    out = leave_out(screen, table)
+    _say(f'{table}: {left_out_sentence(out, screen) or "nothing is left out"}')
+    return out
+
 # %% ../../nbs/91_cli.core.ipynb #287e0b8f
 @command
 def rcic_qc(
     data:_Required=None, # folder of the screen, or of a store
     out:_Required=None, # folder to write: quality.html, qc.csv, wells.csv, outliers.csv, plates.csv, batch.csv
     nucleus:str=None, # channel that shows nuclei, by its name or number; by default the first
+    exclude:Path=None, # table of sites or wells to leave out, such as an earlier qc.csv
     workers:int=None, # threads; by default one per core
     debug:bool=False, # show the traceback of an error
 ):
@@ -353,8 +363,8 @@ def rcic_qc(
     from rcic_fastai.screen.read import read_screen
     from rcic_fastai.quality.core import screen_quality
     from rcic_fastai.report.quality import check_quality_folder, write_quality
-    screen = read_screen(data)
-    check_quality_folder(out, screen.path)
+    screen = _without(read_screen(data), exclude)
+    check_quality_folder(out, screen.path, exclude)
     with claim_folder(out):
         q = screen_quality(screen, nucleus or 0, workers=workers)
         page = write_quality(q, out)
@@ -362,7 +372,7 @@ def rcic_qc(
     if q.missing: _say(f'{q.missing:,} sites have missing files and were not looked at')
     table = q.batch_effect()
     if len(table): _say(table.to_string(float_format=lambda v: f'{v:.3f}'))
-    _say(f'Written: {page}; its qc.csv is for --exclude of rcic-train')
+    _say(f'Written: {page}; its qc.csv is for --exclude of rcic-train and others')
 
 # %% ../../nbs/91_cli.core.ipynb #10789587
 def _say_verified(store, screen, workers):
@@ -388,6 +398,7 @@ def rcic_pack(
     size:int=None, # shorter side that images are reduced to by area average, in pixels; by default as they are
     bits:int=8, # 8: scaled by grey limits; 16: as the camera wrote them, larger
     present_only:bool=False, # pack the sites whose files are all there, instead of stopping at a missing one
+    exclude:Path=None, # table of sites or wells to leave out, such as qc.csv of rcic-qc; the store remembers them
     workers:int=None, # threads; by default one per core
     verify:bool=False, # compare every pixel with the files of --data afterwards, or those of a finished store
     debug:bool=False, # show the traceback of an error
@@ -396,8 +407,9 @@ def rcic_pack(
     from rcic_fastai.screen.read import read_screen
     from rcic_fastai.data.store import Store
     from rcic_fastai.data.pack import pack_screen
-    if data is None and not verify: raise ValueError('--data is missing: the folder of the screen to pack')
-    screen, how = None if data is None else read_screen(data), dict(format=format, preset=preset, size=size, bits=bits)
+    if data is None and (exclude or not verify): raise ValueError('--data is missing: the folder of the screen to pack')
+    screen = None if data is None else _without(read_screen(data), exclude)
+    how:dict = dict(format=format, preset=preset, size=size, bits=bits)
     if screen is None or verify and (out/'manifest.json').exists(): store = Store(out)
     else:
         try: store = pack_screen(screen, out, present_only, _say, **how, workers=workers)
@@ -455,14 +467,6 @@ def _recipe_for(data, target, recipe, set, laptop, faithful=False, full=False):
     _say(f'No --recipe: {chosen.name}, {chosen.train.epochs} epochs, because: {why}')
     return chosen, screen
 
-def _without(screen, table):
-    "A screen without what a table says, and how much that is; None: the whole screen"
-    if table is None: return screen
-    from rcic_fastai.screen.exclude import leave_out, left_out_sentence
-    out = leave_out(screen, table)
-    _say(f'{table}: {left_out_sentence(out, screen) or "nothing is left out"}')
-    return out
-
 # %% ../../nbs/91_cli.core.ipynb #74b289e7
 def _check_run_folder(run, recipe, data, start):
     "Refuse a run folder that holds what is read: the recipe, the screen, the run to start from"
@@ -514,6 +518,7 @@ def rcic_find_lr(
     steps:int=100, # steps of the test, in which the learning rate rises from 1e-7 to 10
     out:Path=Path('lr_find.png'), # picture of the loss against the learning rate
     present_only:bool=False, # use the sites whose files are all there, instead of stopping at a missing one
+    exclude:Path=None, # table of sites or wells to leave out, such as qc.csv of rcic-qc
     laptop:int=None, # shrink the recipe to a small network and so many epochs in all
     device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
@@ -522,7 +527,7 @@ def rcic_find_lr(
     from rcic_fastai.run.train import find_lr
     _check_picture(out)
     chosen, screen = _recipe_for(data, target, recipe, set, laptop)
-    found = find_lr(screen, chosen, target, steps, out, present_only, _say)
+    found = find_lr(_without(screen, exclude), chosen, target, steps, out, present_only, _say)
     for name, rate in found._asdict().items(): _say(f'{name:>8}: {rate:.2e}')
     _say(f'Written: {out}; choose with --set train.lr=...')
 

@@ -75,7 +75,7 @@ def _check_choices(sites, format, preset, bits):
     twice = sites.site_id[sites.site_id.duplicated()]
     if len(twice): raise ValueError(f'site {twice.iloc[0]} occurs twice')
 
-def _plan(sites, channels, format, preset, size, shard_sites, tables, bits=8):
+def _plan(sites, channels, format, preset, size, shard_sites, tables, bits=8, left_out=()):
     "What decides the bytes of a store"
     _check_choices(sites, format, preset, bits)
     first = sites.files.iloc[0]
@@ -86,7 +86,8 @@ def _plan(sites, channels, format, preset, size, shard_sites, tables, bits=8):
         channels=list(channels), composite=as_pixels(first).composite, size=size, n_sites=len(sites),
         shard_sites=shard_sites or (64 if format == 'zarr' else 256), tables=tables,
         sites=xxhash.xxh3_64_hexdigest('\n'.join(sites.site_id).encode()),
-        **(dict(ome_zarr=dict(version=OME_ZARR)) if format == 'zarr' else {}))
+        **(dict(ome_zarr=dict(version=OME_ZARR)) if format == 'zarr' else {}),
+        **(dict(left_out=list(left_out)) if left_out else {}))
 
 # %% ../../nbs/21_data.pack.ipynb #77d8fd00
 def _same_store(out, plan):
@@ -322,7 +323,8 @@ def pack_sites(
     workers:int=None, # threads; by default one per core
     progress:bool=True, # show rate and time left?
     tables:Path=None, # folder whose tables are copied, so that the store can be read as a screen
-    bits:int=8 # 8: grey limits make 8 bits of deeper images; 16: as the camera wrote them, limits follow on the device
+    bits:int=8, # 8: grey limits make 8 bits of deeper images; 16: as the camera wrote them, limits follow on the device
+    left_out:Sequence[str]=() # site_ids that the screen leaves out, for whoever reads the store
 ) -> Store: # the finished store
     """Pack sites into a store, or resume where packing was interrupted.
 
@@ -332,7 +334,7 @@ def pack_sites(
     out, order = user_path(out), ['experiment', 'plate', 'well', 'site']
     sites = sites.sort_values(order, kind='stable').reset_index(drop=True)
     found = [] if tables is None else _tables_of(Path(tables))
-    plan = _plan(sites, channels, format, preset, size, shard_sites, found, bits)
+    plan = _plan(sites, channels, format, preset, size, shard_sites, found, bits, left_out)
     with claim_folder(out):
         _check_folder(out, plan)
         if (out/_MANIFEST).exists(): _tidy(out) # killed between its last two steps
@@ -395,7 +397,7 @@ def pack_screen(
     if kwargs.get('bits', 8) == 8 and len(shares := clipped_pixels(sites, screen.channels, _clipped_before(screen))):
         each = ', '.join(f'{c} {s.below:.2%} and {s.above:.2%}' for c, s in shares.iterrows())
         say(f'pixels below and above the grey limits, which 8 bits clip: {each}')
-    return pack_sites(sites, out, screen.channels, tables=screen.path, **kwargs)
+    return pack_sites(sites, out, screen.channels, tables=screen.path, left_out=screen.left_out, **kwargs)
 
 # %% ../../nbs/21_data.pack.ipynb #ee0bac7c
 def check_screen_output(

@@ -41,8 +41,9 @@ def quality_tiles(
 ) -> HTML:
     "The numbers that say most."
     n, bad = len(q.measured.sites), int(q.sites.drop_duplicates(['id_code', 'site']).exclude.sum())
-    others = f'{q.missing:,} more have missing files' if q.missing else 'all there are'
-    numbers = {'sites looked at': (f'{n:,}', others),
+    out = len(q.screen.left_out)
+    others = [f'{q.missing:,} more have missing files']*bool(q.missing) + [f'{out:,} left out before']*bool(out)
+    numbers = {'sites looked at': (f'{n:,}', ', '.join(others) or 'all there are'),
                'to leave out': (f'{bad:,}', f'{percent(bad/max(n, 1))} of the sites'),
                'wells without a site left': (f'{int(q.wells.exclude.sum()):,}', f'of {len(q.wells):,}')}
     for what, t in q.batch_effect().dropna().groupby('what', sort=False):

@@ -15,6 +15,7 @@ import pandas as pd
 from ..files import check_output, claim_folder, folder_contents, note_request
 from ..screen.labels import label_matrix
 from ..screen.core import Screen
+from ..screen.exclude import without_sites
 from ..predict.blend import blend_predictions, blend_report, blend_weights, join_folds
 from ..predict.blend import _check_space, _normalised
 from ..labels.metrics import average_precision
@@ -42,6 +43,22 @@ def _check_members(runs):
         if bool(run.valid_wells)!=bool(first.valid_wells):
             one, other = (first, run) if first.valid_wells else (run, first)
             raise ValueError(f'{one} set wells aside and {other} trained on all: no well says how good both are')
+
+def _on_one_screen(runs, screen):
+    "The runs on a screen without the sites that any of them left out"
+    known = [Run(r, screen) for r in runs]
+    left = {s for r in known if r.has_own_screen for s in r.info.get('left_out', ())}
+    screen = without_sites(screen, left) if left else screen
+    gone = {s.rpartition('_')[0] for s in left}-set(screen.wells.id_code)
+    found = [Run(r, screen) for r in runs]
+    for r in found: r.valid_wells = [w for w in r.valid_wells if w not in gone]
+    return found
+
+def _of_screen(p, screen):
+    "Predictions without sites that the screen leaves out"
+    keep = ~pd.Index(p.ids).isin(list(screen.left_out))
+    if keep.all() or p.made.get('level')=='well': return p
+    return replace(p, ids=p.ids[keep], logits=p.logits[keep], views=None if p.views is None else p.views[:, keep])
 
 def _are_folds(runs):
     "Did they set different wells aside, so that each well is known by those that did not train on it?"
@@ -80,13 +97,13 @@ def blend_runs(
 ) -> pd.DataFrame: # from `blend_report`, of the wells that were set aside; weights alone if there are none
     """Average the predictions of runs and write them like those of a run.
 
-    Runs that set different wells aside are folds: each of these wells is predicted by the runs that did not train on
-    it, the test split by all.
+    What one of the runs left out counts nowhere in the blend. Runs that set different wells aside are folds: each of
+    these wells is predicted by the runs that did not train on it, the test split by all.
     Raises: ValueError for runs that predict other targets, classes or wells; FileExistsError for anything else in
     `out`.
     """
     out = check_output(out, screen.path, *runs)
-    runs = [Run(r, screen) for r in runs]
+    runs = _on_one_screen(runs, screen)
     _check_members(runs)
     splits = _blended_splits(runs[0])
     _check_weights(weights, runs, splits)
@@ -102,8 +119,9 @@ def blend_runs(
 # %% ../../nbs/77_run.blend.ipynb #c1c2c693
 def _info_of(runs, say):
     "What run.json says of a blend"
-    kept = 'target', 'wells', 'valid', 'present_only', 'data', 'valid_wells', 'treatments'
-    info = {k: runs[0].info[k] for k in kept if k in runs[0].info}
+    kept, left = ('target', 'wells', 'valid', 'present_only', 'data', 'treatments'), runs[0].screen.left_out
+    info = {k: runs[0].info[k] for k in kept if k in runs[0].info} | dict(valid_wells=runs[0].valid_wells)
+    if left: info['left_out'] = list(left)
     if not _are_folds(runs): return info
     together = sorted({w for r in runs for w in r.valid_wells})
     say(f'The runs set different wells aside, as folds do: each of {len(together):,} wells is predicted by the runs '
@@ -113,7 +131,7 @@ def _info_of(runs, say):
 def _blend(runs, out, weights, space, splits, how):
     "Write the blend, its `run.json` last"
     first, wells = runs[0], runs[0].screen.wells
-    predict = lambda r, split: r.check_predicted(split, r.predicted(split, **how))
+    predict = lambda r, split: r.check_predicted(split, _of_screen(r.predicted(split, **how), r.screen))
     found = {split: {r.path.name: predict(r, split) for r in runs} for split in splits}
     given = blend_weights(found['valid'], wells, first.target, space=space) if isinstance(weights, str) else weights
     join = lambda split: join_folds if split=='valid' and _are_folds(runs) else blend_predictions

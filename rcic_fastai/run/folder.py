@@ -109,8 +109,7 @@ def screen(self:Run) -> Screen:
     if not isinstance(self._data, Screen): self._data = read_screen(self.data)
     if self.info.get('left_out') and not self.__dict__.get('_left'):
         self._left = True # before it is asked whose screen this is
-        if not self._data.left_out and self.has_own_screen:
-            self._data = without_sites(self._data, self.info['left_out'])
+        if self.has_own_screen: self._data = without_sites(self._data, self.info['left_out'])
     return self._data
 
 def run_data(

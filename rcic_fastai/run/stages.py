@@ -26,14 +26,18 @@ from .record import _BEGUN
 # %% ../../nbs/75_run.stages.ipynb #d21bea8f
 _free = 'checkpoint.every_steps', 'checkpoint.keep_last', 'data.workers', 'data.cache' # change nothing that is computed
 
+def _digest(ids): return xxhash.xxh3_64_hexdigest('\n'.join(sorted(ids)).encode())
+
+_before = dict(left_out=_digest(())) # what is meant where a record of an earlier version does not say it
+
 def _differences(started, recipe, asked):
     "What a run was started with, against what is asked for now"
     before = recipe_from_dict(started['recipe'], where='settings of the training that was begun')
     differ = compare_recipes(before, recipe).drop(index=list(_free), errors='ignore')
     text = lambda v: json.dumps(v, default=lambda o: o.item())
     lines = [f'{k} was {text(r.a)} and is {text(r.b)}' for k,r in differ.iterrows()]
-    lines += [f'{k} was {text(started["asked"].get(k))} and is {text(v)}' for k,v in asked.items()
-              if started['asked'].get(k, v) != v]
+    then = {**asked, **{k: v for k, v in _before.items() if k in asked}, **started['asked']}
+    lines += [f'{k} was {text(then[k])} and is {text(v)}' for k,v in asked.items() if then[k] != v]
     return '; '.join(lines)
 
 def _check_same(started, recipe, asked, run):

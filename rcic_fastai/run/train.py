@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 import numpy as np
 import pandas as pd
 from fastai.callback.all import Callback, minimum, slide, steep, valley
@@ -47,7 +46,7 @@ from ..train.controls import _plain_log, pretrain_on_controls
 from .task import task_of
 from .record import _BEGUN, write_run
 from .folder import Run, treatment_names
-from .stages import _differences, Stages
+from .stages import _differences, _digest, Stages
 
 # %% ../../nbs/77_run.train.ipynb #a7c1e0d1
 def training_sites(
@@ -142,8 +141,6 @@ def _wells_of_run(valid):
     return wells
 
 # %% ../../nbs/77_run.train.ipynb #a7c1e0db
-def _digest(ids): return xxhash.xxh3_64_hexdigest('\n'.join(sorted(ids)).encode())
-
 @dataclass
 class Training:
     "What `train_run` was asked for."
@@ -308,7 +305,8 @@ def _stages(t, table, start):
     "The stages, held against what was asked for before"
     ids = table.sites.id_code
     asked = dict(target=t.target, wells=t.wells, start=None if t.start is None else str(t.start),
-                 training_wells=_digest(ids[~table.mask]), validation_wells=_digest(ids[table.mask]))
+                 training_wells=_digest(ids[~table.mask]), validation_wells=_digest(ids[table.mask]),
+                 left_out=_digest(t.screen.left_out))
     if named := t.treatments(): asked['treatments'] = _digest(f'{n} {name}' for n, name in named['treatments'].items())
     w = t.screen.wells
     before = () if start is None else set(w.id_code[w.split=='train'])-set(start.valid_wells)

@@ -13,6 +13,7 @@ from ..locations import as_address, fetch_tables, fetched_from
 from .channels import CHANNELS
 from .tables import _find_screen, kaggle_wells, metadata_sites, WELL_COLUMNS
 from .core import check_screen, _packed_files, Screen
+from .exclude import without_sites
 
 # %% ../../nbs/16_screen.read.ipynb #28dc95ff
 def _published_screen(root, layout, check):
@@ -31,6 +32,14 @@ def _published_screen(root, layout, check):
     return Screen(root, layout, rows[list(WELL_COLUMNS)], channels, site_rows, packed)
 
 # %% ../../nbs/16_screen.read.ipynb #35789001
+def _as_packed(screen, root):
+    "Without the sites that a store was packed without. Raises: ValueError for a manifest that does not name them"
+    path = Path(root)/'manifest.json'
+    left = read_json(path).get('left_out') if path.is_file() else None
+    if left is None: return screen
+    if isinstance(left, list) and all(isinstance(s, str) for s in left): return without_sites(screen, left)
+    raise ValueError(f'{path}: left_out is {str(left)[:80]}, expected a list of ids of sites')
+
 _STORED = ('manifest.json', 'sites.parquet', 'packing.json')
 _PUBLISHED = ('train.csv', 'train_controls.csv', 'test.csv', 'test_controls.csv', 'metadata.csv', 'truth.csv',
               'sample_submission.csv')
@@ -70,5 +79,5 @@ def read_screen(
         return read_hpa(root)
     if layout == 'platemap':
         from rcic_fastai.screen.describe import read_platemap  # only where a screen was described
-        return read_platemap(root)
-    return _published_screen(root, layout, check)
+        return _as_packed(read_platemap(root), root)
+    return _as_packed(_published_screen(root, layout, check), root)
