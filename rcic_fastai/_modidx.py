@@ -2836,6 +2836,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'rcic_fastai.run.folder.Run.stats': ('run.folder.html#run.stats', 'rcic_fastai/run/folder.py'),
                                         'rcic_fastai.run.folder.Run.submission_path': ( 'run.folder.html#run.submission_path',
                                                                                         'rcic_fastai/run/folder.py'),
+                                        'rcic_fastai.run.folder.Run.trained_on': ( 'run.folder.html#run.trained_on',
+                                                                                   'rcic_fastai/run/folder.py'),
                                         'rcic_fastai.run.folder.Run.weights_path': ( 'run.folder.html#run.weights_path',
                                                                                      'rcic_fastai/run/folder.py'),
                                         'rcic_fastai.run.folder.Run.with_inference': ( 'run.folder.html#run.with_inference',

@@ -1,5 +1,6 @@
 "A finished run meets the plates of next week: another folder, nothing said twice, nothing of the first written over."
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +40,19 @@ def plates(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_next_plates_by_command(plates, monkeypatch, capsys):
+@pytest.mark.parametrize("how", [["--recipe", "laptop", "--laptop", 2, "--set", "model.arch=resnet10t"],
+                                 ["--epochs", 2]], ids=["head", "centres"])
+def test_the_next_plates_by_command(plates, tmp_path, how, monkeypatch, capsys):
+    "By the scores of the head, and by centres of the classes, which later plates do not have: the default"
     def command(*args):
         status, out, err = in_process(monkeypatch, capsys, *args)
         assert status == 0, err
         return out
 
-    first, later, run, out = (plates / n for n in ("first", "next week", "run", "answers"))
+    first, later, run, out = plates / "first", plates / "next week", tmp_path / "run", tmp_path / "answers"
     command("rcic-describe", "--data", first, "--column", "experiment=Day", "--column", "plate=Barcode", "--column",
             "well=Position", "--column", "treatment=Compound", "--negative", "vehicle")
-    command("rcic-train", "--data", first, "--run", run, "--recipe", "laptop", "--laptop", 2, "--valid",
-            "experiment=day2", "--set", "model.arch=resnet10t")
+    command("rcic-train", "--data", first, "--run", run, "--valid", "experiment=day2", *how)
     command("rcic-predict", "--run", run, "--split", "valid")
     before = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file() and not p.name.startswith(".")}
     monkeypatch.chdir(plates.parent)  # from another folder
@@ -64,6 +67,34 @@ def test_the_next_plates_by_command(plates, monkeypatch, capsys):
     again = command("rcic-apply", "--run", run, "--data", later, "--out", out, "--no-report")
     assert f"{len(answers)} wells" in again
     pd.testing.assert_frame_equal(pd.read_csv(out / "submission_wells.csv"), answers)
+
+
+@pytest.mark.slow
+def test_known_wells_of_later_plates_do_not_limit_the_others(plates, tmp_path):
+    "Centres are those of the training, whatever is known of the later plates; lost images are named"
+    from rcic_fastai.predict.core import Predictions
+    from rcic_fastai.recipe.default import default_recipe
+    from rcic_fastai.recipe.published import change_recipe
+    from rcic_fastai.report.apply import apply_run
+    from rcic_fastai.run.train import train_run
+    from rcic_fastai.screen.describe import describe_screen
+
+    own, later, quiet = tmp_path / "own", tmp_path / "later", dict(say=lambda *a: None)
+    shutil.copytree(plates / "first", own)
+    shutil.copytree(plates / "next week", later)
+    table = pd.read_csv(later / "other.csv", dtype=str)
+    table.loc[table.index[1], "Compound"] = "taxol"
+    table.to_csv(later / "other.csv", index=False)
+    columns = dict(experiment="Day", plate="Barcode", well="Position", treatment="Compound")
+    screen = describe_screen(own, columns=columns, negative=["vehicle"], **quiet)
+    recipe = change_recipe(default_recipe(screen, full=False)[0], "train.epochs=2")
+    train_run(screen, recipe, tmp_path / "run", valid="experiment=day2", **quiet)
+    answers = apply_run(tmp_path / "run", later, tmp_path / "out", report=False, progress=False, **quiet)
+    p = Predictions.load(tmp_path / "run/predictions/out/test.npz")
+    assert len(answers) == 5 and len(p.classes) == 3
+    own.rename(tmp_path / "archive")
+    with pytest.raises(FileNotFoundError, match="own"):
+        apply_run(tmp_path / "run", later, tmp_path / "out", report=False, progress=False, **quiet)
 
 
 @pytest.mark.slow

@@ -30,7 +30,8 @@ from docs_links import broken_links  # noqa: E402
 
 # in this order; others follow
 TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]
-GUIDES = ["which_recipe", "image_quality", "systems", "runs", "published_systems", "limits", "architecture", "glossary"]
+GUIDES = ["by_question", "which_recipe", "image_quality", "sizes", "systems", "runs", "published_systems", "limits",
+          "architecture", "glossary"]
 # rooms of the API that stand under one title; a room that is not named has its own
 GROUPS = dict.fromkeys(["errors", "files", "credentials", "renamed", "versions", "private"], "Ground")
 GROUND = "Files, errors and names that everything stands on."
@@ -260,10 +261,13 @@ def toctree(entries, hidden=False, caption=None):
     return "\n".join(["```{toctree}", *options, "", *entries, "```", ""])
 
 
-SECTIONS = ["Tutorials <tutorials/index>", "Guides <guides/index>", "API <api/index>", "Commands <commands>",
+SECTIONS = ["Guides <guides/index>", "Tutorials <tutorials/index>", "API <api/index>", "Commands <commands>",
             "Benchmarks <benchmarks/index>",
             "Changelog <changelog>", "Contributing <contributing>"]
 CARDS = """{.cards}
+- **[Guide by question](guides/by_question.ipynb)**
+
+  Odd wells, the batch effect, best hits, the next plate, two GPUs, another backbone: each with the lines that answer it.
 - **[Tutorials](tutorials/index.md)**
 
   The whole road in a notebook, your own images, the Human Protein Atlas, open questions.

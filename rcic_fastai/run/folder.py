@@ -388,6 +388,20 @@ def sites(self:Run,
     return _only_valid_wells(self, sites, say) if split=='valid' else sites
 
 # %% ../../nbs/75_run.folder.ipynb #1b5a2ee9
+@patch(as_prop=True)
+def trained_on(self:Run) -> Screen:
+    """The screen of the training, also where `screen` is another one.
+
+    Raises: FileNotFoundError if it is not where run.json says, and predictions need its images.
+    """
+    if not self.beside: return self.screen
+    above = self.path.parent if (self.path.parent/'run.json').is_file() else None # of a network per cell type
+    try: own = (Run(above).network(self.path.name) if above else Run(self.path)).screen
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f'{e}. Its wells are needed for the class centres that {self} compares with '
+                                f'(inference.postprocess={self.recipe.inference.postprocess})') from None
+    return own
+
 @patch
 def references(self:Run,
     sites:pd.DataFrame, # sites that are to be predicted
@@ -395,8 +409,9 @@ def references(self:Run,
 ) -> tuple[pd.DataFrame|None, pd.DataFrame|None]: # labelled sites of the training; controls of the splits in question
     "What `needs` asks for; None for what is not needed."
     w, needs = self.screen.wells, self.needs
-    select = lambda s, kind: select_sites(self.screen, s, kind, present_only, lambda *a: None)
-    labelled = select('train', self.wells) if needs.reference else None # a centre for each class that it knows
+    select = lambda s, kind, of=self.screen: select_sites(of, s, kind, present_only, lambda *a: None)
+    # a centre for each class that it knows
+    labelled = select('train', self.wells, self.trained_on) if needs.reference else None
     if needs.reference: labelled = labelled[~labelled.id_code.isin(self.valid_wells)].reset_index(drop=True)
     # the splits of a site may differ from that of its well
     asked = {*w.split[w.id_code.isin(sites.id_code)], *(['train'] if needs.reference else [])}

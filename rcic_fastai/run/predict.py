@@ -35,7 +35,7 @@ def _predict_network(run, split, wells, present_only, device, progress, say, kee
     labelled, controls = run.references(sites, present_only)
     learn = run.learner(pd.concat([sites, labelled, controls], ignore_index=True), device) # without what is None
     p = predict_with(learn, sites, run.recipe, controls, reference=labelled, progress=progress, keep_views=keep_views)
-    w = run.screen.wells
+    w = (run.trained_on if run.beside and run.needs.reference else run.screen).wells
     treated = w.sirna[(w.well_type=='treatment') & (w.split=='train')].dropna().unique() if run.target=='sirna' else []
     if not (sites.well_type=='treatment').all() or not np.isin(p.classes, treated).any(): return p
     gone = p.classes[~np.isin(p.classes, treated)]

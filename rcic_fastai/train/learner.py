@@ -75,6 +75,8 @@ class ScreenLearner(Learner):
 
     def _do_fit(self):
         start, self.first_epoch = self.first_epoch, 0
+        # fastprogress takes the time from epoch 0 on
+        if start and (bar := getattr(getattr(self, 'progress', None), 'mbar', None)) is not None: bar.update(0)
         for epoch in range(start, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
