@@ -267,7 +267,7 @@ SECTIONS = ["Guides <guides/index>", "Tutorials <tutorials/index>", "API <api/in
 CARDS = """{.cards}
 - **[Guide by question](guides/by_question.ipynb)**
 
-  Odd wells, the batch effect, best hits, the next plate, two GPUs, another backbone: each with the lines that answer it.
+  Odd wells, the batch effect, best hits, the next plate, two GPUs, a backbone: each with the lines that answer it.
 - **[Tutorials](tutorials/index.md)**
 
   The whole road in a notebook, your own images, the Human Protein Atlas, open questions.
