@@ -57,9 +57,15 @@ def one_of(
     raise ValueError(f'{name} is {value!r}, expected {expected}{_listed(choices, 20)}{meant}')
 
 # %% ../nbs/00_errors.ipynb #326c0644
+_verbs = dict(are='is', were='was', have='has', do='does')
+
+def _singular(nouns): return re.sub(r'(?:(?<=ss)es|(?<=[cs]h)es|(?<=x)es|s)$', '', re.sub('ies$', 'ys', nouns))
+
 def counted(
     n:int, # how many
-    what:str # they are, in the plural: 'wells', 'images that the index names'
-) -> str: # such as '1 well' or '1,536 wells'
-    "A number and its noun."
-    return f'{n:,} {what}' if n != 1 else f'{n} ' + re.sub(r'^((?:\w+ )*?\w+?)s\b', r'\1', what, count=1)
+    what:str # they are, in the plural: 'wells', 'images that the index names', 'sites are'
+) -> str: # such as '1 well', '1 site is' or '1,536 wells'
+    "A number and its noun, with what is said of it."
+    if n != 1: return f'{n:,} {what}'
+    one = re.sub(r'^((?:[\w-]+ )*?[\w-]+s)\b', lambda m: _singular(m[1]), what, count=1)
+    return f'{n} ' + re.sub(r'(?<= )(?:are|were|have|do)(?= |$)', lambda m: _verbs[m[0]], one)

@@ -102,10 +102,10 @@ def test_classes_stay_on_both_sides(seed):
     "change,message",
     [
         (dict(share=0), "share is 0"),
-        (dict(share=0.005), "0 groups fit into the validation set"),
+        (dict(share=0.005), "0 groups for the validation set"),
         (dict(how="random"), "how is 'random'"),
         (dict(y=np.zeros((3, 2))), "labels of shape"),
-        (dict(groups=[1]), "1 groups for"),
+        (dict(groups=[1]), "1 group for"),
         (dict(test=np.zeros((5, 3))), "expected .rows, features. with the same features"),
         (dict(test=np.full((200, 4), np.inf)), "feature 0 is inf in test row 0"),
         (dict(train=np.zeros((0, 4))), "there are no training rows"),

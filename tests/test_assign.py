@@ -194,7 +194,7 @@ def test_a_screen_is_its_experiments_in_the_order_of_the_input(one_to_one):
 
 
 def test_a_screen_names_the_experiment_of_an_error():
-    with pytest.raises(ValueError, match='experiment RPE-08: 2 plates but 1 groups'):
+    with pytest.raises(ValueError, match='experiment RPE-08: 2 plates but 1 group'):
         assign_screen(np.zeros((2, 2)), ['RPE-08']*2, [1, 2], [0, 0])
 
 
@@ -231,7 +231,7 @@ def test_equal_votes_are_decided_by_the_scores_and_only_equal_ones():
     assert vote_plate_groups([[5., 1], [5, 1]], [1, 1], [0, 1], known=[0]) == ({1: 1}, np.inf)
     assert vote_plate_groups(np.zeros((0, 2)), [], [0, 1]) == infer_plate_groups(np.zeros((0, 2)), [],
                                                                                  [0, 1]) == ({}, np.inf)
-    with pytest.raises(ValueError, match='2 plates but 1 groups'): vote_plate_groups(np.zeros((2, 2)), [1, 2], [0, 0])
+    with pytest.raises(ValueError, match='2 plates but 1 group'): vote_plate_groups(np.zeros((2, 2)), [1, 2], [0, 0])
     with pytest.raises(ValueError, match=r'the groups \[0, 1\] usable'):
         vote_plate_groups(np.zeros((2, 2)), [1, 2], [0, 1], known=[0])
 
@@ -408,8 +408,8 @@ def test_submission_takes_whole_numbers_of_any_type(sample, tmp_path):
 
 
 @pytest.mark.parametrize('ids,labels,message', [
-    (IDS[1:], [1, 2, 3], '1 wells of .*sample_submission.csv are missing: HUVEC-17_1_B03'),
-    (IDS+['RPE-01_1_B03'], range(5), '1 wells are not in .*sample_submission.csv: RPE-01_1_B03'),
+    (IDS[1:], [1, 2, 3], '1 well of .*sample_submission.csv is missing: HUVEC-17_1_B03'),
+    (IDS+['RPE-01_1_B03'], range(5), '1 well is not in .*sample_submission.csv: RPE-01_1_B03'),
     (IDS[:3]+IDS[:1], range(4), 'HUVEC-17_1_B03 occurs more than once'),
     (IDS[:3]+[None], range(4), 'row 3 has no id_code'),
     (IDS, [1, 2, 3], '3 sirna for 4 id_code'),
@@ -455,7 +455,7 @@ def test_score_and_its_table(sample, tmp_path):
 @each('submission,message', [
     ('id_code,sirna\nHUVEC-17_1_B03,0\n',
      r'submission.csv: 3 wells of truth are missing: HUVEC-17_2_B04, HUVEC-18_1_B03, U2OS-04_1_B03'),
-    ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+['X-01_1_B03']), '1 wells are not in truth: X-01_1_B03'),
+    ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+['X-01_1_B03']), '1 well is not in truth: X-01_1_B03'),
     ('id_code,sirna\n' + ''.join(f'{i},0\n' for i in IDS+IDS[:1]),
      'submission.csv: HUVEC-17_1_B03 occurs more than once'),
     ('id_code,sirna\n' + ''.join(f'{i},\n' for i in IDS), r'submission.csv: row 2 \(HUVEC-17_1_B03\) has no sirna'),

@@ -324,7 +324,7 @@ def test_no_stage_validates_on_what_another_has_trained_on(two_types, tmp_path, 
     for name in ("run.json", "RPE/run.json"):
         (tmp_path / "run" / name).unlink()
     with pytest.raises(ValueError,
-                       match=f"stage train: 1 wells are validated on whose labels are trained on, such as {planted}"):
+                       match=f"stage train: 1 well is validated on whose labels are trained on, such as {planted}"):
         train_run(two_types, recipe, tmp_path / "run", valid=valid, say=lambda *a: None)
 
 

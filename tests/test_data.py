@@ -680,7 +680,7 @@ def test_classes_may_be_given(sites):
         (dict(n_controls=-1), "n_controls is -1, expected 0 or more"),
         (dict(domains_per_batch=0), "domains_per_batch is 0, expected 1 or more"),
         (dict(domains_per_batch=4), "a batch of 6 sites cannot be cut into 4 equal parts"),
-        (dict(pairs=True, domain="plate"), "pairs with domain 'plate': an experiment has no siRNA twice"),
+        (dict(pairs=True, domain="plate"), "pairs with domain 'plate': an experiment has no treatment twice"),
         (dict(pairs=True, domain=None, domains_per_batch=2),
          "pairs need an even number of sites per domain in a batch, not 3"),
     ],

@@ -64,7 +64,7 @@ def test_training_without_a_recipe(small_screen, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said = []
     learn = train_run(small_screen, run=tmp_path / "run", say=said.append)
-    assert said[0].startswith("No recipe is named: resnet10t_domain_batches, 1 epochs, because: "), said[0]
+    assert said[0].startswith("No recipe is named: resnet10t_domain_batches, 1 epoch, because: "), said[0]
     assert learn.dls.train.domain == "plate" and learn.dls.counts is not None
     own = get_recipe(tmp_path / "run" / "recipe.json")
     assert own == default_recipe(read_screen(small_screen))[0]

@@ -206,7 +206,7 @@ def test_the_release(server, tmp_path, capsys, monkeypatch):
     server.files["/rxrx1/rxrx1-dl-embeddings.zip"], server.hangs_up_after = buffer.getvalue(), 70_000
     for _ in range(2): rcic_download("rxrx1", tmp_path / "a", parts="embeddings", url=f"{server.url}/rxrx1/")
     said = capsys.readouterr().out
-    assert "rxrx1-dl-embeddings.zip: 1 files" in said and "is there, unpacked" in said and len(server.asked) == 3
+    assert "rxrx1-dl-embeddings.zip: 1 file" in said and "is there, unpacked" in said and len(server.asked) == 3
     assert [p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*") if p.is_file()
             and not p.name.startswith(".")] == ["rxrx1/embeddings.csv"]
     server.hangs_up_after = 0

@@ -352,8 +352,8 @@ def test_other_columns_and_images_without_labels(tmp_path):
 @pytest.mark.parametrize(
     "ids, labels, message",
     [
-        (IDS[:2], LABELS[:2], "1 images of .*sample.csv are missing, such as 'c d'"),
-        ([*IDS, "x"], [*LABELS, (0,)], "1 images are not in .*sample.csv, such as 'x'"),
+        (IDS[:2], LABELS[:2], "1 image of .*sample.csv is missing, such as 'c d'"),
+        ([*IDS, "x"], [*LABELS, (0,)], "1 image is not in .*sample.csv, such as 'x'"),
         (["b", "b", "c d"], LABELS, "row 1: id 'b' occurs more than once"),
         (["b", None, "c d"], LABELS, "row 1 has no id"),
         (IDS, LABELS[:2], "labels of 2 images for 3 ids"),
@@ -415,7 +415,7 @@ def test_score(tmp_path, sample):
     assert score_label_submission(path, tmp_path / "truth.csv") == macro_f1(y, pred)
     tuples = pd.DataFrame(dict(id=truth.Id, labels=[(3, 1), (16, 0), (1,)]))
     assert score_label_submission(path, tuples) == macro_f1(y, pred)
-    with pytest.raises(ValueError, match="1 images are not in truth, such as 'c d'"):
+    with pytest.raises(ValueError, match="1 image is not in truth, such as 'c d'"):
         score_label_submission(path, truth[1:])
     with pytest.raises(ValueError, match="truth: row 2 .b.: there are no labels"):
         score_label_submission(path, truth.assign(Target=["3", "0", ""]))

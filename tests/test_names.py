@@ -199,7 +199,7 @@ def test_truth_of_a_treatment_that_is_new(own, own_run, tmp_path):
 @each("text, message", [
     ("id_code,compound\nx,y\n", "column 'sirna' is missing"),
     ("a,b\n1,2\n", "neither id_code nor well is among its columns, a, b"),
-    ("id_code,treatment\nnowhere_1_B02,x\n", "none of its 1 wells"),
+    ("id_code,treatment\nnowhere_1_B02,x\n", "none of its 1 well"),
     ("well,treatment\nB02,x\n", "has several wells B02; columns for experiment"),
     ("experiment,well,treatment\nday #1,C02,x\n", "row 2: experiment day #1 well C02 is not in"),
     ("id_code,treatment\nday #1_1_B02,x\nday #1_1_B02,x\n", "row 3: well day #1_1_B02 occurs more than once"),

@@ -185,7 +185,7 @@ def test_a_known_label_is_kept_unless_it_is_hidden():
         pseudo_sites(sites, PSEUDO)
     chosen = pseudo_sites(sites, PSEUDO, hidden=True)
     assert chosen.sirna.tolist() == [5, 5, 6, 6, 5, 5, 0, 0]
-    with pytest.raises(ValueError, match='1 wells with a pseudo-label have no sites here, RPE-02_1_B05 for one'):
+    with pytest.raises(ValueError, match='1 well with a pseudo-label has no sites here, RPE-02_1_B05 for one'):
         pseudo_sites(sites[:6], PSEUDO, hidden=True)
     with pytest.raises(ValueError, match='sites: column sirna is missing'): pseudo_sites(sites[['id_code']], PSEUDO)
 

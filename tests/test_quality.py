@@ -164,7 +164,7 @@ def test_excluded_sites_count_nowhere_and_the_run_says_so(small_screen, tmp_path
                  debug=True)
     cli.rcic_train(**asked, exclude=tmp_path / "qc.csv")
     said = capsys.readouterr().out
-    assert "3 sites are left out, and 1 wells that have no other" in said and "(3 sites left out)" in said
+    assert "3 sites are left out, and 1 well that has no other" in said and "(3 sites left out)" in said
     run = Run(tmp_path / "run")
     assert run.info["left_out"] == sorted([f"{gone}_1", f"{gone}_2", f"{valid[0]}_1"])
     assert "3 sites left out" in repr(run) and gone not in set(run.screen.wells.id_code)

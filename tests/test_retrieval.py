@@ -64,7 +64,7 @@ def test_length_does_not_count_and_zeros_are_near_to_nothing():
      "the gallery is empty: none of its 2 images has known labels"),
     (lambda: Retrieval().fit(np.ones((0, 3)), np.ones((0, 4))), "the gallery is empty: none of its 0 images"),
     (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((3, 4))), "2 embeddings for 3 rows of labels"),
-    (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((2, 4)), ["a"]), "1 groups for 2 embeddings"),
+    (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((2, 4)), ["a"]), "1 group for 2 embeddings"),
     (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((2, 4)), p=np.ones((2, 3))),
      r"probabilities of shape \(2, 3\) for labels of \(2, 4\)"),
     (lambda: Retrieval().fit(np.ones((2, 3)), np.ones((2, 4)), p=np.full((2, 4), np.nan)),

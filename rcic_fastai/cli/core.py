@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
+from ..errors import counted
 from ..files import claim_folder, output_path, user_path
 from ..credentials import refuse_password, scrub
 from .script import call_parse, CliError
@@ -369,7 +370,7 @@ def rcic_qc(
         q = screen_quality(screen, nucleus or 0, workers=workers)
         page = write_quality(q, out)
     _say(q)
-    if q.missing: _say(f'{q.missing:,} sites have missing files and were not looked at')
+    if q.missing: _say(f'{counted(q.missing, "sites have")} missing files and were not looked at')
     table = q.batch_effect()
     if len(table): _say(table.to_string(float_format=lambda v: f'{v:.3f}'))
     _say(f'Written: {page}; its qc.csv is for --exclude of rcic-train and others')
@@ -382,9 +383,9 @@ def _say_verified(store, screen, workers):
     for p in problems[:20].itertuples(): _say(f'{p.site_id}: {p.problem}')
     if len(problems) > 20: _say(f'... and {len(problems)-20:,} more')
     unknown = int(problems.problem.str.startswith('could not be compared').sum())
-    wrong, sites, tables = len(problems)-unknown, f'{len(store):,} sites', len(store.manifest['files'])
-    if unknown: _say(f'{unknown:,} sites could not be compared with the files of {screen.path}')
-    if wrong: raise ValueError(f'{wrong:,} of {sites} and {tables} tables are not as they were packed')
+    wrong, sites, tables = len(problems)-unknown, counted(len(store), 'sites'), len(store.manifest['files'])
+    if unknown: _say(f'{counted(unknown, "sites")} could not be compared with the files of {screen.path}')
+    if wrong: raise ValueError(f'{wrong:,} of {sites} and {counted(tables, "tables are")} not as they were packed')
     if unknown: raise ValueError(f'{unknown:,} of {sites} could not be compared')
     _say(f'{sites} are as they were packed' + ('' if screen is None else f', compared with {screen.path}'))
 
@@ -429,7 +430,7 @@ def _after_training(run, valid, submit):
     if valid is not None:
         run.predict('valid', say=lambda *a: None)
         said = submit or not isinstance(run.screen, Atlas) # a submission of labels says it
-        out = f' ({len(run.screen.left_out):,} sites left out)' if run.screen.left_out else ''
+        out = f' ({counted(len(run.screen.left_out), "sites")} left out)' if run.screen.left_out else ''
         if not run.task.several or not said: _say(f'Validation, {valid}: {run.validation()}{out}')
     if not submit: return
     run.predict('test', say=_say)
@@ -464,7 +465,7 @@ def _recipe_for(data, target, recipe, set, laptop, faithful=False, full=False):
     screen = read_screen(data)
     default, why = default_recipe(screen, target, full or None)
     chosen = _chosen_recipe(default, set, laptop)
-    _say(f'No --recipe: {chosen.name}, {chosen.train.epochs} epochs, because: {why}')
+    _say(f'No --recipe: {chosen.name}, {counted(chosen.train.epochs, "epochs")}, because: {why}')
     return chosen, screen
 
 # %% ../../nbs/91_cli.core.ipynb #74b289e7
@@ -483,7 +484,7 @@ def rcic_train(
     recipe:str=None, # name of a system or a JSON file; by default what suits the screen and the machine
     run:Path=Path('runs/latest'), # folder to write; a run that was killed is resumed by the same command
     set:_Repeated=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
-    target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
+    target:str=None, # column of the wells to predict; by default sirna, the treatment, of an atlas its labels
     wells:str='treatments', # treatments, controls or all
     valid:str=None, # wells to set aside: experiment=RPE-07,RPE-09, plate=4, fold=0/3, well=0/5 (random), run=FOLDER
     exclude:Path=None, # table of sites or wells to leave out, such as qc.csv of rcic-qc; those to predict stay
@@ -514,7 +515,7 @@ def rcic_find_lr(
     data:_Required=None, # folder of the screen
     recipe:str=None, # name of a system or a JSON file; by default what suits the screen and the machine
     set:_Repeated=None, # change a setting of the recipe; may be repeated
-    target:str=None, # column of the wells to predict; by default sirna, of an atlas its labels
+    target:str=None, # column of the wells to predict; by default sirna, the treatment, of an atlas its labels
     steps:int=100, # steps of the test, in which the learning rate rises from 1e-7 to 10
     out:Path=Path('lr_find.png'), # picture of the loss against the learning rate
     present_only:bool=False, # use the sites whose files are all there, instead of stopping at a missing one
@@ -556,14 +557,14 @@ def rcic_predict(
 
 # %% ../../nbs/91_cli.core.ipynb #40ed2245
 def _say_separation(x, wells):
-    "How well embeddings tell siRNAs apart and batches together, on the wells whose siRNA is known"
+    "How well embeddings tell treatments apart and batches together, on the wells whose treatment is known"
     from rcic_fastai.profile.metrics import embedding_report
     known = wells.sirna.notna().to_numpy()
     if not (known & (wells.well_type == 'treatment').to_numpy()).any():
         return _say('How well they tell treatments apart needs a truth: the treatments of this split are unknown, '
-                    'and --truth FILE (id_code,sirna) gives them')
-    left_out = f'{(~known).sum():,} of {len(known):,}'
-    if not known.all(): _say(f'The numbers leave {left_out} wells out, whose treatment is unknown')
+                    'and --truth FILE (columns id_code and treatment, or sirna) gives them')
+    left_out = f'{(~known).sum():,} of {counted(len(known), "wells")}'
+    if not known.all(): _say(f'The numbers leave {left_out} out, whose treatment is unknown')
     _say(embedding_report(x[known], wells[known].reset_index(drop=True)).to_string(float_format=lambda v: f'{v:.3f}'))
 
 def _add_truth(screen, truth):
@@ -583,7 +584,7 @@ def rcic_embed(
     data:Path=None, # folder of the screen; by default the one of the run
     out:Path=None, # .npz or .h5ad (AnnData for scanpy) to write; by default embeddings/SPLIT.npz in the run folder
     batchnorm:str=None, # running, batch, domain or controls; by default what the recipe says
-    truth:Path=None, # CSV file with id_code, sirna, for the metrics of a test split
+    truth:Path=None, # CSV file with id_code and sirna (numbers) or treatment (names), for the metrics of a test split
     present_only:bool=False, # use the sites whose files are all there
     device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
@@ -600,7 +601,7 @@ def rcic_embed(
     with _claimed(run, out):
         x, wells = embed_run(run, screen, split, batchnorm, present_only=present_only or None, say=_say)
         write_embeddings(x, wells, out)
-    _say(f'Written: {out}, {x.shape[0]:,} wells x {x.shape[1]:,}')
+    _say(f'Written: {out}, {counted(x.shape[0], "wells")} x {x.shape[1]:,}')
     if not isinstance(screen, Atlas): _say_separation(x, wells)
 
 # %% ../../nbs/91_cli.core.ipynb #16cdaf82
@@ -720,7 +721,7 @@ def rcic_apply(
     asked:dict = dict(files=files, columns=_pairs(column, 'column'), negative=negative or ())
     answers = apply_run(run, data, out, table, not no_report, error_rate, say=_say, **asked)
     _say(answers.head(20).to_string(index=False))
-    if len(answers) > 20: _say(f'... {len(answers)-20:,} more wells in {out}/submission_wells.csv')
+    if len(answers) > 20: _say(f'... {counted(len(answers)-20, "more wells")} in {out}/submission_wells.csv')
 
 # %% ../../nbs/91_cli.core.ipynb #7a7e540f
 def _demo_recipe(recipe, tiny, seed, settings):
@@ -785,8 +786,8 @@ def rcic_demo(
     runs = _demo_runs(out, screen, (first, default))
     submission, ladder = _demo_submission(runs, screen)
     experiments = screen.wells[screen.wells.split == 'test'].experiment.nunique()
-    _say(f'\nAccuracy on {experiments} test experiments that training never saw '
-         f'({first.name}, then {default.name}; {sirnas} siRNAs, chance {1/sirnas:.3f}):\n')
+    _say(f'\nAccuracy on {counted(experiments, "test experiments")} that training never saw ({first.name}, then '
+         f'{default.name}; {counted(sirnas, "siRNAs")}, chance {1/sirnas:.3f}):\n')
     _say(ladder.to_string(float_format=lambda v: f'{v:.3f}'))
     report = make_report(runs[1], say=_say)
     _say(f'\nSubmission: {submission}\nTruth:      {screen.path/"truth.csv"}\nRun folder: {runs[1]}\n'

@@ -8,6 +8,7 @@ __all__ = ['rcic_hpa_simulate', 'rcic_hpa_duplicates', 'rcic_hpa_stack', 'rcic_h
 # %% ../../nbs/92_cli.labels.ipynb #950d60e6
 from pathlib import Path
 
+from ..errors import counted
 from ..files import parse_json
 from .core import command, _require, _Required, _Runs, _say
 
@@ -40,7 +41,7 @@ def _say_folds(atlas, folds):
     known = atlas.wells[atlas.wells.labels.notna()]
     report = fold_report(atlas.labels(known), atlas_folds(known, folds), atlas.class_names, known.group)
     straddling = report.attrs['straddling']
-    _say(f'\n{folds} folds (--valid fold=0/{folds}); groups in more than one of them: {straddling}\n')
+    _say(f'\n{counted(folds, "folds")} (--valid fold=0/{folds}); groups in more than one of them: {straddling}\n')
     _say(report.to_string(float_format=lambda v: f'{v:.2f}'))
 
 @command

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from fasttransform import ItemTransform
 from torch import Tensor
 
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..renamed import renamed
 from .context import ContextColumns
 
@@ -158,7 +158,8 @@ def _lookup(self:Standardize, x, context):
     "Mean and std of each image, ready to broadcast over its pixels"
     if self.mean.device != x.device: self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
     known, found = self.mean.shape[-1], x.shape[-3]
-    if known != found: raise ValueError(f'statistics of {known} channels for images of {found} channels')
+    if known != found: raise ValueError(f'statistics of {counted(known, "channels")} for images of '
+                                        f'{counted(found, "channels")}')
     index = ()
     if self.n_index: index = _context_index(self, context, self.mean.isfinite().all(-1), 'statistics', 'channel_stats')
     return self.mean[index][..., None, None], self.std[index][..., None, None]
@@ -252,7 +253,8 @@ class MatchHistograms(ItemTransform):
 def _encode(self:MatchHistograms, x, context):
     if self.scores.device != x.device: self.known, self.scores = self.known.to(x.device), self.scores.to(x.device)
     known, found = self.scores.shape[-2], x.shape[-3]
-    if known != found: raise ValueError(f'histograms of {known} channels for images of {found} channels')
+    if known != found: raise ValueError(f'histograms of {counted(known, "channels")} for images of '
+                                        f'{counted(found, "channels")}')
     table = self.scores[_context_index(self, context, self.known, 'histogram', 'channel_histograms')]
     score = lambda i: table.gather(2, i.flatten(2).long()).reshape(x.shape)
     pixels = x.as_subclass(Tensor)
@@ -348,7 +350,8 @@ class D4(RandBatchTransform):
 # %% ../../nbs/20_data.augment.ipynb #10136549
 def _check_size(size, x, name):
     if min(x.shape[-2:]) < size:
-        raise ValueError(f'{name}: a window of {size} pixels does not fit into images of {x.shape[-2]}x{x.shape[-1]}')
+        raise ValueError(f'{name}: a window of {counted(size, "pixels")} does not fit into images of '
+                         f'{x.shape[-2]}x{x.shape[-1]}')
 
 class RandomSquareCrop(RandBatchTransform):
     """Each image its own random square window at native scale, by slicing; in validation the centre.

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from fastai.data.all import DataBlock, DataLoaders, delegates, is_listy, TransformBlock
 
-from ..errors import did_you_mean
+from ..errors import counted, did_you_mean
 from ..files import user_path
 from ..versions import check_versions
 from ..screen.channels import CHANNELS, grey_limits
@@ -84,8 +84,8 @@ def _refuse_measurements(values, target):
     if not pd.api.types.is_float_dtype(values.value): return
     numbers = values.drop_duplicates('id_code').value
     if (numbers==numbers.round()).all() or numbers.nunique() <= len(numbers)/2: return
-    raise ValueError(f'targets are classes, and {target} has {numbers.nunique():,} different numbers '
-                     f'for {len(numbers):,} wells; group them, for example with pandas.cut(...).astype(str)')
+    raise ValueError(f'targets are classes, and {target} has {counted(numbers.nunique(), "different numbers")} for '
+                     f'{counted(len(numbers), "wells")}; group them, for example with pandas.cut(...).astype(str)')
 
 def _target_classes(sites, target, valid, classes=None):
     "Classes of the training sites, or those given, after checks that name what is wrong"
@@ -97,17 +97,21 @@ def _target_classes(sites, target, valid, classes=None):
     elif classes is None: _refuse_measurements(values, target)
     if classes is None:
         if values.valid.all():
-            raise ValueError(f'{target} is unknown for all {(~valid).sum():,} training sites; choose other wells')
+            raise ValueError(f'{target} is unknown for all {counted((~valid).sum(), "training sites")}; choose other '
+                             'wells')
         classes = sorted(values.value[~values.valid].unique())
         where = 'is in the validation set but in no training well'
-    else: classes, where = list(classes), f'is not among the {len(classes):,} classes given'
+    else: classes, where = list(classes), f'is not among the {counted(len(classes), "classes")} given'
     new = values[~values.value.isin(classes)]
     if len(new): raise ValueError(f'{target} {new.value.iloc[0]} of well {new.id_code.iloc[0]} {where}')
     return [int(c) if isinstance(c, (int, np.integer)) else c for c in classes]
 
-def _names_of_classes(target, classes):
-    "What people call them, where that is known: labels of an atlas are numbers"
-    return hpa_classes if target=='labels' and classes==list(range(len(hpa_classes))) else None
+def _names_of_classes(sites, target, classes):
+    "What people call them, where that is known: labels of an atlas are numbers, and so are treatments that have names"
+    if target=='labels' and classes==list(range(len(hpa_classes))): return hpa_classes
+    if target!='sirna' or 'treatment' not in sites: return None
+    names = sites.dropna(subset=['sirna', 'treatment']).drop_duplicates('sirna').set_index('sirna').treatment
+    return [str(names.get(k, k)) for k in classes]
 
 # %% ../../nbs/24_data.block.ipynb #c3d1a006
 def packed_sites(
@@ -147,7 +151,8 @@ def _valid_rows(sites, valid, seed):
         share = f"; a share of the wells is valid='well=0/{round(1/valid)}'" if is_share else ''
         raise ValueError(f'valid is {str(valid)[:60]}, expected a mask with True for each validation row, '
                          f'or one of {_VALID}{share}')
-    if len(mask)!=len(sites): raise ValueError(f'a validation mask of {len(mask)} rows for {len(sites)} sites')
+    if len(mask)!=len(sites): raise ValueError(f'a validation mask of {counted(len(mask), "rows")} for '
+                                               f'{counted(len(sites), "sites")}')
     return mask.astype(bool)
 
 def _float_transforms(transforms):
@@ -184,7 +189,7 @@ def _loaders(sites, mask, target,
     cell_types:Sequence[str]=None, # names in order; by default those of `sites`
     experiments:Sequence[str]=None, # names in order; by default those of `sites`
     channels:Sequence[int|str]=None, # numbers or names of the channels; by default those of the screen, or 1 to 6
-    class_names:Sequence[str]=None, # what people call the classes, for titles; by default those of an atlas
+    class_names:Sequence[str]=None, # what people call the classes, for titles; by default labels or treatments
     multilabel:bool=None, # are the values of the target tuples of classes? None: look at them
     cache:bool=False, # keep images in memory once they are read? 6*H*W bytes per site, 1.5 MiB at 512 pixels
     read_size:int=None, # shorter side that images are brought to, in pixels; for images of several sizes
@@ -198,7 +203,7 @@ def _loaders(sites, mask, target,
     made = screen_block(given(cell_types, 'cell_type'), given(experiments, 'experiment'), classes, target, channels,
                         tfms, lambda items: (np.flatnonzero(~mask).tolist(), np.flatnonzero(mask).tolist()), cache,
                         read_size, is_multilabel(sites[target]) if multilabel is None else multilabel,
-                        _names_of_classes(target, classes) if class_names is None else class_names)
+                        _names_of_classes(sites, target, classes) if class_names is None else class_names)
     return made.dataloaders(sites, drop_last=False, **kwargs)
 
 # %% ../../nbs/24_data.block.ipynb #cfeb8bc5

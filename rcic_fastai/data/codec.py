@@ -11,6 +11,8 @@ import math, struct, threading
 import numpy as np
 from fastcore.basics import patch
 
+from ..errors import counted
+
 # %% ../../nbs/19_data.codec.ipynb #23a15fce
 _presets = dict( # codec, level, block
     default=('ZSTD', 1, 'planes'), # quick to pack and to read
@@ -78,14 +80,14 @@ _ZEROS = 0b10000 # the mark of a chunk of zeros
 @patch
 def fault(self:_Blosc2, data):
     "Why stored bytes are no chunk of such sites, or None"
-    if len(data) < _HEADER.size: return f'{len(data)} bytes are no chunk'
+    if len(data) < _HEADER.size: return f'{counted(len(data), "bytes are")} no chunk'
     whole, blocks = math.prod(self.shape)*self.dtype.itemsize, self.blocksize
     header = _HEADER.unpack(bytes(data[:_HEADER.size]))
     _, _, flags, typesize, size, block, stored, filters, codec, _, _, reserved, more = header
-    if size != whole: return f'it holds {size:,} bytes, not {whole:,}'
-    if stored != len(data): return f'it has {stored:,} bytes, not {len(data):,}'
+    if size != whole: return f'it holds {counted(size, "bytes")}, not {whole:,}'
+    if stored != len(data): return f'it has {counted(stored, "bytes")}, not {len(data):,}'
     if typesize != self.typesize or block != blocks:
-        return f'it has blocks of {block:,} bytes and numbers of {typesize}, not {blocks:,} and {self.typesize}'
+        return f'it has blocks of {counted(block, "bytes")}, numbers of {typesize}, not {blocks:,} and {self.typesize}'
     if flags & 5 != 5 or flags >> 5 != self.codecs[0] and flags & 0b11100010 != 2 or codec not in self.codecs[1]:
         return f'its codec is {flags >> 5}, {codec}'
     if set(filters)-{0, *self.filters}: return f'its filters are {", ".join(map(str, filters))}'

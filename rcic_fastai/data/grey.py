@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from fasttransform import DisplayedTransform
 from torch import Tensor
 
+from ..errors import counted
 from ..screen.channels import grey_limits
 
 # %% ../../nbs/19_data.grey.ipynb #c2453b15
@@ -31,13 +32,14 @@ class GreyLimits(DisplayedTransform):
         limits = torch.tensor([grey_limits(c) or (0, 65535) for c in channels], dtype=torch.float32)
         self.low, self.factor = limits[:, 0, None, None], 255/(limits[:, 1]-limits[:, 0])[:, None, None]
 
-    def __repr__(self): return f'GreyLimits({len(self.low)} channels)'
+    def __repr__(self): return f'GreyLimits({counted(len(self.low), "channels")})'
     def encodes(self, x:TensorImage): return self._scaled(x) if x.dtype == torch.uint16 else x
 
 @patch
 def _scaled(self:GreyLimits, x):
     if x.shape[-3] != len(self.low):
-        raise ValueError(f'grey limits of {len(self.low)} channels for images of {x.shape[-3]} channels')
+        raise ValueError(f'grey limits of {counted(len(self.low), "channels")} for images of '
+                         f'{counted(x.shape[-3], "channels")}')
     if self.low.device != x.device: self.low, self.factor = self.low.to(x.device), self.factor.to(x.device)
     pixels = x.as_subclass(Tensor).float().sub_(self.low).mul_(self.factor).clamp_(0, 255)
     return pixels.as_subclass(type(x))

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from fastcore.parallel import num_cpus
 from tqdm.auto import tqdm
 
+from ..errors import counted
 from ..files import claim_folder, output_path, read_text, write_whole
 from ..screen.duplicates import external_keys, find_twins, image_hashes, join_groups, label_agreement
 from ..screen.sites import check_files, present_sites
@@ -53,7 +54,7 @@ def _ids(sites, id):
     return ids
 
 def _hash_image(x, name, channels, size, canonical, min_range):
-    if len(x) != len(channels): raise ValueError(f'{name}: {len(x)} channels, expected {len(channels)}')
+    if len(x) != len(channels): raise ValueError(f'{name}: {counted(len(x), "channels")}, expected {len(channels)}')
     return image_hashes(x, size, canonical, min_range)
 
 def _hash_rows(hash_one, hashes, done, save, save_every, threads, progress):
@@ -130,7 +131,7 @@ def _find_duplicates(atlas, sites, out, max_distance, canonical, progress, say):
                                             progress=progress)
     pairs = find_twins(hashes, max_distance=max_distance, min_channels=min(3, len(atlas.channels)))
     groups, twins = _write_groups(out, atlas.wells.id_code, pairs)
-    say(f'{len(pairs):,} pairs of twins; {groups.nunique():,} groups of {len(groups):,} images')
+    say(f'{counted(len(pairs), "pairs")} of twins; {counted(groups.nunique(), "groups")} of {len(groups):,}')
     return label_agreement(atlas.wells.labels.tolist(), twins, atlas.wells.experiment.tolist())
 
 # %% ../../nbs/21_data.hashes.ipynb #f38ea1de
@@ -152,6 +153,6 @@ def find_duplicates(
     _check_tables(out)
     if present_only:
         sites, left = present_sites(sites, atlas.channels)
-        if left: say(f'{left:,} images whose files are missing are groups by their ids alone')
+        if left: say(f'{counted(left, "images")} whose files are missing are groups by their ids alone')
     else: check_files(sites, atlas.channels)
     with claim_folder(out): return _find_duplicates(atlas, sites, out, max_distance, canonical, progress, say)

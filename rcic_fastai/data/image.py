@@ -17,7 +17,7 @@ from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..errors import did_you_mean
+from ..errors import counted, did_you_mean
 from ..screen.channels import channel_file, channel_name, CHANNELS
 from ..screen.sites import present_sites
 from ..screen.image_index import SiteStacks
@@ -89,7 +89,8 @@ def stains_to_rgb(
     if x.ndim != 3: raise ValueError(f'an image of shape {x.shape}, expected (channels, height, width)')
     if colors is None: colors = channel_colors(len(x))
     limits = channel_limits(x) if limits is None else np.asarray(limits, np.float32)
-    if len(x) > len(colors): raise ValueError(f'{len(x)} channels, but {len(colors)} colours; give `colors`')
+    if len(x) > len(colors): raise ValueError(f'{counted(len(x), "channels")}, but {counted(len(colors), "colours")}; '
+                                              'give `colors`')
     if limits.shape != (len(x), 2): raise ValueError(f'limits of shape {limits.shape}, expected ({len(x)}, 2)')
     low, high = limits[:, 0, None, None], limits[:, 1, None, None]
     scaled = np.nan_to_num(np.clip((x-low)/np.maximum(high-low, 1e-20), 0, 1))
@@ -197,14 +198,14 @@ def _say_others(sites, row, well, say):
     if well is None or not len(others): return
     named = [_of_plate(r) for _, r in others.head(4).iterrows()]
     more = f' and {len(others)-4:,} more' if len(others) > 4 else ''
-    say(f'There are {len(others)+1:,} wells {row.well}: the one shown is on {_of_plate(row)}; the others are on '
-        f'{", ".join(named)}{more}; plate=... (--plate) and experiment=... (--experiment) choose')
+    say(f'There are {counted(len(others)+1, "wells")} {row.well}: the one shown is on {_of_plate(row)}; the others are '
+        f'on {", ".join(named)}{more}; plate=... (--plate) and experiment=... (--experiment) choose')
 
 # %% ../../nbs/21_data.image.ipynb #334e9982
 def _depth_of(files, z):
     "What is shown of a stack, for a title; '' where there is one plane"
     n = max((len(p) for _, p in files.channels), default=1) if isinstance(files, SiteStacks) else 1
-    if n > 1: return f', maximum of {n} planes'
+    if n > 1: return f', maximum of {counted(n, "planes")}'
     return f', plane {z}' if isinstance(z, int) else ', plane in the middle' if z == 'middle' else ''
 
 def _title_of(screen, row, z):
@@ -213,7 +214,8 @@ def _title_of(screen, row, z):
     n = len(screen.sites(own))
     treatment = f', {row.treatment}' if isinstance(row.get('treatment'), str) else ''
     plate = f' (plate {row.plate_name})' if str(row.get('plate_name', row.plate)) != str(row.plate) else ''
-    site = f', site {row.site}{f" ({n} sites)" if n > 1 else ""}' + (f', time {row.time}' if 'time' in row else '')
+    site = f', site {row.site}' + (f' ({counted(n, "sites")})' if n > 1 else '')
+    if 'time' in row: site += f', time {row.time}'
     return f'{row.id_code}{plate}{site}{_depth_of(row.files, z)}{treatment}'
 
 def _labels_of(channels, places):

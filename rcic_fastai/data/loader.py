@@ -24,6 +24,7 @@ from fastai.vision.data import get_grid
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..errors import counted
 from ..files import user_path
 from ..screen.sources import as_pixels, ImageFiles, pixel_column, SitePixels
 from .context import context_roles, ContextColumns, ContextEncoder, DOMAINS, plain, ROLES, ScreenContext
@@ -99,11 +100,11 @@ def _check(self:DomainDL, controls):
     if k < 1: raise ValueError(f'domains_per_batch is {k}, expected 1 or more')
     if not self.shuffle: return
     if self.bs%k:
-        raise ValueError(f'a batch of {self.bs} sites cannot be cut into {k} equal parts; '
+        raise ValueError(f'a batch of {counted(self.bs, "sites")} cannot be cut into {counted(k, "equal parts")}; '
                          'choose bs as a multiple of domains_per_batch')
     if not self.pairs: return
     if self.domain not in DOMAINS[:2]:
-        raise ValueError(f'pairs with domain {self.domain!r}: an experiment has no siRNA twice, '
+        raise ValueError(f'pairs with domain {self.domain!r}: an experiment has no treatment twice, '
                          "so a batch of one experiment has no pairs; choose domain None or 'cell_type'")
     if self.bs//k%2: raise ValueError(f'pairs need an even number of sites per domain in a batch, not {self.bs//k}')
     if self.target_name not in self.sites:
@@ -343,7 +344,9 @@ def _name(self:DomainDL, i):
     return ', '.join(str(self.class_names[k]) for k in torch.nonzero(i > .5)[:, 0].tolist()) or 'none'
 
 @patch(as_prop=True)
-def _target(self:DomainDL): return 'siRNA' if self.target_name=='sirna' else self.target_name.replace('_', ' ')
+def _target(self:DomainDL):
+    if self.target_name!='sirna': return self.target_name.replace('_', ' ')
+    return 'siRNA' if list(self.class_names)==list(self.vocab) else 'treatment' # your own screen has names
 
 # %% ../../nbs/23_data.loader.ipynb #07be5cca
 @patch
@@ -369,7 +372,7 @@ def _wrapped(title, width=38):
 @patch
 def show_batch(self:DomainDL, b=None, max_n=9, ctxs=None, show=True, unique=False, figsize=None, nrows=None, ncols=None,
                titles=None, **kwargs):
-    "Colour images with siRNA, cell type, experiment and plate."
+    "Colour images with treatment, cell type, experiment and plate."
     if b is None: b = (self.new(get_idxs=lambda: [0]*max_n) if unique else self).one_batch()
     if not show: return self._pre_show_batch(b, max_n=max_n)
     b, own = self.decode(b), ctxs is None
@@ -502,7 +505,8 @@ def test_dl(self:ScreenDataLoaders,
     if not len(sites): raise ValueError('there are no sites in the table')
     if with_labels and target not in sites: raise ValueError(f'with_labels: the sites have no column {target!r}')
     if isinstance(test_items, list) and len(test_items)==1 and len(sites) > 1:
-        warnings.warn(f"one item has {len(sites)} sites, and fastai's Learner.predict shows the first of them alone: "
+        warnings.warn(f"one item has {counted(len(sites), 'sites')}, and fastai's Learner.predict shows the first of "
+                      "them alone: "
                       'the predict of a screen_learner takes their mean, '
                       'and learn.get_preds(dl=learn.dls.test_dl(sites)) has a row for each')
     return super(ScreenDataLoaders, self).test_dl(sites, rm_type_tfms, with_labels, **kwargs)

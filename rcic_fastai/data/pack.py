@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 # %% ../../nbs/21_data.pack.ipynb #44da7520
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..files import check_output, claim_folder, clean_partials, folder_contents, path_within
 from ..files import read_json, refuse_linked_folders, refuse_links, user_path, write_json, write_whole
 from ..screen.tables import WELL_COLUMNS
@@ -99,7 +99,7 @@ def _same_store(out, plan):
     old, plan = dict(bits=8, **old) if 'bits' not in old else old, dict(plan, bits=plan.get('bits', 8))
     other = [f'{k} {old.get(k)!r} instead of {plan[k]!r}' for k in settings if old.get(k) != plan[k]]
     if any(old.get(k) != plan[k] for k in ('n_sites', 'sites')):
-        other.append(f'{old.get("n_sites"):,} sites instead of these {plan["n_sites"]:,}')
+        other.append(f'{counted(old.get("n_sites"), "sites")} instead of these {plan["n_sites"]:,}')
     if not other and old != plan: other.append('other images or tables')
     if other:
         raise ValueError(f'{out} holds an unfinished store with {"; ".join(other)}: '
@@ -388,7 +388,7 @@ def pack_screen(
     out, sites = check_output(out, screen.path), screen.sites()
     if present_only:
         sites, left_out = present_sites(sites, screen.channels)
-        say(f'{len(sites):,} sites have all their files; left out: {left_out:,}')
+        say(f'{counted(len(sites), "sites have")} all their files; left out: {left_out:,}')
     else:
         try: check_files(sites, screen.channels)
         except FileNotFoundError as e:

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from fasttransform import DisplayedTransform
 from torch import Tensor
 
+from ..errors import counted
 from .image import MultiChannelImage
 
 # %% ../../nbs/22_data.pixels.ipynb #d89701e1
@@ -106,9 +107,9 @@ def _with_own_statistics(tfm):
     def encodes(self, x:MultiChannelImage):
         n = self.mean.shape[1] if isinstance(self.mean, Tensor) and self.mean.ndim==4 else 1
         if n not in (1, x.shape[-3]):
-            raise ValueError(f'Normalize has statistics of {n} channels for images of {x.shape[-3]}: '
-                             'Normalize() measures them on a batch, and vision_learner(..., n_in=...) '
-                             'adds none that do not fit')
+            raise ValueError(f'Normalize has statistics of {counted(n, "channels")} for images of {x.shape[-3]}: '
+                             'Normalize() measures them on a batch, and vision_learner(..., n_in=...) adds none that '
+                             'do not fit')
         return of_pictures(self, x)
     tfm(encodes)
 
@@ -126,8 +127,8 @@ def _for_stains(tfm):
         try: return of_pictures(self, x)
         except (RuntimeError, ValueError) as e:
             if x.shape[1]==3: raise
-            raise ValueError(f'{type(self).__name__}: saturation and hue need red, green and blue, '
-                             f'these images have {x.shape[1]} channels; ChannelIntensity changes each of them') from e
+            raise ValueError(f'{type(self).__name__}: saturation and hue need red, green and blue, these images have '
+                             f'{counted(x.shape[1], "channels")}; ChannelIntensity changes each of them') from e
     tfm(encodes)
 
 for _tfm in (SpaceTfm, LightingTfm, Brightness, Contrast, Saturation, HSVTfm, Hue): _for_stains(_tfm)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..screen.sites import check_files, present_sites
 from ..screen.core import Screen
 
@@ -21,8 +21,8 @@ def _with_files(sites, screen, split, present_only, warn):
     "The sites whose files exist, or all of them after a check"
     if present_only:
         sites, left_out = present_sites(sites, screen.channels)
-        n = len(sites)
-        warn(f'{n:,} of {n+left_out:,} {split} sites have all their files; {left_out:,} were left out')
+        n, were = len(sites), 'was' if left_out == 1 else 'were'
+        warn(f'{n:,} of {counted(n+left_out, f"{split} sites have")} all their files; {left_out:,} {were} left out')
         return sites
     try: check_files(sites, screen.channels)
     except FileNotFoundError as e:

@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..errors import counted
 from ..files import parse_json, path_within, regular_file, user_path
 from ..credentials import scrub
 from ..locations import is_address, read_bytes, read_part, with_retries
@@ -97,9 +98,9 @@ def _check_manifest(manifest, where):
         raise ValueError(f'{where}: shape is {manifest["shape"]}, expected less than 2 GB')
     c = manifest['shape'][0]
     if not manifest['composite'] and c != len(manifest['channels']):
-        raise ValueError(f'{where}: {len(manifest["channels"])} channels, but the shape says {c}')
+        raise ValueError(f'{where}: {counted(len(manifest["channels"]), "channels")}, but the shape says {c}')
     if 'ome_zarr' in manifest and not (manifest['format'] == 'zarr' and is_ome_zarr(manifest['ome_zarr'], c)):
-        raise ValueError(f'{where}: ome_zarr does not describe {c} channels of a store of format zarr')
+        raise ValueError(f'{where}: ome_zarr does not describe {counted(c, "channels")} of a store of format zarr')
 
 # %% ../../nbs/20_data.store.ipynb #75cb4a90
 def _check_columns(schema, where):
@@ -120,7 +121,7 @@ def _read_index(data, manifest, where):
     except (pa.ArrowException, OSError) as e: raise ValueError(f'{where} is no Parquet file: {e}') from None
     n = known.metadata.num_rows
     if n != manifest['n_sites']:
-        raise ValueError(f'{where}: {n:,} sites, but the manifest counts {manifest["n_sites"]:,}')
+        raise ValueError(f'{where}: {counted(n, "sites")}, but the manifest counts {manifest["n_sites"]:,}')
     _check_columns(known.schema_arrow, where)
     table = pd.read_parquet(io.BytesIO(data))
     if not isinstance(table.index, pd.RangeIndex) or table.columns.duplicated().any():
@@ -139,7 +140,7 @@ def _check_places(table, manifest, where):
     wrong = (lengths < least) | (lengths > most)
     if wrong.any():
         row, expected = wrong.argmax(), f'{least:,}' + (f' to {most:,}' if most > least else '')
-        raise ValueError(f'{where}: row {row}: {lengths[row]:,} bytes, expected {expected}')
+        raise ValueError(f'{where}: row {row}: {counted(lengths[row], "bytes")}, expected {expected}')
     ends = np.cumsum(lengths)
     first = np.arange(len(lengths))//step*step
     wrong = table.offset.to_numpy() != ends-lengths-(ends[first]-lengths[first])
@@ -191,7 +192,7 @@ def _checked_zstd():
     def check(data, spec):
         kind = getattr(spec.dtype, 'to_native_dtype', lambda: spec.dtype)() # numpy's own in older releases
         size, expected = _zstd_size(data[:18].to_bytes()), math.prod(spec.shape)*np.dtype(kind).itemsize
-        if size != expected: raise ValueError(f'it holds {size} bytes, not {expected:,}')
+        if size != expected: raise ValueError(f'it holds {counted(size, "bytes")}, not {expected:,}')
     class CheckedZstd(ZstdCodec):
         def _decode_sync(self, chunk_bytes, chunk_spec):
             check(chunk_bytes, chunk_spec)
@@ -269,10 +270,10 @@ def __setstate__(self:Store, state): self.__dict__.update(state, _local=threadin
 @patch
 def __repr__(self:Store):
     c, h, w = self.shape
-    size = f', images reduced to {self.manifest["size"]} pixels' if self.manifest['size'] else ''
+    size = f', images reduced to {counted(self.manifest["size"], "pixels")}' if self.manifest['size'] else ''
     preset = '' if self.format != 'blosc2' else f' {self.preset}'
-    deep = '' if self.bits == 8 else f' of {self.bits} bits'
-    return (f'Store {self.shown}: {len(self):,} sites of {c} channels, {h} x {w} pixels{deep}, '
+    deep = '' if self.bits == 8 else f' of {counted(self.bits, "bits")}'
+    return (f'Store {self.shown}: {counted(len(self), "sites")} of {counted(c, "channels")}, {h} x {w} pixels{deep}, '
             f'{self.format}{preset}{size}')
 
 # %% ../../nbs/20_data.store.ipynb #60ab807a
@@ -451,7 +452,7 @@ def _decode_shard(self:Store, i, out):
             continue
         chunk = data[start:start+length-4] # its own checksum ends it; that of the site is compared
         if (size := _zstd_size(chunk[:18].tobytes())) != channel.nbytes:
-            raise ValueError(f'it holds {size} bytes, not {channel.nbytes:,}')
+            raise ValueError(f'it holds {counted(size, "bytes")}, not {channel.nbytes:,}')
         zstd.decompress(chunk, channel)
 
 # %% ../../nbs/20_data.store.ipynb #af23d1dd
@@ -627,7 +628,7 @@ def _site_problem(store, i, files=None):
     except (FileNotFoundError, ValueError) as e: return f'could not be compared: {e}'
     if source.shape != x.shape: return f'{source.shape} pixels in the files, {x.shape} in the store'
     differ = int((source != x).sum())
-    return f'{differ:,} pixels differ from {files}' if differ else None
+    return f'{counted(differ, "pixels are")} not those of {files}' if differ else None
 
 # %% ../../nbs/20_data.store.ipynb #7681704b
 def _files_of(store):
@@ -656,7 +657,7 @@ def verify_store(
     theirs = None if sites is None else sites.set_index('site_id').files.reindex(store.sites.site_id)
     if theirs is not None and theirs.isna().any():
         lost = theirs.index[theirs.isna()][0]
-        raise ValueError(f'site {lost} of {store.shown} is not among the {len(sites):,} sites given')
+        raise ValueError(f'site {lost} of {store.shown} is not among the {counted(len(sites), "sites")} given')
     n = len(store.sites) # the index is compared with the manifest first
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         problem = lambda i: _site_problem(store, i, None if theirs is None else theirs.iloc[i])

@@ -17,6 +17,8 @@ from fastai.data.all import TensorMultiCategory, TransformBlock
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from torch import Tensor
 
+from ..errors import counted
+
 # %% ../../nbs/20_data.target.ipynb #fda55330
 MASKED = -1
 
@@ -50,7 +52,7 @@ class MaskedCategorize(DisplayedTransform):
         self.c = len(self.vocab)
         self.class_names = list(self.vocab if class_names is None else class_names)
         n = len(self.class_names)
-        if n!=self.c: raise ValueError(f'there are {n} class_names for {self.c} classes')
+        if n!=self.c: raise ValueError(f'there are {n} class_names for {counted(self.c, "classes")}')
 
     def number(self,
         o:Any # class, or None

@@ -21,7 +21,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from safetensors import safe_open
 
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..files import check_free, check_name, check_output, claim_folder, clean_partials, naming, path_within
 from ..files import read_json, read_text, write_json, write_whole
 from ..credentials import refuse_password
@@ -54,7 +54,8 @@ def _only_one(found, what, root, hint):
     if len(found) == 1: return found[0]
     if found:
         listing = ', '.join(map(str, found))
-        raise ValueError(f'{len(found)} folders below {root} hold a {what}: {listing}; attach one of them only')
+        raise ValueError(f'{counted(len(found), "folders")} below {root} hold a {what}: {listing}; attach one of them '
+                         'only')
     listing = ', '.join(p.relative_to(root).as_posix() for p in input_folders(root, 2)) or 'nothing'
     raise FileNotFoundError(f'there is no {what} below {root}, which holds {listing}: {hint}')
 
@@ -168,7 +169,7 @@ def _label_measures(run, atlas, p):
     found, y = fit_thresholds(p, atlas, run.recipe.inference.thresholds)[1], label_truth(atlas, p.wells().ids)[0]
     rows = {'macro-F1': found.macro_f1, 'at least': found.low, 'at most': found.high,
             'average precision': average_precision(y, p.wells().probabilities), **f1_floors(y)}
-    return pd.Series(rows, name=f'{len(y):,} images').to_frame()
+    return pd.Series(rows, name=counted(len(y), 'images')).to_frame()
 
 # %% ../../nbs/86_kaggle.core.ipynb #7e4ce735
 def validation_table(
@@ -299,7 +300,7 @@ def _check_network(run):
     own = {k: tuple(v.shape) for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
     wrong = next((k for k in own if found.get(k) != own[k]), None)
     if wrong is None: return
-    of = f'the {sizes[0]} classes and {sizes[1]} channels of run.json'
+    of = f'the {counted(sizes[0], "classes")} and {counted(sizes[1], "channels")} of run.json'
     raise ValueError(f'{path} is not of the network of recipe.json with {of}: '
                      f'{wrong} is {found.get(wrong, "missing")}, expected {own[wrong]}')
 

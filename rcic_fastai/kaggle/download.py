@@ -16,6 +16,7 @@ from urllib.parse import urlsplit, urlunsplit
 import requests
 from tqdm.auto import tqdm
 
+from ..errors import counted
 from ..files import check_name, check_target, claim_folder, clean_partials, user_path, write_json
 from ..files import write_whole
 from ..credentials import scrub
@@ -112,17 +113,17 @@ def _load(session, url, part, size, timeout, progress, say):
     r, start_at, total = _ask(session, url, start, version, timeout)
     with r:
         if size is not None and total is not None and total != size:
-            raise ValueError(f'{scrub(url)} has {total:,} bytes, expected {size:,}')
+            raise ValueError(f'{scrub(url)} has {counted(total, "bytes")}, expected {size:,}')
         if start_at is None: # nothing after what is there
             if start == total: return _md5_said(r.headers)
             part.unlink()
-            raise _Broken(f'{part.name} has {start:,} bytes, the file {total}')
+            raise _Broken(f'{part.name} has {counted(start, "bytes")}, the file {total}')
         if start and not start_at: say(f'{part.name}: the server sends it from the beginning')
         _append(r, part, url, start_at, total, progress)
     got = part.stat().st_size
-    if total is not None and got < total: raise _Broken(f'the connection ended after {got:,} of {total:,} bytes')
-    if total is not None and got > total: raise _Broken(f'{got:,} bytes came of {total:,}')
-    if size is not None and got != size: raise ValueError(f'{scrub(url)} has {got:,} bytes, expected {size:,}')
+    if total is not None and got < total: raise _Broken(f'the connection ended after {got:,} of {total:,}')
+    if total is not None and got > total: raise _Broken(f'{counted(got, "bytes")} came of {total:,}')
+    if size is not None and got != size: raise ValueError(f'{scrub(url)} has {counted(got, "bytes")}, not {size:,}')
     return _md5_said(r.headers)
 
 # %% ../../nbs/87_kaggle.download.ipynb #fb110638
@@ -292,7 +293,7 @@ def download_rxrx1(
             if not extract: continue
             n = _unpack(archive, out, keep_archive, progress)
             write_whole(done, scrub(source)+'\n')
-            say(f'{name}: {n:,} files')
+            say(f'{name}: {counted(n, "files")}')
     return out
 
 # %% ../../nbs/87_kaggle.download.ipynb #2c9b445e
@@ -318,6 +319,6 @@ def download_competition(
             show = (lambda line: print(line, end='', flush=True)) if progress else None
             run_client('competitions', 'download', name, '-p', str(out), *(['-f', f] if f else []), say=show)
             if not extract or not archive.exists(): continue # small files come as they are
-            say(f'{archive.name}: {_unpack(archive, out, keep_archive, progress):,} files')
+            say(f'{archive.name}: {counted(_unpack(archive, out, keep_archive, progress), "files")}')
             write_whole(_done(out, archive.name), f'{name}\n')
     return out

@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from ..errors import counted
 from ..screen.folds import _group_codes, grouped_folds
 
 # %% ../../nbs/50_labels.adversarial.ipynb #57a118e9
@@ -50,7 +51,7 @@ def auc_interval(
         row = np.argmin(np.isfinite(scores))
         raise ValueError(f'row {row} has the score {scores[row]}, expected finite numbers')
     if positive.all() or not positive.any():
-        raise ValueError(f'{positive.sum()} of {len(positive)} rows are positive: expected some of both kinds')
+        raise ValueError(f'{positive.sum()} of {counted(len(positive), "rows are")} positive: expected both kinds')
     codes, (auc, right) = _group_codes(groups, len(scores)), _row_aucs(scores, positive)
     fewest = min(len(np.unique(codes[positive])), len(np.unique(codes[~positive])))
     if auc in (0, 1):
@@ -76,7 +77,8 @@ def _tables(train, test, names):
     if a.ndim != 2 or b.ndim != 2 or a.shape[1:] != b.shape[1:]:
         expected = '(rows, features) with the same features'
         raise ValueError(f'training features have shape {a.shape}, test features {b.shape}: expected {expected}')
-    if len(names) != a.shape[1]: raise ValueError(f'{len(names)} names for {a.shape[1]} features')
+    if len(names) != a.shape[1]: raise ValueError(f'{counted(len(names), "names")} for '
+                                                  f'{counted(a.shape[1], "features")}')
     for x, which in ((a, 'training'), (b, 'test')):
         if not len(x): raise ValueError(f'there are no {which} rows')
         if not np.isfinite(x).all():
@@ -107,7 +109,8 @@ def probability_of_test(
     for f in range(n_folds):
         rest = folds != f
         if y[rest].all() or not y[rest].any():
-            raise ValueError(f'all rows outside fold {f} are of one set: the groups are too large for {n_folds} folds')
+            raise ValueError(f'all rows outside fold {f} are of one set: the groups are too large for '
+                             f'{counted(n_folds, "folds")}')
         fitted = clone(default_classifier() if model is None else model).fit(x[rest], y[rest])
         out[~rest] = fitted.predict_proba(x[~rest])[:, 1]
     return out
@@ -175,7 +178,8 @@ def _group_counts(y, own):
     "Positives of each class in each group (G, K); no class without labels"
     y = np.zeros((len(own), 0)) if y is None else np.asarray(y)
     if y.ndim != 2 or len(y) != len(own):
-        raise ValueError(f'labels of shape {y.shape}, expected a row for each of the {len(own)} training images')
+        raise ValueError(f'labels of shape {y.shape}, expected a row for each of the '
+                         f'{counted(len(own), "training images")}')
     return np.stack([np.bincount(own, c) for c in y.T], 1) if y.shape[1] else np.zeros((own.max()+1, 0))
 
 # %% ../../nbs/50_labels.adversarial.ipynb #d712896d
@@ -184,7 +188,8 @@ def _told_apart(mask, a, b, codes, model, n_folds, seed):
     both = np.append(codes[:len(a)][mask], codes[len(a):])
     n_groups = len(np.unique(codes[:len(a)][mask]))
     if n_groups<2:
-        raise ValueError(f'{n_groups} groups fit into the validation set, expected 2 or more: choose a larger share')
+        raise ValueError(f'{counted(n_groups, "groups")} for the validation set, expected 2 or more: choose a larger '
+                         'share')
     p = probability_of_test(a[mask], b, both, model, min(n_folds, n_groups), seed+1)
     return mask.sum(), *auc_interval(p, np.arange(len(both))>=mask.sum(), both)
 

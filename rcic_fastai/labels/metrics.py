@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_array
 from sklearn.metrics import average_precision_score
 
+from ..errors import counted
 from ..screen.labels import _binary
 
 # %% ../../nbs/50_labels.metrics.ipynb #4768a8a1
@@ -67,7 +68,8 @@ def _group_sums(x, groups):
     "Sums of the rows (N, C) within groups: float64 (G, C); None: every row is a group"
     if groups is None: return x.astype(np.float64)
     codes, found = pd.factorize(np.asarray(groups))
-    if codes.shape != (len(x),): raise ValueError(f'there are {len(codes):,} groups for {len(x):,} images')
+    if codes.shape != (len(x),): raise ValueError(f'there are {counted(len(codes), "groups")} for '
+                                                  f'{counted(len(x), "images")}')
     if (codes<0).any():
         raise ValueError(f'image {np.argmin(codes)} has no group; expected one for every image, or groups=None')
     return csr_array((np.ones(len(x)), (codes, np.arange(len(x)))), shape=(len(found), len(x))) @ x.astype(np.float64)
@@ -108,7 +110,8 @@ def macro_f1_interval(
 # %% ../../nbs/50_labels.metrics.ipynb #4632d169
 def _check_names(names, n_classes) -> list:
     names = list(range(n_classes)) if names is None else list(names)
-    if len(names) != n_classes: raise ValueError(f'there are {len(names)} names for {n_classes} classes')
+    if len(names) != n_classes: raise ValueError(f'there are {counted(len(names), "names")} for '
+                                                 f'{counted(n_classes, "classes")}')
     if len(set(names))<len(names):
         raise ValueError(f'the name {next(n for n in names if names.count(n)>1)!r} is given to two classes')
     return names
@@ -156,10 +159,10 @@ def _without(ids, exclude, n):
     "Rows, as bool (N,), whose id is not to be excluded"
     if ids is None: raise ValueError('`exclude` names images by id: pass the `ids` of the rows, too')
     ids = pd.Index(np.asarray(ids, dtype=object))
-    if len(ids) != n: raise ValueError(f'there are {len(ids):,} ids for {n:,} images')
+    if len(ids) != n: raise ValueError(f'there are {counted(len(ids), "ids")} for {counted(n, "images")}')
     if ids.has_duplicates: raise ValueError(f'id {ids[ids.duplicated()][0]!r} occurs more than once')
     keep = ~ids.isin(list(exclude))
-    if not keep.any(): raise ValueError(f'all {n:,} images are excluded: none is left to score')
+    if not keep.any(): raise ValueError(f'all {counted(n, "images are")} excluded: none is left to score')
     return keep
 
 # %% ../../nbs/50_labels.metrics.ipynb #0539490e

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..errors import counted
 from ..screen.channels import CHANNELS
 from ..data.store import read_site
 
@@ -52,7 +53,8 @@ def image_statistics(
         raise ValueError(f'images of type {x.dtype} and shape {x.shape}, expected {expected}')
     names = [str(i) for i in range(x.shape[1])] if names is None else list(names)
     if len(names) != x.shape[1]:
-        raise ValueError(f'{len(names)} names {names}, but the images have {x.shape[1]} channels')
+        raise ValueError(f'{counted(len(names), "names")} {names}, but the images have '
+                         f'{counted(x.shape[1], "channels")}')
     return pd.DataFrame([_statistics_of(im, names, size) for im in x])
 
 # %% ../../nbs/50_labels.pixel_statistics.ipynb #257a0ac1

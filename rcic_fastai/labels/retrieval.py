@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, clone
 
+from ..errors import counted
 from ..screen.labels import label_lists
 from ..screen.folds import grouped_folds
 from .metrics import macro_f1
@@ -68,7 +69,7 @@ def nearest_rows(
     Raises: ValueError if the numbers of features differ, or `k` is below 1.
     """
     if queries.shape[1] != gallery.shape[1]:
-        raise ValueError(f'queries have {queries.shape[1]} features and the gallery {gallery.shape[1]}')
+        raise ValueError(f'queries have {counted(queries.shape[1], "features")} and the gallery {gallery.shape[1]}')
     if k < 1: raise ValueError(f'k is {k}, expected 1 or more')
     to = lambda a: torch.as_tensor(np.ascontiguousarray(a)).to(device)
     known = [to(gallery[j:j+8*block]) for j in range(0, len(gallery), 8*block)]
@@ -156,10 +157,11 @@ def fit(self:Retrieval,
 ) -> 'Retrieval':
     "Keep the gallery; choose threshold and weight on its own images."
     (y, known), x = _known_rows(y), unit_rows(x, 'embeddings of the gallery')
-    if len(x) != len(y): raise ValueError(f'{len(x)} embeddings for {len(y)} rows of labels')
-    if not known.any(): raise ValueError(f'the gallery is empty: none of its {len(x)} images has known labels')
+    if len(x) != len(y): raise ValueError(f'{counted(len(x), "embeddings")} for {counted(len(y), "rows")} of labels')
+    if not known.any(): raise ValueError(f'the gallery is empty: none of its {counted(len(x), "images")} has known '
+                                         'labels')
     groups = np.full(len(x), None) if groups is None else np.asarray(groups, object)
-    if len(groups) != len(x): raise ValueError(f'{len(groups)} groups for {len(x)} embeddings')
+    if len(groups) != len(x): raise ValueError(f'{counted(len(groups), "groups")} for {counted(len(x), "embeddings")}')
     self.rows_, self.gallery_, self.labels_ = np.flatnonzero(known), x[known], y[known]
     self._name_groups(groups[known])
     cosines, rows = self._search(self.gallery_, np.arange(len(self.rows_)) if self.own_group else self.codes_, self.k)
@@ -236,7 +238,7 @@ def kneighbors(self:Retrieval,
 def _neighbours(self:Retrieval, x, groups, k):
     x, codes = unit_rows(x, 'embeddings of the queries'), None
     if groups is not None and not self.own_group:
-        if len(groups) != len(x): raise ValueError(f'{len(groups)} groups for {len(x)} queries')
+        if len(groups) != len(x): raise ValueError(f'{counted(len(groups), "groups")} for {counted(len(x), "queries")}')
         # -1, a group that the gallery does not have, is no code of it
         codes = self.groups_.get_indexer(np.asarray(groups, object))
     return self._search(x, codes, k)
@@ -298,7 +300,7 @@ def retrieval_report(
     (y, known), a, b = _known_rows(y), np.asarray(without), np.asarray(with_prior)
     if not y.shape == a.shape == b.shape:
         raise ValueError(f'labels of shape {y.shape}, probabilities of {a.shape} and {b.shape}: expected the same')
-    if groups is not None and len(groups) != len(y): raise ValueError(f'{len(groups)} groups for {len(y)} images')
+    if groups is not None and len(groups) != len(y): raise ValueError(f'groups are {len(groups)}, images {len(y)}')
     if not known.any(): raise ValueError('no image has known labels')
     y, a, b = y[known].astype(np.uint8), *(_decided(p[known], decision) for p in (a, b))
     changed = (~np.isclose(a, b, atol=1e-6)).any(1).mean()
@@ -331,7 +333,7 @@ def held_out_prior(
     out = np.array(p, np.result_type(np.float32, np.asarray(p).dtype))
     groups = np.full(len(x), None) if groups is None else np.asarray(groups, object)
     if not len(x) == len(labels) == len(out) == len(groups):
-        given = f'{len(x)} embeddings, {len(labels)} labels, {len(out)} probabilities and {len(groups)} groups'
+        given = f'embeddings, labels, probabilities and groups of {len(x)}, {len(labels)}, {len(out)} and {len(groups)}'
         raise ValueError(f'{given}: expected as many')
     if folds is None:
         folds = np.full(len(x), -1)
@@ -358,9 +360,10 @@ def neighbour_table(
     Raises: ValueError if there are not as many names as embeddings.
     """
     ids, gallery_ids = np.asarray(ids, object), np.asarray(gallery_ids, object)
-    if len(ids) != len(x): raise ValueError(f'{len(ids)} names for {len(x)} images')
+    if len(ids) != len(x): raise ValueError(f'{counted(len(ids), "names")} for {counted(len(x), "images")}')
     if len(gallery_ids) <= retrieval.rows_.max():
-        raise ValueError(f'{len(gallery_ids)} names for a gallery of {retrieval.rows_.max()+1} images or more')
+        raise ValueError(f'{counted(len(gallery_ids), "names")} for a gallery of '
+                         f'{counted(retrieval.rows_.max()+1, "images")} or more')
     cosines, rows = retrieval._neighbours(x, groups, k+1)
     names = np.where(rows < 0, None, gallery_ids[retrieval.rows_[rows]])
     lists = label_lists(retrieval.labels_ > 0)

@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..errors import nearest
+from ..errors import counted, nearest
 from ..files import read_json, write_json, write_whole
 from ..screen.folds import check_no_straddling, _group_codes, grouped_folds
 from .metrics import macro_f1
@@ -102,7 +102,8 @@ def stack_features(
     classes = range(k) if classes is None else classes
     table = pd.DataFrame(np.hstack(list(members.values())), columns=[f'{m}: {c}' for m in members for c in classes])
     if statistics is None: return table
-    if len(statistics) != n: raise ValueError(f'{len(statistics)} rows of statistics for {n} images')
+    if len(statistics) != n: raise ValueError(f'{counted(len(statistics), "rows")} of statistics for '
+                                              f'{counted(n, "images")}')
     for col, values in statistics.items():
         if not pd.api.types.is_numeric_dtype(values):
             raise ValueError(f'statistic {col!r} is {values.dtype}, expected numbers')
@@ -218,7 +219,8 @@ def _check_model(m, path, n_members, n_features):
     lgb = _lightgbm()
     try: found = lgb.Booster(model_str=m['trees']).num_feature()
     except lgb.basic.LightGBMError as e: raise ValueError(f'{path}: trees are no model of LightGBM: {e}') from None
-    if found != n_features: raise ValueError(f'{path}: its trees look at {found} features, expected {n_features}')
+    if found != n_features: raise ValueError(f'{path}: its trees look at {counted(found, "features")}, expected '
+                                             f'{n_features}')
     return m
 
 def _packed(rows, n):
@@ -332,7 +334,8 @@ def predict(self:Stacker,
     members, x = _check_members(members), stack_features(members, statistics)
     if list(x) != self.features_:
         differ = sorted(set(x)^set(self.features_))[:5]
-        raise ValueError(f'{len(x.columns)} features do not match the {len(self.features_)} of `fit`: {differ}')
+        raise ValueError(f'{counted(len(x.columns), "features do")} not match the {len(self.features_)} of `fit`: '
+                         f'{differ}')
     x, out, counts = x.to_numpy(np.float64), np.zeros((len(x), self.oof_.shape[1])), np.zeros(self.oof_.shape[1])
     with _bar(len(self.models_), 'Predicting', 'model', self.progress) as bar:
         for m in self.models_:
@@ -527,7 +530,7 @@ def stack_report(
     if not stacks: raise ValueError('no stacks: expected one fitted Stacker or more')
     members, ps = _candidates(members, stacks)
     first, y = next(iter(stacks.values())), _check_labels(y, *next(iter(ps.values())).shape)
-    if not y.any(): raise ValueError(f'none of the {len(y):,} rows has a label: nothing to compare')
+    if not y.any(): raise ValueError(f'none of the {counted(len(y), "rows")} has a label: nothing to compare')
     codes, folds = _group_codes(first.groups_ if groups is None else groups, len(y)), first.folds_[0]
     draws = _draws(codes, n_boot, seed)
     ap = {n: np.stack([_average_precision(p[:, c], y[:, c], codes, draws) for c in range(y.shape[1])], 1)

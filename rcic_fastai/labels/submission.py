@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from ..errors import counted
 from ..files import write_whole
 from ..screen.labels import _check_classes, format_labels, label_matrix, parse_labels
 from ..screen.tables import read_rows
@@ -44,7 +45,7 @@ def _compare_ids(ids, name, expected, expected_name):
                        (ids, expected, f'images are not in {expected_name}')):
         known = set(b)
         other = [i for i in a if i not in known]
-        if other: raise ValueError(f'{name}: {len(other):,} {text}, such as {other[0]!r}')
+        if other: raise ValueError(f'{name}: {counted(len(other), text)}, such as {other[0]!r}')
 
 # %% ../../nbs/51_labels.submission.ipynb #eccedefd
 def _check_predictions(labels, ids, n_classes, allow_empty):
@@ -53,12 +54,13 @@ def _check_predictions(labels, ids, n_classes, allow_empty):
         raise ValueError('labels are a matrix, expected lists of class numbers: see `label_lists`')
     labels = list(labels)
     if len(labels) != len(ids):
-        raise ValueError(f'submission: there are labels of {len(labels):,} images for {len(ids):,} ids')
+        raise ValueError(f'submission: there are labels of {counted(len(labels), "images")} for '
+                         f'{counted(len(ids), "ids")}')
     labels = [_check_classes(l, n_classes, f'submission: image {i!r}') for i, l in zip(ids, labels)]
     empty = [i for i, l in zip(ids, labels) if not l]
     if empty and not allow_empty:
-        raise ValueError(f'submission: {len(empty):,} of {len(ids):,} images have no labels, first {empty[0]!r}; '
-                         'give each its most probable class, or pass `allow_empty`')
+        raise ValueError(f'submission: {len(empty):,} of {counted(len(ids), "images have")} no labels, first '
+                         f'{empty[0]!r}; give each its most probable class, or pass `allow_empty`')
     return pd.Series(labels, index=ids.to_numpy(), dtype=object)
 
 # %% ../../nbs/51_labels.submission.ipynb #a6d300ea

@@ -25,6 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
+from ..errors import counted
 from ..files import read_json, write_json
 from ..screen.folds import _group_codes, grouped_folds
 from .metrics import f1_scores, macro_f1
@@ -35,7 +36,8 @@ def _check_scores(p, n_classes=None) -> np.ndarray:
     p = np.asarray(p, np.float64)
     if p.ndim != 2 or not p.size:
         raise ValueError(f'scores have shape {p.shape}, expected (images, classes) with one of each at least')
-    if n_classes not in (None, p.shape[1]): raise ValueError(f'scores have {p.shape[1]} classes, expected {n_classes}')
+    if n_classes not in (None, p.shape[1]): raise ValueError(f'scores have {counted(p.shape[1], "classes")}, expected '
+                                                             f'{n_classes}')
     if (bad := ~((p>=0) & (p<=1))).any():
         row, col = np.argwhere(bad)[0]
         where = f'image {row}, class {col}'
@@ -71,7 +73,7 @@ def fit(self:ThresholdEstimator,
     if y is not None: y = _check_labels(y, p)
     elif self.needs_labels: raise ValueError(f'{type(self).__name__} needs labels: fit(p, y)')
     if groups is not None and len(groups) != len(p):
-        raise ValueError(f'{len(groups):,} groups for {len(p):,} images, expected one for each')
+        raise ValueError(f'{counted(len(groups), "groups")} for {counted(len(p), "images")}, expected one for each')
     self._check_empty(p.shape[1])
     self.thresholds_ = self._fit(p, y, groups)
     return self
@@ -121,7 +123,8 @@ class ConstantThreshold(ThresholdEstimator):
     def _fit(self, p, y, groups):
         value = np.asarray(self.value, np.float64)
         if value.shape not in ((), (p.shape[1],)) or not np.isfinite(value).all():
-            raise ValueError(f'value is {self.value}, expected a number or one for each of the {p.shape[1]} classes')
+            raise ValueError(f'value is {self.value}, expected a number or one for each of the '
+                             f'{counted(p.shape[1], "classes")}')
         return np.array(np.broadcast_to(value, p.shape[1]))
 
 # %% ../../nbs/51_labels.threshold.ipynb #f3fc0cf3
@@ -476,7 +479,7 @@ def write_thresholds(
     """
     check_is_fitted(estimator, 'thresholds_')
     names, t = [str(c) for c in classes], estimator.thresholds_.tolist()
-    if len(names) != len(t): raise ValueError(f'{len(names)} classes for {len(t)} thresholds')
+    if len(names) != len(t): raise ValueError(f'{counted(len(names), "classes")} for {counted(len(t), "thresholds")}')
     _check_names(names)
     empty = estimator.empty if isinstance(estimator.empty, str) else {'class': names[estimator.empty]}
     made = ' '.join(repr(estimator).split())

@@ -13,6 +13,8 @@ from fastai.losses import BaseLoss
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..errors import counted
+
 # %% ../../nbs/35_loss.base.ipynb #914700f3
 def logsumexp_others(
     z:Tensor, # logits (B, K)
@@ -29,8 +31,8 @@ def _checked_classes(y, n_rows, n_classes):
     "Hard targets as int64 with 0 for masked rows, and which rows count"
     # on a GPU this look at the values would stall the queue; there the gather itself complains
     if y.device.type == 'cpu' and n_rows and y.max() >= n_classes:
-        raise ValueError(f'target {y.max().item()} at row {y.argmax().item()} is outside the {n_classes} classes '
-                         f'of the scores (0-{n_classes-1})')
+        raise ValueError(f'target {y.max().item()} at row {y.argmax().item()} is outside the '
+                         f'{counted(n_classes, "classes")} of the scores (0-{n_classes-1})')
     return y.long().clamp_min(0), y >= 0
 
 def _rows(inp, targ):

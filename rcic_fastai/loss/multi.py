@@ -16,6 +16,7 @@ from timm.loss import AsymmetricLossMultiLabel
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..errors import counted
 from .base import _check_range, ScreenLoss
 
 # %% ../../nbs/36_loss.multi.ipynb #79dfbc1b
@@ -111,8 +112,8 @@ def _weights(name, v, low, high):
 
 def _as_weights(name, v, x):
     if isinstance(v, list) and len(v) != x.shape[1]:
-        raise ValueError(f'{name} has {len(v)} values for scores of {x.shape[1]} classes, expected one number or one '
-                         'for each class')
+        raise ValueError(f'{name} has {counted(len(v), "values")} for scores of {counted(x.shape[1], "classes")}, '
+                         'expected one number or one for each class')
     return torch.as_tensor(v, dtype=x.dtype, device=x.device)
 
 # %% ../../nbs/36_loss.multi.ipynb #b384e0c1

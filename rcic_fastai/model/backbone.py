@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn, Tensor
 from torch.hub import load_state_dict_from_url
 
-from ..errors import nearest
+from ..errors import counted, nearest
 from ..files import user_path
 
 # %% ../../nbs/30_model.backbone.ipynb #de38a29f
@@ -247,6 +247,7 @@ def create_backbone(
         load_checked(body.net, download_weights(weight_urls(name)), f'the published file for {name}', classifier_keys)
     for k,conv in first_convs(body.net).items():
         if conv.in_channels != 3:
-            raise ValueError(f'{name}: the first convolution {k!r} reads {conv.in_channels} channels, expected 3')
+            raise ValueError(f'{name}: the first convolution {k!r} reads {counted(conv.in_channels, "channels")}, '
+                             'expected 3')
     patch_first_conv(body.net, n_channels, init or ('mean' if pretrained else 'random'))
     return body

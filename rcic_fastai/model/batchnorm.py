@@ -22,6 +22,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..errors import counted
 from ..private import BatchNormBase, check_batchnorm_input
 from ..data.context import context_roles, DOMAIN_COLUMNS, plain
 
@@ -237,7 +238,7 @@ class BatchNormMode:
 @patch
 def __repr__(self:BatchNormMode):
     made = f'{type(self).__name__}({type(self.model).__name__}, {self.mode!r})'
-    return f'{made}: {len(self.layers)} layers, {len(self.stats)} pooled'
+    return f'{made}: {counted(len(self.layers), "layers")}, {len(self.stats)} pooled'
 
 @patch
 @contextmanager
@@ -499,8 +500,8 @@ def _sliced_forward(rows, name, layer, forward, *args, **kwargs):
     if not layer.training and layer.running_mean is not None: return forward(*args, **kwargs)
     x = _first_input(args, kwargs)
     if len(x) != rows.n:
-        raise ValueError(f'BatchNorm {name!r} got {len(x)} rows (input of shape {tuple(x.shape)}), but domains were '
-                         f'given for {rows.n}')
+        raise ValueError(f'BatchNorm {name!r} got {counted(len(x), "rows")} (input of shape {tuple(x.shape)}), but '
+                         f'domains were given for {rows.n}')
     if rows.plain:
         if x.ndim > 1 and x.numel() == x.shape[1]: raise _too_few(name, x, rows.names[0])
         return forward(*args, **kwargs)

@@ -21,6 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
+from ..errors import counted
 from .submission import score_table
 from .core import Predictions
 
@@ -43,9 +44,9 @@ def _as_allowed(allowed, shape) -> np.ndarray:
 def _why_infeasible(allowed):
     n_wells = len(allowed)
     left_over = np.flatnonzero(maximum_bipartite_matching(csr_matrix(allowed), perm_type='column') < 0)
-    return (f'no one-to-one assignment exists: at most {n_wells-len(left_over)} of {n_wells} wells can get an allowed '
-            'class of their own '
-            f'(row {left_over[0]} of scores is left over; it has {allowed[left_over[0]].sum()} allowed classes)')
+    return (f'no one-to-one assignment exists: at most {n_wells-len(left_over)} of {counted(n_wells, "wells")} can get '
+            f'an allowed class of their own (row {left_over[0]} of scores is left over; it has '
+            f'{counted(int(allowed[left_over[0]].sum()), "allowed classes")})')
 
 # %% ../../nbs/47_predict.assign.ipynb #491097a0
 def assign_classes(
@@ -60,7 +61,8 @@ def assign_classes(
     scores = _as_scores(scores)
     n_wells, n_classes = scores.shape
     if n_wells > n_classes:
-        raise ValueError(f'{n_wells} wells but only {n_classes} classes; each class fits one well only')
+        raise ValueError(f'{counted(n_wells, "wells")} but only {counted(n_classes, "classes")}; each class fits one '
+                         'well only')
     if allowed is None: return linear_sum_assignment(scores, maximize=True)[1]
     allowed = _as_allowed(allowed, scores.shape)
     try: return linear_sum_assignment(np.where(allowed, scores, -np.inf), maximize=True)[1]
@@ -160,8 +162,8 @@ def _two_best_shared(bounds, value_of, max_plates=8):
     `bounds` add up to upper bounds of `value_of(columns)`."""
     n_plates, n_groups = bounds.shape
     if n_groups > max_plates:
-        raise ValueError(f'{n_groups} groups together with classes of no group; at most {max_plates} groups are '
-                         'supported')
+        raise ValueError(f'{counted(n_groups, "groups")} together with classes of no group; at most '
+                         f'{counted(max_plates, "groups are")} supported')
     total = {cols: bounds[range(n_plates), cols].sum() for cols in permutations(range(n_groups), n_plates)}
     chosen, best, second = None, -np.inf, -np.inf
     for cols in sorted(total, key=total.get, reverse=True):
@@ -173,7 +175,8 @@ def _two_best_shared(bounds, value_of, max_plates=8):
 
 def _enough_groups(table):
     if len(table) > table.shape[1]:
-        raise ValueError(f'{len(table)} plates but {table.shape[1]} groups; each plate needs its own group')
+        raise ValueError(f'{counted(len(table), "plates")} but {counted(table.shape[1], "groups")}; each plate needs '
+                         'its own group')
 
 def _as_mapping(table, cols): return {p: int(table.columns[c]) for p, c in zip(table.index.tolist(), cols)}
 
@@ -273,7 +276,7 @@ class Assignment:
 
     def __repr__(self):
         groups = '' if self.mapping is None else f', plate -> group {self.mapping} by {self.mapping_margin:.4g}'
-        return f'Assignment({len(self.labels)} wells, value {self.value:.4g}{groups})'
+        return f'Assignment({counted(len(self.labels), "wells")}, value {self.value:.4g}{groups})'
 
 # %% ../../nbs/47_predict.assign.ipynb #900c750f
 def argmax_classes(

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit, softmax
 
+from ..errors import counted
 from .core import Predictions, well_accuracy
 
 # %% ../../nbs/47_predict.blend.ipynb #eca33608
@@ -59,7 +60,8 @@ def _check_member(p, name):
     if p.made.get('level') not in ('site', 'well'):
         raise ValueError(f"{name} does not say whether its ids are sites or wells: expected level='site' or "
                          "level='well' in `made`")
-    if not p.logits.size: raise ValueError(f'{name} is empty: {len(p.ids)} ids and {len(p.classes)} classes')
+    if not p.logits.size: raise ValueError(f'{name} is empty: {counted(len(p.ids), "ids")} and '
+                                           f'{counted(len(p.classes), "classes")}')
     _check_unique(p, name)
     if not np.isfinite(p.logits).all():
         row, col = np.argwhere(~np.isfinite(p.logits))[0]
@@ -236,7 +238,7 @@ def _truth(p, wells, target):
         raise ValueError(f'the table of wells has no column {lost[0]!r}: it has {_listed(wells.columns)}')
     truth = wells.drop_duplicates('id_code').set_index('id_code')[target].reindex(p.ids)
     rows = np.flatnonzero(truth.notna())
-    if not len(rows): raise ValueError(f'none of the {len(p.ids):,} wells has a known {target}')
+    if not len(rows): raise ValueError(f'none of the {counted(len(p.ids), "wells")} has a known {target}')
     values = truth.iloc[rows].tolist()
     column = {c: i for i, c in enumerate(p.classes.tolist())}
     cols = np.array([column.get(v, -1) for v in values])

@@ -20,6 +20,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 from scipy.stats import binomtest
 from sklearn.model_selection import LeaveOneGroupOut
 
+from ..errors import counted
 from .core import Predictions
 from .assign import assign_predictions
 
@@ -112,8 +113,8 @@ def fit(self:Temperature,
     "Choose the temperature. Raises: ValueError for no wells, or a class that has no column."
     x, true = _as_logits(logits), np.asarray(true)
     if true.shape != (len(x),) or not ((true >= -1) & (true < x.shape[1])).all() or not (true >= 0).any():
-        raise ValueError(f'true has shape {true.shape}, expected a column 0-{x.shape[1]-1} for each of {len(x)} wells, '
-                         'or -1 for a class without one')
+        raise ValueError(f'true has shape {true.shape}, expected a column 0-{x.shape[1]-1} for each of '
+                         f'{counted(len(x), "wells")}, or -1 for a class without one')
     x, true = x[true >= 0], true[true >= 0]
     def loss(log_t):
         p = log_softmax(x/np.exp(log_t), 1)
@@ -228,7 +229,7 @@ class Confidence:
     # as the network says, with a temperature, and of the label; the last two by the other experiments, NaN if none
     wells:pd.DataFrame
 
-    def __repr__(self): return f'Confidence({self.temperature}, {self.margin}, {len(self.wells):,} wells)'
+    def __repr__(self): return f'Confidence({self.temperature}, {self.margin}, {counted(len(self.wells), "wells")})'
 
 @patch(as_prop=True)
 def errors(self:Confidence) -> pd.Series: # as the network says, with temperature, after assignment
@@ -244,8 +245,8 @@ def __str__(self:Confidence):
     n, (before, after) = self.wells.experiment.nunique(), self.errors.iloc[[0, 1]]
     judged = f'{after:.3f} after it (each experiment judged by the others)' if n > 1 else 'unknown after it'
     of_labels = '' if self.margin is None or n < 2 else f'; of the assigned labels {self.errors.iloc[2]:.3f}'
-    return (f'Calibrated on {len(self.wells):,} wells of {n} held-out experiment{"s"*(n > 1)}: expected calibration '
-            f'error {before:.3f} before it, {judged}{of_labels}')
+    return (f'Calibrated on {counted(len(self.wells), "wells")} of {counted(n, "held-out experiments")}: expected '
+            f'calibration error {before:.3f} before it, {judged}{of_labels}')
 
 # %% ../../nbs/48_predict.confidence.ipynb #ce8d756e
 _least_wells = 50
@@ -266,7 +267,8 @@ def fit_temperature(
     p, known = p.wells(), truth.dropna()
     rows = np.flatnonzero(np.isin(p.ids, known.index))
     if len(rows) < _least_wells:
-        raise ValueError(f'{len(rows):,} predicted wells are of held-out experiments, and {_least_wells} are needed')
+        raise ValueError(f'{counted(len(rows), "predicted wells are")} of held-out experiments, and {_least_wells} are '
+                         'needed')
     columns = _columns(p, known)
     if (columns[rows] < 0).all(): raise ValueError('none of the true classes of the held-out wells was predicted')
     return Temperature().fit(p.logits[rows], columns[rows])

@@ -17,6 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy.special import expit, softmax
 
+from ..errors import counted
 from ..files import parse_json, read_arrays, user_path, write_whole
 from .tta import combine_views, TTA, tta_group
 
@@ -24,12 +25,13 @@ from .tta import combine_views, TTA, tta_group
 def _check_scores(ids, classes, logits):
     "Each site and each class once, and scores that are numbers"
     if logits.shape != (len(ids), len(classes)):
-        raise ValueError(f'logits of shape {logits.shape} for {len(ids)} ids and {len(classes)} classes')
+        raise ValueError(f'logits of shape {logits.shape} for {counted(len(ids), "ids")} and '
+                         f'{counted(len(classes), "classes")}')
     for what, values in (('site or well', pd.Index(ids)), ('class', pd.Index(classes))):
         if values.has_duplicates: raise ValueError(f'{what} {values[values.duplicated()][0]} is there twice')
     if not (good := np.isfinite(logits).all(1)).all():
-        raise ValueError(f'the scores of {ids[~good][0]} are NaN or infinite '
-                         f'({(~good).sum():,} of {len(good):,} rows)')
+        raise ValueError(f'the scores of {ids[~good][0]} are NaN or infinite ({(~good).sum():,} of '
+                         f'{counted(len(good), "rows")})')
 
 # %% ../../nbs/46_predict.core.ipynb #1bbf4e5f
 @dataclass
@@ -99,7 +101,8 @@ def only(self:Predictions,
 
     Raises: ValueError if none of the classes was predicted."""
     keep = np.isin(self.classes, np.asarray(list(classes)))
-    if not keep.any(): raise ValueError(f'none of the {len(self.classes)} predicted classes is among those to keep')
+    if not keep.any(): raise ValueError(f'none of the {counted(len(self.classes), "predicted classes")} is among those '
+                                        'to keep')
     return replace(self, classes=self.classes[keep], logits=self.logits[:, keep],
                    views=None if self.views is None else self.views[..., keep])
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from ..errors import counted
 from ..files import naming, write_whole
 from ..screen.tables import is_unknown, whole_numbers
 from ..screen.core import Screen
@@ -42,9 +43,9 @@ def _check_ids(ids, name):
 
 def _compare_ids(ids, name, expected, expected_name):
     if missing := set(expected) - set(ids):
-        raise ValueError(f'{name}: {len(missing)} wells of {expected_name} are missing: {_some(missing)}')
+        raise ValueError(f'{name}: {counted(len(missing), f"wells of {expected_name} are")} missing: {_some(missing)}')
     if extra := set(ids) - set(expected):
-        raise ValueError(f'{name}: {len(extra)} wells are not in {expected_name}: {_some(extra)}')
+        raise ValueError(f'{name}: {counted(len(extra), "wells are")} not in {expected_name}: {_some(extra)}')
 
 # %% ../../nbs/45_predict.submission.ipynb #f706e577
 def _check_labels(labels, ids, name):
@@ -179,8 +180,8 @@ def merge_truth(
     true = pd.Series(_check_labels(said, ids[said.index], name).to_numpy(),
                      index=ids[said.index].to_numpy()).reindex(wells.id_code)
     if true.isna().all():
-        raise ValueError(f'{name}: none of its {len(ids):,} wells is among the {len(wells):,} wells here, such as '
-                         f'{wells.id_code.iloc[0]}')
+        raise ValueError(f'{name}: none of its {counted(len(ids), "wells")} is among the '
+                         f'{counted(len(wells), "wells")} here, such as {wells.id_code.iloc[0]}')
     known = pd.Series(wells.sirna.to_numpy(), index=wells.id_code).astype('Float64')
     other = (known.notna() & true.notna() & (known.fillna(-1) != true.fillna(-1))).to_numpy(bool)
     if other.any():

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from fasttransform import Pipeline
 from torch import Tensor
 
-from ..errors import nearest
+from ..errors import counted, nearest
 from ..renamed import renamed
 from ..data.augment import D4, dihedral, RandomSquareCrop
 
@@ -134,7 +134,7 @@ def window(
     """
     room = torch.tensor(x.shape[-2:]) - size
     if (room < 0).any():
-        raise ValueError(f'windows of {size} pixels do not fit into images of {x.shape[-2]}x{x.shape[-1]}')
+        raise ValueError(f'windows of {counted(size, "pixels do")} not fit into images of {x.shape[-2]}x{x.shape[-1]}')
     share = torch.rand(2, generator=torch.Generator().manual_seed(place)) if place else torch.full((2,), .5)
     top, left = (share*(room+1)).long().minimum(room).tolist()
     return x[..., top:top+size, left:left+size]
@@ -218,8 +218,8 @@ def check_views(
     Raises: ValueError for several windows of a network that sees whole images, without `crop_size`.
     """
     if group.crops > 1 and group.crop_size is None and not transform.windows:
-        raise ValueError(f'tta takes {group.crops} windows, but this network sees whole images: give crop_size, their '
-                         'side as a share of the image, such as 2/3')
+        raise ValueError(f'tta takes {counted(group.crops, "windows")}, but this network sees whole images: give '
+                         'crop_size, their side as a share of the image, such as 2/3')
     if group.seeds > 1 and not transform.draws and not transform.windows:
         return (f'tta repeats {group.seeds} draws, but this network was trained without random augmentations '
                 'besides symmetries: the draws are all the same')

@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from ..errors import nearest
+from ..errors import counted, nearest
 
 # %% ../../nbs/40_profile.correct.ipynb #9370070b
 def _as_rows(x, name='x', features=None) -> np.ndarray:
@@ -28,16 +28,17 @@ def _as_rows(x, name='x', features=None) -> np.ndarray:
     if x.ndim != 2: raise ValueError(f'{name} has shape {x.shape}, expected (rows, features)')
     if x.dtype not in (np.float32, np.float64): x = x.astype(np.float64)
     if features is not None and x.shape[1] != features:
-        raise ValueError(f'{name} has {x.shape[1]} features, expected {features} as in fit')
+        raise ValueError(f'{name} has {counted(x.shape[1], "features")}, expected {features} as in fit')
     if len(bad := np.flatnonzero(~np.isfinite(x).all(1))):
-        raise ValueError(f'{name}: row {bad[0]} holds nan or inf ({len(bad):,} such rows of {len(x):,})')
+        raise ValueError(f'{name}: row {bad[0]} holds nan or inf ({counted(len(bad), "such rows")} of {len(x):,})')
     return x
 
 # %% ../../nbs/40_profile.correct.ipynb #2b8d4f61
 def _as_labels(labels, n, name) -> np.ndarray:
     "One label per row, none missing: int64, or str"
     labels = pd.Series(labels).infer_objects().reset_index(drop=True)
-    if len(labels) != n: raise ValueError(f'{name} has {len(labels):,} entries for {n:,} rows of the embeddings')
+    if len(labels) != n: raise ValueError(f'{name} has {counted(len(labels), "entries")} for {counted(n, "rows")} of '
+                                          'the embeddings')
     if labels.isna().any():
         raise ValueError(f'{name}: row {labels.isna().idxmax()} is missing; keep only the rows where it is known')
     # integers that a missing value elsewhere made floats
@@ -141,8 +142,8 @@ def _positive(value, name):
 def _as_controls(x) -> np.ndarray:
     x = _as_rows(x, 'controls').astype(np.float64)
     if len(x) < 2:
-        raise ValueError(f'{len(x)} rows of controls have no covariance; at least 2 are needed, and many more are '
-                         'better')
+        raise ValueError(f'{counted(len(x), "rows of controls have")} no covariance; at least 2 are needed, and many '
+                         'more are better')
     return x
 
 # %% ../../nbs/40_profile.correct.ipynb #8b994a65
@@ -240,8 +241,8 @@ def transform(self:TVN,
     batch, y = _as_labels(batch, len(x), 'batch').astype(str), self._components(x)
     names = np.unique(batch)
     if few := [str(b) for b in names if b not in self.batches_]:
-        warnings.warn(f'{len(few)} of {len(names)} batches have fewer than 2 controls and are aligned by all '
-                      f'controls: {", ".join(few[:5])}', stacklevel=2)
+        warnings.warn(f'{len(few)} of {counted(len(names), "batches have")} fewer than 2 controls and are aligned by '
+                      f'all controls: {", ".join(few[:5])}', stacklevel=2)
     for b in names: y[batch == b] = self.batches_.get(b, self.all_)(y[batch == b])
     return y.astype(x.dtype)
 

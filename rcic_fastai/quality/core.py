@@ -17,7 +17,7 @@ from fastcore.parallel import num_cpus
 from scipy.stats import theilslopes
 from tqdm.auto import tqdm
 
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..screen.atlas import Atlas
 from ..screen.channels import as_channel, channel_name
 from ..screen.core import plate_map, Screen, _places
@@ -222,7 +222,7 @@ def find_faults(
         for c in np.unique(hot[:, 0]):
             at, own = np.flatnonzero(m.plates == p), hot[hot[:, 0] == c]
             k, (_, row, column) = len(own), own[0]
-            why = f'{k} pixel{"s"*(k > 1)} always bright, such as row {row}, column {column}'
+            why = f'{counted(k, "pixels")} always bright, such as row {row}, column {column}'
             parts.append(_found('hot pixels', at, c, k, why, exclude=False))
     return pd.concat(parts, ignore_index=True).sort_values(['at', 'fault'], kind='stable', ignore_index=True)
 
@@ -302,8 +302,8 @@ class Quality:
         n, bad = len(self.measured.sites), self.sites.drop_duplicates(['id_code', 'site']).exclude.sum()
         counts = self.counts()
         said = ', '.join(f'{k} {v:,}' for k, v in counts.items() if v) or 'nothing suspicious'
-        return (f'Quality of {self.screen.path}: {n:,} sites of {len(self.wells):,} wells, {bad:,} sites to leave out; '
-                f'{said}')
+        return (f'Quality of {self.screen.path}: {counted(n, "sites")} of {counted(len(self.wells), "wells")}, '
+                f'{counted(bad, "sites")} to leave out; {said}')
 
     def counts(self) -> pd.Series: # index `FAULTS`
         "How many sites have each fault."
@@ -330,7 +330,8 @@ def screen_quality(
     if not 0 <= nucleus < len(names): raise ValueError(f'nucleus is {nucleus}, expected 0 to {len(names)-1}')
     sites = screen.sites()
     there, missing = present_sites(sites, screen.channels) if present_only else (sites, 0)
-    if not len(there): raise FileNotFoundError(f'{screen.path}: none of {len(sites):,} sites has all its files')
+    if not len(there): raise FileNotFoundError(f'{screen.path}: none of {counted(len(sites), "sites")} has all its '
+                                               'files')
     m = measure_sites(screen, there, nucleus, workers, progress)
     faults = find_faults(m)
     table = _site_table(m, faults, names)

@@ -11,6 +11,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..errors import counted
 from .measures import MEASURES
 
 # %% ../../nbs/54_quality.outliers.ipynb #fe30486b
@@ -99,11 +100,11 @@ def _moves(at):
         out = np.empty(len(at), int)
         out[order] = np.roll(order, k)
         return out
-    moves = {f'{abs(dr)} row{"s"*(abs(dr) > 1)} {"down" if dr > 0 else "up"}': where(at-[dr, 0])
+    moves = {f'{counted(abs(dr), "rows")} {"down" if dr > 0 else "up"}': where(at-[dr, 0])
              for dr in (-2, -1, 1, 2)}
-    moves |= {f'{abs(dc)} column{"s"*(abs(dc) > 1)} {"right" if dc > 0 else "left"}': where(at-[0, dc])
+    moves |= {f'{counted(abs(dc), "columns")} {"right" if dc > 0 else "left"}': where(at-[0, dc])
               for dc in (-2, -1, 1, 2)}
-    moves |= {f'{abs(k)} well{"s"*(abs(k) > 1)} {"on" if k > 0 else "back"}': by_order(k) for k in (-2, -1, 1, 2)}
+    moves |= {f'{counted(abs(k), "wells")} {"on" if k > 0 else "back"}': by_order(k) for k in (-2, -1, 1, 2)}
     return moves | {'turned by 180 degrees': where([rows, columns]-at), 'rows mirrored': where(np.abs([[rows, 0]]-at)),
                     'columns mirrored': where(np.abs([[0, columns]]-at))}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.docments import docments
 
+from ..errors import counted
 from ..files import parse_json
 from ..loss.by_name import create_loss, losses, multilabel_losses
 from ..predict.tta import tta_group
@@ -91,7 +92,7 @@ def _wrong_in_stage(n, s, recipe):
         yield f'{n}.ema, {n}.average and {n}.keep "best" each say which weights the stage ends with: choose one'
     if s.average and s.patience: yield f'{n}.average needs the last epochs, which {n}.patience may leave out'
     if 0 < s.epochs < s.freeze_epochs:
-        yield f'{n}.freeze_epochs is {s.freeze_epochs}, expected at most the {s.epochs} epochs of the stage'
+        yield f'{n}.freeze_epochs is {s.freeze_epochs}, expected at most the {counted(s.epochs, "epochs")} of the stage'
     if s.loss and several != (s.loss in multilabel_losses):
         yield f'{n}.loss is {s.loss!r}, but loss.name {name!r}: one is for one label per image, the other for several'
     if s.loss and _margin(s.loss) != _margin(name):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import did_you_mean
+from ..errors import counted, did_you_mean
 from ..data.reader import SiteReader, site_size
 from ..data.target import is_multilabel
 from ..screen.core import Screen
@@ -56,7 +56,7 @@ def _of_cpu(screen, sites, target, several):
     side = _side(screen, sites)
     if several: return laptop_recipe(get_recipe('hpa_seresnext50_focal'), 12), 'several labels per image'
     recipe, n = _fitted(get_recipe('resnet10t_domain_batches'), sites, side, target)
-    return recipe, f'{n:,} sites of {side} pixels'
+    return recipe, f'{counted(n, "sites")} of {counted(side, "pixels")}'
 
 def default_recipe(
     screen:Screen, # from `read_screen`

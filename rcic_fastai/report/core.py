@@ -29,6 +29,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 # %% ../../nbs/81_report.core.ipynb #5494eeff
+from ..errors import counted
 from ..files import check_ours, check_output, check_target, is_marked, read_arrays, read_json
 from ..files import read_text, user_path, write_whole
 from ..screen.tables import is_unknown
@@ -112,7 +113,7 @@ def read_truth(
     if more is None: return known
     if given and not more.index.isin(screen.wells.id_code).any():
         example = f', such as {more.index[0]},' if len(more) else ''
-        raise ValueError(f'{path}: none of its {len(more):,} wells{example} is in {screen.path}')
+        raise ValueError(f'{path}: none of its {counted(len(more), "wells")}{example} is in {screen.path}')
     return pd.concat([known[~known.index.isin(more.index)], more.astype(object)])
 
 # %% ../../nbs/81_report.core.ipynb #aa01b1c4
@@ -123,8 +124,9 @@ def _find_predictions(run, split, most, say):
     n = len(run.valid_wells) if split=='valid' else int(((w.split=='test') & (w.well_type=='treatment')).sum())
     if not n: return 'no wells were set aside' if split=='valid' else 'the screen has no test split'
     if run.blend: return f'the blend has no predictions of its {split} wells'
-    if n > most: return f'{n:,} {split} wells were not predicted yet: rcic-predict --run {run} --split {split}'
-    say(f'Predicting {n:,} {split} wells')
+    some = counted(n, f'{split} wells were')
+    if n > most: return f'{some} not predicted yet: rcic-predict --run {run} --split {split}'
+    say(f'Predicting {counted(n, f"{split} wells")}')
     return run.predict(split, progress=False, say=lambda *a: None)
 
 def _most_wells(run):
@@ -228,7 +230,7 @@ def training_time(
     "How long all networks of a run have trained."
     histories = [read_history(folder) for folder in c.networks.values()]
     epochs, seconds = sum(map(len, histories)), sum(t.seconds.sum() for t in histories)
-    return {'training': (duration(seconds), f'{epochs} epochs')} if epochs else {}
+    return {'training': (duration(seconds), counted(epochs, 'epochs'))} if epochs else {}
 
 def headline(
     c:JudgedRun # from `run_context`, one class per well
@@ -237,8 +239,8 @@ def headline(
     trained = training_time(c)
     if c.judged is None: return {'wells judged': ('none', '; '.join(c.missing.values()))} | trained
     t, n = c.judged, len(c.predictions[c.split].classes)
-    where = f'{c.split} split, {t.experiment.nunique()} experiment{"s"*(t.experiment.nunique() > 1)}'
-    if c.info.get('left_out'): where += f', {len(c.info["left_out"]):,} sites left out'
+    where = f'{c.split} split, {counted(t.experiment.nunique(), "experiments")}'
+    if c.info.get('left_out'): where += f', {counted(len(c.info["left_out"]), "sites")} left out'
     if not t.known.any():
         margin = t.margin[np.isfinite(t.margin)].median()
         return {'wells predicted': (f'{len(t):,}', where+', truth unknown'),
@@ -249,7 +251,7 @@ def headline(
     return {'wells right': (percent(a.accuracy), f'95 % interval {interval(a.low, a.high)}'),
             'wells judged': (f'{a.wells:,.0f}', where),
             'by the network alone': (percent(alone.accuracy), without),
-            'by chance': (percent(1/n, 2 if n > 99 else 1), f'one of {n:,} classes')} | trained
+            'by chance': (percent(1/n, 2 if n > 99 else 1), f'one of {counted(n, "classes")}')} | trained
 
 # %% ../../nbs/81_report.core.ipynb #e0289699
 def recipe_changes(
@@ -275,7 +277,7 @@ def _of_data(c):
     aside = f'{len(c.valid_wells):,} {unit}s ({c.valid or "chosen one by one"})'
     few = c.class_names and not c.task.several and c.classes is not None and len(c.classes) <= 12
     names = f': {", ".join(map(c.class_name, c.classes))}' if few else ''
-    return {'predicts': c.what if c.classes is None else f'{c.what}, {len(c.classes):,} classes{names}',
+    return {'predicts': c.what if c.classes is None else f'{c.what}, {counted(len(c.classes), "classes")}{names}',
             'data': f'{"/".join(s.path.parts[-2:])} ({s.layout} layout{"" if s.packed is None else ", packed"})',
             'trained on': f'{len(train):,} {kind} of {train.experiment.nunique():,} {source}s',
             'set aside': aside if c.valid_wells else 'nothing'}
@@ -286,7 +288,7 @@ def _of_network(c):
     stages = [f'{n} {getattr(r, n).epochs}' for n in stage_names if getattr(r, n).epochs]
     parts = f', one for each of {", ".join(c.parts)}' if c.parts else ''
     domain = f'one {r.data.domain.replace("_", " ")}' if r.data.domain else f'any {task.source}'
-    size = f'{" x ".join(map(str, i.get("image_size", [])))} pixels, {len(c.channels or [])} channels'
+    size = f'{" x ".join(map(str, i.get("image_size", [])))} pixels, {counted(len(c.channels or []), "channels")}'
     return {'network': f'{r.model.arch}, {r.model.head} head{parts}',
             'images': size if 'image_size' in i else '–',
             'loss': r.loss.name, 'epochs': ', '.join(stages),
@@ -307,10 +309,10 @@ def run_facts(
     "What was trained, on what, with which versions."
     facts, threads = {**_of_data(c), **(_of_blend(c) if c.blend else _of_network(c))}, torch.get_num_threads()
     out = c.info.get('left_out')
-    if out: facts['left out'] = f'{len(out):,} sites, of the training and of all that is judged'
+    if out: facts['left out'] = f'{counted(len(out), "sites")}, of the training and of all that is judged'
     if c.info.get('versions'): facts['versions'] = ', '.join(f'{k} {v}' for k, v in c.info['versions'].items())
     gpu = torch.cuda.is_available()
-    cpu = f'a CPU, {threads} thread{"s"*(threads > 1)}'
+    cpu = f'a CPU, {counted(threads, "threads")}'
     facts['this page was made on'] = torch.cuda.get_device_name() if gpu else cpu
     return pd.DataFrame(dict(value=facts)).rename_axis('what')
 
@@ -683,7 +685,7 @@ def pair_pictures(
         limits = channel_limits(np.stack([a, b])) if a.shape==b.shape else None
         alts = [f'Colour picture of {c.class_name(k)}, well {_well_name(i)}' for k, i in zip((r.first, r.second), ids)]
         first, second = (f'{c.class_name(k)} ({_well_name(i)})' for k, i in zip((r.first, r.second), ids))
-        text = f'{first} and {second}: {r.wells} of {r.of} wells taken for each other'
+        text = f'{first} and {second}: {r.wells} of {counted(r.of, "wells")} taken for each other'
         out.append(([(stains_to_rgb(x, limits), alt) for x, alt in zip((a, b), alts)], text))
     return out
 

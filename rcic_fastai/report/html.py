@@ -25,6 +25,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, CellExecutionError, CellTimeoutError, DeadKernelError
 
+from ..errors import counted
+
 # %% ../../nbs/80_report.html.ipynb #b6422953
 def _uri(data, kind): return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
 
@@ -116,7 +118,7 @@ def table(
     "A table as part of a page."
     left, t = len(t)-rows, t.head(rows)
     numeric = [' class="number"' if _is_number(t[c]) else '' for c in t.columns]
-    if left > 0: caption = f'{caption} The first {rows} of {rows+left:,} rows.'.strip()
+    if left > 0: caption = f'{caption} The first {rows} of {counted(rows+left, "rows")}.'.strip()
     label = html.escape(caption.partition('.')[0] or 'table')
     head, body = _head(t, numeric, index), ''.join(_body(t, numeric, index, digits))
     return HTML(f'<figure class="table"><div class="scroll" role="region" tabindex="0" aria-label="{label}"><table>'

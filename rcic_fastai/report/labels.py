@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import clone
 
+from ..errors import counted
 from ..screen.labels import label_matrix
 from ..screen.folds import grouped_folds
 from ..data.image import stains_to_rgb
@@ -106,7 +107,7 @@ def label_headline(
     low, high = macro_f1_interval(judged.y, judged.pred, judged.groups)
     return {'macro-F1': (f'{macro_f1(judged.y, judged.pred):.3f}', f'95 % interval {low:.2f}–{high:.2f}'),
             'average precision': (f'{average_precision(judged.y, judged.p):.3f}', 'needs no thresholds'),
-            'images judged': (f'{len(judged.y):,}', f'{c.split} split, {len(judged.names)} classes'),
+            'images judged': (f'{len(judged.y):,}', f'{c.split} split, {counted(len(judged.names), "classes")}'),
             'best constant answer': (f'{f1_floors(judged.y).max():.3f}', 'macro-F1')} | trained
 
 # %% ../../nbs/82_report.labels.ipynb #7bf850f7

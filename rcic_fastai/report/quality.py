@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
+from ..errors import counted
 from ..files import check_ours, check_output, user_path, write_whole
 from ..screen.planes import resize_site
 from ..data.colors import stain_names
@@ -172,14 +173,16 @@ def _named(index, q):
 def _cells(q, n_plates=3):
     "Title of each section and its parts"
     small = int((q.plates.drop_duplicates(['experiment', 'plate']).wells < _least).sum())
-    few = [note(f'{small:,} plates have fewer than {_least} wells that were looked at: too few to say what is usual.')]
+    few = [note(f'{counted(small, "plates have")} fewer than {_least} wells that were looked at: too few to say what '
+                'is usual.')]
     yield 'In short', [quality_tiles(q), fault_table(q), *(few if small else [])]
     found = q.outliers
     worst = found.groupby('fault', sort=False).head(6) # so that a frequent fault does not hide the others
     shown = worst[['experiment', 'plate', 'well', 'site', 'channel', 'fault', 'why', 'score']].round(dict(score=1))
     shown = shown.assign(site=shown.site.replace(0, pd.NA), channel=[_stain(c, q) for c in shown.channel])
-    yield 'What is suspicious', [table(shown, f'The worst six of each fault; all {len(found):,} rows are in '
-                                       'outliers.csv.', 1, False, 60)] if len(found) else [note('Nothing is suspicious.')]
+    if not len(found): said = note('Nothing is suspicious.')
+    else: said = table(shown, f'The worst six of each fault; all {len(found):,} are in outliers.csv.', 1, False, 60)
+    yield 'What is suspicious', [said]
     parts = [(f, fault_pictures(q, f)) for f in FAULTS if f != 'shifted plate']
     seen = [p for f, p in parts if p is not None for p in (heading(f.capitalize()), p)]
     yield 'Pictures', seen or [note('Nothing is suspicious.')]
@@ -251,8 +254,8 @@ def _right_by(judged, ids):
     suspicious = known.id_code.isin(ids)
     if not suspicious.any() or suspicious.all(): return ''
     a, b = known.right[suspicious], known.right[~suspicious]
-    return (f' Of {len(a):,} wells with a suspicious site {percent(a.mean(), 0)} are right, of {len(b):,} others '
-            f'{percent(b.mean(), 0)}.')
+    return (f' {percent(a.mean(), 0)} of {counted(len(a), "wells")} with a suspicious site and {percent(b.mean(), 0)} of '
+            f'{counted(len(b), "others")} are right.')
 
 # %% ../../nbs/82_report.quality.ipynb #5bf0bfed
 def run_quality(
@@ -265,9 +268,10 @@ def run_quality(
     bad = q.wells[q.wells.left_out > 0].id_code
     judged = c.judged[c.judged.id_code.isin(q.wells.id_code)]
     left = c.info.get('left_out') or ()
-    out = f' {len(left):,} sites were left out before the training and count nowhere.' if left else ''
-    said = (f'{len(q.measured.sites):,} sites of {n} plate{"s"*(n > 1)} were looked at, those with the lowest accuracy '
-            f'first; {len(bad):,} wells have a suspicious site.{_right_by(judged, bad)}{out} rcic-qc looks at all.')
+    out = f' {counted(len(left), "sites were")} left out before the training and count nowhere.' if left else ''
+    said = (f'{counted(len(q.measured.sites), "sites")} of {counted(n, "plates")} were looked at, those with the '
+            f'lowest accuracy first; {counted(len(bad), "wells have")} a suspicious site.{_right_by(judged, bad)}{out} '
+            'rcic-qc looks at all.')
     worst = [f for f, k in q.counts().items() if k][:3]
     shown = [p for f in worst if (p := fault_pictures(q, f, 2)) is not None]
     return [note(said), *([fault_table(q)] if worst else []), *shown]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..errors import counted
 from ..files import check_output, claim_folder, folder_contents, note_request
 from ..screen.labels import label_matrix
 from ..screen.core import Screen
@@ -124,8 +125,8 @@ def _info_of(runs, say):
     if left: info['left_out'] = list(left)
     if not _are_folds(runs): return info
     together = sorted({w for r in runs for w in r.valid_wells})
-    say(f'The runs set different wells aside, as folds do: each of {len(together):,} wells is predicted by the runs '
-        'that did not train on it, the test split by all')
+    say(f'The runs set different wells aside, as folds do: each of {counted(len(together), "wells")} is predicted by '
+        'the runs that did not train on it, the test split by all')
     return info | dict(valid='; '.join(map(str, dict.fromkeys(r.valid for r in runs))), valid_wells=together)
 
 def _blend(runs, out, weights, space, splits, how):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from sklearn.base import clone
 
+from ..errors import counted
 from ..screen.labels import label_lists, label_matrix
 from ..screen.atlas import Atlas, hpa_classes, label_truth, read_labels
 from ..data.pack import check_screen_output
@@ -50,10 +51,9 @@ def validation_sentence(
     p = p.wells()
     y = label_truth(atlas, p.ids)[0]
     floors = ', '.join(f'{k} {v:.3f}' for k,v in f1_floors(y).items())
-    return (f'{len(y):,} images set aside: macro-F1 {found.macro_f1:.3f} ({found.low:.3f} to {found.high:.3f}) with '
-            f'thresholds {method!r} '
-            f'chosen on other images of them; average precision {average_precision(y, p.probabilities):.3f}; '
-            f'constant answers: {floors}')
+    return (f'{counted(len(y), "images")} set aside: macro-F1 {found.macro_f1:.3f} ({found.low:.3f} to '
+            f'{found.high:.3f}) with thresholds {method!r} chosen on other images of them; average precision '
+            f'{average_precision(y, p.probabilities):.3f}; constant answers: {floors}')
 
 # %% ../../nbs/77_run.labels.ipynb #d7e1a3b2
 def _estimator(run, test, method, say):
@@ -95,7 +95,7 @@ def submit_labels(
     predicted = estimator.adapt(test.probabilities).predict(test.probabilities)
     write_thresholds(run.path/'thresholds.json', estimator, atlas.class_names)
     out = write_label_submission(test.ids, label_lists(predicted), own, out, n_classes=len(atlas.class_names))
-    say(f'Written: {out}, {len(predicted):,} images, {predicted.sum(1).mean():.2f} labels each')
+    say(f'Written: {out}, {counted(len(predicted), "images")}, {predicted.sum(1).mean():.2f} labels each')
     return out
 
 # %% ../../nbs/77_run.labels.ipynb #79355de2

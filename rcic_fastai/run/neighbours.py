@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
+from ..errors import counted
 from ..files import check_output, claim_folder, clean_partials, note_request, read_arrays, write_whole
 from ..screen.atlas import Atlas, label_truth
 from ..screen.folds import grouped_folds
@@ -78,7 +79,7 @@ def _held_out(settings, x, y, p, groups, n_folds, seed):
 
 def _say_near(fitted, table, say):
     near, n = table[table['rank'] == 1].near.sum(), table['query'].nunique()
-    say(f'{near:,} of {n:,} test images have a neighbour with a cosine of {fitted.threshold_:.3f} or more, '
+    say(f'{near:,} of {counted(n, "test images have")} a neighbour with a cosine of {fitted.threshold_:.3f} or more, '
         f'whose labels weigh {fitted.weight_:g}')
 
 # %% ../../nbs/78_run.neighbours.ipynb #db34262a

@@ -16,6 +16,7 @@ from fastai.callback.all import Callback
 from fastai.learner import Learner
 from fastcore.basics import patch
 
+from ..errors import counted
 from ..files import read_json, write_json, write_whole
 from ..recipe.settings import compare_recipes, current_name, Recipe, recipe_from_dict, stage_names
 from ..recipe.settings import TrainSettings
@@ -52,7 +53,7 @@ def check_no_leak(
 ):
     "Raises: ValueError naming a well that is trained on and validated on."
     if both := sorted(set(trained) & set(validated)):
-        raise ValueError(f'stage {stage}: {len(both):,} wells are validated on whose labels are trained on, '
+        raise ValueError(f'stage {stage}: {counted(len(both), "wells are")} validated on whose labels are trained on, '
                          f'such as {both[0]}')
 
 # %% ../../nbs/75_run.stages.ipynb #44bbfd64
@@ -108,7 +109,7 @@ def _found_lr(self:Stages, learn, name, stage):
     if not (isinstance(found[name], float) and found[name] > 0):
         raise ValueError(f'{path}: {name} is {found[name]!r}, expected a learning rate; delete the file, and it will '
                          f'be looked for again')
-    self.say(f'Stage {name}: learning rate {found[name]:.2e}, found in {stage.find_lr} steps')
+    self.say(f'Stage {name}: learning rate {found[name]:.2e}, found in {counted(stage.find_lr, "steps")}')
     return found[name]
 
 # %% ../../nbs/75_run.stages.ipynb #b9edc21d

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
+from ..errors import counted
 from ..files import check_ours, write_whole
 from ..screen.groups import plate_groups
 from ..screen.core import Screen
@@ -117,7 +118,7 @@ def _write_side_table(run, p, table, how, out, error_rate, say):
     t = t.set_index('id_code').loc[pd.read_csv(out, dtype=dict(id_code=str)).id_code].reset_index()
     write_whole(side_table_path(out), t.to_csv(index=False, float_format='%.6g'))
     kept = f', {t.kept.sum():,} of them kept at an error rate of {error_rate:.3g}' if found is not None else ''
-    say(f'Written: {side_table_path(out)}, {len(t):,} wells{kept}')
+    say(f'Written: {side_table_path(out)}, {counted(len(t), "wells")}{kept}')
 
 # %% ../../nbs/78_run.submit.ipynb #c8d2e5f1
 def submit_run(
@@ -148,7 +149,7 @@ def submit_run(
     _name_treatments(written, run)
     _write_side_table(run, p, table, how, written, error_rate, say)
     if how[0] is not None: _say_groups(table, method, say)
-    say(f'Written: {written}, {len(table):,} wells')
+    say(f'Written: {written}, {counted(len(table), "wells")}')
     return written
 
 # %% ../../nbs/78_run.submit.ipynb #c8d2e5f3
@@ -177,4 +178,4 @@ def validation(self:Run,
         method = self.recipe.inference.thresholds
         return validation_sentence(p, self.screen, fit_thresholds(p, self.screen, method)[1], method)
     right, n = well_accuracy(p, self.screen.wells, self.target)
-    return f'{right} of {n} wells right ({right/n:.3f})'
+    return f'{right} of {counted(n, "wells")} right ({right/n:.3f})'

@@ -22,7 +22,7 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 # %% ../../nbs/77_run.train.ipynb #e13a2078
-from ..errors import did_you_mean, one_of
+from ..errors import counted, did_you_mean, one_of
 from ..files import check_name, check_output, claim_folder, clean_partials, read_json, refuse_links, user_path
 from ..files import check_ours, write_picture, write_whole
 from ..screen.groups import plate_groups
@@ -113,7 +113,7 @@ def _labelled(sites, target, say):
     "Without sites whose target is unknown, such as images whose antibody is unknown"
     known = sites[target].notna().to_numpy()
     if known.all() or not known.any(): return sites
-    say(f'{(~known).sum():,} of {len(sites):,} sites have no {target.replace("_", " ")} and are left out')
+    say(f'{(~known).sum():,} of {counted(len(sites), "sites have")} no {target.replace("_", " ")} and are left out')
     return sites[known].reset_index(drop=True)
 
 # %% ../../nbs/77_run.train.ipynb #a7c1e0d8
@@ -183,7 +183,7 @@ def _recipe_of(screen, recipe, target, say):
     if isinstance(recipe, Recipe): return recipe
     if recipe is not None: return get_recipe(recipe)
     chosen, why = default_recipe(screen, target)
-    say(f'No recipe is named: {chosen.name}, {chosen.train.epochs} epochs, because: {why}')
+    say(f'No recipe is named: {chosen.name}, {counted(chosen.train.epochs, "epochs")}, because: {why}')
     return chosen
 
 # %% ../../nbs/77_run.train.ipynb #0f5ece8e
@@ -331,7 +331,7 @@ def _first_network(t, table, stages, start, dls, cell_types):
         set_seed(recipe.seed)
         model = _network_of(start, recipe, len(dls.vocab), len(t.screen.channels), len(cell_types))
     if not recipe.pretrain.epochs or stages.past('pretrain'): return model
-    t.say(f'Pretraining on the controls, {recipe.pretrain.epochs} epochs')
+    t.say(f'Pretraining on the controls, {counted(recipe.pretrain.epochs, "epochs")}')
     learn = pretrain_on_controls(t.screen, recipe, t.present_only, t.run, t.say, set(table.sites.id_code[table.mask]),
                                  lambda learn, stage: stages.fit(learn, 'pretrain', stage), stats=dls.stats,
                                  counts=dls.counts)
@@ -358,12 +358,12 @@ def _pseudo_callbacks(t, table, loaders):
 def _fit(t, recipe, learn, stages, pseudo):
     "The stages after the first network"
     if recipe.head.epochs and not stages.past('head'):
-        t.say(f'The head alone, {recipe.head.epochs} epochs')
+        t.say(f'The head alone, {counted(recipe.head.epochs, "epochs")}')
         stages.fit(learn, 'head', replace(recipe.head, freeze_epochs=recipe.head.epochs))
     stages.fit(learn, 'train', recipe.train, pseudo)
     if not recipe.finetune.epochs: return
     how = [o for o in (recipe.finetune.mix, recipe.finetune.loss) if o]
-    t.say(f'Fine-tuning, {recipe.finetune.epochs} epochs' + (f' with {" and ".join(how)}' if how else ''))
+    t.say(f'Fine-tuning, {counted(recipe.finetune.epochs, "epochs")}' + (f' with {" and ".join(how)}' if how else ''))
     for cb in pseudo: cb.over = True # the set stays as it is
     stages.fit(learn, 'finetune', recipe.finetune, pseudo)
 
@@ -381,8 +381,8 @@ def _train(t):
                                               **{**names, 'classes': list(dls.vocab)})
     pseudo = _pseudo_callbacks(t, table, loaders)
     learn = screen_learner(dls, recipe, model, path=t.run)
-    t.say(f'Training {recipe.model.arch} on {len(dls.train_ds):,} sites, {len(dls.vocab):,} classes, '
-          f'{recipe.train.epochs} epochs, '
+    t.say(f'Training {recipe.model.arch} on {counted(len(dls.train_ds), "sites")}, '
+          f'{counted(len(dls.vocab), "classes")}, {counted(recipe.train.epochs, "epochs")}, '
           f'{str(learn.auto_mixed_precision.dtype).removeprefix("torch.")} on {dls.device}')
     _plain_log(learn, t.say)
     _fit(t, recipe, learn, stages, pseudo)

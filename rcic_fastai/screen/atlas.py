@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from ..errors import counted
 from ..files import user_path
 from .duplicates import external_keys, join_groups, resolve_labels
 from .labels import label_matrix, parse_labels
@@ -122,8 +123,8 @@ def class_counts(self:Atlas) -> pd.DataFrame:
 @patch
 def _headline(self:Atlas):
     packed = '' if self.packed is None else ', packed'
-    return (f'Atlas {self.path}{packed}: {len(self.wells):,} images of {len(self.channels)} channels, '
-            f'{len(self.class_names)} classes')
+    return (f'Atlas {self.path}{packed}: {counted(len(self.wells), "images")} of '
+            f'{counted(len(self.channels), "channels")}, {counted(len(self.class_names), "classes")}')
 
 # %% ../../nbs/13_screen.atlas.ipynb #a820d5be
 @patch

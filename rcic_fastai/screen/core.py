@@ -51,8 +51,8 @@ def _check_roles(wells):
 def _report_cell_types(wells):
     for r in wells[~wells.cell_type.isin(CELL_TYPES)].drop_duplicates('cell_type').itertuples():
         r = wells.loc[r.Index]
-        warnings.warn(f"{_where(r)}: cell type {r.cell_type!r} is new{did_you_mean(r.cell_type, CELL_TYPES)} "
-                      f"(kept, {(wells.cell_type == r.cell_type).sum():,} wells)", stacklevel=5)
+        warnings.warn(f"{_where(r)}: cell type {r.cell_type!r} is new{did_you_mean(r.cell_type, CELL_TYPES)} (kept, "
+                      f"{counted((wells.cell_type == r.cell_type).sum(), 'wells')})", stacklevel=5)
 
 def check_screen(
     wells:pd.DataFrame, # wells, or a `Screen`; with columns `file` and `row`, messages name these
@@ -280,4 +280,4 @@ def plot_plate(self:Screen,
     one = w[w.plate == plate]
     if one.empty:
         raise ValueError(f'{experiment} has no plate {plate}; expected one of {sorted(w.plate.unique().tolist())}')
-    return plate_map(one, color, ax, title=f'{experiment}, plate {plate}: {len(one)} wells')
+    return plate_map(one, color, ax, title=f'{experiment}, plate {plate}: {counted(len(one), "wells")}')

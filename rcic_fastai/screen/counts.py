@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import counted
 from .channels import as_channel, CHANNELS
 from .planes import _require_alike, _scaled, plane_color, read_plane
 from .sources import as_pixels, SitePixels
@@ -40,7 +41,8 @@ def read_counts(
     """
     reference, named = as_pixels(files), [as_channel(c) for c in channels]
     planes, pixels = reference.planes([c.file for c in named]), []
-    if len(planes) != len(named): raise ValueError(f'{reference}: {len(planes)} files for {len(named)} channels')
+    if len(planes) != len(named): raise ValueError(f'{reference}: {counted(len(planes), "files")} for '
+                                                   f'{counted(len(named), "channels")}')
     for plane, channel in zip(planes, named):
         try:
             if plane is None: raise FileNotFoundError(f'channel {channel.file} of {reference} does not exist')

@@ -33,7 +33,8 @@ from .planes import plane_color
 
 # %% ../../nbs/15_screen.describe.ipynb #543b42e9
 from .formats import find_images, SYSTEMS
-from .formats_core import image_names, ImageSet, list_folder, Listing
+from .formats_core import image_names, ImageSet, list_folder, Listing, refuse_remote_zarr
+from .formats_core import refuse_zarr_group
 from .formats_guess import guess_names
 from .grey_limits import clipped_shares, find_grey_limits, GreySample
 from .image_index import folder_stamps, index_sites, list_checksum, read_index, read_sites
@@ -90,7 +91,7 @@ def _image_files(root):
 def _examples(root):
     there = sorted(_image_files(root), key=_natural)
     if not there: return '; there are no images in that folder'
-    return f'; there are {len(there):,} images, such as {", ".join(there[:3])}'
+    return f'; there are {counted(len(there), "images")}, such as {", ".join(there[:3])}'
 
 # %% ../../nbs/15_screen.describe.ipynb #d1faa54f
 def _row_of_path(files, rows):
@@ -185,7 +186,7 @@ def _chosen_channels(found, asked, n_sites, say, names={}):
     texts = [str(_as_found(str(c), found, names)) for c in asked or found.index]
     for text in texts:
         n = found[as_channel(text).file]
-        if n < n_sites: say(f'Channel {text}: images of {n:,} of {n_sites:,} sites only')
+        if n < n_sites: say(f'Channel {text}: images of {n:,} of {counted(n_sites, "sites")} only')
     check_channel_names(texts)
     if not asked and len(texts) > 1:
         other = ','.join([texts[-1], *texts[:-1]])
@@ -473,8 +474,8 @@ def _remote_table(images, before):
     if before and 'source' in before: return images/before['source']
     tables = [p for p in images.files if '/' not in p and p.lower().endswith(('.csv', '.tsv'))]
     if len(tables) == 1: return images/tables[0]
-    raise ValueError(f'{images} holds {len(tables) or "no"} CSV files; '
-                     'say which is the plate map with table=... (--table)')
+    raise ValueError(f'{images} holds {counted(len(tables), "CSV files") if tables else "no CSV files"}; say which is '
+                     'the plate map with table=... (--table)')
 
 # %% ../../nbs/15_screen.describe.ipynb #67e15252
 def _maps_below(images):
@@ -612,7 +613,7 @@ def _say_system(found, say):
     "Which system was seen and why, and what was left out"
     title = SYSTEMS[found.system].title if found.system in SYSTEMS else 'Names of files'
     say(f'{title} ({found.system}): {found.why}')
-    for what, n in found.skipped.items(): say(f'{n:,} {what}, left out')
+    for what, n in found.skipped.items(): say(f'{counted(n, what)}, left out')
 
 def _say_choice(images, how, say):
     "Which planes and times are taken; as screen.json says it, where there are several"
@@ -793,10 +794,12 @@ def _images_folder(images, out):
     if (address := as_address(images)) is None:
         images = user_path(images)
         if not images.is_dir(): raise FileNotFoundError(f'{images} is not a folder')
+        refuse_zarr_group(images)
         return images
     if out is None: raise ValueError(f'nothing is written to {address}: give a folder with out=... (--out)')
     folder = RemoteFolder(address)
     if not folder.files: raise FileNotFoundError(f'{address} holds no files')
+    refuse_remote_zarr(folder)
     return folder
 
 # %% ../../nbs/15_screen.describe.ipynb #ef1bfc7d

@@ -22,6 +22,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from ..errors import counted
+
 # %% ../../nbs/10_screen.duplicates.ipynb #9881fb25
 def _overlaps(n, cells=32):
     "How much pixel i of n lies in cell j, in units of 1/(cells*n): float64 (cells, n) of whole numbers"
@@ -217,8 +219,8 @@ def _search_all(search, max_pairs, threads):
         for found in pool.map(search.rows, range(0, search.a.shape[1], _ROWS)):
             n += sum(map(len, found))
             if n > max_pairs:
-                raise ValueError(f'more than {max_pairs:,} pairs are at most {search.max_distance} bits apart: '
-                                 'is max_distance too large?')
+                raise ValueError(f'more than {counted(max_pairs, "pairs are")} at most '
+                                 f'{counted(search.max_distance, "bits")} apart: is max_distance too large?')
             tables += found
     finally: pool.shutdown(cancel_futures=True)
     return tables
@@ -245,7 +247,7 @@ def find_twins(
     a, has_a = _checked_hashes(hashes, valid, 'hashes')
     b, has_b = (a, has_a) if others is None else _checked_hashes(others, others_valid, 'others')
     if len(a) != len(b):
-        raise ValueError(f'hashes of {len(a)} channels and others of {len(b)}, expected the same channels')
+        raise ValueError(f'hashes of {counted(len(a), "channels")} and others of {len(b)}, expected the same channels')
     search = _Search(a, b, has_a, has_b, max_distance, rule, max(1, min_channels), same=others is None)
     tables = _search_all(search, max_pairs, threads or num_cpus())
     return pd.concat(tables).sort_values(['first', 'second'], ignore_index=True)
@@ -298,7 +300,8 @@ def external_keys(
 def _key_edges(key, n, start):
     "Rows and node numbers (from `start` on) of a key's values, and the first number that is free"
     key = pd.Series(key).reset_index(drop=True)
-    if len(key) != n: raise ValueError(f'keys of {len(key):,} and {n:,} rows: expected one value for each image')
+    if len(key) != n: raise ValueError(f'keys of {len(key):,} and {counted(n, "rows")}: expected one value for each '
+                                       'image')
     codes, values = pd.factorize(key.where(key.ne('').fillna(False).astype(bool)))
     rows = np.flatnonzero(codes >= 0)
     return rows, start+codes[rows], start+len(values)
@@ -342,7 +345,8 @@ def _checked_labels(labels, groups, source) -> tuple[list, np.ndarray, np.ndarra
     source = np.full(len(labels), 'all', object) if source is None else np.asarray(source, object)
     for what, values in (('groups', groups), ('sources', source)):
         if values.shape != (len(labels),):
-            raise ValueError(f'{what} of shape {values.shape} for {len(labels):,} images: expected one for each')
+            raise ValueError(f'{what} of shape {values.shape} for {counted(len(labels), "images")}: expected one for '
+                             'each')
     for row, v in enumerate(labels):
         if v is not None and not isinstance(v, tuple):
             raise ValueError(f'row {row}: labels {v!r}, expected a tuple of class numbers, or None')

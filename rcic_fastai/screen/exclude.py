@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..errors import counted
 from .atlas import Atlas
 from .core import Screen
 from .tables import read_rows
@@ -81,5 +82,5 @@ def left_out_sentence(
     "How much of a screen does not count."
     n = len(screen.left_out)
     if not n: return ''
-    lost = '' if before is None else f', and {len(before.wells)-len(screen.wells):,} wells that have no other'
-    return f'{n:,} sites are left out{lost}'
+    lost = '' if before is None else f', and {counted(len(before.wells)-len(screen.wells), "wells that have")} no other'
+    return f'{counted(n, "sites are")} left out{lost}'

@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..files import read_json, user_path, write_whole
 from .morphology import named_rng
 from .read import read_screen
@@ -92,7 +92,7 @@ def _plant_plates(sites, plates, rng, white):
     rows, keys = [], sites.groupby(['experiment', 'plate']).ngroup()
     chosen = rng.permutation(keys.max()+1)[:2*plates]
     if len(chosen) < 2*plates:
-        raise ValueError(f'{plates} plates for each of 2 faults, and the screen has {keys.max()+1} in all')
+        raise ValueError(f'{counted(plates, "plates")} for each of 2 faults, and the screen has {keys.max()+1} in all')
     for i, k in enumerate(chosen):
         own, fault = sites[keys == k], PLATE_FAULTS[i % 2]
         channel = _heat(own, rng, white) if fault == 'hot pixels' else _shift(own)
@@ -103,7 +103,8 @@ def _plant_sites(sites, n, rng, white):
     "`n` sites of each fault, of different wells; rows of the truth"
     picked, rows = sites.loc[sites.groupby('id_code').site.sample(n=1, random_state=int(rng.integers(2**31))).index], []
     if len(picked) < n*len(SITE_FAULTS):
-        raise ValueError(f'{n} sites of each of {len(SITE_FAULTS)} faults, and there are {len(picked)} wells for them')
+        raise ValueError(f'{counted(n, "sites")} of each of {len(SITE_FAULTS)} faults, and there are '
+                         f'{counted(len(picked), "wells")} for them')
     picked = picked.loc[rng.permutation(picked.index)[:n*len(SITE_FAULTS)]]
     whole = sites[~sites.id_code.isin(picked.id_code)]
     for i, r in enumerate(picked.itertuples()):

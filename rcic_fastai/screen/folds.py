@@ -11,13 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from ..errors import counted
 from .duplicates import join_groups
 
 # %% ../../nbs/11_screen.folds.ipynb #d8e83185
 def _group_codes(groups, n):
     "Group numbers int64 (N,) from 0 on; a missing group is one image alone"
     if groups is None: return np.arange(n)
-    if len(groups) != n: raise ValueError(f'{len(groups):,} groups for {n:,} rows: expected one for each row')
+    if len(groups) != n: raise ValueError(f'{counted(len(groups), "groups")} for {counted(n, "rows")}: expected one '
+                                          'for each row')
     return join_groups(groups)
 
 # %% ../../nbs/11_screen.folds.ipynb #91876edd
@@ -122,9 +124,10 @@ def fold_report(
     """
     y, folds = _check_labels(y), np.asarray(folds)
     if folds.shape != (len(y),):
-        raise ValueError(f'folds have shape {folds.shape}, expected one for each of the {len(y):,} rows')
+        raise ValueError(f'folds have shape {folds.shape}, expected one for each of the {counted(len(y), "rows")}')
     names = list(range(y.shape[1]) if names is None else names)
-    if len(names) != y.shape[1]: raise ValueError(f'{len(names)} names for {y.shape[1]} classes: expected one for each')
+    if len(names) != y.shape[1]: raise ValueError(f'{counted(len(names), "names")} for '
+                                                  f'{counted(y.shape[1], "classes")}: expected one for each')
     counts = pd.DataFrame({f'fold {j}': y[folds == j].sum(0) for j in np.unique(folds)}, pd.Index(names, name='class'))
     total, low, high = counts.sum(axis=1), counts.min(axis=1), counts.max(axis=1)
     expected = (total/counts.shape[1]).where(total > 0)
@@ -165,7 +168,8 @@ def _part_rows(part, n, i):
     part = np.asarray(part)
     if part.dtype == bool:
         if part.shape != (n,):
-            raise ValueError(f'part {i} is a mask of shape {part.shape}, expected one value for each of the {n:,} rows')
+            raise ValueError(f'part {i} is a mask of shape {part.shape}, expected one value for each of the '
+                             f'{counted(n, "rows")}')
         return np.flatnonzero(part)
     if part.size and not (part.dtype.kind in 'iu' and part.min() >= 0 and part.max() < n):
         raise ValueError(f'part {i} holds values from {part.min()} to {part.max()}, '

@@ -7,6 +7,7 @@ __all__ = ['ome_tiff', 'tiff_stack', 'any_names', 'SYSTEMS', 'systems_table', 'g
 
 # %% ../../nbs/14_screen.formats.ipynb #c7e3fd56
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -15,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import counted, did_you_mean
-from .formats_core import ImageSet, image_names, list_folder, Listing, _some, System
+from .formats_core import image_names, IMAGE_SUFFIXES, ImageSet, list_folder, Listing, _some, System
 from .formats_guess import guess_names
 from .formats_indexed import cellvoyager, cq1, harmony, load_data, metaxpress
 from .formats_names import bd_pathway, cellomics, columbus, gen5, incell, incell_full
@@ -75,7 +76,7 @@ def _sees_stacks(ome):
         is_ome = tiffs[0].lower().endswith(('.ome.tif', '.ome.tiff'))
         if is_ome != ome or not ome and not has_stacks(listing, tiffs): return ''
         if ome: return f'{tiffs[0]} is an OME-TIFF'
-        return f'{tiffs[0]} holds {len(tiff_planes(listing.root/tiffs[0])[0])} planes'
+        return f'{tiffs[0]} holds {counted(len(tiff_planes(listing.root/tiffs[0])[0]), "planes")}'
     return sees
 
 ome_tiff = System('ome-tiff', 'OME-TIFF, one file per site or a set of files', 'A01_f1.ome.tiff', _sees_stacks(True),
@@ -103,13 +104,20 @@ def systems_table() -> pd.DataFrame: # index: the name; columns `system`, `examp
                         columns=['system', 'example'])
 
 # %% ../../nbs/14_screen.formats.ipynb #da92d781
+def _endings(listing, most=6):
+    "What a folder without images holds instead, for a message"
+    of = Counter(re.search(r'(\.[^./]*)?$', p)[0].lower() for p in listing.paths)
+    said = [f'{counted(n, f"{s} files") if s else counted(n, "files without a suffix")}' for s, n in of.most_common(most)]
+    more = ' and others' if len(of) > most else ''
+    return f'; it holds {", ".join(said)}{more}, and images are {", ".join(IMAGE_SUFFIXES)}' if said else ''
+
 def guess_system(
     listing:Listing, # from `list_folder`
 ) -> tuple[System, str]: # and why
     "What wrote a folder. Raises: `ValueError` that shows what is not clear about the names of the files."
     for s in SYSTEMS.values():
         if (why := s.sees(listing)): return s, why
-    if not listing.images: raise ValueError(f'{listing.root}: there are no images in that folder')
+    if not listing.images: raise ValueError(f'{listing.root}: there are no images in that folder{_endings(listing)}')
     try: _guessed(listing)
     except ValueError as e: raise ValueError(f'{listing.root}: {e}') from None
     raise ValueError(f'{listing.root}: the names of the files fit no system')
@@ -117,10 +125,13 @@ def guess_system(
 # %% ../../nbs/14_screen.formats.ipynb #50fafe82
 _CONVERT = 'export them as TIFF, or convert them with bioformats2raw into a plate of OME-Zarr'
 _UNREAD = {'.flex': ('files of Opera', _CONVERT), '.c01': ('files of Cellomics', _CONVERT),
-           '.dib': ('files of Cellomics', _CONVERT), '.czi': ('files of Zeiss', _CONVERT),
-           '.lif': ('files of Leica', _CONVERT), '.nd2': ('files of Nikon', _CONVERT),
-           **dict.fromkeys(('.vsi', '.oir', '.oib', '.oif'), ('files of Olympus', _CONVERT)),
-           **dict.fromkeys(('.stk', '.lsm', '.ims', '.mvd2', '.dv'), ('files of a microscope', _CONVERT)),
+           '.dib': ('files of Cellomics', _CONVERT), '.nd2': ('files of Nikon', _CONVERT),
+           **dict.fromkeys(('.czi', '.zvi', '.lsm'), ('files of Zeiss', _CONVERT)),
+           **dict.fromkeys(('.lif', '.lof', '.scn'), ('files of Leica', _CONVERT)),
+           **dict.fromkeys(('.vsi', '.ets', '.oir', '.oib', '.oif'), ('files of Olympus', _CONVERT)),
+           **dict.fromkeys(('.stk', '.ims', '.mvd2', '.dv', '.sld', '.sldy', '.ics', '.ids', '.mrc', '.h5', '.ch5'),
+                           ('files of a microscope', _CONVERT)),
+           **dict.fromkeys(('.svs', '.ndpi', '.mrxs', '.bif'), ('files of a slide scanner', _CONVERT)),
            **dict.fromkeys(('.tar', '.zip', '.gz', '.tgz', '.bz2', '.7z', '.rar', '.zst'), ('archives', 'unpack them'))}
 
 def _unread(listing):

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from ..errors import counted
 from .formats_names import _GUID
 from .image_table import what_differs
 from .well_names import well_name
@@ -170,8 +171,8 @@ def _roles(columns, values, known, paths):
     "Columns, and roles of those that mean something. Raises: ValueError"
     spans = _well_columns(columns, known)
     if spans is None:
-        why = _not_alike(paths, values) or f'no part of {paths[0]} names a well in all of the {len(paths):,} images'
-        raise ValueError(why)
+        no_well = f'no part of {paths[0]} names a well in all of the {counted(len(paths), "images")}'
+        raise ValueError(_not_alike(paths, values) or no_well)
     columns, roles = _with_roles(columns, spans, values)
     first = next(i for i, r in roles.items() if r == 'well')
     roles = {i: '*' if r == 'well' and columns[i] != columns[first] else r for i, r in roles.items()}

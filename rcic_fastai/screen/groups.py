@@ -51,7 +51,7 @@ def plate_groups(
     if used.duplicated(['experiment', 'group']).any():
         r = _misplaced(t, plates)
         raise ValueError(f'{_where(r)}: plate {r.plate} of {r.experiment} holds two plate groups: '
-                         f'elsewhere siRNA {r.sirna} shares its plate with other siRNAs')
+                         f'elsewhere treatment {r.sirna} shares its plate with others')
     group = pd.Index(order).get_indexer(sirna_parts).astype('int64')
     return pd.Series(group, index=pd.Index(sirnas, name='sirna'), name='group')
 

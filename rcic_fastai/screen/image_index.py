@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import xxhash
 from pandas.api.extensions import ExtensionArray
 
+from ..errors import counted
 from ..files import naming, path_within, write_whole
 from ..locations import RemoteFolder
 from .image_table import image_table, IMAGE_COLUMNS
@@ -29,7 +30,7 @@ from .sources import PixelsArray, PixelSource, Plane, SitePixels
 class PlaneStack(Plane):
     "Planes of one channel, of which the maximum is taken."
     stack:tuple[Plane, ...]=()
-    def __str__(self): return f'maximum of {len(self.stack)} planes from {self.stack[0]}'
+    def __str__(self): return f'maximum of {counted(len(self.stack), "planes")} from {self.stack[0]}'
 
 @dataclass(frozen=True)
 class SiteStacks(SitePixels):

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..errors import counted
 from ..files import naming, regular_file
 
 # %% ../../nbs/10_screen.image_rows.ipynb #22d2ab86
@@ -64,7 +65,7 @@ def row_bytes(
     file = str(path), said.st_size, said.st_mtime_ns
     with naming(path, 'Parquet file with images'): starts = _row_starts(*file)
     if not 0 <= row < starts[-1]:
-        raise ValueError(f'{path}: row {row} does not exist, the file holds {starts[-1]} images')
+        raise ValueError(f'{path}: row {row} does not exist, the file holds {counted(starts[-1], "images")}')
     group = int(np.searchsorted(starts, row, side='right'))-1
     with naming(path, 'Parquet file with images'): data = _row_group(*file, group)[row-starts[group]]
     if not data: raise ValueError(f'{path}: row {row} holds no image')

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from ..errors import did_you_mean
+from ..errors import counted, did_you_mean
 
 # %% ../../nbs/10_screen.image_table.ipynb #d44c76ac
 IMAGE_COLUMNS = dict(batch='', plate='', well='', field=1, channel='1', z=1, t=1, path='', page=0)
@@ -78,9 +78,9 @@ def _require_channels(images, share=.75):
     has = images[images.channel == channel].iloc[0]
     keys = pd.MultiIndex.from_frame(images[[*_PLACE, 't']])
     without = images[~keys.isin(keys[images.channel == channel])].iloc[0]
-    raise ValueError(f'channel {channel!r} is in {there[channel]:,} of {len(sites):,} sites: {has.path} is there, and '
-                     f'nothing like it next to {without.path}. If it is no channel, say how files are named with '
-                     'files=... (--files); if it is, name the channels to use with channels=... (--channels), '
+    raise ValueError(f'channel {channel!r} is in {there[channel]:,} of {counted(len(sites), "sites")}: {has.path} is '
+                     f'there, and nothing like it next to {without.path}. If it is no channel, say how files are named '
+                     'with files=... (--files); if it is, name the channels to use with channels=... (--channels), '
                      f'{channel}? if it may be missing')
 
 # %% ../../nbs/10_screen.image_table.ipynb #31150706

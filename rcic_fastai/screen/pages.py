@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tifffile import TiffFile
 
+from ..errors import counted
 from ..files import naming, read_json, regular_file
 from .samples import as_numbers, grey_samples, needs_codecs, palette_samples, without_alpha
 from .sources import Plane
@@ -30,7 +31,7 @@ def is_tiff(
     except OSError as e: raise ValueError(f'{path} cannot be read: {e}') from None
 
 def _no_page(path, index, n):
-    return ValueError(f'{Plane(str(path), tuple(index))} does not exist, the file holds {n} images')
+    return ValueError(f'{Plane(str(path), tuple(index))} does not exist, the file holds {counted(n, "images")}')
 
 def _page_count(f):
     "How many planes; one page may hold them all"
@@ -38,7 +39,7 @@ def _page_count(f):
     return max(f.series[0].size//max(f.pages[0].size, 1), 1) if n == 1 and (f.is_imagej or f.is_shaped) else n
 
 def _page_number(n, path, index):
-    if index is None and n > 1: raise ValueError(f'{path} holds {n} images, expected one file per channel')
+    if index is None and n > 1: raise ValueError(f'{path} holds {counted(n, "images")}, expected one file per channel')
     if index is not None and (len(index) != 1 or not 0 <= index[0] < n): raise _no_page(path, index, n)
     return index[0] if index else 0
 
@@ -54,7 +55,8 @@ def _has_alpha(page, path):
     more = page.samplesperpixel-n
     if more == 0: return False
     if more == 1 and page.extrasamples and int(page.extrasamples[-1]) in (1, 2): return True
-    raise ValueError(f'{path}: {page.samplesperpixel} samples per pixel, expected one grey plane; save each as a page')
+    raise ValueError(f'{path}: {counted(page.samplesperpixel, "samples")} per pixel, expected one grey plane; save '
+                     'each as a page')
 
 def _require_whole(page, path, size):
     "Raises: ValueError for a page that is too large, or has pixels that the file does not hold"

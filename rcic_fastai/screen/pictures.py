@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..errors import counted
 from ..files import regular_file
 from .image_rows import row_bytes
 from .samples import as_numbers, grey_samples, needs_codecs, without_alpha
@@ -26,9 +27,10 @@ def _picture(path, index=None):
     try:
         with Image.open(regular_file(path)) as im:
             n = getattr(im, 'n_frames', 1)
-            if index is None and n > 1: raise ValueError(f'{path} holds {n} images, expected one file per channel')
+            if index is None and n > 1: raise ValueError(f'{path} holds {counted(n, "images")}, expected one file per '
+                                                         'channel')
             if index is not None and (len(index) != 1 or not 0 <= index[0] < n):
-                raise ValueError(f'{Plane(str(path), index)} does not exist, the file holds {n} images')
+                raise ValueError(f'{Plane(str(path), index)} does not exist, the file holds {counted(n, "images")}')
             if index: im.seek(index[0])
             yield im
     except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist') from None
@@ -63,7 +65,7 @@ def _codec(head):
         return 'png', 'a PNG with 16 bits per colour'
     if head.startswith(_JP2):
         bits, n, signed = _jp2_depth(head)
-        if signed or bits > 16 or bits > 8 and n > 1: return 'jpeg2k', f'a JPEG 2000 of {n} x {bits} bits'
+        if signed or bits > 16 or bits > 8 and n > 1: return 'jpeg2k', f'a JPEG 2000 of {n} x {counted(bits, "bits")}'
     if head.startswith(b'\xff\xd8\xff'):
         at = next((i for m in (b'\xff\xc0', b'\xff\xc1', b'\xff\xc2') if (i := head.find(m)) > 0), None)
         if at and len(head) > at+4 and head[at+4] == 12: return 'jpeg8', 'a JPEG of 12 bits'

@@ -73,7 +73,7 @@ def _matrix_table(path, records, say):
     cells = pd.DataFrame(_matrix(records), columns=['plate', 'well', 'treatment', 'row'])
     if not len(cells): return None
     n = cells.well.value_counts().max()
-    say(f'{path.name} is drawn as {n} plate{"s" if n > 1 else ""}: each cell is the treatment of a well')
+    say(f'{path.name} is drawn as {counted(n, "plates")}: each cell is the treatment of a well')
     return cells.drop(columns=[] if n > 1 else 'plate').assign(file=path.name)
 
 def _any_rows(path, say, expected='a table with a row per well'):
@@ -188,7 +188,7 @@ def _stand_in(rows):
 def _say_controls(treatment, found, say):
     for kind in ('negative_control', 'positive_control'):
         counts = treatment[found == kind].value_counts()
-        names = [f'{n} ({k:,} well{"s" if k > 1 else ""})' for n, k in counts.items()]
+        names = [f'{n} ({counted(k, "wells")})' for n, k in counts.items()]
         more = ' ...' if len(names) > 5 else ''
         if names:
             say(f'Taken for {kind.replace("_", " ")}s: {", ".join(names[:5])}{more}; '

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import counted
+
 # %% ../../nbs/10_screen.samples.ipynb #9ca6f8c0
 def _require_finite(x, path):
     if np.isfinite(x).all(): return
     at = tuple(map(int, np.argwhere(~np.isfinite(x))[0]))
-    n = np.count_nonzero(~np.isfinite(x))
-    raise ValueError(f'{path}: {x[at]} in row {at[0]}, column {at[1]}, and {n-1:,} more pixels of {x.size:,} are '
-                     'no finite number; replace them, or leave this image out')
+    n = int(np.count_nonzero(~np.isfinite(x)))
+    raise ValueError(f'{path}: {x[at]} in row {at[0]}, column {at[1]}, and {counted(n-1, "more pixels")} of {x.size:,} '
+                     'are no finite number; replace them, or leave this image out')
 
 def as_numbers(
     x:np.ndarray, # pixels of any type, as a decoder gives them
@@ -74,7 +76,8 @@ def without_alpha(
     alpha = x[..., -1]
     opaque = np.iinfo(x.dtype).max if x.dtype.kind in 'ui' else 1
     n = np.count_nonzero(alpha != opaque)
-    if n: raise ValueError(f'{path}: {n:,} of {alpha.size:,} pixels are transparent; save it without an alpha channel')
+    if n: raise ValueError(f'{path}: {n:,} of {counted(alpha.size, "pixels are")} transparent; save it without an '
+                           'alpha channel')
     return x[..., 0] if x.shape[-1] == 2 else x[..., :-1]
 
 # %% ../../nbs/10_screen.samples.ipynb #5a3b1c02

@@ -21,6 +21,7 @@ from PIL import Image
 from fastcore.parallel import num_cpus
 from tqdm.auto import tqdm
 
+from ..errors import counted
 from ..files import check_name, claim_folder, clean_partials, note_request, read_json
 from ..files import refuse_linked_folders, user_path, write_whole
 from .cameras import expose, grey_scale, plate_camera
@@ -72,8 +73,8 @@ def _check_design(n_sirnas, n_train, n_test, cell_types, n_positive, n_plates):
     if not 0 <= n_positive <= len(_control_wells):
         raise ValueError(f'n_positive is {n_positive}; a plate has {len(_control_wells)} wells for positive controls')
     if not n_plates <= n_sirnas <= n_plates*len(_free_wells):
-        raise ValueError(f'n_sirnas is {n_sirnas}; {n_plates} plates hold {n_plates} to '
-                         f'{n_plates*len(_free_wells)} treatments')
+        raise ValueError(f'n_sirnas is {n_sirnas}; {counted(n_plates, "plates")} hold {n_plates} to '
+                         f'{counted(n_plates*len(_free_wells), "treatments")}')
 
 # %% ../../nbs/13_screen.simulate.ipynb #5a6aa07c
 def design_screen(

@@ -18,6 +18,7 @@ from fastcore.meta import delegates
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from ..errors import counted
 from ..files import user_path, write_whole
 from .labels import label_matrix
 from .morphology import named_rng
@@ -89,8 +90,9 @@ def draw_label_sets(
     sets, _ = label_sets()
     y, w = label_matrix(sets).astype(int), _set_weights(frequencies)
     if n < len(hpa_classes)*min_positives:
-        raise ValueError(f'{n} images cannot hold {min_positives} of each of {len(hpa_classes)} classes; '
-                         f'draw {len(hpa_classes)*min_positives} or more (in Python a smaller min_positives helps too)')
+        raise ValueError(f'{counted(n, "images")} cannot hold {min_positives} of each of '
+                         f'{counted(len(hpa_classes), "classes")}; draw {len(hpa_classes)*min_positives} or more (in '
+                         'Python a smaller min_positives helps too)')
     drawn = rng.choice(len(sets), n, p=w)
     count = y[drawn].sum(0)
     for k in np.argsort(count, kind='stable'): # the rarest class first
@@ -231,8 +233,8 @@ def _check_atlas(n_images, n_test, n_external, min_positives, **shares):
     for k,v in shares.items():
         if not 0 <= v <= 1: raise ValueError(f'{k} is {v}, expected a share, 0 to 1')
     if 0 < n_external < round(shares['twins']*n_images):
-        raise ValueError(f'{n_external} external images cannot hold the twins of {shares["twins"]:.3g} of {n_images} '
-                         f'training images; expected {round(shares["twins"]*n_images)} or more, or 0')
+        raise ValueError(f'{counted(n_external, "external images")} cannot hold the twins of {shares["twins"]:.3g} of '
+                         f'{n_images} training images; expected {round(shares["twins"]*n_images)} or more, or 0')
 
 # %% ../../nbs/14_screen.simulate_atlas.ipynb #2ef0fb93
 def _pictures(rng, n_images, n_test, n_external, duplicates, frequencies, min_positives):

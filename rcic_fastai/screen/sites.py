@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..errors import did_you_mean
+from ..errors import counted, did_you_mean
 from ..locations import fetched_from, is_address, names_in
 from .channels import channel_file, CHANNELS, is_optional
 from .sources import as_pixels, escape_braces, pattern_column, pixel_column, SitePixels
@@ -102,7 +102,8 @@ def check_files(
     first = next((i for i, m in enumerate(missing) if m), None)
     if first is None: return
     n, n_sites = sum(map(len, missing)), sum(map(bool, missing))
-    others = f'; {n-1:,} more files are missing, {n_sites:,} of {len(sites):,} sites are incomplete' if n > 1 else ''
+    of = f'{n_sites:,} of {counted(len(sites), "sites are")} incomplete'
+    others = f'; {counted(n-1, "more files are")} missing, {of}' if n > 1 else ''
     raise FileNotFoundError(f'{missing[first][0]} does not exist (site {sites.site_id.iloc[first]}){others}')
 
 # %% ../../nbs/11_screen.sites.ipynb #45d72b29

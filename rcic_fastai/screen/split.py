@@ -11,7 +11,7 @@ import hashlib, re, zlib
 import numpy as np
 import pandas as pd
 
-from ..errors import did_you_mean, nearest
+from ..errors import counted, did_you_mean, nearest
 from .platemap import column_alias
 
 # %% ../../nbs/14_screen.split.ipynb #c1470eaa
@@ -69,8 +69,8 @@ def experiment_folds(
     largest = max(order, key=lambda c: len(order[c]), default=None)
     most = len(order.get(largest, []))
     if not 2 <= n_folds <= most:
-        raise ValueError(f'{n_folds} folds are impossible; expected 2 to {most}, '
-                         f'the experiments of the largest cell type ({largest})')
+        raise ValueError(f'{counted(n_folds, "folds are")} impossible; expected 2 to {most}, the experiments of the '
+                         f'largest cell type ({largest})')
     folds:dict[str, int] = {}
     for c, experiments in order.items():
         # each cell type starts at another fold; else the first folds would take all the remainders
@@ -105,13 +105,14 @@ def _well_mask(wells, spec, text, seed):
     part, n_parts = _part_of(spec, 'well', text)
     ids = wells.id_code.unique()
     if not 2 <= n_parts <= len(ids):
-        raise ValueError(f'valid {spec!r}: {n_parts} parts are impossible; expected 2 to {len(ids)}, '
-                         'the number of wells')
+        raise ValueError(f'valid {spec!r}: {counted(n_parts, "parts are")} impossible; expected 2 to {len(ids)}, the '
+                         'number of wells')
     def part_of(i):
         return int.from_bytes(hashlib.blake2b(f'{seed} {i}'.encode(), digest_size=8).digest(), 'big') % n_parts
     chosen = [i for i in ids if part_of(i) == part]
     if not chosen:
-        raise ValueError(f'valid {spec!r} holds out none of the {len(ids)} wells; choose another part or fewer parts')
+        raise ValueError(f'valid {spec!r} holds out none of the {counted(len(ids), "wells")}; choose another part or '
+                         'fewer parts')
     return wells.id_code.isin(chosen).to_numpy(bool)
 
 # %% ../../nbs/14_screen.split.ipynb #7d32a66c

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..errors import did_you_mean
+from ..errors import counted, did_you_mean
 from ..files import path_within, regular_file, user_path
 
 # %% ../../nbs/10_screen.tables.ipynb #8fe10977
@@ -123,7 +123,7 @@ def _table_rows(name, records, expected):
     names, rows = _header(name, *records[0]), []
     for i, r in records[1:]:
         if any(r[len(names):]) or len(r) < len(names):
-            raise ValueError(f'{name}: row {i}: {len(r)} cells where the header has {len(names)}')
+            raise ValueError(f'{name}: row {i}: {counted(len(r), "cells")} where the header has {len(names)}')
         if r[:len(names)] == names: raise ValueError(f'{name}: row {i}: the header is there once more')
         rows.append(r[:len(names)])
     if not rows: raise ValueError(f'{name}: the table is empty: a header and no rows')

@@ -20,7 +20,7 @@ from fastcore.foundation import L
 from torch import Tensor
 from torch.distributions import Beta
 
-from ..errors import did_you_mean, one_of
+from ..errors import counted, did_you_mean, one_of
 from ..data.context import ContextColumns, DOMAIN_COLUMNS, DOMAINS, MixedContext, plain
 
 # %% ../../nbs/65_train.mix.ipynb #005ffd0e
@@ -83,8 +83,8 @@ def mix_targets(
     "Soft targets. Raises: ValueError for a target beyond the classes."
     y = y.as_subclass(Tensor).long()
     if y.device.type == 'cpu' and len(y) and y.max() >= n_classes:
-        raise ValueError(f'target {y.max().item()} at row {y.argmax().item()} is outside the {n_classes} classes '
-                         f'(0-{n_classes-1})')
+        raise ValueError(f'target {y.max().item()} at row {y.argmax().item()} is outside the '
+                         f'{counted(n_classes, "classes")} (0-{n_classes-1})')
     hot,w = F.one_hot(y.clamp_min(0), n_classes).float()*(y >= 0)[:,None], weight[:,None].float()
     return (w*hot + (1-w)*hot[partner])*(y >= 0)[:,None]
 

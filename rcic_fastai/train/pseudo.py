@@ -16,7 +16,7 @@ import pandas as pd
 from fastai.callback.all import Callback
 from fastcore.basics import patch
 
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..files import write_json
 from ..predict.core import Predictions
 from ..predict.assign import assign_predictions
@@ -44,7 +44,7 @@ def pseudo_share(
     _check_share(first, 'first'); _check_share(last, 'last')
     if start < 0: raise ValueError(f'start is {start}, expected an epoch from 0 on')
     if not 0 <= epoch < epochs:
-        raise ValueError(f'epoch is {epoch}, expected 0 to {epochs-1} in a training of {epochs} epochs')
+        raise ValueError(f'epoch is {epoch}, expected 0 to {epochs-1} in a training of {counted(epochs, "epochs")}')
     return 0. if epoch < start else float(np.interp(epoch, [start, epochs-1], [first, last]))
 
 # %% ../../nbs/66_train.pseudo.ipynb #266b6c86
@@ -125,8 +125,8 @@ def pseudo_sites(
     missing = [c for c in ('id_code', 'sirna') if c not in sites]
     if missing: raise ValueError(f'sites: column {missing[0]} is missing')
     if absent := sorted(set(pseudo.id_code) - set(sites.id_code)):
-        raise ValueError(f'{len(absent)} wells with a pseudo-label have no sites here, {absent[0]} for one: '
-                         'are these the predicted sites?')
+        raise ValueError(f'{counted(len(absent), "wells with a pseudo-label have")} no sites here, {absent[0]} for '
+                         'one: are these the predicted sites?')
     sites = sites[sites.id_code.isin(pseudo.id_code)].reset_index(drop=True)
     labels = sites.id_code.map(pseudo.set_index('id_code').sirna).astype(sites.sirna.dtype)
     known = sites.sirna.notna()
@@ -221,6 +221,6 @@ def before_epoch(self:PseudoLabels):
     wrong, known, rate = mislabel_rate(self.labels, self.sites)
     self.log.append(dict(epoch=self.epoch, share=share, wells=len(self.labels), known=known, wrong=wrong))
     mistakes = f'; {rate:.1%} of the {known:,} whose truth is known are wrong' if known else ''
-    self.say(f'Epoch {self.epoch}: {len(self.labels):,} wells join with their predicted treatment{mistakes}')
+    self.say(f'Epoch {self.epoch}: {counted(len(self.labels), "wells")} added with their predicted treatment{mistakes}')
     if self.path: write_json(self.path, self.state())
     self._join()
