@@ -640,7 +640,7 @@ def test_an_empty_part_of_wells_is_an_error(many):
         "well=3/3": ["well 3 is outside 0-2"],
         "well=B03": ["'B03' is not a number", "0/5 for the first of five"],
         "well=1/": ["'1/' is not a number"],
-        "well=0/1": ["1 parts are impossible; expected 2 to 132"],
+        "well=0/1": ["1 part is impossible; expected 2 to 132"],
         "well=0/999": ["999 parts are impossible"],
         "sirna=3": ["not understood", "experiment=NAME"],
         "HEPG2-07": ["not understood"],

@@ -8,7 +8,8 @@ from rcic_fastai.errors import counted
 PACKAGE = Path(__file__).resolve().parents[1] / "rcic_fastai"
 NOUNS = ("archives batches bytes channels classes columns compounds controls domains duplicates embeddings entries "
          "epochs experiments features fields files folders folds groups ids images layers members models networks "
-         "pages parts planes plates queries rows runs samples siRNAs sites steps tables thresholds treatments wells windows")
+         "pages parts planes plates queries rows runs samples siRNAs sites steps tables thresholds treatments wells "
+         "windows")
 # what is no adjective of such a noun: "of {n} wells" follows "{split}", but not "{n} has wells"
 NOT = ("of|for|has|have|is|are|was|were|in|on|with|to|and|or|from|by|the|no|not|all|other|at|sets?|than|a|an|its|mixes|"
        "needs|holds")
