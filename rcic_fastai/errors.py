@@ -57,7 +57,7 @@ def one_of(
     raise ValueError(f'{name} is {value!r}, expected {expected}{_listed(choices, 20)}{meant}')
 
 # %% ../nbs/00_errors.ipynb #326c0644
-_verbs = dict(are='is', were='was', have='has', do='does')
+_verbs = dict(are='is', were='was', have='has', do='does', differ='differs')
 
 def _singular(nouns): return re.sub(r'(?:(?<=ss)es|(?<=[cs]h)es|(?<=x)es|s)$', '', re.sub('ies$', 'ys', nouns))
 
@@ -68,4 +68,4 @@ def counted(
     "A number and its noun, with what is said of it."
     if n != 1: return f'{n:,} {what}'
     one = re.sub(r'^((?:[\w-]+ )*?[\w-]+s)\b', lambda m: _singular(m[1]), what, count=1)
-    return f'{n} ' + re.sub(r'(?<= )(?:are|were|have|do)(?= |$)', lambda m: _verbs[m[0]], one)
+    return f'{n} ' + re.sub(r'(?<= )(?:are|were|have|do|differ)(?= |$)', lambda m: _verbs[m[0]], one)

@@ -134,7 +134,7 @@ def test_missing_files_are_an_error_or_are_left_out_and_reported(tmp_path):
         select_sites(screen)
     said = []
     sites = select_sites(screen, present_only=True, warn=said.append)
-    assert len(sites) == n - 1 and said == [f"{n - 1} of {n} train sites have all their files; 1 were left out"]
+    assert len(sites) == n - 1 and said == [f"{n - 1} of {n} train sites have all their files; 1 was left out"]
     assert lost.replace("5.png", "{channel}.png") not in set(sites.files)
     for p in Path(tmp_path, "train").rglob("*_w1.png"):
         p.unlink()

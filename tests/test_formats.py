@@ -3,13 +3,14 @@
 import json
 import os
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
 import tifffile
 from PIL import Image
 from cases import each
-from formats_inputs import WELLS, hostile_zarr, make, write_csv, write_tiff
+from formats_inputs import WELLS, hostile_zarr, make, ome_zarr, write_csv, write_tiff
 
 from rcic_fastai.data.pack import pack_screen
 from rcic_fastai.data.reader import site_size
@@ -165,6 +166,8 @@ def test_other_names_of_the_same_systems(system, template, tmp_path):
 UNREAD = [("001001000.flex", "is 1 file of Opera such as P1/001001000.flex, which is not read: export them as TIFF"),
           ("P1_A01f00d0.C01", "1 file of Cellomics"), ("scan.czi", "1 file of Zeiss"),
           ("scan.nd2", "1 file of Nikon"),
+          ("slide.scn", "1 file of Leica"), ("slide.svs", "1 file of a slide scanner"),
+          ("s_A01.ets", "1 file of Olympus"), ("P1.h5", "1 file of a microscope"),
           ("P1.tar", "1 archive such as P1/P1.tar, which is not read: unpack them"), ("A01.tif.gz", "1 archive")]
 
 
@@ -180,7 +183,29 @@ def test_files_that_are_not_read(name, message, tmp_path):
         write_tiff(tmp_path / f"P1/z_{name}", np.zeros((4, 4), np.uint16))
         write_tiff(tmp_path / "P1/A01.jpg", np.zeros((4, 4), np.uint8))
     for w in ("A02", "B01"): write_tiff(tmp_path / f"P1/{w}.jpg", np.zeros((4, 4), np.uint8))
-    assert list(find_images(tmp_path).skipped.values()) == [2]
+    (what, n), = find_images(tmp_path).skipped.items()
+    assert n == 2 and what.endswith(", which are not read") and f"such as P1/{name}" in what
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path):
+    for name in ("P1.xdce", "a.dat", "b.dat", "wells.csv", "notes"): (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"no images in that folder; its files are \.dat \(2\), .*\.xdce \(1\)"):
+        find_images(tmp_path)
+
+
+def test_a_plate_of_ome_zarr_that_is_given_itself_or_at_an_address(tmp_path):
+    "The folder above it is meant; what is not on this machine is to be copied"
+    pytest.importorskip("zarr", reason="zarr writes the example")
+    ome_zarr(tmp_path / "own", "0.5", ("P1",))
+    plate, = (tmp_path / "own").glob("*.zarr")
+    with pytest.raises(ValueError, match=f"is a plate of OME-Zarr itself: give .* lies in, {plate.parent}"):
+        describe_screen(plate, out=tmp_path / "out")
+    memory = fsspec.filesystem("memory")
+    for there in (plate.parent, plate):
+        memory.put(str(there), "/test_formats_zarr", recursive=True)
+        with pytest.raises(ValueError, match="is of OME-Zarr, whose plates are read from a disk: copy them to this"):
+            describe_screen("memory://test_formats_zarr", out=tmp_path / "out")
+        memory.rm("/test_formats_zarr", recursive=True)
 
 
 def test_an_index_of_images_that_are_not_there(tmp_path):

@@ -7,6 +7,7 @@ from threading import Lock, Thread
 from time import sleep
 
 import fsspec
+import nbformat
 import numpy as np
 import pytest
 import requests
@@ -16,7 +17,8 @@ from PIL import Image
 from rcic_fastai import locations
 from rcic_fastai.data.pack import pack_screen
 from rcic_fastai.data.reader import site_size
-from rcic_fastai.data.store import Store, verify_store
+from rcic_fastai.data.store import read_site, Store, verify_store
+from rcic_fastai.report.core import make_report
 from rcic_fastai.run.folder import Run, run_data
 from rcic_fastai.run.record import noted_path
 from rcic_fastai.screen.describe import describe_screen
@@ -129,6 +131,24 @@ def test_a_run_takes_a_screen_at_an_address(small_run, small_screen, memory):
         assert noted_path(address, small_run) == noted_path(run.data, small_run) == "memory://screen"
     with pytest.raises(FileNotFoundError, match="memory://none holds no screen"):
         run_data(small_run, "memory://none")
+
+
+def test_a_report_reads_what_another_process_can_read(small_run, small_screen, tmp_path, memory):
+    "An address on this machine, not the memory of this process, which is refused before anything is executed"
+    template = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(
+        "from rcic_fastai.data.store import read_site\nfrom rcic_fastai.screen.read import read_screen\n"
+        "screen = read_screen(data)\nscreen.path.name, read_site(screen.sites().files.iloc[0], screen.channels).mean()")])
+    nbformat.write(template, tmp_path / "template.ipynb")
+    page = tmp_path / "page.html"
+    upload(memory, small_screen, "/screen")
+    with pytest.raises(ValueError, match="^memory://screen is in the memory of this process, and another one makes"):
+        make_report(small_run, page, data="memory://screen", template=tmp_path / "template.ipynb", say=quiet)
+    assert not page.exists()
+    there = f"file://{Path(small_screen).resolve().as_posix()}"
+    make_report(small_run, page, data=there, template=tmp_path / "template.ipynb", say=quiet)
+    screen = read_screen(there)
+    said = f"'{screen.path.name}'", str(read_site(screen.sites().files.iloc[0], screen.channels).mean())
+    assert screen.path != Path(small_screen) and all(o in page.read_text().replace("&#39;", "'") for o in said)
 
 
 def test_damage_in_a_store_elsewhere_is_told(tmp_path, memory):

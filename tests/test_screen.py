@@ -545,8 +545,8 @@ def test_impossible_splits(many):
         split_experiments(many, valid_frac=1.5)
     with pytest.raises(ValueError, match="no cell type has two experiments"):
         split_experiments(many[many.experiment == "RPE-01"])
-    for n in (1, 17):
-        with pytest.raises(ValueError, match=f"{n} folds are impossible; expected 2 to 16.*HUVEC"):
+    for n, folds in ((1, "1 fold is"), (17, "17 folds are")):
+        with pytest.raises(ValueError, match=f"{folds} impossible; expected 2 to 16.*HUVEC"):
             experiment_folds(many, n)
 
 

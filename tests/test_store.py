@@ -205,7 +205,7 @@ def test_verify_compares_with_the_files(screen, copy, tmp_path):
     pixels[3, 4] ^= 1
     Image.fromarray(pixels).save(file)
     problems = verify_store(Store(copy), changed.sites(), progress=False)
-    assert problems.site_id.tolist() == [row.site_id] and "1 pixels differ" in problems.problem[0]
+    assert problems.site_id.tolist() == [row.site_id] and "1 pixel differs" in problems.problem[0]
     Path(file).unlink()
     assert "could not be compared" in verify_store(Store(copy), changed.sites(), progress=False).problem[0]
     with pytest.raises(ValueError, match="is not among the 5 sites given"):

@@ -628,7 +628,7 @@ def _site_problem(store, i, files=None):
     except (FileNotFoundError, ValueError) as e: return f'could not be compared: {e}'
     if source.shape != x.shape: return f'{source.shape} pixels in the files, {x.shape} in the store'
     differ = int((source != x).sum())
-    return f'{counted(differ, "pixels are")} not those of {files}' if differ else None
+    return f'{counted(differ, "pixels differ")} from {files}' if differ else None
 
 # %% ../../nbs/20_data.store.ipynb #7681704b
 def _files_of(store):

@@ -32,6 +32,7 @@ from numpy.typing import ArrayLike
 from ..errors import counted
 from ..files import check_ours, check_output, check_target, is_marked, read_arrays, read_json
 from ..files import read_text, user_path, write_whole
+from ..locations import fetched_from
 from ..screen.tables import is_unknown
 from ..screen.groups import plate_groups
 from ..screen.sites import present_sites
@@ -745,6 +746,15 @@ def _read_template(path):
     for c in nb.cells: c.pop('id', None)
     return _name_cells(nb)
 
+# %% ../../nbs/81_report.core.ipynb #7afb9a18
+def _refuse_own_memory(run):
+    "Raises: ValueError for a screen that only this process can read, for another one executes the notebook"
+    sites = run.screen.sites(run.screen.wells.head(99))
+    shown = fetched_from(run.data) or (str(sites.files.iloc[0]) if len(sites) else '')
+    if 'memory://' in shown:
+        raise ValueError(f'{shown} is in the memory of this process, and another one makes the report: copy the screen '
+                         'to a folder or a bucket and give that (data=...)')
+
 # %% ../../nbs/81_report.core.ipynb #2465ae66
 @patch
 def report(self:Run,
@@ -758,6 +768,7 @@ def report(self:Run,
     say:Callable=print # where notices go
 ) -> Path: # the page
     "Write a self-contained page about the run, and the executed notebook that made it. Raises: as `make_report`."
+    _refuse_own_memory(self)
     out = _check_page(user_path(out or self.report_path), self.path, self.data, truth, template)
     truth = None if truth is None else user_path(truth)
     if truth is not None and not truth.exists():

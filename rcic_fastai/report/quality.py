@@ -254,8 +254,8 @@ def _right_by(judged, ids):
     suspicious = known.id_code.isin(ids)
     if not suspicious.any() or suspicious.all(): return ''
     a, b = known.right[suspicious], known.right[~suspicious]
-    return (f' {percent(a.mean(), 0)} of {counted(len(a), "wells")} with a suspicious site and {percent(b.mean(), 0)} of '
-            f'{counted(len(b), "others")} are right.')
+    return (f' {percent(a.mean(), 0)} of {counted(len(a), "wells")} with a suspicious site and {percent(b.mean(), 0)} '
+            f'of {counted(len(b), "others")} are right.')
 
 # %% ../../nbs/82_report.quality.ipynb #5bf0bfed
 def run_quality(

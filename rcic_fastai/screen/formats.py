@@ -107,9 +107,9 @@ def systems_table() -> pd.DataFrame: # index: the name; columns `system`, `examp
 def _endings(listing, most=6):
     "What a folder without images holds instead, for a message"
     of = Counter(re.search(r'(\.[^./]*)?$', p)[0].lower() for p in listing.paths)
-    said = [f'{counted(n, f"{s} files") if s else counted(n, "files without a suffix")}' for s, n in of.most_common(most)]
+    said = [f'{s or "names without an ending"} ({n:,})' for s, n in of.most_common(most)]
     more = ' and others' if len(of) > most else ''
-    return f'; it holds {", ".join(said)}{more}, and images are {", ".join(IMAGE_SUFFIXES)}' if said else ''
+    return f'; its files are {", ".join(said)}{more}, those of images {", ".join(IMAGE_SUFFIXES)}' if said else ''
 
 def guess_system(
     listing:Listing, # from `list_folder`
@@ -235,7 +235,7 @@ def find_images(
     listing = root if isinstance(root, Listing) else list_folder(root, plate_size)
     listing = replace(listing, known=dict(known))
     found = _system_images(listing, system) if files is None else _fitting_images(listing, files)
-    unread = {f'{what}, which are not read': len(paths) for (what, _), paths in _unread(listing).items()}
+    unread = {f'{what} such as {p[0]}, which are not read': len(p) for (what, _), p in _unread(listing).items()}
     found = replace(found, skipped=found.skipped|unread)
     opened = found.system in ('ome-tiff', 'tiff-stack', 'ome-zarr')
     return found if opened or not has_stacks(listing, found.images.path.tolist()) else open_stacks(listing, found)
