@@ -147,7 +147,8 @@ def test_a_report_reads_what_another_process_can_read(small_run, small_screen, t
     there = f"file://{Path(small_screen).resolve().as_posix()}"
     make_report(small_run, page, data=there, template=tmp_path / "template.ipynb", say=quiet)
     screen = read_screen(there)
-    said = f"'{screen.path.name}'", str(read_site(screen.sites().files.iloc[0], screen.channels).mean())
+    mean = read_site(screen.sites().files.iloc[0], screen.channels).mean()
+    said = f"'{screen.path.name}'", str(mean)
     assert screen.path != Path(small_screen) and all(o in page.read_text().replace("&#39;", "'") for o in said)
 
 

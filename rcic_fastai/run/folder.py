@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 
 # %% ../../nbs/75_run.folder.ipynb #4805d49e
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..files import naming, read_arrays, user_path
 from ..locations import as_address, is_address
 from ..screen.channels import channel_file, channel_name, grey_limits
@@ -64,8 +64,8 @@ class Run:
     def __repr__(self):
         parts = f' for each of {", ".join(self.parts)}' if self.parts else ''
         what = f'blend of {", ".join(self.blend)}' if self.blend else self.recipe.model.arch + parts
-        out = f', {len(self.info["left_out"]):,} sites left out' if self.info.get('left_out') else ''
-        return f'Run {self.path}: {self.target} by {what}, {len(self.valid_wells):,} wells set aside{out}'
+        out = f', {counted(len(self.info["left_out"]), "sites")} left out' if self.info.get('left_out') else ''
+        return f'Run {self.path}: {self.target} by {what}, {counted(len(self.valid_wells), "wells")} set aside{out}'
 
 def run_name(
     run:str|os.PathLike # a run folder
@@ -370,7 +370,8 @@ def with_inference(self:Run,
 def _only_valid_wells(run, sites, say):
     "The sites of the wells that were set aside"
     gone = sorted(set(run.valid_wells)-set(run.screen.wells.id_code))
-    said = f'{len(gone):,} of the {len(run.valid_wells):,} wells that {run} set aside are not in {run.screen.path}'
+    aside = f'{len(gone):,} of the {counted(len(run.valid_wells), "wells")} that {run} set aside'
+    said = f'{aside} are not in {run.screen.path}'
     if gone and len(gone)==len(run.valid_wells): raise ValueError(f'{said}, such as {gone[0]}: it is another screen')
     if gone: say(f'{said}, such as {gone[0]}: they are left out')
     return sites[sites.id_code.isin(run.valid_wells)].reset_index(drop=True)
@@ -449,7 +450,7 @@ def stats(self:Run) -> ChannelStats|None:
         raise ValueError(f'{path}: stats are no means and standard deviations: {e}') from None
     if found.mean.shape==found.std.shape and found.mean.shape[-1:]==(len(self.channels),): return found
     raise ValueError(f'{path}: stats have shapes {tuple(found.mean.shape)} and {tuple(found.std.shape)}, expected '
-                     f'{len(self.channels)} channels in both')
+                     f'{counted(len(self.channels), "channels")} in both')
 
 @patch(as_prop=True)
 def histograms(self:Run) -> torch.Tensor|None:
@@ -520,8 +521,8 @@ def model(self:Run) -> torch.nn.Module: # on the CPU
     sizes = len(self.classes), len(self.channels), len(self.cell_types)
     try: return load_weights(recipe_model(_for_inference(self.recipe), *sizes), self.weights_path)
     except ValueError as e:
-        raise ValueError(f'{e} (the network of recipe.json with the {sizes[0]} classes and {sizes[1]} channels of '
-                         f'run.json)') from None
+        raise ValueError(f'{e} (the network of recipe.json with the {counted(sizes[0], "classes")} and '
+                         f'{counted(sizes[1], "channels")} of run.json)') from None
 
 # %% ../../nbs/75_run.folder.ipynb #59ab1bec
 @patch
@@ -561,7 +562,7 @@ def _warn_of_classes(run, sites):
     lost = sites[run.target].notna() & run.task.known(sites[run.target], run.classes).isna()
     if 'well_type' in sites: lost &= sites.well_type=='treatment'
     if not lost.any(): return
-    warnings.warn(f'{run} does not know the {run.target} of {lost.sum():,} of {len(sites):,} sites, such as '
+    warnings.warn(f'{run} does not know the {run.target} of {lost.sum():,} of {counted(len(sites), "sites")}, such as '
                   f'{sites[run.target][lost].iloc[0]}: they have no label here', stacklevel=3)
 
 def load_run(

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..files import check_ours, claim_folder, user_path, write_whole
 from ..screen.core import Screen
 from ..profile.correct import well_means
@@ -40,8 +40,8 @@ def _predict_network(run, split, wells, present_only, device, progress, say, kee
     if not (sites.well_type=='treatment').all() or not np.isin(p.classes, treated).any(): return p
     gone = p.classes[~np.isin(p.classes, treated)]
     if len(gone) and run.recipe.data.control_classes is None: # else they are the controls
-        say(f'{len(gone):,} of the {len(p.classes):,} classes of {run} are left out: {run.screen.path} has no '
-            f'treatment {gone[0]} in its training split')
+        say(f'{len(gone):,} of the {counted(len(p.classes), "classes")} of {run} are left out: {run.screen.path} has '
+            f'no treatment {gone[0]} in its training split')
     return p.only(treated)
 
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1b2

@@ -33,7 +33,7 @@ from fastcore.meta import delegates
 from torch import nn
 
 # %% ../../nbs/66_train.learner.ipynb #75d7087d
-from ..errors import nearest
+from ..errors import counted, nearest
 from ..files import user_path
 from ..locations import is_address
 from ..screen.sites import site_files
@@ -292,7 +292,8 @@ def _sites_of(learn, call, ds_idx=1, dl=None, labels=''):
     if given:
         other = ', or ds_idx=0 for the training set' if n else ''
         raise ValueError(f'there is {what}: give dl=learn.dls.test_dl(sites, with_labels=True) for any sites{other}')
-    own = f', {call}(ds_idx=0) the training set, which has all {n:,} sites; valid=... sets some aside' if n else ''
+    all_of = f'{call}(ds_idx=0) the training set, which has all {counted(n, "sites")}'
+    own = f', {all_of}; valid=... sets some aside' if n else ''
     raise ValueError(f'there is {what}: {call}(dl=learn.dls.test_dl(sites{labels})) takes any sites{own}')
 
 def _need_labels(dl, what):
@@ -301,8 +302,8 @@ def _need_labels(dl, what):
     if len(dl.dataset.tls) < 3: raise ValueError(f'{what} needs labels: learn.dls.test_dl(sites, with_labels=True)')
     sites, target = dl.sites, dl.target_name
     if not isinstance(sites, pd.DataFrame) or target not in sites or sites[target].notna().any(): return
-    raise ValueError(f'{what} needs labels, and {target} is unknown for all {len(sites):,} sites: '
-                     'get_preds predicts them')
+    raise ValueError(f'{what} needs labels, and {target} is unknown for all {counted(len(sites), "sites")}: get_preds '
+                     'predicts them')
 
 # %% ../../nbs/66_train.learner.ipynb #f6d0fe00
 def _need_training(learn):
@@ -312,7 +313,8 @@ def _need_training(learn):
 def _need_known(learn):
     sites, target = getattr(learn.dls.train, 'sites', None), getattr(learn.dls.train, 'target_name', None)
     if isinstance(sites, pd.DataFrame) and target in sites and not sites[target].notna().any():
-        raise ValueError(f'{target} is unknown for all {len(sites):,} training sites: there is nothing to learn from')
+        raise ValueError(f'{target} is unknown for all {counted(len(sites), "training sites")}: there is nothing to '
+                         'learn from')
 
 # %% ../../nbs/66_train.learner.ipynb #c3d1b020
 def _check_callbacks(learn, cbs):
@@ -601,7 +603,7 @@ def _one_well(item):
     sites = sites_table(item)
     one = len(sites)==1 or len(sites) and 'id_code' in sites and sites.id_code.nunique()==1
     if one: return sites.reset_index(drop=True)
-    raise ValueError(f'predict takes one site or the sites of one well, not {len(sites)} sites: '
+    raise ValueError(f'predict takes one site or the sites of one well, not {counted(len(sites), "sites")}: '
                      'get_preds(dl=learn.dls.test_dl(sites)) takes many')
 
 def _need_files(dl):
