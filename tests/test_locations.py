@@ -137,7 +137,7 @@ def test_a_report_reads_what_another_process_can_read(small_run, small_screen, t
     "An address on this machine, not the memory of this process, which is refused before anything is executed"
     template = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(
         "from rcic_fastai.data.store import read_site\nfrom rcic_fastai.screen.read import read_screen\n"
-        "screen = read_screen(data)\nscreen.path.name, read_site(screen.sites().files.iloc[0], screen.channels).mean()")])
+        "s = read_screen(data)\ns.path.name, read_site(s.sites().files.iloc[0], s.channels).mean()")])
     nbformat.write(template, tmp_path / "template.ipynb")
     page = tmp_path / "page.html"
     upload(memory, small_screen, "/screen")
