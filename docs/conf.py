@@ -7,6 +7,8 @@ from pathlib import Path
 from docutils.nodes import SkipNode
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from pygments.formatters import HtmlFormatter
+from sphinx.highlighting import PygmentsBridge
 from sphinx.util.logging import getLogger
 
 settings = ConfigParser(delimiters=["="])
@@ -65,6 +67,17 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 html_context = {"license": settings["license"], "default_mode": "auto"}
+
+
+class LinesOfCode(HtmlFormatter):
+    "Each line of code in a span of its own, so that what does not fit is wrapped below it, indented"
+
+    def wrap(self, source):
+        spans = ((i, f'<span class="line">{line.removesuffix(chr(10))}</span>\n' if i else line) for i, line in source)
+        return super().wrap(spans)
+
+
+PygmentsBridge.html_formatter = LinesOfCode
 
 
 def mathml(visitor, node, block):

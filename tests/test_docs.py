@@ -28,6 +28,18 @@ MODULES = sorted(".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in
                  and "a module of version 0.1.0" not in p.read_text(encoding="utf-8"))
 PAGES = ["index", "api/screen.read", "api/loss.single", "tutorials/walkthrough", "guides/which_recipe",
          "guides/published_systems", "commands"]
+MOST_READ = ["index", "guides/by_question", "guides/runs", "guides/image_quality", "guides/sizes", "guides/which_recipe",
+             "tutorials/walkthrough", "tutorials/own_data", "tutorials/kaggle", "api/screen.read"]
+# what a person types, and where the answer is
+SEARCHES = {"outlier": "guides/image_quality.html#which-wells-are-odd",
+            "quality control": "guides/image_quality.html#which-wells-are-odd",
+            "new plate": "guides/by_question.html#the-next-plate-from-another-folder",
+            "GPU": "guides/by_question.html#one-gpu-two-gpus",
+            "look alike": "guides/by_question.html#which-treatments-look-alike",
+            "best hits": "guides/by_question.html#show-me-the-best-hits",
+            "compounds": "guides/by_question.html#which-treatments-do-something",
+            "ensemble of folds": "guides/by_question.html#blend-folds-or-two-models",
+            "test time augmentation": "guides/by_question.html#eight-views-at-prediction-tta-8"}
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +226,41 @@ def test_search_answers_without_a_server(site, chromium):
     # a click returns before the next page is there
     page.wait_for_url("**/api/screen.read.html#rcic_fastai.screen.read.read_screen")
     assert not wrong
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_code_is_hidden_behind_the_right_edge(site, chromium, width):
+    "Code wraps; each character of it lies within its box, and the box within the window"
+    page, wrong = watched(chromium.new_context(offline=True, viewport={"width": width, "height": 900}))
+    for name in MOST_READ:
+        page.goto((site / f"{name}.html").as_uri())
+        hidden = page.evaluate("""([...document.querySelectorAll('.bd-article pre')].filter(
+            e => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > innerWidth)
+            .map(e => e.textContent.slice(0, 80)))""")
+        assert not hidden, f"{name} at {width} pixels hides {hidden}"
+        lines = page.evaluate("document.querySelectorAll('.bd-article pre > .line').length")
+        assert lines or name == "index", f"{name} has no lines of code"
+    assert not wrong
+
+
+def test_search_leads_to_the_answer_first(site, chromium):
+    page, wrong = watched(chromium.new_context(offline=True))
+    for query, target in SEARCHES.items():
+        page.goto((site / "search.html").as_uri() + f"?q={query.replace(' ', '+')}")
+        first = page.locator("#search-results li").first
+        first.locator("p.context").wait_for()
+        assert first.locator("a").get_attribute("href") == target, query
+        assert len(first.locator("p.context").inner_text()) > 30, f"{query}: no line of context"
+    page.locator("#search-results li a").first.click()
+    page.wait_for_url(f"**/{target}")
+    assert not wrong
+
+
+def test_topics_of_the_search_are_sections(tools):
+    "A heading that was renamed is an error of the build, not a search that leads nowhere"
+    search = importlib.import_module("docs_search")
+    pages = {page: [["x", heading, ""] for heading in headings] for page, headings in search.TOPICS.items()}
+    assert len(search.topics(pages)) > 100
+    page, headings = next(iter(search.TOPICS.items()))
+    with pytest.raises(ValueError, match=re.escape(next(iter(headings)))):
+        search.topics(pages | {page: []})

@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the modules of this checkout,
 warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # of fastai's imports
 import docs_api as api  # noqa: E402
 from docs_links import broken_links  # noqa: E402
+from docs_search import write_context  # noqa: E402
 
 # in this order; others follow
 TUTORIALS = ["walkthrough", "fastai_learner", "batch_effects", "own_data", "hpa", "kaggle", "open_questions"]
@@ -371,6 +372,8 @@ def build(out=ROOT / "_site", pages=ROOT / "_proc", external=False, jobs="auto")
     failed = sphinx(pages, out, jobs=jobs)
     # MyST-NB leaves the notebooks that it has read beside the site
     shutil.rmtree(Path(out).parent / "jupyter_execute", ignore_errors=True)
+    if not failed:
+        write_context(out)
     print(f"Sphinx: {time.time() - start:.0f} s")
     problems = broken_links(out)
     for problem in problems:
