@@ -28,8 +28,9 @@ MODULES = sorted(".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in
                  and "a module of version 0.1.0" not in p.read_text(encoding="utf-8"))
 PAGES = ["index", "api/screen.read", "api/loss.single", "tutorials/walkthrough", "guides/which_recipe",
          "guides/published_systems", "commands"]
-MOST_READ = ["index", "guides/by_question", "guides/runs", "guides/image_quality", "guides/sizes", "guides/which_recipe",
-             "tutorials/walkthrough", "tutorials/own_data", "tutorials/kaggle", "api/screen.read"]
+MOST_READ = ["index", "guides/by_question", "guides/runs", "guides/image_quality", "guides/sizes",
+             "guides/which_recipe", "tutorials/walkthrough", "tutorials/own_data", "tutorials/kaggle",
+             "api/screen.read"]
 # what a person types, and where the answer is
 SEARCHES = {"outlier": "guides/image_quality.html#which-wells-are-odd",
             "quality control": "guides/image_quality.html#which-wells-are-odd",
