@@ -107,3 +107,26 @@ def test_commands_of_the_readme(home, monkeypatch, capsys):
     for page in ("runs/seresnext101/report.html", "runs/focal/report.html", "runs/demo/tiny/default/report.html"):
         assert "</html>" in Path(page).read_text(encoding="utf-8")
     assert Path("kernel/kernel-metadata.json").exists()
+
+
+def test_commands_of_the_pages_have_these_options():
+    "Commands in the shell blocks of guides and tutorials are parsed: a renamed option is found here"
+    from importlib import import_module
+
+    from rcic_fastai.cli.script import option_parser
+
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    made_by = dict(re.findall(r"^ +(rcic-[a-z-]+)=(\S+)$", settings, flags=re.M))
+    found = 0
+    for path in sorted((ROOT / "nbs").glob("[pt]*/*.ipynb")):
+        text = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+        shell = "".join(re.findall(r"^```sh\n(.*?)^```$", text, flags=re.M | re.S)).replace("\\\n", " ")
+        for line in shell.splitlines():
+            for command in re.findall(r"\brcic-[a-z-]+ [^;&|#]*", line):
+                name, *words = shlex.split(command.replace("...", ""))
+                module, function = made_by[name].split(":")
+                if name == "rcic-kaggle" and len(words) and words[0] != "build": continue
+                try: option_parser(getattr(import_module(module), function)).parse_args(words)
+                except SystemExit: pytest.fail(f"{path.name}: {command}")
+                found += 1
+    assert found >= 30

@@ -44,17 +44,20 @@ LENGTH = 300  # characters of a section of the other pages
 
 
 def sections(page):
-    "Of a page: id, heading and text of each section, without those of the sections within"
+    "Of a page: id, heading and text of each section and of each name that it defines, without the sections within"
     main = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser", parse_only=SoupStrainer("article"))
     for gone in main.select("script, style, img, table.dataframe, .headerlink, .prev-next-area"):
         gone.decompose()
+    for code in main.select("pre, code"):
+        code.string = code.get_text()  # without a space between its parts
+    names = [[e["id"], "", " ".join(e.find_next("dd").get_text(" ").split())[:LENGTH]] for e in main.select("dt[id]")]
     found = []
     for section in reversed(main.find_all("section")):  # the inner ones first: they are taken out
         title = section.find(re.compile(r"h[1-6]"))
         heading = title.extract().get_text(" ", strip=True) if title else ""
         text = " ".join(section.extract().get_text(" ").split())
         found.append([section.get("id", ""), heading, re.sub(r" (?=[.,;:)])", "", text)])
-    return found[::-1]
+    return found[::-1] + names
 
 
 def topics(context):

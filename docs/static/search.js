@@ -6,8 +6,11 @@
 const PAGE_BONUS = [["guides/", 8], ["tutorials/", 5], ["index", 3], ["commands", 3], ["api/", 0], ["benchmarks/", -4],
                     ["contributing", -6], ["changelog", -8], ["files/", -8]];
 
-const wordsOf = (text) => new Set(text.toLowerCase().split(/[^\p{Letter}\p{Number}]+/u).filter(Boolean)
-  .map((word) => (word.length > 3 ? word.replace(/s$/, "") : word)));
+const SMALL = new Set("a an and are can do does for how i in is it my of on or the there to what which with".split(" "));
+const wordsOf = (text) => new Set(text.toLowerCase().split(/[^\p{Letter}\p{Number}]+/u)
+  .filter((word) => word && !SMALL.has(word)).map((word) => (word.length > 3 ? word.replace(/s$/, "") : word)));
+const asPattern = (terms) => (terms.length
+  ? new RegExp(`(?<![\\p{Letter}\\p{Number}])(${terms.map(_escapeRegExp).join("|")})`, "iu") : null);
 
 // results for phrases that share at least half of their words with the query
 const topicResults = (query) => {
@@ -32,12 +35,12 @@ Search._performSearch = (query, ...terms) => {
 };
 
 // the words around the first one that was searched for, or how the section begins
-const contextOf = (page, id, terms) => {
+const contextOf = (page, id, pattern) => {
   const sections = SEARCH_CONTEXT.pages[page] ?? [];
-  const here = sections.filter(([own]) => own === id), places = here.length ? here : sections;
+  const places = id ? sections.filter(([own]) => own === id) : sections;
   for (const [, heading, text] of places) {
-    const at = Math.min(...terms.map((t) => text.toLowerCase().indexOf(t)).map((i) => (i < 0 ? Infinity : i)));
-    if (!terms.length || at === Infinity) continue;
+    const at = pattern ? text.search(pattern) : -1;
+    if (at < 0) continue;
     const start = at < 60 ? 0 : text.indexOf(" ", at - 60) + 1;
     return [heading, (start ? "… " : "") + text.slice(start, start + 180) + (text.length > start + 180 ? " …" : "")];
   }
@@ -48,13 +51,12 @@ const contextOf = (page, id, terms) => {
 const addContext = (item) => {
   const link = item.querySelector("a"), [page, id] = link.getAttribute("href").split("#");
   const terms = [...wordsOf(new URLSearchParams(location.search).get("q") ?? "")].filter((t) => t.length > 1);
-  const [heading, text] = contextOf(page.replace(/\.html$/, ""), id ?? "", terms);
+  const pattern = asPattern(terms), [heading, text] = contextOf(page.replace(/\.html$/, ""), id ?? "", pattern);
   if (!text) return;
   const line = item.appendChild(document.createElement("p"));
   line.className = "context";
   if (!id && heading && !link.textContent.includes(heading)) line.append(`${heading}: `);
-  const marked = terms.length ? new RegExp(`(${terms.map(_escapeRegExp).join("|")})`, "iu") : null;
-  (marked ? text.split(marked) : [text]).forEach((part, i) => {
+  (pattern ? text.split(pattern) : [text]).forEach((part, i) => {
     const node = i % 2 ? document.createElement("mark") : document.createDocumentFragment();
     node.append(part);
     line.append(node);
