@@ -34,6 +34,8 @@ from .loss.multi import AsymmetricLoss, FocalLovaszLoss, LSEPLoss, MultiLabelBCE
 from .loss.single import AMSoftmaxLoss, ArcFaceLoss, CrossEntropyArcFaceLoss, OneHotBCELoss, SoftmaxCrossEntropyLoss
 from .loss.by_name import create_loss, losses, multilabel_losses
 
+from .profile.core import join_profiles, Profiles, profiles_of
+from .profile.files import read_profiles
 from .profile.correct import embedding_correction, postprocess_embeddings, TVN, well_means
 from .profile.metrics import batch_probe, embedding_report, plot_embedding, project_2d, replicate_map, to_anndata
 

@@ -302,7 +302,7 @@ def test_weights_whose_sum_is_infinite(small_run, small_screen, tmp_path):
 
 def test_h5ad_without_anndata_is_told_before_the_work(small_run, small_screen, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
-    monkeypatch.setattr("rcic_fastai.run.predict.embed_run", lambda *a, **k: pytest.fail("it was embedded"))
+    monkeypatch.setattr("rcic_fastai.run.folder.Run.profiles", lambda *a, **k: pytest.fail("it was embedded"))
     with pytest.raises(CliError, match="x.h5ad: .h5ad needs the package anndata: pip install"):
         cli.rcic_embed(run=small_run, data=small_screen, out=tmp_path / "x.h5ad")
 

@@ -110,11 +110,11 @@ def test_embed_without_and_with_a_truth(small_run, small_screen, tmp_path, capsy
     assert (found[controls.id_code].to_numpy() == controls.sirna).all()
     bad = pd.concat([truth[["id_code", "sirna"]], pd.DataFrame(dict(id_code=[controls.id_code.iloc[0]], sirna=[0]))])
     bad.to_csv(tmp_path / "bad.csv", index=False)
-    monkeypatch.setattr("rcic_fastai.run.predict.embed_run",
+    monkeypatch.setattr("rcic_fastai.run.folder.Run.profiles",
                         lambda *a, **k: pytest.fail("embedded before the truth was looked at"))
     for kwargs, words in ((dict(truth=tmp_path / "bad.csv"), rf"bad.csv: row {len(bad) + 1} .*sirna is 0, and the "
                            r"screen says"),
-                          (dict(out=tmp_path / "e.txt"), "written as .npz or .h5ad"),
+                          (dict(out=tmp_path / "e.txt"), "written as .parquet, .npz or .h5ad"),
                           (dict(truth=tmp_path / "none.csv"), "none.csv does not exist")):
         with pytest.raises(CliError, match=words):
             rcic_embed(run=small_run, **{"out": out, **kwargs})

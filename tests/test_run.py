@@ -161,7 +161,7 @@ def test_every_published_system_runs_to_predictions(screen, tmp_path):
     # features and the cell type
     assert np.isnan(stored["sirna"]).sum() == len(wells)
     assert x.shape == (len(table), 64 + 2)
-    with pytest.raises(ValueError, match="as .npz or .h5ad"):
+    with pytest.raises(ValueError, match="as .parquet, .npz or .h5ad"):
         write_embeddings(x, table, tmp_path / "e.csv")
 
 

@@ -556,10 +556,11 @@ def rcic_predict(
     _say(f'Written: {finished.predictions_path(split)}')
 
 # %% ../../nbs/91_cli.core.ipynb #40ed2245
-def _say_separation(x, wells):
+def _say_separation(profiles):
     "How well embeddings tell treatments apart and batches together, on the wells whose treatment is known"
     from rcic_fastai.profile.metrics import embedding_report
-    known = wells.sirna.notna().to_numpy()
+    p = profiles.by_well() if profiles.made['level'] == 'site' else profiles
+    x, wells, known = p.x, p.table, p.table.sirna.notna().to_numpy()
     if not (known & (wells.well_type == 'treatment').to_numpy()).any():
         return _say('How well they tell treatments apart needs a truth: the treatments of this split are unknown, '
                     'and --truth FILE (columns id_code and treatment, or sirna) gives them')
@@ -582,16 +583,17 @@ def rcic_embed(
     run:_Required=None, # folder of a finished run
     split:str='test', # test, train, or valid for the wells that training set aside
     data:Path=None, # folder of the screen; by default the one of the run
-    out:Path=None, # .npz or .h5ad (AnnData for scanpy) to write; by default embeddings/SPLIT.npz in the run folder
+    out:Path=None, # .parquet, .npz or .h5ad (for scanpy) to write; by default embeddings/SPLIT.npz in the run folder
+    level:str='well', # a row per well, or per site
     batchnorm:str=None, # running, batch, domain or controls; by default what the recipe says
     truth:Path=None, # CSV file with id_code and sirna (numbers) or treatment (names), for the metrics of a test split
     present_only:bool=False, # use the sites whose files are all there
     device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
 ):
-    "Embeddings of a split, as a file, and how well they tell treatments apart and batches together."
+    "Profiles of a split (embeddings with names, doses, plates), and how well they tell treatments and batches apart."
     from rcic_fastai.screen.atlas import Atlas
-    from rcic_fastai.run.predict import _claimed, embed_run, embeddings_path, write_embeddings
+    from rcic_fastai.run.predict import _claimed, embeddings_path
     from rcic_fastai.run.submit import Run
     from rcic_fastai.data.pack import check_screen_output
     finished = Run(run, data)
@@ -599,10 +601,10 @@ def rcic_embed(
     out = embeddings_path(check_screen_output(out, screen, truth, *finished.files()))
     if truth is not None: _add_truth(screen, truth)
     with _claimed(run, out):
-        x, wells = embed_run(run, screen, split, batchnorm, present_only=present_only or None, say=_say)
-        write_embeddings(x, wells, out)
-    _say(f'Written: {out}, {counted(x.shape[0], "wells")} x {x.shape[1]:,}')
-    if not isinstance(screen, Atlas): _say_separation(x, wells)
+        p = finished.profiles(split, level, batchnorm, present_only=present_only or None, say=_say)
+        p.save(out)
+    _say(f'Written: {out}, {counted(len(p), level+"s")} x {p.x.shape[1]:,}')
+    if not isinstance(screen, Atlas): _say_separation(p)
 
 # %% ../../nbs/91_cli.core.ipynb #16cdaf82
 @command

@@ -15,52 +15,11 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from numpy.typing import ArrayLike
-from scipy.sparse import csr_array
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from ..errors import counted, nearest
-
-# %% ../../nbs/40_profile.correct.ipynb #9370070b
-def _as_rows(x, name='x', features=None) -> np.ndarray:
-    "`x` as a float array of two dimensions without nan; float32 stays float32"
-    x = np.asarray(x)
-    if x.ndim != 2: raise ValueError(f'{name} has shape {x.shape}, expected (rows, features)')
-    if x.dtype not in (np.float32, np.float64): x = x.astype(np.float64)
-    if features is not None and x.shape[1] != features:
-        raise ValueError(f'{name} has {counted(x.shape[1], "features")}, expected {features} as in fit')
-    if len(bad := np.flatnonzero(~np.isfinite(x).all(1))):
-        raise ValueError(f'{name}: row {bad[0]} holds nan or inf ({counted(len(bad), "such rows")} of {len(x):,})')
-    return x
-
-# %% ../../nbs/40_profile.correct.ipynb #2b8d4f61
-def _as_labels(labels, n, name) -> np.ndarray:
-    "One label per row, none missing: int64, or str"
-    labels = pd.Series(labels).infer_objects().reset_index(drop=True)
-    if len(labels) != n: raise ValueError(f'{name} has {counted(len(labels), "entries")} for {counted(n, "rows")} of '
-                                          'the embeddings')
-    if labels.isna().any():
-        raise ValueError(f'{name}: row {labels.isna().idxmax()} is missing; keep only the rows where it is known')
-    # integers that a missing value elsewhere made floats
-    whole = pd.api.types.is_float_dtype(labels) and (labels%1 == 0).all()
-    if whole or pd.api.types.is_integer_dtype(labels): return labels.to_numpy(np.int64)
-    return labels.astype(str).to_numpy().astype(str)
-
-def _column(sites, name, n) -> np.ndarray:
-    if name not in sites:
-        raise ValueError(f'the table of sites has no column {name!r}, only {", ".join(map(str, sites.columns))}')
-    return _as_labels(sites[name], n, name)
-
-def _plates(sites, n) -> np.ndarray:
-    "Plate 1 of one experiment is not plate 1 of another"
-    return np.char.add(np.char.add(_column(sites, 'experiment', n).astype(str), '/'),
-                       _column(sites, 'plate', n).astype(str))
-
-# %% ../../nbs/40_profile.correct.ipynb #bb9ba6cb
-def _group_means(x, codes, n_groups):
-    "(n_groups, F) float64 mean of the rows of each group, as one product with a sparse matrix"
-    members = csr_array((np.ones(len(x)), (codes, np.arange(len(x)))), shape=(n_groups, len(x)))
-    return (members@x.astype(np.float64, copy=False))/np.bincount(codes, minlength=n_groups)[:,None]
+from .table import _as_labels, _as_rows, _column, _group_means, _plates, _unit
 
 # %% ../../nbs/40_profile.correct.ipynb #9b656345
 def center_by(
@@ -247,10 +206,6 @@ def transform(self:TVN,
     return y.astype(x.dtype)
 
 # %% ../../nbs/40_profile.correct.ipynb #56bc1e2e
-def _unit(x):
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return x/np.where(norm > 0, norm, 1)
-
 class ClassCentres(BaseEstimator):
     """Cosine of each row to the mean embedding of every class in the row's stratum.
 

@@ -21,7 +21,8 @@ from sklearn.manifold import TSNE
 from sklearn.model_selection import StratifiedKFold
 
 from ..screen.core import plain_text
-from .correct import _as_labels, _as_rows, _column, _group_means, _plates, _unit
+from .table import _as_labels, _as_rows, _column, _group_means, _plates, _unit
+from .files import Profiles
 
 # %% ../../nbs/41_profile.metrics.ipynb #5a98238e
 class BatchProbe(NamedTuple):
@@ -182,22 +183,14 @@ def to_anndata(
     x:ArrayLike, # (N, F) float embeddings
     sites:pd.DataFrame, # their N rows, any columns
     **uns, # what else to keep, e.g. run='runs/NAME'
-) -> Any: # AnnData: X float32, obs all text, obs_names unique
+) -> Any: # AnnData: X float32, obs with the types of the table, obs_names unique
     """Embeddings and their table as `AnnData`.
 
     Rows are named `site_id` if there is one, else `id_code`, numbered where it repeats.
     Raises: ImportError if anndata is not installed; ValueError if the lengths differ."""
-    try: import anndata
-    except ImportError as e:
-        raise ImportError("to_anndata needs the package anndata: pip install 'rcic_fastai[phenomics]'") from e
-    x = _as_rows(x)
-    name = 'site_id' if 'site_id' in sites else 'id_code'
-    ids = pd.Series(_column(sites, name, len(x)).astype(str))
-    if ids.duplicated().any(): ids = ids + '_' + (ids.groupby(ids).cumcount()+1).astype(str)
-    # object, not pandas' own string type, which files of AnnData do not hold
-    obs = {str(c): [('unknown' if pd.isna(v) else str(v)) for v in sites[c]] for c in sites}
-    return anndata.AnnData(x.astype(np.float32), obs=pd.DataFrame(obs, index=pd.Index(ids.to_list(), dtype=object),
-                                                                  dtype=object), uns=uns)
+    data = Profiles(np.asarray(x), sites).to_anndata()
+    data.uns |= uns
+    return data
 
 # %% ../../nbs/41_profile.metrics.ipynb #1b026212
 def project_2d(

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 
 # %% ../../nbs/81_report.core.ipynb #5494eeff
 from ..errors import counted
-from ..files import check_ours, check_output, check_target, is_marked, read_arrays, read_json
+from ..files import check_ours, check_output, check_target, is_marked, read_json
 from ..files import read_text, user_path, write_whole
 from ..locations import fetched_from
 from ..screen.tables import is_unknown
@@ -44,6 +44,7 @@ from ..data.image import channel_limits, MultiChannelImage, stains_to_rgb
 from ..data.statistics import complete_stats
 from ..model.batchnorm import batchnorm_layers, BatchNormMode, pool_stats
 from ..profile.correct import well_means
+from ..profile.files import read_profiles
 from ..profile.metrics import embedding_report, plot_embedding
 from ..predict.tta import tta_group
 from ..predict.core import Predictions
@@ -545,9 +546,9 @@ def _stored_embeddings(c, wells):
     "What rcic-embed has written of these wells, if it has written all of them"
     path = c.embeddings_path(c.split)
     if not path.exists(): return None
-    kept = read_arrays(path, 'id_code', 'x')
-    rows = pd.Index(kept['id_code'].astype(str)).get_indexer(wells.id_code)
-    return kept['x'][rows] if (rows >= 0).all() else None
+    kept = read_profiles(path)
+    rows = pd.Index(kept.table.id_code.astype(str)).get_indexer(wells.id_code)
+    return kept.x[rows] if (rows >= 0).all() else None
 
 def embedding_maps(
     c:JudgedRun, # from `run_context`

@@ -16,13 +16,14 @@ import pandas as pd
 from scipy.special import logit
 
 from ..errors import counted
-from ..files import check_output, claim_folder, clean_partials, note_request, read_arrays, write_whole
+from ..files import check_output, claim_folder, clean_partials, note_request, write_whole
 from ..screen.atlas import Atlas, label_truth
 from ..screen.folds import grouped_folds
+from ..profile.files import read_profiles
 from ..predict.core import Predictions
 from ..labels.retrieval import held_out_prior, neighbour_table, Retrieval, retrieval_report
 from .record import write_run
-from .predict import Run, write_embeddings
+from .predict import Run
 from .labels import fit_thresholds
 
 # %% ../../nbs/78_run.neighbours.ipynb #d19cb704
@@ -53,12 +54,11 @@ def embeddings_once(
     progress:bool=True, # show a bar?
     say:Callable=print # where notices go
 ) -> pd.DataFrame: # float32 (images, E), by image
-    "Embeddings of a split, read from a file if they are there. Raises: as `Run.embed` and `read_arrays`."
+    "Embeddings of a split, read from a file if they are there. Raises: as `Run.profiles` and `read_profiles`."
     if not Path(path).exists():
-        x, wells = run.embed(split, progress=progress, say=say)
-        write_embeddings(x, wells, path)
-    kept = read_arrays(path, 'x', 'id_code')
-    return pd.DataFrame(kept['x'], kept['id_code'].astype(str))
+        run.profiles(split, progress=progress, say=say).save(path)
+    kept = read_profiles(path)
+    return pd.DataFrame(kept.x, kept.table.id_code.to_numpy(str))
 
 # %% ../../nbs/78_run.neighbours.ipynb #f7825212
 def _by_image(p, ids):

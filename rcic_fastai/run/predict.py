@@ -6,7 +6,7 @@
 __all__ = ['held_out_truth', 'predict_run', 'embed_run', 'embeddings_path', 'write_embeddings']
 
 # %% ../../nbs/76_run.predict.ipynb #9e4d5cf1
-import importlib.util, os, zipfile
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,13 +16,15 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .. import __version__
 from ..errors import counted, one_of
-from ..files import check_ours, claim_folder, user_path, write_whole
+from ..files import claim_folder
 from ..screen.core import Screen
 from ..profile.correct import well_means
-from ..profile.metrics import to_anndata
+from ..profile.core import Profiles, profiles_of
+from ..profile.files import profiles_path
 from ..predict.tta import TTA
-from ..predict.core import Predictions, _save_arrays
+from ..predict.core import Predictions
 from ..predict.confidence import fit_temperature, held_out_wells, made_alike
 from ..train.inference import embed_with, predict_with
 from .record import noted_path
@@ -170,6 +172,28 @@ def _embedded_sites(run, split, wells, present_only, say):
 _kept_columns = 'id_code', 'split', 'cell_type', 'experiment', 'plate', 'well', 'well_type', 'sirna'
 
 # %% ../../nbs/76_run.predict.ipynb #eb2c43cc
+def _embeddings(self, split, batchnorm, wells, present_only, device, progress, say):
+    "Embeddings (S, E) of the sites of a split, and the sites"
+    if self.parts:
+        raise ValueError(f'{self} has a network for each cell type, whose embeddings have no common axes: give one of '
+                         f'{", ".join(self.parts)} within it')
+    self.check_screen(other=True)
+    if present_only is None: present_only = self.present_only
+    run = self.with_inference(batchnorm=batchnorm)
+    sites, hosts = _embedded_sites(run, split, wells, present_only, say)
+    labelled, controls = run.references(hosts, present_only)
+    learn = run.learner(pd.concat([hosts, sites, labelled, controls], ignore_index=True), device)
+    x = embed_with(learn, sites, run.recipe, controls, labelled, hosts, progress)
+    # what your own plate map says of a well, such as its treatment and dose
+    own = [] if run.task.several else [c for c in self.screen.wells if c not in _kept_columns and c in sites]
+    return x, sites, [*_kept_columns, *own]
+
+def _of_wells(x, sites, columns):
+    "Mean embeddings (W, E) over the sites of each well, and the wells"
+    means, ids = well_means(x, sites.id_code.to_numpy())
+    return means, sites.drop_duplicates('id_code').set_index('id_code').loc[ids].reset_index()[columns]
+
+# %% ../../nbs/76_run.predict.ipynb #ff5b451c
 @patch
 def embed(self:Run,
     split:str='test', # 'test', 'train', or 'valid' for the wells that training set aside
@@ -184,21 +208,7 @@ def embed(self:Run,
 
     Raises: ValueError for a run without one network.
     """
-    if self.parts:
-        raise ValueError(f'{self} has a network for each cell type, whose embeddings have no common axes: give one of '
-                         f'{", ".join(self.parts)} within it')
-    self.check_screen(other=True)
-    if present_only is None: present_only = self.present_only
-    run = self.with_inference(batchnorm=batchnorm)
-    sites, hosts = _embedded_sites(run, split, wells, present_only, say)
-    labelled, controls = run.references(hosts, present_only)
-    learn = run.learner(pd.concat([hosts, sites, labelled, controls], ignore_index=True), device)
-    means, ids = well_means(embed_with(learn, sites, run.recipe, controls, labelled, hosts, progress),
-                            sites.id_code.to_numpy())
-    # what your own plate map says of a well, such as its treatment and dose
-    own = [] if run.task.several else [c for c in self.screen.wells if c not in _kept_columns and c in sites]
-    found = sites.drop_duplicates('id_code').set_index('id_code').loc[ids].reset_index()
-    return means, found[[*_kept_columns, *own]]
+    return _of_wells(*_embeddings(self, split, batchnorm, wells, present_only, device, progress, say))
 
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1ba
 def embed_run(
@@ -219,6 +229,31 @@ def embed_run(
     """
     return Run(run, screen).embed(split, batchnorm, wells, present_only, device, progress, say)
 
+# %% ../../nbs/76_run.predict.ipynb #3a44c8bf
+@patch
+def profiles(self:Run,
+    split:str='test', # 'test', 'train', or 'valid' for the wells that training set aside
+    level:str='well', # a row per 'well', or per 'site'
+    batchnorm:str=None, # by default what the recipe says
+    wells:str='all', # 'treatments', 'controls' or 'all'
+    present_only:bool=None, # leave out sites with missing files? by default as in training
+    device:str|torch.device=None, # by default fastai's default device
+    progress:bool=True, # show a progress bar?
+    say:Callable=print # where notices go
+) -> Profiles: # with the columns of the plate map, and how they were made
+    """Embeddings of a split with the names of treatments, plates and batches.
+
+    Raises: as `embed`; ValueError for another level.
+    """
+    one_of(level, ('well', 'site'), 'level')
+    found = _embeddings(self, split, batchnorm, wells, present_only, device, progress, say)
+    if level=='well': x, table = _of_wells(*found)
+    else: x, table = found[0], found[1][[*found[2], 'site_id', 'site']]
+    made:dict = dict(run=self.path.name, recipe=self.recipe.name, version=__version__, split=split, level=level,
+                     batchnorm=batchnorm or self.recipe.inference.batchnorm)
+    if self.beside: made['data'] = str(noted_path(self.data, self.path))
+    return profiles_of(x, table, **made)
+
 # %% ../../nbs/76_run.predict.ipynb #e0f5a1bc
 def embeddings_path(
     path:str|Path # file to write
@@ -227,21 +262,7 @@ def embeddings_path(
 
     Raises: ValueError for another kind of file, or a package that is missing; FileExistsError for a file of others.
     """
-    path = user_path(path)
-    if path.suffix not in ('.npz', '.h5ad'): raise ValueError(f'{path}: embeddings are written as .npz or .h5ad')
-    if path.suffix=='.h5ad' and importlib.util.find_spec('anndata') is None:
-        raise ValueError(f"{path}: .h5ad needs the package anndata: pip install 'rcic_fastai[phenomics]', or give a "
-                         f"name that ends with .npz")
-    return check_ours(path, 'a file of embeddings', _are_embeddings)
-
-def _are_embeddings(path):
-    "Has `write_embeddings` written a file? Its arrays say so"
-    try:
-        if path.suffix=='.npz':
-            return {'x.npy', 'id_code.npy', 'well_type.npy'} <= set(zipfile.ZipFile(path).namelist())
-        import h5py # which anndata needs
-        with h5py.File(path, 'r') as f: return 'X' in f and {'id_code', 'well_type'} <= set(f['obs'])
-    except Exception: return False # whatever it is
+    return profiles_path(path)
 
 # %% ../../nbs/76_run.predict.ipynb #83786488
 def _claimed(run, out):
@@ -252,14 +273,7 @@ def _claimed(run, out):
 def write_embeddings(
     x:np.ndarray, # (wells, E)
     wells:pd.DataFrame, # a row for each
-    path:str|Path # .npz, or .h5ad for scanpy (needs `rcic_fastai[phenomics]`)
+    path:str|Path # .parquet, .npz, or .h5ad for scanpy (needs `rcic_fastai[phenomics]`)
 ) -> Path: # the file
-    "Write embeddings with their wells."
-    path = embeddings_path(path)
-    taken = {c: c.replace('/', '_') + '_'*(c=='x') for c in wells if c not in _kept_columns} # x are the embeddings
-    wells = wells.rename(columns=taken)
-    wells = wells.assign(**{c: wells[c].astype(object).fillna('').astype(str) for c in taken.values() if c!='files'})
-    if path.suffix=='.h5ad': return write_whole(path, to_anndata(x, wells).write_h5ad)
-    values = lambda c: wells[c].to_numpy(float, na_value=np.nan) if c=='sirna' else wells[c].to_numpy(str)
-    columns = {c: values(c) for c in wells if c!='files'}
-    return write_whole(path, lambda p: _save_arrays(p, dict(x=np.asarray(x, np.float32), **columns)))
+    "Write embeddings with their wells, see `Profiles.save`."
+    return profiles_of(x, wells).save(path)
