@@ -12,12 +12,13 @@ const wordsOf = (text) => new Set(text.toLowerCase().split(/[^\p{Letter}\p{Numbe
 const asPattern = (terms) => (terms.length
   ? new RegExp(`(?<![\\p{Letter}\\p{Number}])(${terms.map(_escapeRegExp).join("|")})`, "iu") : null);
 
-// results for phrases that share at least half of their words with the query
+// results for phrases that share at least half of their words with the query, or lie in it
 const topicResults = (query) => {
   const asked = wordsOf(query), best = new Map();
   for (const [phrase, page, id, heading] of SEARCH_CONTEXT.topics) {
     const own = wordsOf(phrase), common = [...own].filter((word) => asked.has(word)).length;
-    const share = common / new Set([...own, ...asked]).size;
+    const alike = common / new Set([...own, ...asked]).size;
+    const share = common === own.size && common > 1 ? Math.max(alike, 0.5) : alike;
     const title = SEARCH_CONTEXT.pages[page][0][1];
     if (share >= 0.5 && share > (best.get(page + id)?.[4] ?? 0) / 100)
       best.set(page + id, [page, `${title} > ${heading}`, "#" + id, null, 100 * share, page, "title"]);
