@@ -57,6 +57,9 @@ from .labels.stack import Stacker
 
 from .quality.core import Quality, screen_quality
 
+from .explain.cam import grad_cam
+from .explain.sites import Explained, explain_sites
+
 from .recipe.settings import (
     compare_recipes, DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe,
     TrainSettings,
@@ -78,12 +81,14 @@ from .run.predict import embed_run, predict_run
 from .run.blend import blend_runs
 from .run.labels import label_score_table, submit_labels
 from .run.submit import submit_run
+from .run.explain import explain_run
 from .run.train import control_sites, find_lr, train_run
 from .run.stack import stack_runs
 
 from .report.accuracy import accuracy_by, confused_pairs, plot_intervals, plot_plate, worst_wells
 from .report.core import make_report
 from .report.quality import write_quality
+from .report.explain import write_explained
 from .report.apply import apply_run
 
 from .kaggle.core import build_kernel, weights_folder

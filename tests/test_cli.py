@@ -244,6 +244,7 @@ def test_no_output_is_an_address(command, small_screen, small_run, tmp_path, mon
                                 ("rcic-report", "out", small_run),
                                 ("rcic-blend", "out", "--run", small_run),
                                 ("rcic-qc", "out", "--data", small_screen),
+                                ("rcic-explain", "out", "--run", small_run),
                                 ("rcic-describe", "out", "--data", small_screen), ("rcic-kaggle", "folder", "build"),
                                 ("rcic-kaggle", "to", "output"),
                                 ("rcic-hpa-simulate", "out"), ("rcic-hpa-stack", "out", "--run", small_run),

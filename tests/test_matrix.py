@@ -183,6 +183,7 @@ def every_cell(layout, packed, data, home):
         yield f"predict {split}", ["rcic-predict", "--run", first, "--split", split]
         yield f"embed {split}", ["rcic-embed", "--run", first, "--split", split,
                                  *(["--truth", truth] if split == "test" and layout != "atlas" else [])]
+    yield "explain", ["rcic-explain", "--run", first, "--split", "valid", "--most", "2", "--out", home / "explain.html"]
     yield "embed without truth", ["rcic-embed", "--run", first, "--out", home / "plain.npz"]
     yield "submit", ["rcic-submit", "--run", first, "--out", home / "submission.csv"]
     yield "score", ["rcic-score", "--submission", home / "submission.csv", "--truth", truth]

@@ -160,10 +160,12 @@ def sirna_morphology(
     seed:int, # seed of the screen
     cell_type:str, # name of the cell type
     sirna:int|None, # treatment; None for untreated
-    effect:float=.5 # size of the phenotype
+    effect:float=.5, # size of the phenotype
+    changes:tuple=() # names of the parameters that it changes; by default all
 ) -> Morphology: # of the treated cells
     "What a siRNA does to a cell type: the same change everywhere, and a smaller one of this cell type's own."
-    m = cell_type_morphology(seed, cell_type)
-    if sirna is None: return m
-    m = changed_morphology(m, named_rng(seed, 'sirna', sirna), effect)
-    return changed_morphology(m, named_rng(seed, 'sirna', sirna, cell_type), .2*effect)
+    untreated = cell_type_morphology(seed, cell_type)
+    if sirna is None: return untreated
+    m = changed_morphology(untreated, named_rng(seed, 'sirna', sirna), effect)
+    m = changed_morphology(m, named_rng(seed, 'sirna', sirna, cell_type), .2*effect)
+    return replace(untreated, **{k: getattr(m, k) for k in changes}) if changes else m
