@@ -101,7 +101,7 @@ def _gain(points, axis, value):
     key = ['repeat', 'unit']
     full = points[(points.axis == 'experiments') & (points.value == most)].set_index(key)
     part = points[(points.axis == axis) & (points.value == value)].set_index(key)
-    both = full.join(part, lsuffix='_all', how='inner')
+    both = full.merge(part, left_index=True, right_index=True, suffixes=('_all', ''))
     if not len(both): return None
     gains = (both.right_all/both.wells_all-both.right/both.wells).to_numpy()
     at = np.random.default_rng(0).integers(len(gains), size=(2000, len(gains)))

@@ -81,6 +81,7 @@ def attention_sentence(
     return (f'The network looks {word}: {percent(share, 0)} of a map lie on cells, which cover {percent(area, 0)} of the '
             f'field, {times:.2f} times chance{on} (medians of {len(t):,} sites).')
 
+# %% ../../nbs/82_report.explain.ipynb #cc60c792
 def channel_sentence(
     e:Explained # from `Run.explain`
 ) -> str:
@@ -123,6 +124,7 @@ def explained_parts(
                'view. Bright places speak for the class; above a channel is the evidence that goes with it.')
     return [note(attention_sentence(e)), note(channel_sentence(e)), how, *shown, channel_html(e, names)]
 
+# %% ../../nbs/82_report.explain.ipynb #b94fc4e2
 def explained_page(
     e:Explained, # from `Run.explain`
     title:str, # of the page
@@ -164,6 +166,7 @@ def _sheet(e, names, n):
         plt.close(fig)
     return np.concatenate(rows)
 
+# %% ../../nbs/82_report.explain.ipynb #ad92ce6c
 def write_explained(
     e:Explained, # from `Run.explain`
     out:str|Path, # .html, or a picture such as .png; a table of the same name with .csv is written beside it
