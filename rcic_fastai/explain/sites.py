@@ -17,7 +17,7 @@ import pandas as pd
 from fastai.learner import Learner
 from fastcore.basics import patch
 
-from ..errors import one_of
+from ..errors import counted, one_of
 from ..data.colors import channel_label
 from ..data.context import plain
 from ..data.reader import SiteReader
@@ -97,13 +97,15 @@ class Explained:
     def __len__(self): return len(self.table)
     def __repr__(self):
         on = self.table.on_cells.div(self.table.cells).median()
-        return f'{len(self)} sites, {", ".join(f"{k}={v}" for k, v in self.how.items())}; on cells {on:.2f} x chance'
+        how = ', '.join(f'{k}={v}' for k, v in self.how.items())
+        return f'{counted(len(self), "sites")}, {how}; on cells {on:.2f} x chance'
 
 @patch(as_prop=True)
 def carried_by(self:Explained) -> pd.Series: # (N,) name of a channel
     "The channel without which most of the evidence is lost."
     return self.drops.idxmax(axis=1)
 
+# %% ../../nbs/58_explain.sites.ipynb #5314e63c
 @patch
 def channel_table(self:Explained,
     by:str|Sequence='class' # column of `table`, or a group for each site
@@ -113,8 +115,8 @@ def channel_table(self:Explained,
     mean = self.drops.groupby(groups).mean()
     top = mean.idxmax(axis=1)
     same = (self.carried_by.to_numpy() == top.reindex(groups).to_numpy())
-    counted = pd.Series(same).groupby(groups).agg(['mean', 'size'])
-    return mean.assign(carried_by=top, agree=counted['mean'], sites=counted['size'])
+    sites = pd.Series(same).groupby(groups).agg(['mean', 'size'])
+    return mean.assign(carried_by=top, agree=sites['mean'], sites=sites['size'])
 
 # %% ../../nbs/58_explain.sites.ipynb #0633daa9
 def _maps(look, scores, x, context, classes, method, stage, instead):
@@ -165,7 +167,7 @@ def _class_numbers(learn, classes, n):
     "Numbers of classes that are given by name; None: the most likely ones. Raises: ValueError for an unknown class"
     if classes is None: return None
     number, named = {c: i for i, c in enumerate(learn.dls.vocab)}, list(classes)
-    if len(named) != n: raise ValueError(f'{len(named)} classes for {n} sites')
+    if len(named) != n: raise ValueError(f'{counted(len(named), "classes")} for {counted(n, "sites")}')
     for c in named:
         if c not in number: raise ValueError(f'class {c!r} is none of the {len(number):,} that the network knows')
     return np.array([number[c] for c in named])
@@ -197,7 +199,7 @@ def explain_sites(
     progress:bool=True, # show a progress bar?
     seed:int=0 # of the choice of others
 ) -> Explained: # of the sites, in their order
-    "Where the network looks, and which channels it needs. Raises: ValueError for what does not fit; as `predict_sites`."
+    "Where the network looks, which channels it needs. Raises: ValueError for what does not fit; as `predict_sites`."
     hosts = sites if hosts is None else hosts
     _check_explained(learn, sites, hosts, batchnorm, domain, controls, method, fill)
     domain, mode = domain or learn.dls.train.domain or 'experiment', 'domain' if batchnorm == 'batch' else batchnorm
@@ -217,7 +219,7 @@ def _check_explained(learn, sites, hosts, batchnorm, domain, controls, method, f
     one_of(fill, FILLS, 'fill')
     _check_prediction(sites, batchnorm, domain, 1, controls=controls)
     if gone := sorted(set(sites.site_id)-set(hosts.site_id)):
-        raise ValueError(f'site {gone[0]} is not among the {len(hosts):,} sites whose statistics count')
+        raise ValueError(f'site {gone[0]} is not among the {counted(len(hosts), "sites")} whose statistics count')
 
 def _domain_parts(learn, sites, hosts, numbers, how, progress, settings):
     "Rows and findings, batch by batch"

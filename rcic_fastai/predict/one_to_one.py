@@ -14,10 +14,12 @@ import pandas as pd
 from fastcore.basics import patch
 from numpy.typing import ArrayLike
 
+from ..errors import counted
+
 # %% ../../nbs/48_predict.one_to_one.ipynb #694ebafc
-WHEN_ONE_TO_ONE = ('One-to-one assignment helps where each treatment has at most one well in an experiment. It can lower '
-                   'accuracy where a treatment has several wells, or wells hold treatments that the network does not '
-                   'know: held-out experiments (--valid) say which, and --no-assignment does without.')
+WHEN_ONE_TO_ONE = ('One-to-one assignment helps where each treatment has at most one well in an experiment. It can '
+                   'lower accuracy where a treatment has several wells, or wells hold treatments that the network does '
+                   'not know: held-out experiments (--valid) say which, and --no-assignment does without.')
 
 def surplus_wells(
     experiments:Sequence, # (N,) experiment of each well
@@ -55,8 +57,8 @@ def assignment_effect(
 # %% ../../nbs/48_predict.one_to_one.ipynb #b83a9ebd
 def _why(e):
     "Why an assignment lowers accuracy, as far as the layout says it"
-    parts = [f'{e.surplus:,} wells hold a treatment that another well of their experiment has']*bool(e.surplus)
-    parts += [f'{e.unknown:,} hold one that the network does not know']*bool(e.unknown)
+    parts = [f'the treatment of {counted(e.surplus, "wells")} is in another well of its experiment']*bool(e.surplus)
+    parts += [f'that of {counted(e.unknown, "wells")} is none that the network knows']*bool(e.unknown)
     if parts: return f': {" and ".join(parts)}'
     return ', though each treatment has one well: the scores of so few wells are too uneven to be compared'
 
@@ -65,7 +67,7 @@ def sentence(self:AssignmentEffect,
     where:str='' # which wells these are, such as 'held-out '
 ) -> str:
     "What it did, and why where it lowered accuracy."
-    said = (f'One-to-one assignment: of {self.wells:,} {where}wells {self.assigned:,} are right with it and '
+    said = (f'One-to-one assignment: of {counted(self.wells, where+"wells")} {self.assigned:,} are right with it and '
             f'{self.alone:,} without')
     if self.assigned < self.alone: return f'{said}. It lowers accuracy here{_why(self)}; --no-assignment does without.'
     most = self.wells-self.surplus-self.unknown

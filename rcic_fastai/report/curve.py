@@ -18,6 +18,7 @@ import pandas as pd
 from IPython.display import HTML
 from matplotlib.ticker import MaxNLocator
 
+from ..errors import counted
 from ..files import check_ours, naming, write_picture, write_whole
 from ..predict.confidence import wilson_interval
 from ..run.folder import run_name
@@ -36,13 +37,13 @@ def _drawn(units, seed=0, n=2000):
 def curve_table(
     points:pd.DataFrame # from `learning_curve`
 ) -> pd.DataFrame: # index axis, value: trainings, wells, right, accuracy, low, high, interval
-    "Accuracy of each point over its repeats, with a 95 % interval over 'experiments', or over 'wells' where they are few."
+    "Accuracy of each point over its repeats; its 95 % interval is over 'experiments', of few over 'wells'."
     rows = {}
     for key, units in points.groupby(['axis', 'value']):
         right, wells, enough = units.right.sum(), units.wells.sum(), len(units) >= _LEAST_UNITS
         low, high = np.quantile(_drawn(units), (.025, .975)) if enough else wilson_interval(right, wells)
-        rows[key] = dict(trainings=units.repeat.nunique(), wells=wells, right=right, accuracy=right/wells, low=float(low),
-                         high=float(high), interval='experiments' if enough else 'wells')
+        rows[key] = dict(trainings=units.repeat.nunique(), wells=wells, right=right, accuracy=right/wells,
+                         low=float(low), high=float(high), interval='experiments' if enough else 'wells')
     return pd.DataFrame(list(rows.values()), pd.MultiIndex.from_tuples(rows, names=['axis', 'value']))
 
 # %% ../../nbs/81_report.curve.ipynb #3a96b0f5
@@ -116,7 +117,8 @@ def _about_experiments(points):
     "What one more experiment would bring"
     t = curve_table(points).xs('experiments')
     now, n = t.accuracy.iloc[-1], int(t.index[-1])
-    said = f'{n} experiments of a cell type to train on: {percent(now)} of held-out wells right ({interval(t.low.iloc[-1], t.high.iloc[-1])})'
+    said = (f'{counted(n, "experiments")} of a cell type to train on: {percent(now)} of held-out wells right '
+            f'({interval(t.low.iloc[-1], t.high.iloc[-1])})')
     more = expected_accuracy(points, n+1)
     if more is None:
         step = f', {_points(now-t.accuracy.iloc[-2])} more than {int(t.index[-2])}' if len(t) > 1 else ''
@@ -146,15 +148,16 @@ def plot_curve(
     "Accuracy against experiments, with intervals; dashed: extrapolated."
     t, law = curve_table(points).xs('experiments'), _law_of(points)
     fig, ax = plt.subplots(figsize=(4.8, 3), layout='constrained')
-    ax.errorbar(t.index, t.accuracy, [t.accuracy-t.low, t.high-t.accuracy], fmt='o', ms=4.5, color=BLUE, capsize=3, lw=1.2)
+    ax.errorbar(t.index, t.accuracy, [t.accuracy-t.low, t.high-t.accuracy], fmt='o', ms=4.5, color=BLUE, capsize=3,
+                lw=1.2)
     if law is not None:
         last = t.index[-1]
         for x, style in ((np.linspace(t.index[0], last, 60), '-'), (np.linspace(last, 2*last, 60), '--')):
             ax.plot(x, law.accuracy(x), style, color=BLUE, lw=1.2, alpha=.7)
     for (axis, v), r in curve_table(points).drop(index='experiments').iterrows():
         ax.plot(t.index[-1], r.accuracy, 's', ms=5, color=ORANGE)
-        ax.annotate(f'{v} {axis if v > 1 else axis[:-1]}', (t.index[-1], r.accuracy), (5, -3), textcoords='offset points',
-                    fontsize=7, color=ORANGE)
+        ax.annotate(counted(v, axis), (t.index[-1], r.accuracy), (5, -3), textcoords='offset points', fontsize=7,
+                    color=ORANGE)
     if chance is not None: ax.axhline(chance, color=GREY, lw=1, ls=':')
     ax.set(xlabel='experiments of a cell type to train on', ylabel='held-out wells right', ylim=(0, 1.02))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -194,8 +197,8 @@ def curve_parts(
     points = read_points(folder)
     if points is None: return []
     t = with_interval(curve_table(points)).rename(columns={'interval': 'interval over'})
-    said = ('Held-out wells that small networks get right, by what they were trained on. Good: the last steps still rise, '
-            'or are flat at a high level.')
+    said = ('Held-out wells that small networks get right, by what they were trained on. Good: the last steps still '
+            'rise, or are flat at a high level.')
     return [*map(note, curve_sentences(points)),
             beside(figure(plot_curve(points), 'Accuracy by experiments; dashed: extrapolated.'), table(t, said))]
 
@@ -204,5 +207,6 @@ def run_curve(
     run:str|os.PathLike # folder of a run
 ) -> list[HTML]:
     "What `rcic-learning-curve --run` has found, for the report of the run."
-    said = f'Nobody has asked yet: rcic-learning-curve --run {run_name(run)} trains small networks on parts of the screen.'
+    said = (f'Nobody has asked yet: rcic-learning-curve --run {run_name(run)} finds out, by trainings on parts of the '
+            'screen.')
     return curve_parts(Path(run)/'learning_curve') or [note(said)]

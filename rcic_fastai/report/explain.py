@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
+from ..errors import counted
 from ..files import check_ours, check_output, user_path, write_picture, write_whole
 from ..screen.core import plain_text
 from ..data.image import channel_limits, stains_to_rgb
@@ -75,11 +76,12 @@ def attention_sentence(
     t = e.table[e.table.on_cells.notna() & (e.table.cells > 0)]
     if not len(t): return 'No map has anything to show.'
     times, share, area = t.on_cells.div(t.cells).median(), t.on_cells.median(), t.cells.median()
-    word = 'on the cells' if times > 1.1 else 'on the background' if times < .9 else 'no more on cells than on background'
+    alike = 'no more on cells than on background'
+    word = 'on the cells' if times > 1.1 else 'on the background' if times < .9 else alike
     nuclei = t[t.nuclei > 0]
     on = f'; on nuclei {nuclei.on_nuclei.div(nuclei.nuclei).median():.2f} times' if len(nuclei) else ''
-    return (f'The network looks {word}: {percent(share, 0)} of a map lie on cells, which cover {percent(area, 0)} of the '
-            f'field, {times:.2f} times chance{on} (medians of {len(t):,} sites).')
+    return (f'The network looks {word}: {percent(share, 0)} of a map lie on cells, which cover {percent(area, 0)} of '
+            f'the field, {times:.2f} times chance{on} (median of {counted(len(t), "sites")}).')
 
 # %% ../../nbs/82_report.explain.ipynb #cc60c792
 def channel_sentence(
@@ -89,8 +91,9 @@ def channel_sentence(
     counts = e.carried_by.groupby(e.table.id_code).agg(lambda c: c.mode()[0]).value_counts()
     each = ', '.join(f'{c} {n}' for c, n in counts.items())
     top = counts.index[0]
-    return (f'Of {counts.sum():,} wells, this many lose most of the evidence without: {each}. Without {top} it falls by '
-            f'{e.drops[top].mean():.1f} on average, a factor of {np.exp(min(e.drops[top].mean(), 20)):,.0f} of the odds.')
+    mean = e.drops[top].mean()
+    return (f'Of {counted(counts.sum(), "wells")}, this many lose most of the evidence without: {each}. Without {top} '
+            f'it falls by {mean:.1f} on average, a factor of {np.exp(min(mean, 20)):,.0f} of the odds.')
 
 def channel_html(
     e:Explained, # from `Run.explain`
@@ -108,7 +111,8 @@ def channel_html(
 def _title(e, at, names):
     "What a site is, and what it is asked about"
     r = e.table.iloc[at]
-    true = '' if 'true' not in e.table or pd.isna(r['true']) or r['true'] == r['class'] else f', in truth {names(r["true"])}'
+    known = 'true' in e.table and pd.notna(r['true']) and r['true'] != r['class']
+    true = f', in truth {names(r["true"])}' if known else ''
     return f'{r.site_id}: {names(r["class"])}{true}, probability {percent(r.probability, 0)}'
 
 def explained_parts(

@@ -55,6 +55,7 @@ def _on_one_screen(runs, screen):
     for r in found: r.valid_wells = [w for w in r.valid_wells if w not in gone]
     return found
 
+# %% ../../nbs/77_run.blend.ipynb #891b5916
 def _of_screen(p, screen):
     "Predictions without sites that the screen leaves out"
     keep = ~pd.Index(p.ids).isin(list(screen.left_out))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..errors import counted
 from ..files import check_output, claim_folder, note_request, user_path, write_whole
 from ..screen.atlas import Atlas
 from ..screen.core import Screen
@@ -34,15 +35,16 @@ def replicate_units(
 
 def _labelled_wells(screen, target):
     "Treatment wells of the training split whose target is known, with their unit. Raises: ValueError for too few"
-    if isinstance(screen, Atlas): raise ValueError(f'{screen.path} is an atlas; a learning curve is for screens of plates')
+    if isinstance(screen, Atlas): raise ValueError(f'{screen.path} is an atlas; a curve is for screens of plates')
     if target not in screen.wells: raise ValueError(f'target {target!r} is no column of the wells')
     w = screen.wells[(screen.wells.split == 'train') & (screen.wells.well_type == 'treatment')]
     w = w[w[target].notna()].assign(unit=replicate_units)
     units = w.groupby('cell_type').unit.nunique()
     w = w[w.cell_type.map(units) >= 3]
     if len(w): return w
-    raise ValueError(f'{screen.path} has {units.max() if len(units) else 0} experiments or plates of a cell type with known '
-                     'treatments; a learning curve needs three: two to train on, one to judge by')
+    most = counted(int(units.max()) if len(units) else 0, 'experiments')
+    raise ValueError(f'{screen.path} has {most} (or plates, of one) of a cell type with known treatments; a learning '
+                     'curve needs three: two to train on, one to judge by')
 
 # %% ../../nbs/79_run.curve.ipynb #8a352b92
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def point_screen(
     if point.axis == 'wells': own = _first(own, ['unit', target], point.value, seed)
     controls = screen.wells[(screen.wells.well_type != 'treatment') & (screen.wells.split == 'train')]
     controls = controls[replicate_units(screen.wells)[controls.index].isin(trained | set(held.values()))]
-    part = replace(screen, wells=pd.concat([own, judged, controls]).drop(columns='unit').sort_index().reset_index(drop=True))
+    wells = pd.concat([own, judged, controls]).drop(columns='unit').sort_index().reset_index(drop=True)
+    part = replace(screen, wells=wells)
     if point.axis == 'sites':
         sites = part.sites()
         part = without_sites(part, set(sites.site_id)-set(_first(sites, 'id_code', point.value, seed).site_id))
@@ -133,7 +136,8 @@ def _train_point(screen, point, recipe, run, target, seed, say):
     chosen = recipe or default_recipe(part, target, False)[0]
     train_run(part, chosen, run, target, valid=judged, say=lambda *a: None, exist='load')
     found = _judged(Run(run, part), point, screen, target)
-    say(f'{point.value} {point.axis}, repeat {point.repeat+1}: {found.right.sum()} of {found.wells.sum()} held-out wells right')
+    seen = counted(found.wells.sum(), 'held-out wells')
+    say(f'{counted(point.value, point.axis)}, repeat {point.repeat+1}: of {seen} {found.right.sum()} right')
     return found
 
 # %% ../../nbs/79_run.curve.ipynb #61f75656
@@ -144,7 +148,8 @@ def _points_of(screen, points, recipe, out, target, seed, hours, say):
         before = time.time()
         done = (out/str(point)/'run.json').exists()
         if hours is not None and not done and found and before+longest-start > hours*3600:
-            say(f'{len(points)-k} of {len(points)} trainings are left: the time is over; the same command resumes')
+            say(f'{len(points)-k} of {counted(len(points), "trainings")} are left: the time is over; the same command '
+                'resumes')
             break
         found.append(_train_point(screen, point, recipe, out/str(point), target, seed, say))
         if not done: longest = max(longest, time.time()-before)

@@ -86,7 +86,8 @@ def _explain_split(run, ids, split, of, hosts_per_domain, device, progress, say,
     e = explain_sites(learn, sites, _asked_classes(run, sites, split, of), company.drop(columns='rides'),
                       own if run.needs.controls else None, progress=progress, **how)
     more = ['site', 'cell_type', 'experiment', 'plate', 'well', run.target]
-    return replace(e, table=e.table.assign(**{k: sites[k].to_numpy() for k in more}).rename(columns={run.target: 'true'}))
+    table = e.table.assign(**{k: sites[k].to_numpy() for k in more}).rename(columns={run.target: 'true'})
+    return replace(e, table=table)
 
 # %% ../../nbs/79_run.explain.ipynb #3ed74ed0
 def _joined(parts):

@@ -7,8 +7,10 @@ __all__ = ['side_table_path', 'submit_run']
 
 # %% ../../nbs/78_run.submit.ipynb #de67c049
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
@@ -21,9 +23,11 @@ from ..predict.submission import check_submission_path, write_submission
 from ..predict.core import well_accuracy
 from ..predict.assign import assign_predictions
 from ..predict.confidence import kept_wells
+from ..predict.one_to_one import assignment_effect, AssignmentEffect, WHEN_ONE_TO_ONE
 from .task import several_labels, task_of_target
 from .folder import treatment_names
 from .confidence import Run
+from .predict import held_out_truth
 from .labels import fit_thresholds, submit_labels, validation_sentence
 
 # %% ../../nbs/78_run.submit.ipynb #e1179bf9
@@ -99,6 +103,24 @@ def _output(run, out, sample):
     sample = _own_sample(run.screen) if sample is None else sample
     return check_submission_path(out, sample), sample
 
+# %% ../../nbs/78_run.submit.ipynb #6f30ea1a
+@patch
+def assignment_effect(self:Run,
+    groups:bool=True, # are plate groups used?
+    method:str='exact' # as for `assign_predictions`
+) -> AssignmentEffect:
+    """What one-to-one assignment does to the wells of held-out experiments.
+
+    Raises: ValueError if none were held out; FileNotFoundError if they were not predicted."""
+    own = Run(self.path) if self.beside else self
+    truth, held = held_out_truth(own)
+    p, w = own.kept('valid').wells(), own.screen.wells
+    keep = np.isin(p.ids, held.index)
+    p = replace(p, ids=p.ids[keep], logits=p.logits[keep], views=None)
+    found = plate_groups(w[~w.id_code.isin(held.index)]) if groups else None
+    alone, assigned = assign_predictions(p, None, False), assign_predictions(p, found, True, method)
+    return assignment_effect(alone.experiment, truth[alone.id_code], alone.sirna, assigned.sirna, p.classes)
+
 # %% ../../nbs/78_run.submit.ipynb #7e0ae2ca
 _of_replicates = ('Treatments have several wells within an experiment: each well gets its most likely treatment, '
                   'without plate groups and one-to-one assignment')
@@ -110,6 +132,14 @@ def _confidence(run, p, how, say):
     except (ValueError, FileNotFoundError) as e: return say(f'Probabilities are not calibrated: {e}')
     say(found)
     return found
+
+def _say_how(run, table, how, method, say):
+    "What one-to-one assignment does to held-out wells, or when it may lower accuracy; which plate has which group"
+    groups, one_to_one, way = how
+    if one_to_one:
+        try: say(run.assignment_effect(groups is not None, way).sentence('held-out '))
+        except (ValueError, FileNotFoundError): say(WHEN_ONE_TO_ONE)
+    if groups is not None: _say_groups(table, method, say)
 
 def _write_side_table(run, p, table, how, out, error_rate, say):
     "The table beside a submission, in the order of its wells"
@@ -148,7 +178,7 @@ def submit_run(
     write_submission(table.id_code, table.sirna, sample, written)
     _name_treatments(written, run)
     _write_side_table(run, p, table, how, written, error_rate, say)
-    if how[0] is not None: _say_groups(table, method, say)
+    _say_how(run, table, how, method, say)
     say(f'Written: {written}, {counted(len(table), "wells")}')
     return written
 

@@ -187,7 +187,8 @@ def _recipe_of(screen, recipe, target, say):
     return chosen
 
 # %% ../../nbs/77_run.train.ipynb #0f5ece8e
-_own_names = 'all', 'checkpoints', 'predictions', 'embeddings', 'tensorboard', 'wandb' # folders within a run
+# folders within a run
+_own_names = 'all', 'checkpoints', 'predictions', 'embeddings', 'learning_curve', 'tensorboard', 'wandb'
 _written = ('model.safetensors', 'recipe.json', 'best.safetensors', 'history.csv', 'learning_rates.json',
             'histograms.npz', 'pseudo.json', 'submission.csv', 'submission_wells.csv',
             *(f'predictions/{s}.npz' for s in ('train', 'valid', 'test'))) # by a training, and by what comes after it

@@ -21,11 +21,11 @@ from PIL import Image
 from fastcore.parallel import num_cpus
 from tqdm.auto import tqdm
 
-from ..errors import counted
+from ..errors import counted, one_of
 from ..files import check_name, claim_folder, clean_partials, note_request, read_json
 from ..files import refuse_linked_folders, user_path, write_whole
 from .cameras import expose, grey_scale, plate_camera
-from .morphology import draw_cells, named_rng, sirna_morphology
+from .morphology import draw_cells, morphology_names, named_rng, sirna_morphology
 from .optics import family_optics, Optics, optics_site
 
 # %% ../../nbs/13_screen.simulate.ipynb #24df446b
@@ -120,6 +120,7 @@ class Simulation:
     batch_effect:float=1. # size of the difference between experiments
     plate_effect:float=.1 # size of the difference between plates, as a share of it
     optics:Optics|None=None # effects of an optical family; None for monotone cameras
+    changes:tuple=() # parameters of `Morphology` that treatments change; by default all
 
     def __post_init__(self):
         if self.image_size < 16: raise ValueError(f'image_size is {self.image_size}, expected at least 16 pixels')
@@ -127,13 +128,15 @@ class Simulation:
         if self.n_sites not in (1, 2): raise ValueError(f'n_sites is {self.n_sites}, expected 1 or 2')
         for k in ('effect', 'batch_effect', 'plate_effect'):
             if not getattr(self, k) >= 0: raise ValueError(f'{k} is {getattr(self, k)}, expected 0 or more')
+        for k in self.changes: one_of(k, morphology_names, 'changes')
+        if self.changes and self.optics: raise ValueError("changes is for the family 'curves'")
 
 # %% ../../nbs/13_screen.simulate.ipynb #71a225ed
 def _curves_site(sim, well, site):
     "Grey values of a site under a monotone camera"
     camera = plate_camera(sim.seed, well.experiment, well.plate, sim.batch_effect, sim.plate_effect)
     treated = None if well.well_type == 'negative_control' else int(well.sirna)
-    m = sirna_morphology(sim.seed, well.cell_type, treated, sim.effect)
+    m = sirna_morphology(sim.seed, well.cell_type, treated, sim.effect, sim.changes)
     own = named_rng(sim.seed, 'well', well.id_code)
     m = replace(m, crowding=m.crowding*camera.crowding*float(np.exp(.08*own.standard_normal())))
     rng = named_rng(sim.seed, 'site', well.id_code, site)
@@ -212,6 +215,7 @@ def simulate_screen(
     missing:float=.17, # share of plates that lost wells, 0-1
     family:str='curves', # cameras: `'curves'` are monotone, `'optics'` and `'hard_optics'` are not
     effects:dict|None=None, # sizes of effects of the family, such as `{'bleed': .5}`; see `Optics`
+    changes:tuple=(), # what treatments change, such as ('mito_distance', 'mito_scale') to be seen in channel 5 alone
     seed:int=0, # of everything; the same seed and settings give the same bytes
     workers:int|None=None, # processes; by default one per core, 0 or 1 write in this process
     progress:bool=True # show a progress bar?
@@ -220,7 +224,7 @@ def simulate_screen(
 
     Raises: ValueError for settings out of range or a screen made with others; FileExistsError for a foreign folder."""
     sim = Simulation(seed, image_size, min(image_size/8, 26.) if cell_radius is None else cell_radius, n_sites, effect,
-                     batch_effect, plate_effect, family_optics(family, **effects or {}))
+                     batch_effect, plate_effect, family_optics(family, **effects or {}), tuple(changes))
     design = dict(n_sirnas=n_sirnas, n_train=n_train, n_test=n_test, cell_types=_names(cell_types),
                   n_positive=n_positive, n_plates=n_plates, missing=missing)
     return _write_screen(user_path(path), sim, design, workers, progress)
@@ -248,7 +252,8 @@ def _write_all(write, parts, total, unit, workers, progress):
 
 def _settings(sim, design):
     "What decides the contents of a screen, flat; of monotone cameras without optics, as it always was"
-    own = {k: v for k,v in asdict(sim).items() if k != 'optics'}
+    own = {k: v for k,v in asdict(sim).items() if k not in ('optics', 'changes')}
+    if sim.changes: own['changes'] = list(sim.changes)
     return dict(own, **design, **({} if sim.optics is None else asdict(sim.optics)))
 
 # %% ../../nbs/13_screen.simulate.ipynb #f986c1d8
