@@ -82,13 +82,15 @@ from .run.blend import blend_runs
 from .run.labels import label_score_table, submit_labels
 from .run.submit import submit_run
 from .run.explain import explain_run
+from .run.curve import learning_curve
 from .run.train import control_sites, find_lr, train_run
 from .run.stack import stack_runs
 
 from .report.accuracy import accuracy_by, confused_pairs, plot_intervals, plot_plate, worst_wells
 from .report.core import make_report
 from .report.quality import write_quality
-from .report.explain import write_explained
+from .report.curve import curve_sentences, plot_curve
+from .report.explain import attention_sentence, channel_sentence, explained_figure, write_explained
 from .report.apply import apply_run
 
 from .kaggle.core import build_kernel, weights_folder

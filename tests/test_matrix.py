@@ -184,6 +184,9 @@ def every_cell(layout, packed, data, home):
         yield f"embed {split}", ["rcic-embed", "--run", first, "--split", split,
                                  *(["--truth", truth] if split == "test" and layout != "atlas" else [])]
     yield "explain", ["rcic-explain", "--run", first, "--split", "valid", "--most", "2", "--out", home / "explain.html"]
+    if layout not in ("atlas", "wilds"):  # two experiments to train on there
+        yield "learning curve", ["rcic-learning-curve", "--run", first, "--recipe", "laptop", *TINY, "--repeats", "1",
+                                 "--hours", "0.01"]
     yield "embed without truth", ["rcic-embed", "--run", first, "--out", home / "plain.npz"]
     yield "submit", ["rcic-submit", "--run", first, "--out", home / "submission.csv"]
     yield "score", ["rcic-score", "--submission", home / "submission.csv", "--truth", truth]

@@ -19,6 +19,7 @@ from IPython.display import HTML
 
 from ..errors import counted
 from ..files import check_ours, check_output, user_path, write_picture, write_whole
+from ..screen.atlas import Atlas
 from ..screen.core import plain_text
 from ..data.image import channel_limits, stains_to_rgb
 from ..predict.sites import _sample
@@ -61,6 +62,7 @@ def class_namer(
     run:Run # a finished run
 ) -> Callable: # class to text
     "What people call the classes of a run."
+    if isinstance(run.screen, Atlas): return lambda k: str(run.screen.class_names[k])
     names = treatment_names(run.screen.wells) if run.target=='sirna' else {}
     numbered = run.target=='sirna' and not names
     return lambda k: f'siRNA {k}' if numbered else names.get(str(k), str(k))
@@ -111,7 +113,7 @@ def channel_html(
 def _title(e, at, names):
     "What a site is, and what it is asked about"
     r = e.table.iloc[at]
-    known = 'true' in e.table and pd.notna(r['true']) and r['true'] != r['class']
+    known = 'true' in e.table and pd.api.types.is_scalar(r['true']) and pd.notna(r['true']) and r['true'] != r['class']
     true = f', in truth {names(r["true"])}' if known else ''
     return f'{r.site_id}: {names(r["class"])}{true}, probability {percent(r.probability, 0)}'
 

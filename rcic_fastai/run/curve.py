@@ -41,7 +41,9 @@ def _labelled_wells(screen, target):
     w = w[w[target].notna()].assign(unit=replicate_units)
     units = w.groupby('cell_type').unit.nunique()
     w = w[w.cell_type.map(units) >= 3]
-    if len(w): return w
+    if len(w) and w.groupby(target).unit.nunique().median() >= 3: return w
+    if len(w): raise ValueError(f'{screen.path}: most treatments are on fewer than three experiments or plates, so that '
+                                'there is nothing to add and nothing to judge by')
     most = counted(int(units.max()) if len(units) else 0, 'experiments')
     raise ValueError(f'{screen.path} has {most} (or plates, of one) of a cell type with known treatments; a learning '
                      'curve needs three: two to train on, one to judge by')

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..errors import did_you_mean, one_of
 from ..data.domains import domain_keys
 from ..data.image import _called
+from ..screen.atlas import Atlas
 from ..screen.core import Screen
 from ..predict.sites import _sample
 from ..explain.sites import Explained, explain_sites
@@ -82,10 +83,12 @@ def _explain_split(run, ids, split, of, hosts_per_domain, device, progress, say,
     learn = run.learner(pd.concat([company, own], ignore_index=True), device) # without what is None
     _measure_controls(learn, run.recipe, own)
     i = run.recipe.inference
-    how = dict(batchnorm=i.batchnorm, domain=domain, pool_sites=i.pool_sites, seed=run.recipe.seed) | how
+    nucleus = 2 if isinstance(run.screen, Atlas) else 0 # red, green, blue: the nucleus is blue
+    how = dict(batchnorm=i.batchnorm, domain=domain, pool_sites=i.pool_sites, nucleus=nucleus,
+               seed=run.recipe.seed) | how
     e = explain_sites(learn, sites, _asked_classes(run, sites, split, of), company.drop(columns='rides'),
                       own if run.needs.controls else None, progress=progress, **how)
-    more = ['site', 'cell_type', 'experiment', 'plate', 'well', run.target]
+    more = [c for c in ('site', 'cell_type', 'experiment', 'plate', 'well', run.target) if c in sites]
     table = e.table.assign(**{k: sites[k].to_numpy() for k in more}).rename(columns={run.target: 'true'})
     return replace(e, table=table)
 
