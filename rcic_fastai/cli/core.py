@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_line_errors', 'command', 'rcic_simulate', 'rcic_describe', 'rcic_show', 'rcic_qc', 'rcic_pack', 'rcic_train',
-           'rcic_find_lr', 'rcic_predict', 'rcic_embed', 'rcic_blend', 'rcic_submit', 'rcic_score', 'rcic_report',
-           'rcic_apply', 'rcic_demo']
+           'rcic_find_lr', 'rcic_learning_curve', 'rcic_predict', 'rcic_embed', 'rcic_explain', 'rcic_blend',
+           'rcic_submit', 'rcic_score', 'rcic_report', 'rcic_apply', 'rcic_demo']
 
 # %% ../../nbs/91_cli.core.ipynb #d74bc3d9
 import inspect, linecache, logging, math, os, re, signal, sys, time, traceback, warnings
@@ -131,7 +131,7 @@ _limits:dict[str, tuple[float, float]] = dict(
     external=(0, 1_000_000), size_shift=(.1, 10), contrast=(1e-3, 100), max_distance=(0, 64), folds=(2, 1000),
     repeats=(1, 1000), min_positives=(0, 1_000_000), neighbours=(1, 1000), hours=(.01, 1000),
     time=(0, 1_000_000), plate_size=(6, 1536), error_rate=(0, 1), bits=(8, 16), epochs=(1, 100_000),
-    batch_size=(2, 65_536))
+    batch_size=(2, 65_536), most=(1, 1000))
 
 def _check_limits(given):
     for name, value in given.items():
@@ -155,7 +155,7 @@ _outputs = {'out', 'to'} # options that are files or folders to write, whatever 
 # option of each command that is a folder to write
 _written:dict[str, str] = dict(
     rcic_simulate='out', rcic_describe='out', rcic_qc='out', rcic_pack='out', rcic_train='run', rcic_blend='out',
-    rcic_demo='out',
+    rcic_demo='out', rcic_learning_curve='out',
     rcic_hpa_simulate='out', rcic_hpa_duplicates='out', rcic_hpa_stack='out', rcic_hpa_adversarial='out',
     rcic_hpa_neighbours='out', rcic_kaggle='folder', rcic_download='out')
 
@@ -532,6 +532,46 @@ def rcic_find_lr(
     for name, rate in found._asdict().items(): _say(f'{name:>8}: {rate:.2e}')
     _say(f'Written: {out}; choose with --set train.lr=...')
 
+# %% ../../nbs/91_cli.core.ipynb #7d874662
+def _curve_screen(data, run, out):
+    "The screen of a learning curve, the target, and the folder to write"
+    from rcic_fastai.run.submit import Run
+    from rcic_fastai.screen.read import read_screen
+    _require(data or run, '--data (or --run)')
+    if data and run: raise ValueError('give either --data, a screen, or --run, a run on it')
+    if run is not None:
+        finished = Run(run)
+        return finished.screen, finished.target, out or finished.path/'learning_curve'
+    if out is None: raise ValueError('--out is missing: the folder to write')
+    screen = read_screen(data)
+    return screen, screen.target, out
+
+# %% ../../nbs/91_cli.core.ipynb #77d11846
+@command
+def rcic_learning_curve(
+    data:Path=None, # folder of the screen
+    run:Path=None, # or: a finished run, whose screen and target are taken
+    out:Path=None, # folder to write: points.csv, curve.csv, curve.png; by default learning_curve in that of the run
+    target:str=None, # column of the wells to predict; by default sirna, or that of the run
+    recipe:str=None, # of each training: a system or a JSON file; by default a small network that suits the screen
+    set:_Repeated=None, # change a setting of that recipe; may be repeated
+    laptop:int=None, # shrink that recipe to a small network and so many epochs in all
+    exclude:Path=None, # table of sites or wells to leave out, such as qc.csv of rcic-qc
+    repeats:int=3, # with other experiments held out
+    hours:float=None, # begin no training that would end later; the same command resumes
+    seed:int=0, # of the order of experiments, sites and wells
+    device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
+    debug:bool=False, # show the traceback of an error
+):
+    "What more experiments, sites and wells would bring: small networks on parts of a screen, judged on held-out ones."
+    from rcic_fastai.run.curve import learning_curve
+    from rcic_fastai.report.curve import curve_sentences, write_curve
+    screen, own, out = _curve_screen(data, run, out)
+    if recipe is None and (set or laptop): raise ValueError('--set and --laptop change a recipe: name it by --recipe')
+    chosen = None if recipe is None else _chosen_recipe(recipe, set, laptop)
+    points = learning_curve(_without(screen, exclude), out, target or own, chosen, repeats, hours, seed, _say)
+    for line in (*curve_sentences(points), f'Written: {write_curve(points, out)}'): _say(line)
+
 # %% ../../nbs/91_cli.core.ipynb #25581e00
 @command
 def rcic_predict(
@@ -606,6 +646,34 @@ def rcic_embed(
     _say(f'Written: {out}, {counted(len(p), level+"s")} x {p.x.shape[1]:,}')
     if not isinstance(screen, Atlas): _say_separation(p)
 
+# %% ../../nbs/91_cli.core.ipynb #206820c2
+_METHODS, _OF = ('gradcam', 'occlusion'), ('predicted', 'true')
+
+@command
+def rcic_explain(
+    run:_Required=None, # folder of a finished run
+    wells:str=None, # ids such as HUVEC-01_1_B03, or names on the plate such as 2_B03, separated by commas
+    split:str='test', # without --wells: the wells of this split that the run is surest of
+    most:int=6, # so many of them
+    of:Annotated[str, dict(choices=_OF)]='predicted', # class that is asked about
+    method:Annotated[str, dict(choices=_METHODS)]='gradcam', # of the maps; occlusion of squares takes longer
+    fill:str='others', # what stands in for a channel: others (wells of the plate), mean, zero
+    out:Path=Path('explain.html'), # page or picture to write (.html, .png, .pdf), with a table beside it (.csv)
+    data:Path=None, # folder of the screen; by default the one of the run
+    device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
+    debug:bool=False, # show the traceback of an error
+):
+    "Where the network looks in some wells (Grad-CAM), cells or background, and which stain carries which class."
+    from rcic_fastai.report.explain import attention_sentence, channel_sentence, class_namer, explained_path
+    from rcic_fastai.report.explain import write_explained
+    from rcic_fastai.run.explain import Run
+    from rcic_fastai.run.folder import run_name
+    finished = Run(run, data)
+    explained_path(out, finished.data, *finished.files())
+    e = finished.explain(_words(wells) if wells else None, split, most, of, say=_say, method=method, fill=fill)
+    page = write_explained(e, out, run_name(finished), class_namer(finished), 24)
+    for line in (attention_sentence(e), channel_sentence(e), f'Written: {page}, and a table beside it'): _say(line)
+
 # %% ../../nbs/91_cli.core.ipynb #16cdaf82
 @command
 def rcic_blend(
@@ -674,7 +742,7 @@ def rcic_score(
     debug:bool=False, # show the traceback of an error
 ):
     "Accuracy of a submission per experiment, and over all wells on the last line; of labels macro-F1 and F1 per class."
-    from rcic_fastai.predict.submission import score_submission, score_table
+    from rcic_fastai.predict.submission import score_note, score_submission, score_table
     from rcic_fastai.run.labels import label_score_table
     from rcic_fastai.labels.submission import score_label_submission
     from rcic_fastai.screen.tables import read_rows
@@ -685,6 +753,7 @@ def rcic_score(
         return _say(f'{score_label_submission(submission, truth):.6f}')
     screen = None if data is None else read_screen(data)
     _say(shown(score_table(submission, truth, screen=screen)))
+    if note := score_note(submission, truth, screen): _say(note)
     _say(f'{score_submission(submission, truth, screen):.6f}')
 
 # %% ../../nbs/91_cli.core.ipynb #5b691d77
