@@ -174,7 +174,7 @@ def test_what_cannot_be_explained(run):
                           (lambda: explain_sites(learn, sites, [99, 99], progress=False), "class 99 is none of the 8"),
                           (lambda: explain_sites(learn, sites, [1], progress=False), "1 class for 2 sites"),
                           (lambda: explain_sites(learn, sites, fill="grey"), "fill is 'grey'"),
-                          (lambda: explain_sites(learn, sites, hosts=sites[:1]), "is not among the 1 sites")):
+                          (lambda: explain_sites(learn, sites, hosts=sites[:1]), "is not among the 1 site whose")):
         with pytest.raises(ValueError, match=message): call()
 
 

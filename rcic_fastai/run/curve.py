@@ -42,11 +42,11 @@ def _labelled_wells(screen, target):
     units = w.groupby('cell_type').unit.nunique()
     w = w[w.cell_type.map(units) >= 3]
     if len(w) and w.groupby(target).unit.nunique().median() >= 3: return w
-    if len(w): raise ValueError(f'{screen.path}: most treatments are on fewer than three experiments or plates, so that '
-                                'there is nothing to add and nothing to judge by')
+    if len(w): raise ValueError(f'{screen.path}: most treatments are on fewer than three experiments or plates: a '
+                                'learning curve needs two to train on, one to judge by')
     most = counted(int(units.max()) if len(units) else 0, 'experiments')
-    raise ValueError(f'{screen.path} has {most} (or plates, of one) of a cell type with known treatments; a learning '
-                     'curve needs three: two to train on, one to judge by')
+    raise ValueError(f'{screen.path} has {most} (or plates, of one) of a cell type with known treatments; a '
+                     'learning curve needs three: two to train on, one to judge by')
 
 # %% ../../nbs/79_run.curve.ipynb #8a352b92
 @dataclass(frozen=True)
