@@ -15,9 +15,11 @@ SHARED = Path(__file__).parents[1].parent / "shared"
 
 # Tests of a file run in one process (`--dist loadfile`), so that what they share is made once. The longest files come
 # first, so that no worker is left with one of them at the end.
-LONGEST = ("test_matrix", "test_docs", "test_readme", "test_report", "test_promises", "test_run", "test_kaggle",
-           "test_hpa", "test_data", "test_model", "test_writing", "test_checkpoint", "test_speed_benchmarks",
-           "test_simulate", "test_mix", "test_damaged")
+LONGEST = ("test_docs", "test_matrix", "test_readme", "test_cli", "test_speed_benchmarks", "test_writing",
+           "test_promises", "test_report", "test_model", "test_package", "test_store", "test_formats", "test_damaged",
+           "test_train", "test_quality", "test_hpa", "test_road", "test_checkpoint", "test_default", "test_run",
+           "test_kaggle", "test_locations", "test_contracts", "test_data", "test_strangers", "test_simulate",
+           "test_mix")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -7,6 +7,7 @@ forks for each command.
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import sys
 import traceback
@@ -16,11 +17,6 @@ from pathlib import Path
 import rcic_fastai.report.core
 from compress_once import compress_once
 from test_report import execute_here
-
-# what commands import late; a module that a command needs and that is missing here is imported in the fork
-HEAVY = ("blend", "run", "recipe", "report", "kaggle", "wheels", "hpa", "hpa_stack", "simulate_hpa", "platemap",
-         "store", "folds", "train", "predict", "judge", "page")
-
 
 def run_command(argv):
     "The installed script of the command, as a shell starts it"
@@ -50,7 +46,7 @@ def child(request):
 def serve():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in HEAVY: importlib.import_module(f"rcic_fastai.{name}")
+        for module in pkgutil.walk_packages(rcic_fastai.__path__, "rcic_fastai."): importlib.import_module(module.name)
         for name in ("pretrainedmodels", "lightgbm", "matplotlib.pyplot"): importlib.import_module(name)
     rcic_fastai.report.core.execute_notebook = execute_here  # test_report.py gives cells a kernel
     rcic_fastai.report.core._most_wells = lambda *_: 24  # what it is of large images

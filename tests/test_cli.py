@@ -136,23 +136,20 @@ def test_errors_of_each_command(command, small_screen, small_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_road(command, tmp_path):
-    "Simulate, train, predict, submit and score a small screen, and the score is that of the file."
-    data, run_folder, out = tmp_path / "data", tmp_path / "run", tmp_path / "submission.csv"
-    assert command("rcic-simulate", "--out", data, "--sirnas", 8, "--train-experiments", 3, "--test-experiments", 1,
-                   "--cell-types", "RPE",
-                   "--image-size", 48)[0] == 0
-    status, said, err = command("rcic-train", "--data", data, "--run", run_folder, "--valid", "experiment=RPE-02",
-                                "--laptop", 2)
+def test_the_road(command, small_screen, tmp_path):
+    "Train, predict, submit and score a small screen, and the score is that of the file."
+    data, run_folder, out = small_screen, tmp_path / "run", tmp_path / "submission.csv"
+    status, said, err = command("rcic-train", "--data", data, "--run", run_folder, "--valid", "experiment=HUVEC-02",
+                                "--laptop", 2, "--set", 'model.arch_options={"channels": [8, 16, 24, 32]}')
     assert status == 0, err
     assert "No --recipe: resnet10t_domain_batches-laptop, 2 epochs, because: " in said
-    assert "Validation, experiment=RPE-02: " in said
+    assert "Validation, experiment=HUVEC-02: " in said
     assert f"Run folder: {run_folder}" in said
     assert "█" not in said  # no progress bar in a pipe, but a line per epoch
     assert said.count("\n             1 ") == 1
     assert command("rcic-predict", "--run", run_folder, "--tta", 2)[0] == 0
     status, said, err = command("rcic-submit", "--run", run_folder, "--out", out)
-    assert status == 0 and "RPE-04: groups" in said, err
+    assert status == 0 and "HUVEC-04: groups" in said, err
     sample, submission, truth = (pd.read_csv(f) for f in (data / "sample_submission.csv", out, data / "truth.csv"))
     assert list(submission.columns) == ["id_code", "sirna"] and list(submission.id_code) == list(sample.id_code)
     assert submission.sirna.is_unique  # one-to-one
@@ -341,8 +338,8 @@ def test_labels_from_neighbours_and_sets_that_differ(command, small_atlas, tmp_p
     network = 'model.arch_options={"channels": [8, 16, 24, 32], "stem_width": 8}'
     settings = [w for s in ("data.batch_size=16", "inference.tta=1", "inference.thresholds=global", network)
                 for w in ("--set", s)]
-    train = ["rcic-train", "--data", atlas, "--recipe", "hpa_seresnext50_focal", "--laptop", 2, *settings]
-    assert command(*train, "--run", run, "--valid", "fold=0/3")[0] == 0
+    train = ["rcic-train", "--data", atlas, "--recipe", "hpa_seresnext50_focal", *settings, "--laptop"]
+    assert command(*train, 2, "--run", run, "--valid", "fold=0/3")[0] == 0
     status, said, err = command("rcic-hpa-neighbours", "--run", run, "--out", near)
     assert status == 0 and "test images have a neighbour" in said and "difference" in said, err
     table = pd.read_csv(near / "neighbours.csv")
@@ -358,8 +355,8 @@ def test_labels_from_neighbours_and_sets_that_differ(command, small_atlas, tmp_p
         assert report.low[0] < report.auc[0] < report.high[0]
     assert pd.read_csv(tmp_path / "pixels" / "report.csv").low[0] > 0.5
 
-    assert command(*train, "--run", tmp_path / "other", "--valid", "fold=1/3")[0] == 0
-    assert command(*train, "--run", tmp_path / "whole", "--set", "valid=null")[0] == 0
+    assert command(*train, 1, "--run", tmp_path / "other", "--valid", "fold=1/3")[0] == 0
+    assert command(*train, 1, "--run", tmp_path / "whole", "--set", "valid=null")[0] == 0
     for words, message in [
         (["rcic-hpa-neighbours", "--run", tmp_path / "other", "--classifier", run], "of the images that .* set aside"),
         (["rcic-hpa-neighbours", "--run", tmp_path / "whole"], "set no images aside"),

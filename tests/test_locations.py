@@ -13,6 +13,7 @@ import pytest
 import requests
 from formats_inputs import make, write_csv
 from PIL import Image
+from test_report import execute_here
 
 from rcic_fastai import locations
 from rcic_fastai.data.pack import pack_screen
@@ -133,8 +134,9 @@ def test_a_run_takes_a_screen_at_an_address(small_run, small_screen, memory):
         run_data(small_run, "memory://none")
 
 
-def test_a_report_reads_what_another_process_can_read(small_run, small_screen, tmp_path, memory):
+def test_a_report_reads_what_another_process_can_read(small_run, small_screen, tmp_path, memory, monkeypatch):
     "An address on this machine, not the memory of this process, which is refused before anything is executed"
+    monkeypatch.setattr("rcic_fastai.report.core.execute_notebook", execute_here)  # test_report.py gives cells a kernel
     template = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(
         "from rcic_fastai.data.store import read_site\nfrom rcic_fastai.screen.read import read_screen\n"
         "s = read_screen(data)\ns.path.name, read_site(s.sites().files.iloc[0], s.channels).mean()")])

@@ -307,11 +307,15 @@ def test_a_network_that_was_trained_is_exported_copied_and_traced(dls, settings)
         torch.testing.assert_close(other(x, c).detach(), wanted, rtol=1e-5, atol=1e-5)
 
 
+LOSSES_OF_FASTAI = [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(),
+                    LabelSmoothingCrossEntropy(), FocalLoss(), CrossEntropyLossFlat(weight=torch.arange(1., 9)),
+                    nn.CrossEntropyLoss()]
+
+
+# every loss with one of the three, and every one of the three with fastai's own loss
 @pytest.mark.slow
-@each('mix', [ScreenMixUp, ScreenCutMix, LISA])
-@each('loss', [CrossEntropyLossFlat(), LabelSmoothingCrossEntropyFlat(), FocalLossFlat(), LabelSmoothingCrossEntropy(),
-               FocalLoss(),
-                                  CrossEntropyLossFlat(weight=torch.arange(1., 9)), nn.CrossEntropyLoss()], ids=repr)
+@each('mix, loss', [*((ScreenMixUp, loss) for loss in LOSSES_OF_FASTAI),
+                    *((mix, LOSSES_OF_FASTAI[0]) for mix in (ScreenCutMix, LISA))], ids=repr)
 def test_mixing_with_losses_of_fastai(dls, mix, loss):
     "A fit with them, metrics of fastai next to it; the loss is the own one afterwards"
     learn = screen_learner(dls, 'resnet10t', loss_func=loss, cbs=mix(), metrics=accuracy)

@@ -215,7 +215,7 @@ def test_truths_that_do_not_fit_are_explained(own_run, tmp_path, text, message):
 @pytest.mark.slow
 def test_report_by_name(own, own_run, tmp_path, monkeypatch):
     # names reach the cells as text either way; test_report.py starts a kernel
-    monkeypatch.setattr("rcic_fastai.report.execute_notebook", execute_here)
+    monkeypatch.setattr("rcic_fastai.report.core.execute_notebook", execute_here)
     (_, truth), (run, _) = own, own_run
     truth.to_csv(tmp_path / "truth.csv", index=False)
     page = make_report(run, tmp_path / "re #1 {p}.html", truth=tmp_path / "truth.csv", max_wells=12, n_pictures=2,

@@ -88,7 +88,7 @@ def test_commands_of_the_readme(home, monkeypatch, capsys):
     gives them a kernel)"""
     monkeypatch.chdir(home)
     monkeypatch.setattr("rcic_fastai.report.core.execute_notebook", execute_here)
-    monkeypatch.setattr("rcic_fastai.report._most_wells", lambda *_: 24)  # what it is of large images
+    monkeypatch.setattr("rcic_fastai.report.core._most_wells", lambda *_: 24)  # what it is of large images
     ran = []
     for words in commands():
         if words[0] in ("make", "pip", "git", "cd"): continue

@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 from formats_inputs import cellvoyager, harmony, jump, ome_zarr, write_csv
 from test_cli import in_process
+from test_report import execute_here
 
 NAMES = ["DMSO", "taxol", "nocodazole"]
+NETWORK = ["--set", 'model.arch_options={"channels": [8, 16, 32, 64], "stem_width": 8}', "--set", "inference.tta=2"]
 
 
 def cells(well, field=1, channel=1, z=1, t=1):
@@ -59,9 +61,11 @@ def test_from_a_microscope_to_a_report(system, larger, tmp_path, monkeypatch, ca
     deep = tmp_path / "deep"
     said = command("rcic-pack", "--data", own, "--out", deep, "--bits", 16, "--verify")
     assert "of 16 bits" in said and f"36 sites are as they were packed, compared with {own}" in said
-    said = command("rcic-train", "--data", packed, "--laptop", 4, "--wells", "all", "--valid", "plate=2", "--run", run)
+    said = command("rcic-train", "--data", packed, "--laptop", 4, "--wells", "all", "--valid", "plate=2", "--run", run,
+                   *NETWORK)
     assert "Validation, plate=2" in said
     command("rcic-embed", "--run", run, "--split", "valid", "--out", tmp_path / "valid.npz")
+    monkeypatch.setattr("rcic_fastai.report.core.execute_notebook", execute_here)  # test_report.py gives cells a kernel
     command("rcic-report", run)
     if system == "harmony":  # grey limits make 0-255 of it on the device
         command("rcic-embed", "--run", run, "--split", "valid", "--data", deep, "--out", tmp_path / "deep.npz")
