@@ -4,6 +4,7 @@ import ast
 import base64
 import configparser
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -46,10 +47,12 @@ def scripts():
     return dict(s.split("=") for s in settings()["console_scripts"].split())
 
 
+@functools.cache  # to read them all takes seconds
 def notebook(path):
     return nbformat.read(path, as_version=4)
 
 
+@functools.cache
 def exported():
     "Module name -> floor: the number of the notebook that exports it"
     numbers = {}
@@ -192,6 +195,7 @@ def test_every_module_has_one_notebook():
 
 # Modules
 
+@functools.cache
 def imported_modules(name):
     "Modules of the package that a module imports, anywhere in its code"
     tree, found = ast.parse(FILES[name].read_text(encoding="utf-8")), set()
