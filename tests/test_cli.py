@@ -67,7 +67,7 @@ def test_installed_command_fails_in_one_line(tmp_path):
     "As a process: exit status 1, one line on standard error, no traceback; the traceback with --debug."
     done = run("rcic-simulate", "--out", tmp_path / "none", "--sirnas", 2, ok=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("rcic-simulate: error: ")
-    assert "4 to 1108" in done.stderr
+    assert "4 to 1,108" in done.stderr
     debug = run("rcic-simulate", "--out", tmp_path / "none", "--sirnas", 2, "--debug", ok=False)
     assert debug.returncode != 0 and "Traceback" in debug.stderr
 
@@ -115,7 +115,7 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(command, small_scree
 
 def test_errors_of_each_command(command, small_screen, small_run, tmp_path):
     bad = [
-        (("rcic-simulate", "--out", tmp_path / "s", "--sirnas", 2000), "plates hold 4 to 1108 treatments"),
+        (("rcic-simulate", "--out", tmp_path / "s", "--sirnas", 2000), "plates hold 4 to 1,108 treatments"),
         (("rcic-simulate", "--out", small_screen, "--sirnas", 12), "other settings"),
         (("rcic-train", "--data", tmp_path), str(tmp_path)),
         (("rcic-train", "--data", small_screen, "--recipe", "laptp"), "did you mean 'laptop'"),

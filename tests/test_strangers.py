@@ -520,7 +520,7 @@ def test_a_zarr_chunk_that_holds_too_much(stores, tmp_path, address, layout, n, 
     shard.write_bytes(data)
     address = address.format(theirs)
     if "://" in address: fsspec.filesystem("memory").put(str(theirs), "/strangers/store", recursive=True)
-    with pytest.raises(DamagedSite, match=f"it holds {10 * size} bytes, not {size:,}"): Store(address).read(1)
+    with pytest.raises(DamagedSite, match=f"it holds {10 * size:,} bytes, not {size:,}"): Store(address).read(1)
     assert Store(address).read(0).any()
     from zarr.registry import get_codec_class
 
