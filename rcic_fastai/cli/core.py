@@ -606,10 +606,15 @@ def _say_separation(profiles):
                     'and --truth FILE (columns id_code and treatment, or sirna) gives them')
     left_out = f'{(~known).sum():,} of {counted(len(known), "wells")}'
     if not known.all(): _say(f'The numbers leave {left_out} out, whose treatment is unknown')
-    _say(embedding_report(x[known], wells[known].reset_index(drop=True)).to_string(float_format=lambda v: f'{v:.3f}'))
+    report = embedding_report(x[known], wells[known].reset_index(drop=True))
+    there = report.value.notna()
+    if there.any(): _say(report[there].to_string(float_format=lambda v: f'{v:.3f}'))
+    if there.all(): return
+    _say(f'Not measured: {", ".join(report.index[~there])}; a treatment has to be in two experiments to be found '
+         'again, and a probe compares wells of two plates, experiments or cell types')
 
 def _add_truth(screen, truth):
-    "The siRNAs of a table that is given later; a wrong one is told before the work"
+    "The treatments of a table that is given later; a wrong one is told before the work"
     from rcic_fastai.predict.submission import merge_truth, treatment_numbers
     from rcic_fastai.screen.atlas import Atlas
     if isinstance(screen, Atlas):

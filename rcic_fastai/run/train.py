@@ -87,7 +87,8 @@ def _usable_domain(sites, recipe, target, say):
     if d is None: return recipe
     keys = ['experiment', 'plate'] if d=='plate' else [d]
     if (sites.groupby(keys)[target].nunique() > 1).any(): return recipe
-    say(f'{target} is the same for all sites of any one {d.replace("_", " ")}: batches are mixed, BatchNorm uses '
+    word = 'treatment' if target=='sirna' else target
+    say(f'{word} is the same for all sites of any one {d.replace("_", " ")}: batches are mixed, BatchNorm uses '
         f'running statistics')
     return replace(recipe, data=replace(recipe.data, domain=None),
                    inference=replace(recipe.inference, batchnorm='running', domain='as_trained', bagging=[],
