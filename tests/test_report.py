@@ -44,7 +44,7 @@ SECTIONS = {
     "single": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings",
                "Accuracy by cell type, experiment and plate",
                "Plate maps", "Classes that are taken for each other", "The worst wells",
-               "Quality of the images", "Map of embeddings",
+               "Quality of the images", "Where the network looks", "How many replicates", "Map of embeddings",
                "BatchNorm shift", "Calibration",
                "Time and size"],
     "several": ["In short", "Recipe and run", "Learning curves", "What each step of post-processing brings",

@@ -259,4 +259,5 @@ def _explained(learn, sites, parts, nucleus, how):
 def _channel_names(learn, n):
     "What pictures call the channels; a composite has stains in their order"
     given = learn.dls.train._transform(SiteReader).channels
-    return list(map(channel_label, given if len(given) == n else range(1, n+1)))
+    labels = map(channel_label, given if len(given) == n else range(1, n+1))
+    return [f'channel {c}' if c.isdecimal() else c for c in map(str, labels)]

@@ -97,7 +97,7 @@ def expected_accuracy(
 def _points(x): return f'{100*x:.1f} points'
 
 def _gain(points, axis, value):
-    "Accuracy with all against that with `value` of them, on the same held-out units: mean, low, high"
+    "Accuracy with all against that with `value` of them, on the same held-out units: mean, low, high; wells"
     most = points[points.axis == 'experiments'].value.max()
     key = ['repeat', 'unit']
     full = points[(points.axis == 'experiments') & (points.value == most)].set_index(key)
@@ -107,7 +107,7 @@ def _gain(points, axis, value):
     gains = (both.right_all/both.wells_all-both.right/both.wells).to_numpy()
     at = np.random.default_rng(0).integers(len(gains), size=(2000, len(gains)))
     low, high = np.quantile(gains[at].mean(1), (.025, .975)) if len(gains) >= _LEAST_UNITS else (np.nan, np.nan)
-    return gains.mean(), low, high
+    return gains.mean(), low, high, int(both.wells.sum())
 
 def _between(low, high, text=_points):
     return f' (95 % interval {text(low)} to {text(high)})' if np.isfinite(low) and np.isfinite(high) else ''
@@ -137,7 +137,8 @@ def curve_sentences(
         for v in sorted(points.value[points.axis == axis].unique()):
             found = _gain(points, axis, v)
             if found is None: continue
-            said.append(f'All {axis} of {of} instead of {v}: {_points(found[0])} more{_between(*found[1:])}, measured.')
+            said.append(f'All {axis} of {of} instead of {v}: {_points(found[0])} more{_between(*found[1:3])}, '
+                        f'measured on {counted(found[3], "held-out wells")}.')
     return said
 
 # %% ../../nbs/81_report.curve.ipynb #0fe31a84

@@ -91,7 +91,7 @@ def channel_sentence(
 ) -> str:
     "Which stain carries the classes?"
     counts = e.carried_by.groupby(e.table.id_code).agg(lambda c: c.mode()[0]).value_counts()
-    each = ', '.join(f'{c} {n}' for c, n in counts.items())
+    each = ', '.join(f'{c} ({n})' for c, n in counts.items())
     top = counts.index[0]
     mean = e.drops[top].mean()
     return (f'Of {counted(counts.sum(), "wells")}, this many lose most of the evidence without: {each}. Without {top} '
