@@ -23,6 +23,10 @@ TOPICS = {
         "Can I trust this accuracy?": "trust accuracy, confidence interval, cross validation, significance, "
         "overfitting",
         "Show me the best hits": "best hit, hit, hit list, top well, most confident",
+        "Cells or background, and which stain?": "cells or background, saliency, saliency map, grad cam, gradcam, "
+        "attention, heat map, where the network looks, explain, occlusion, which stain",
+        "How many replicates: experiments, sites, wells?": "replicate, how many replicates, how many sites, "
+        "how many wells, learning curve, sample size, power, number of sites",
         "The next plate, from another folder": "new plate, next plate, later plate, another folder, apply, new data, "
         "predict new images, inference",
         "One GPU, two GPUs?": "gpu, two gpu, multi gpu, several gpu, cuda, device, distributed, memory",
@@ -68,7 +72,7 @@ def topics(context):
         for heading, phrases in headings.items():
             if heading not in ids:
                 raise ValueError(f"tools/docs_search.py: {page} has no section {heading!r}, only {', '.join(ids)}")
-            found += [[phrase.strip(), page, ids[heading], heading] for phrase in phrases.split(",")]
+            found += [[phrase.strip(), page, ids[heading], heading] for phrase in [heading, *phrases.split(",")]]
     return found
 
 
