@@ -333,8 +333,8 @@ def test_1108_sirnas_take_seconds():
 @each(
     "settings, message",
     [
-        (dict(n_sirnas=1109), "n_sirnas is 1109; 4 plates hold 4 to 1108 treatments"),
-        (dict(n_sirnas=3), "n_sirnas is 3; 4 plates hold 4 to 1108"),
+        (dict(n_sirnas=1109), "n_sirnas is 1109; 4 plates hold 4 to 1,108 treatments"),
+        (dict(n_sirnas=3), "n_sirnas is 3; 4 plates hold 4 to 1,108"),
         (dict(n_positive=31), "n_positive is 31; a plate has 30 wells"),
         (dict(n_positive=-1), "n_positive is -1"),
         (dict(n_train=0), "n_train is 0 and n_test is 2, expected at least 1 training"),
