@@ -58,7 +58,7 @@ from .labels.stack import Stacker
 from .quality.core import Quality, screen_quality
 
 from .explain.cam import grad_cam
-from .explain.sites import Explained, explain_sites
+from .explain.sites import explain_sites, Explained
 
 from .recipe.settings import (
     compare_recipes, DataSettings, InferenceSettings, LossSettings, ModelSettings, PseudoSettings, Recipe,

@@ -184,7 +184,7 @@ def write_explained(
     out = explained_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     lost = e.drops.add_prefix('without ')
-    t = pd.concat([e.table, lost, e.carried_by.rename('carried_by')], axis=1)
+    t = pd.concat([e.table, lost, e.carried_by.to_frame('carried_by')], axis=1)
     write_whole(out.with_suffix('.csv'), partial(t.to_csv, index=False, float_format='%.5g'))
     if out.suffix in ('.html', '.htm'): return write_whole(out, explained_page(e, title, names, n))
     sheet = _sheet(e, names, n)
