@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -18,7 +19,7 @@ from rcic_fastai.data.store import read_site, verify_store
 from rcic_fastai.screen.channels import as_channel, channel_name
 from rcic_fastai.screen.describe import describe_screen, read_well_table
 from rcic_fastai.screen.formats import SYSTEMS, find_images
-from rcic_fastai.screen.formats_core import list_folder, xml_elements
+from rcic_fastai.screen.formats_core import list_folder, Listing, xml_elements
 from rcic_fastai.screen.formats_guess import guess_names
 from rcic_fastai.screen.image_index import write_sites
 from rcic_fastai.screen.image_table import check_images, choose_t, choose_z, image_sites
@@ -654,10 +655,12 @@ def test_pixels_of_each_system(system, tmp_path):
 
 def test_sites_of_a_pattern_are_found_again_when_something_has_changed(tmp_path, monkeypatch):
     "What was found is read as long as files, table and pattern are the same"
-    import rcic_fastai.screen.describe as module
+    import rcic_fastai.screen.describe as describe
+    import rcic_fastai.screen.described as module
 
     walked, find = [], module.find_sites
-    monkeypatch.setattr(module, "find_sites", lambda *args: walked.append(args) or find(*args))
+    for m in (describe, module):
+        monkeypatch.setattr(m, "find_sites", lambda *args: walked.append(args) or find(*args))
     for well in ("A01", "A02", "B01"):
         for c in ("DAPI", "ER"): Image.fromarray(np.full((8, 8), 9, np.uint8)).save(tmp_path / f"{well}_{c}.png")
     write_csv(tmp_path / "wells.csv", dict(well=["A01", "A02"], treatment=["x", "y"]))
@@ -681,7 +684,7 @@ def test_sites_of_a_pattern_are_found_again_when_something_has_changed(tmp_path,
 
 def test_a_screen_whose_folders_have_not_changed_is_not_listed_again(tmp_path, monkeypatch):
     "The times of the folders say so; a file more in one of them, and all are listed"
-    import rcic_fastai.screen.describe as module
+    import rcic_fastai.screen.described as module
 
     images, out = tmp_path / "images", tmp_path / "out"
     for plate in ("P1", "P2"):
@@ -700,15 +703,16 @@ def test_a_screen_whose_folders_have_not_changed_is_not_listed_again(tmp_path, m
     assert len(read_screen(out).sites()) == 3 and listed
 
 
-def test_a_pattern_guessed_from_some_names_is_that_of_all(monkeypatch):
+def test_a_pattern_guessed_from_some_names_is_that_of_all():
     "Of very many names some are looked at; what only others have is seen all the same"
     import rcic_fastai.screen.formats as module
 
     names = [f"Plate{p}/{r}{c:02}_s{s}_w{w}.tif" for p in (1, 2) for r in "ABCDEFGHIJKLMNOP" for c in range(1, 25)
              for s in range(1, 8) for w in (1, 2, 3)]
-    assert len(names) > 16_000 and module._pattern_of_some(names, {}) == guess_names(names)
-    assert module._pattern_of_some([*names, "Plate1/A01_s1_w1_x.tif"], {}) is None
-    assert module._pattern_of_some([n.replace("_w", f"_x{i % 7}_w") for i, n in enumerate(names)], {}) is None
+    of_some = lambda names: module._pattern_of_some(Listing(Path("."), tuple(names)))
+    assert len(names) > 16_000 and of_some(names) == guess_names(names)
+    assert of_some([*names, "Plate1/A01_s1_w1_x.tif"]) is None
+    assert of_some([n.replace("_w", f"_x{i % 7}_w") for i, n in enumerate(names)]) is None
 
 
 def refused(folder, **how):

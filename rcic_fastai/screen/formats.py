@@ -10,19 +10,20 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 
 from ..errors import counted, did_you_mean
-from .formats_core import image_names, IMAGE_SUFFIXES, ImageSet, list_folder, Listing, _some, System
+from .formats_core import image_names, IMAGE_SUFFIXES, ImageSet, list_folder, Listing
+from .formats_core import match_listing, _some, System
 from .formats_guess import guess_names
 from .formats_indexed import cellvoyager, cq1, harmony, load_data, metaxpress
 from .formats_names import bd_pathway, cellomics, columbus, gen5, incell, incell_full
 from .formats_names import names_regex, pattern_images, protein_atlas, rxrx
 from .formats_stacks import has_stacks, ome_zarr, open_stacks, rxrx_rows, tiff_planes
 from .image_table import image_table
+from .name_parts import name_parts
 
 # %% ../../nbs/14_screen.formats.ipynb #39548ba2
 def _from_headers(listing, paths):
@@ -37,41 +38,45 @@ def _from_headers(listing, paths):
     return ImageSet(image_table(records), channel_names=names)
 
 # %% ../../nbs/14_screen.formats.ipynb #b738d599
-def _pattern_of_some(paths, known, n=4000):
+def _pattern_of_some(listing, n=2000):
     "A pattern guessed from some of very many names, if all have it and each of its fields means something; or None"
-    if len(paths) <= 4*n: return None
-    some = _some(paths, n)
-    try: pattern = guess_names(some, known)
+    names = image_names(listing.images)[0]
+    if len(names) <= 4*n: return None
+    some = _some(names, n)
+    try: pattern = guess_names(some, listing.known)
     except ValueError: return None
-    found, few = (list(map(names_regex(pattern, known).fullmatch, p)) for p in (paths, some))
-    if not all(found) or '{*}' in pattern: return None
-    texts = [g for g in ('channel', 'plate', 'batch', 'experiment', 'cell_type') if g in few[0].re.groupindex]
-    return pattern if all({m[g] for m in few} == {m[g] for m in found} for g in texts) else None
+    regex = names_regex(pattern, listing.known)
+    said, others, _ = match_listing(listing, regex)
+    if others or '{*}' in pattern: return None
+    few = name_parts(some, regex)
+    texts = [g for g in ('channel', 'plate', 'batch', 'experiment', 'cell_type') if g in few]
+    return pattern if all(few[g].nunique() == said[g].nunique() for g in texts) else None
 
-@lru_cache(maxsize=2)
-def _guess_once(paths, known): return _pattern_of_some(paths, dict(known)) or guess_names(paths, dict(known))
+def _guess(listing):
+    "The pattern of its names, or the error"
+    try: return _pattern_of_some(listing) or guess_names(image_names(listing.images)[0], listing.known)
+    except ValueError as e: return e
 
 def _guessed(listing):
-    "The pattern of its names, which is asked for twice"
+    "The same, which is asked for several times. Raises: ValueError"
     known = tuple((k, tuple(v)) for k, v in listing.known.items())
-    if 'images' not in listing._matched: listing._matched['images'] = tuple(image_names(listing.images)[0])
-    return _guess_once(listing._matched['images'], known)
+    found = listing.once(('guess', known), lambda: _guess(listing))
+    if isinstance(found, str): return found
+    raise ValueError(str(found))
 
 def _parse_any(listing):
     "Images whose names are guessed"
     pattern = _guessed(listing)
-    found, others = pattern_images(listing.images, pattern, listing.known, listing.columns)
+    found, others = pattern_images(listing, pattern)
     return replace(found, pattern=pattern, skipped={'images that do not fit': len(others)} if others else {})
 
-def _parse_stacks(listing):
-    tiffs = [p for p in listing.images if p.lower().endswith(('.tif', '.tiff'))]
-    return _from_headers(listing, tiffs) or open_stacks(listing, _parse_any(listing))
+def _parse_stacks(listing): return _from_headers(listing, listing.ending('.tif', '.tiff')) or open_stacks(listing, _parse_any(listing))
 
 # %% ../../nbs/14_screen.formats.ipynb #f86f920b
 def _sees_stacks(ome):
     "Are the TIFF files of OME, or not, and of several planes?"
     def sees(listing):
-        tiffs = [p for p in listing.images if p.lower().endswith(('.tif', '.tiff'))]
+        tiffs = listing.ending('.tif', '.tiff')
         if len(tiffs) <= len(listing.images)//2: return ''
         is_ome = tiffs[0].lower().endswith(('.ome.tif', '.ome.tiff'))
         if is_ome != ome or not ome and not has_stacks(listing, tiffs): return ''
@@ -137,7 +142,7 @@ _UNREAD = {'.flex': ('files of Opera', _CONVERT), '.c01': ('files of Cellomics',
 def _unread(listing):
     "Paths of files that are not read, by what they are and what to do"
     found:dict[tuple, list] = {}
-    for p in listing.paths:
+    for p in listing.others:
         if (what := _UNREAD.get('.'+p.rpartition('.')[2].lower())) is not None: found.setdefault(what, []).append(p)
     return found
 
@@ -178,8 +183,8 @@ def _top(path, n): return '/'.join(path.split('/')[:-1][:n])
 
 def _refuse_two_systems(listing, found):
     "Raises: ValueError for a folder with images of another system, in folders that have none of this one"
+    if found.images.path.nunique() >= len(listing.images): return # most folders: nothing is left over
     taken = set(found.images.path)
-    if len(taken) >= len(listing.images): return # most folders: nothing is left over
     rest = [p for p in image_names(listing.images)[0] if p not in taken and '/' in p]
     if not rest: return
     tops = lambda p: (_top(p, n) for n in range(1, p.count('/')+1))
@@ -197,7 +202,7 @@ def _refuse_two_systems(listing, found):
 # %% ../../nbs/14_screen.formats.ipynb #68416e7a
 def _fitting_images(listing, files):
     "Images that fit a pattern. Raises: ValueError if there are none"
-    found, others = pattern_images(listing.images, files, listing.known, listing.columns)
+    found, others = pattern_images(listing, files)
     if not len(found.images): raise ValueError(f'{listing.root}: no image fits {files!r}{_examples(listing)}')
     skipped = found.skipped|({'images that do not fit': len(others)} if others else {})
     why = f'{counted(len(found.images), "images")} named {files}'
@@ -238,4 +243,4 @@ def find_images(
     unread = {f'{what} such as {p[0]}, which are not read': len(p) for (what, _), p in _unread(listing).items()}
     found = replace(found, skipped=found.skipped|unread)
     opened = found.system in ('ome-tiff', 'tiff-stack', 'ome-zarr')
-    return found if opened or not has_stacks(listing, found.images.path.tolist()) else open_stacks(listing, found)
+    return found if opened or not has_stacks(listing, found.images.path) else open_stacks(listing, found)

@@ -4,30 +4,37 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'Listing', 'refuse_remote_zarr', 'refuse_zarr_group', 'list_folder', 'xml_elements', 'ImageSet',
-           'System', 'name_record', 'image_names', 'match_names', 'require_all_named', 'plain_plate', 'plate_names',
-           'names_table', 'by_names']
+           'System', 'said_well', 'image_names', 'match_names', 'match_listing', 'require_all_named', 'plain_plate',
+           'plate_names', 'names_table', 'by_names']
 
 # %% ../../nbs/11_screen.formats_core.ipynb #b0987406
 import os, random, re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 from xml.etree.ElementTree import Element
 from xml.parsers import expat
 
-import numpy as np
 import pandas as pd
 
 from ..errors import counted, one_of
 from ..files import regular_file, user_path
 from ..locations import RemoteFolder
 from .image_table import IMAGE_COLUMNS, image_table, what_differs
+from .name_parts import name_parts
+from .repeated import distinct_rows, once_each
 from .well_names import PLATE_COLUMNS, well_name
 
 # %% ../../nbs/11_screen.formats_core.ipynb #94eb50b6
 IMAGE_SUFFIXES = ('.tif', '.tiff', '.png', '.jpg', '.jpeg', '.jp2', '.jxl', '.bmp')
 _ZARR = {'.zattrs', '.zgroup', '.zarray', 'zarr.json'}
+
+def _ending(paths, suffixes, other):
+    "Paths by the few ends of their names"
+    ends = [p[-5:] for p in paths]
+    wanted = {e: e.lower().endswith(suffixes) is not other for e in set(ends)}
+    return [p for p, e in zip(paths, ends) if wanted[e]]
 
 @dataclass(frozen=True)
 class Listing:
@@ -38,17 +45,30 @@ class Listing:
     known:Mapping[str, Sequence[str]] = field(default_factory=dict) # columns of the plate map, such as well and plate
 
     folders:tuple[str, ...] = () # all that were looked into, relative to it; '.' is itself
-    _matched:dict = field(default_factory=dict, repr=False, compare=False) # what is asked for by several systems
+    _found:dict = field(default_factory=dict, repr=False, compare=False) # what is asked for by several systems
 
-    @cached_property
-    def images(self) -> list[str]: return [p for p in self.paths if p.lower().endswith(IMAGE_SUFFIXES)]
+    def once(self, key:Hashable, find:Callable[[], Any]) -> Any:
+        "What a function finds in these paths, which is asked once."
+        if key not in self._found: self._found[key] = find()
+        return self._found[key]
 
-    @cached_property
-    def _others(self): return [p for p in self.paths if not p.lower().endswith(IMAGE_SUFFIXES)]
+    def ending(self, *suffixes:str, other:bool=False) -> list[str]:
+        "Paths with, or without, one of the suffixes, of up to five small letters."
+        return self.once((suffixes, other), lambda: _ending(self.paths, suffixes, other))
+
+    @property
+    def images(self) -> list[str]:
+        "Paths of images."
+        return self.ending(*IMAGE_SUFFIXES)
+
+    @property
+    def others(self) -> list[str]:
+        "Paths of other files."
+        return self.ending(*IMAGE_SUFFIXES, other=True)
 
     def named(self, *names:str) -> list[str]:
         "Paths, but for images, whose last part is one of the names, or ends with it if it begins with a dot."
-        last = [(p, p.rpartition('/')[2].lower()) for p in self._others]
+        last = [(p, p.rpartition('/')[2].lower()) for p in self.others]
         return [p for p, n in last if any(n.endswith(x.lower()) if x[0] == '.' else n == x.lower() for x in names)]
 
 # %% ../../nbs/11_screen.formats_core.ipynb #5d763711
@@ -74,6 +94,32 @@ def _remote_paths(root):
     refuse_remote_zarr(root)
     return tuple(p for p in root.files if not any(n.startswith('.') for n in p.split('/')))
 
+# %% ../../nbs/11_screen.formats_core.ipynb #072c44bd
+def _names_in(folder):
+    "Names of the files of a folder, and of the folders in it that are not links"
+    try:
+        with os.scandir(folder) as found: entries = list(found)
+    except OSError: return [], []  # as `os.walk` does
+    below = {e.name: e.is_symlink() for e in entries if e.is_dir()}
+    return ([e.name for e in entries if e.name not in below],
+            [n for n, is_link in below.items() if not is_link and n[0] != '.'])
+
+def _local_paths(root):
+    "Paths below a folder without hidden ones, a Zarr group as one; the folders that were looked into"
+    found, folders, todo = [], [], ['']
+    while todo:
+        here = todo.pop()
+        names, below = _names_in(os.path.join(root, here))
+        if here and (here.endswith('.zarr') or not _ZARR.isdisjoint(names)):
+            found.append(here)
+            continue
+        folders.append(here or '.')
+        start = here+'/' if here else ''
+        todo += [start+b for b in sorted(below, reverse=True)]
+        found += [start+n for n in names if n[0] != '.']
+    return tuple(sorted(found)), tuple(folders)
+
+# %% ../../nbs/11_screen.formats_core.ipynb #ead1e777
 def list_folder(
     root:str|Path|RemoteFolder, # folder of the images
     plate_size:int=None, # wells of a plate, for systems that count wells
@@ -81,19 +127,10 @@ def list_folder(
     "All files below a folder but hidden ones. Raises: `FileNotFoundError`; `ValueError` for a size that no plate has."
     if plate_size is not None: one_of(plate_size, PLATE_COLUMNS, 'plate_size')
     if isinstance(root, RemoteFolder): return Listing(root, _remote_paths(root), PLATE_COLUMNS.get(plate_size))
-    root, found, folders = user_path(root), [], []
+    root = user_path(root)
     if not root.is_dir(): raise FileNotFoundError(f'{root} is not a folder')
-    for folder, below, names in os.walk(root):
-        here = Path(folder).relative_to(root).as_posix()
-        start = '' if here == '.' else here+'/'
-        if start and (_ZARR & set(names) or here.endswith('.zarr')):
-            below.clear()
-            found.append(here)
-            continue
-        folders.append(here)
-        below[:] = sorted(b for b in below if not b.startswith('.'))
-        found += [start+n for n in names if not n.startswith('.')]
-    return Listing(root, tuple(sorted(found)), PLATE_COLUMNS.get(plate_size), folders=tuple(folders))
+    paths, folders = _local_paths(root)
+    return Listing(root, paths, PLATE_COLUMNS.get(plate_size), folders=folders)
 
 # %% ../../nbs/11_screen.formats_core.ipynb #a9eb307b
 _MOST = 4<<30  # bytes; an index of 384 wells is about 0.1 GB
@@ -165,19 +202,15 @@ class System:
 # what, pattern, and a word in small letters that is in all of them
 _SKIPPED = (('thumbnails', re.compile(r'(?i)_thumb|(^|/)thumb(nail)?s?[/_]'), 'thumb'),)
 
-def name_record(
-    path:str, # of an image
-    match:re.Match, # of its name, with some of the groups of `IMAGE_COLUMNS`, row and column, or number
+def said_well(
+    said:Mapping[str, str], # parts of a name: well, or row and column, or number
     columns:int=None, # of the plate, for wells that are counted
-) -> dict: # a record for `image_table`
-    "What the name of a file says; wells may be counted (group `number`)."
-    said = {k: v for k, v in match.groupdict().items() if v is not None}
-    record = dict(path=path, **{k: int(v) if k in ('field', 'z', 't') else v for k,
-                                v in said.items() if k in IMAGE_COLUMNS})
+) -> str: # such as 'B03'
+    "The well that a name says. Raises: as `well_name`."
     row = said.get('row', '')
     well = said.get('well') or (f'r{row}c{said["column"]}' if row.isdigit() else f'{row}{said.get("column", "")}')
     if 'number' in said: well = f'W{int(said["number"]):04}'
-    return record|dict(well=well_name(well, columns))
+    return well_name(well, columns)
 
 # %% ../../nbs/11_screen.formats_core.ipynb #87a947d8
 def image_names(
@@ -198,22 +231,33 @@ def match_names(
     paths:Iterable[str], # of images
     regex:re.Pattern, # of whole paths
     skip:tuple=_SKIPPED, # as for `image_names`
-) -> tuple[dict[str, re.Match], list[str], dict[str, int]]: # matches by path, paths without one, what was skipped
+) -> tuple[pd.DataFrame, list[str], dict[str, int]]: # parts by path; paths that do not fit; what was skipped
     "Compare names with a pattern."
     paths, skipped = image_names(paths, skip)
-    found = list(zip(paths, map(regex.fullmatch, paths)))
-    return {p: m for p, m in found if m is not None}, [p for p, m in found if m is None], skipped
+    parts = name_parts(paths, regex)
+    fits = parts.index.to_numpy()
+    there = set(fits.tolist())
+    others = [p for i, p in enumerate(paths) if i not in there] if len(fits) < len(paths) else []
+    return parts.set_axis(pd.Index(pd.array(paths, dtype='str')[fits], name='path')), others, skipped
+
+def match_listing(
+    listing:Listing, # files
+    regex:re.Pattern, # of whole paths
+    skip:tuple=_SKIPPED, # as for `image_names`
+) -> tuple[pd.DataFrame, list[str], dict[str, int]]: # as from `match_names`
+    "Compare the names of a folder with a pattern, once."
+    return listing.once(('match', regex.pattern, skip), lambda: match_names(listing.images, regex, skip))
 
 # %% ../../nbs/11_screen.formats_core.ipynb #a7468db3
 def require_all_named(
-    matches:dict[str, re.Match], # by path
-    others:list[str], # paths that did not match
+    paths:Sequence[str], # that fit a pattern
+    others:Sequence[str], # paths that do not
 ):
     "Refuse images of the same kind with another name. Raises: `ValueError` that shows two names and what differs."
-    kinds = {p.rpartition('.')[2].lower() for p in matches}
+    kinds = {p.rpartition('.')[2].lower() for p in paths} if len(others) else set()
     strange = [p for p in others if p.rpartition('.')[2].lower() in kinds]
     if not strange: return
-    like = next(iter(matches))
+    like = next(iter(paths))
     more = f' (and {len(strange)-1:,} more)' if len(strange) > 1 else ''
     raise ValueError(f'{strange[0]}{more} is not named like {like}: they differ in {what_differs(strange[0], like)}. '
                      'Move it elsewhere, or say how files are named with files=... (--files)')
@@ -245,43 +289,44 @@ def plate_names(
     return {k: '/'.join(filter(None, (k[0].strip('/'), k[1]))) for k in keys}
 
 # %% ../../nbs/11_screen.formats_core.ipynb #cbd69a1f
-def _whole_numbers(texts):
-    "Numbers of texts, NaN for None"
-    codes, found = pd.factorize(np.array(texts, object))
-    return np.array([*map(int, found), np.nan])[codes]
+def _wells(said, columns):
+    "The wells of names; the same few are named over and over"
+    parts = said[[c for c in ('well', 'row', 'column', 'number') if c in said]]
+    numbers, first = distinct_rows(parts, parts.columns)
+    few = [{k: v for k, v in r.items() if isinstance(v, str)} for r in parts.iloc[first].to_dict('records')]
+    return pd.Series([said_well(r, columns) for r in few], dtype='str').array[numbers]
 
 def names_table(
-    matches:dict[str, re.Match], # by path, from `match_names`, all of one pattern
+    said:pd.DataFrame, # parts of names, from `match_names`
     columns:int=None, # of the plate, for wells that are counted
-) -> pd.DataFrame: # `path`, `well` and the other groups, as `name_record` gives them; a path each
+) -> pd.DataFrame: # the same with `path` and `well`, and numbers for `field`, `z` and `t`
     "What the names of many files say."
-    groups = list(zip(*(m.groups() for m in matches.values())))
-    said = {n: groups[i-1] for n, i in next(iter(matches.values())).re.groupindex.items()}
-    # the same few wells are named over and over
-    keys = list(zip(*(v for n, v in said.items() if n == 'well' or n not in IMAGE_COLUMNS and n != 'where')))
-    wells = {k: name_record(*m, columns)['well'] for k, m in dict(zip(keys, matches.items())).items()}
-    numbers = {n: _whole_numbers(said[n]) for n in ('field', 'z', 't') if n in said}
-    return pd.DataFrame(said|numbers|dict(path=list(matches), well=[wells[k] for k in keys]))
+    numbers = {n: once_each(said[n], int) for n in ('field', 'z', 't') if n in said}
+    return said.assign(**numbers, well=_wells(said, columns)).reset_index()
 
 # %% ../../nbs/11_screen.formats_core.ipynb #c709575b
 def _plain_channel(channel): return str(int(channel)) if channel.isdecimal() else channel
 
-def _named_table(matches, columns, fix=None):
-    "The table of images of matches, whose groups `where` and `plate` tell plates apart"
-    if not matches: return image_table(())
-    table = names_table(matches, columns)
-    if 'where' in table:
-        keys = list(zip(table['where'].fillna('').tolist(),
-                        table.plate.fillna('').tolist() if 'plate' in table else ['']*len(table)))
-        names = plate_names(keys)
-        table['plate'] = [names[k] for k in keys]
+def _named_plates(table):
+    "Names of plates by the parts `where` and `plate`"
+    numbers, first = distinct_rows(table, [c for c in ('where', 'plate') if c in table])
+    few = [table[c].iloc[first].fillna('').tolist() if c in table else ['']*len(first) for c in ('where', 'plate')]
+    keys = list(zip(*few))
+    names = plate_names(keys)
+    return pd.Series([names[k] for k in keys], dtype='str').array[numbers]
+
+def _named_table(said, columns, fix=None):
+    "The table of images of names, whose parts `where` and `plate` tell plates apart"
+    if not len(said): return image_table(())
+    table = names_table(said, columns)
+    if 'where' in table: table['plate'] = _named_plates(table)
     if 'z' in table and table.z.notna().any(): table['z'] = table.z.fillna(-1)  # the microscope's own projections
-    if fix is not None: table = pd.DataFrame(map(fix, table.to_dict('records'), matches.values()))
-    if 'channel' in table: table['channel'] = table.channel.map(_plain_channel, na_action='ignore')
+    if fix is not None: table = fix(table)
+    if 'channel' in table: table['channel'] = once_each(table.channel, _plain_channel)
     return image_table(table[[c for c in table if c in IMAGE_COLUMNS]])
 
 # %% ../../nbs/11_screen.formats_core.ipynb #25787248
-def _some(paths, n=2000):
+def _some(paths, n=256):
     "So many paths, the same each time"
     return paths if len(paths) <= n else random.Random(0).sample(paths, n)
 
@@ -289,25 +334,22 @@ def by_names(
     name:str, # of the system
     title:str, # what people call it
     example:str, # path of an image
-    regex:str, # of whole paths, see `name_record`; the group `where` is the folder of a plate
+    regex:str, # of whole paths, see `said_well`; the group `where` is the folder of a plate
     skip:tuple=(), # (what, pattern) of further files that are no images of a screen
-    fix:Callable[[dict, re.Match], dict]=None, # a record for what its name says
+    fix:Callable[[pd.DataFrame], pd.DataFrame]=None, # what names say, from `names_table`, put right
     add:Callable[[Listing, ImageSet], ImageSet]=None, # what other files say
 ) -> System:
     "A system that is known by the names of its files."
     pattern, skips = re.compile(regex), (*_SKIPPED, *((w, re.compile(s)) for w, s in skip))
-    def matched(listing):
-        if name not in listing._matched: listing._matched[name] = match_names(listing.images, pattern, skips)
-        return listing._matched[name]
     def sees(listing):
         if not any(map(pattern.fullmatch, _some(listing.images))): return ''  # then it is not more than half of them
-        matches, others, _ = matched(listing)
-        if len(matches) <= len(others): return ''
-        return f'{len(matches):,} of {counted(len(matches)+len(others), "images are")} named like {next(iter(matches))}'
+        said, others, _ = match_listing(listing, pattern, skips)
+        if len(said) <= len(others): return ''
+        return f'{len(said):,} of {counted(len(said)+len(others), "images are")} named like {said.index[0]}'
     def parse(listing):
-        matches, others, skipped = matched(listing)
-        require_all_named(matches, others)
-        found = ImageSet(_named_table(matches, listing.columns, fix),
+        said, others, skipped = match_listing(listing, pattern, skips)
+        require_all_named(said.index, others)
+        found = ImageSet(_named_table(said, listing.columns, fix),
                          skipped=skipped|({'other files': len(others)} if others else {}))
         return add(listing, found) if add else found
     return System(name, title, example, sees, parse)

@@ -10,14 +10,18 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from html import unescape
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..files import regular_file
 from .formats_core import by_names, ImageSet, IMAGE_SUFFIXES, _MOST, System, xml_elements
 from .formats_names import cq1_regex, digits, _LETTERS, metaxpress_regex, _TIF, _WHERE
 from .image_table import image_table
+from .repeated import distinct_rows
 from .tables import read_rows, _require
 from .well_names import well_at, well_name
 
@@ -32,26 +36,32 @@ def _with_names(images, names):
     one = {c: next(iter(s)) for c, s in said.items() if len(s) == 1}
     if len(one) == len(said) and len(set(one.values())) == len(one): return images, one
     if len(one) == len(said): return images, {}  # two channels of one name
-    keys = list(zip(images.plate, images.channel))
-    return images.assign(channel=[names.get(k, k[1]) for k in keys]), {}
+    numbers, first = distinct_rows(images, ['plate', 'channel'])
+    keys = list(zip(images.plate.iloc[first], images.channel.iloc[first]))
+    return images.assign(channel=pd.Series([names.get(k, k[1]) for k in keys], dtype='str').array[numbers]), {}
 
 # %% ../../nbs/13_screen.formats_indexed.ipynb #eee50a85
 _HARMONY = ('Index.idx.xml', 'Index.xml', 'ImageIndex.ColumbusIDX.xml', 'MeasurementIndex.ColumbusIDX.xml')
 
+_END = b'</Image>'
+
+def _first_images(data):
+    "Places of an index with the first image of each channel, and of what is before and behind all images"
+    for channel in dict.fromkeys(re.findall(rb'<ChannelID>[^<]*<', data)):
+        at = data.find(channel)
+        before = data.rfind(_END, 0, at)
+        yield (0 if before < 0 else before+len(_END)), data.find(_END, at)+len(_END)
+    yield data.rfind(_END)+len(_END), len(data)
+
 def _one_per_channel(path):
-    "The text of an index with one image of each channel, of the many that say the same; the files of the others"
-    kept, seen, rest, files = [], set(), b'', []
-    if regular_file(path).stat().st_size > _MOST: return None, []  # it is refused
-    with open(path, 'rb') as f:
-        while part := f.read(1<<24):
-            *images, rest = (rest+part).split(b'</Image>')
-            for image in images:
-                at = image.find(b'<ChannelID>')
-                channel = image[at:image.find(b'</', at)] if at >= 0 else None
-                if channel is None or channel not in seen: kept.append(image+b'</Image>')
-                elif (url := image.find(b'<URL>')) >= 0: files.append(image[url+5:image.find(b'</', url)])
-                seen.add(channel)
-    return b''.join([*kept, rest]), [unescape(f.decode(errors='replace')) for f in files]
+    "The text of an index with one image of each channel, of the many that say the same; the files of all"
+    if not 0 < regular_file(path).stat().st_size <= _MOST: return None, []  # it is refused
+    with open(path, 'rb') as f, mmap(f.fileno(), 0, access=ACCESS_READ) as data:
+        n = len(re.findall(_END, data))
+        if n == 0 or n != len(re.findall(rb'<ChannelID>', data)): return None, []  # all of it is read
+        text = b''.join(data[a:b] for a, b in _first_images(data))
+        files = b'\0'.join(re.findall(rb'<URL[^>]*>([^<]*)<', data)).decode(errors='replace')
+    return re.sub(rb'<Image [^>]*/>', b'', text), unescape(files).split('\0') if files else []
 
 def _harmony_index(path):
     "What an index says: the plate, when it was imaged, what each channel is called and emits, and the size of a pixel"
@@ -65,10 +75,15 @@ def _harmony_index(path):
     light = {c: float(v) for c, v in values('MainEmissionWavelength').items()}
     return dict(plate=of('PlateID'), started=of('MeasurementStartTime'), names=values('ChannelName'), light=light,
                 pixel_size=round(sizes[0]*1e6, 6) if sizes else None,
-                files=[t for e in rows if (t := e.findtext('URL'))]+files)
+                files=files or [t for e in rows if (t := e.findtext('URL'))])
 
 # %% ../../nbs/13_screen.formats_indexed.ipynb #80382fba
 def _folder_of(path): return path.rpartition('/')[0]
+
+def _names_of(paths):
+    "Names of files without their folders; what an index calls by an address is elsewhere"
+    paths = pa.array(paths, pa.large_string())
+    return pc.replace_substring_regex(paths.filter(pc.invert(pc.match_substring(paths, '://'))), r'^.*/', '')
 
 def _add_harmony(listing, found):
     "What the indexes of plates say. A plate has the images in the folder of its index and below"
@@ -78,8 +93,7 @@ def _add_harmony(listing, found):
     for path in listing.named(*_HARMONY):
         there = images.path.str.startswith(_folder_of(path)+'/') if '/' in path else pd.Series(True, images.index)
         said = _harmony_index(listing.root/path)
-        have = {p.rpartition('/')[2] for p in images.path[there]}
-        lost += sum('://' not in f and f.rpartition('/')[2] not in have for f in said['files'])
+        lost += pc.sum(pc.invert(pc.is_in(_names_of(said['files']), value_set=_names_of(images.path[there])))).as_py() or 0
         for plate in images.plate[there].unique():
             names |= {(plate, c): n for c, n in said['names'].items()}
             started[plate] = said['started']

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from ..errors import did_you_mean
-from .formats_core import by_names, ImageSet, match_names, names_table
+from .formats_core import by_names, ImageSet, Listing, match_listing, names_table
 from .image_table import image_table
 from .sources import pattern_parts
 from .well_names import WELL_PATTERN
@@ -62,15 +62,13 @@ def names_regex(
 
 # %% ../../nbs/12_screen.formats_names.ipynb #50955fae
 def pattern_images(
-    paths:Iterable[str], # of images
+    listing:Listing, # the files; columns of the plate map that it knows may be fields
     files:str, # pattern
-    values:Mapping[str, Iterable[str]]={}, # columns of the plate map that may be fields
-    columns:int=None, # of the plate, for wells that are counted
 ) -> tuple[ImageSet, list[str]]: # the images, and the paths that do not fit
     "The images that fit a pattern. Raises: as `names_regex` and `well_name`."
-    matches, others, skipped = match_names(paths, names_regex(files, values))
-    if not matches: return ImageSet(image_table(()), skipped=skipped), others
-    table = names_table(matches, columns)
+    said, others, skipped = match_listing(listing, names_regex(files, listing.known))
+    if not len(said): return ImageSet(image_table(()), skipped=skipped), others
+    table = names_table(said, listing.columns)
     return ImageSet(image_table(table[[c for c in table if c not in ('row', 'column')]]), skipped=skipped), others
 
 # %% ../../nbs/12_screen.formats_names.ipynb #62624653
@@ -105,12 +103,12 @@ incell = by_names('incell', 'IN Cell Analyzer', 'Plate1/A - 01(fld 1 wv 390 - Bl
     r'(?=(?:.*? wv (?P<channel>.+?)(?= z \d| time \d| tm \d|\)))?)'
     rf'(?=(?:.*? z {digits("z")})?)(?=(?:.*? (?:time|tm) {digits("t")})?)[^()/]*\){_TIF}')
 
-def _incell_channel(record, match): return record|dict(channel=f'{match["light"]} - {match["channel"]}')
+def _incell_channels(table): return table.assign(channel=table.light+' - '+table.channel)
 
 incell_full = by_names('incell-full', 'IN Cell Analyzer, full names', 'Plate1/A_01_f1_c1_xUV_mDAPI_z1_t1.tif',
     rf'{_WHERE}(?P<row>{_LETTERS})_{digits("column", "1,2")}_f{digits("field")}_c\d+_x(?P<light>[^/]*?)'
     rf'_m(?P<channel>[^/]*?)_z{digits("z")}_t{digits("t")}{_TIF}',
-    fix=_incell_channel)
+    fix=_incell_channels)
 
 # %% ../../nbs/12_screen.formats_names.ipynb #abd82e98
 cellomics = by_names('cellomics', 'Cellomics and CellInsight', 'MFGTMP_150619170001/MFGTMP_150619170001_A01f00d0.TIF',

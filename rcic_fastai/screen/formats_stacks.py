@@ -7,6 +7,7 @@ __all__ = ['ome_zarr', 'rxrx_rows', 'axis_planes', 'ome_planes', 'tiff_planes', 
 
 # %% ../../nbs/12_screen.formats_stacks.ipynb #ab21c217
 import json, math, os, re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from xml.etree.ElementTree import Element
@@ -119,10 +120,11 @@ def open_stacks(
 
 def has_stacks(
     listing:Listing, # folder of the images
-    paths:list[str], # of images
+    paths:Sequence[str], # of images
 ) -> bool:
     "Does the first TIFF file, or the one in the middle, hold several planes?"
-    tiffs = [p for p in paths if _is_tiff(p)]
+    all_paths = pd.Series(paths, dtype='str')
+    tiffs = all_paths[all_paths.str.lower().str.endswith(('.tif', '.tiff'))]
     return any(len(tiff_planes(listing.root/p)[0]) > 1 for p in {*tiffs[:1], *tiffs[len(tiffs)//2:][:1]})
 
 # %% ../../nbs/12_screen.formats_stacks.ipynb #e59e932a

@@ -23,6 +23,7 @@ from ..errors import counted
 from ..files import naming, path_within, write_whole
 from ..locations import RemoteFolder
 from .image_table import image_table, IMAGE_COLUMNS
+from .repeated import distinct_rows, row_order
 from .sources import PixelsArray, PixelSource, Plane, SitePixels
 
 # %% ../../nbs/11_screen.image_index.ipynb #f2d4d8a7
@@ -81,8 +82,9 @@ def single_files(
     images:pd.DataFrame, # from `image_table`, a row per plane
 ) -> np.ndarray: # bool (N,): is the whole file this plane?
     "Files of one plane."
-    alone = ~images.path.duplicated(keep=False) & (images.page == 0)
-    return (alone & ~images.path.str.contains(r'\.zarr/|\.parquet$')).to_numpy()
+    codes, found = pd.factorize(images.path)
+    alone = (np.bincount(codes, minlength=len(found))[codes] == 1) & (images.page == 0).to_numpy()
+    return alone & ~images.path.str.contains(r'\.zarr/|\.parquet$').to_numpy(bool)
 
 # %% ../../nbs/11_screen.image_index.ipynb #be769c6f
 def sorted_index(
@@ -90,7 +92,8 @@ def sorted_index(
 ) -> pd.DataFrame: # those columns, the rows of a site next to each other
     "Rows in the order of plates, wells, sites, channels and depths."
     order = ['experiment', 'plate', 'well', 'site', 'channel', 'z', 'page']
-    return table[_INDEX].sort_values(order, kind='stable', ignore_index=True)
+    keys = [table[c].to_numpy() if c in ('site', 'z', 'page') else pd.factorize(table[c], sort=True)[0] for c in order]
+    return table[_INDEX].iloc[row_order(keys)].reset_index(drop=True)
 
 def write_index(
     path:str|Path, # Parquet file to write or replace
@@ -119,8 +122,8 @@ def index_sites(
     root:str|Path|RemoteFolder, # folder of the images
 ) -> pd.DataFrame: # a row per site: `experiment`, `plate`, `well`, `field`, `t`, `site`, `files` (references)
     "The sites of an index."
-    keys = ['experiment', 'plate', 'well', 'site']
-    first = np.flatnonzero((table[keys] != table[keys].shift()).any(axis=1))
+    numbers, _ = distinct_rows(table, ['experiment', 'plate', 'well', 'site'])
+    first = np.flatnonzero(np.diff(numbers, prepend=-1))
     codes, names = pd.factorize(table.channel)
     root = root.as_posix() if isinstance(root, (Path, RemoteFolder)) else root
     source = ImageIndex(root, tuple(names), np.append(first, len(table)).astype(np.int64),

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import counted, did_you_mean
+from .repeated import distinct_rows, row_order
 
 # %% ../../nbs/10_screen.image_table.ipynb #d44c76ac
 IMAGE_COLUMNS = dict(batch='', plate='', well='', field=1, channel='1', z=1, t=1, path='', page=0)
@@ -23,21 +24,28 @@ def _natural_key(text): return [int(t) if t.isdecimal() else t.lower() for t in 
 
 def _ranks(values):
     "Rank of each value, numbers in texts by their size"
-    order = {v: i for i, v in enumerate(sorted(values.unique(), key=_natural_key))}
-    return values.map(order)
+    codes, found = pd.factorize(values)
+    order = {v: i for i, v in enumerate(sorted(found, key=_natural_key))}
+    return np.array([order[v] for v in found], np.int64)[codes]
+
+def _completed(table, name, usual):
+    "A column as text or whole numbers, with the usual value where there is none"
+    kind = 'int64' if isinstance(usual, int) else 'str'
+    if name not in table: return pd.Series(usual, table.index, dtype=kind)
+    values = table[name]
+    if values.isna().any(): values = values.where(values.notna(), usual)
+    return values.astype(kind)
 
 def image_table(
     records:Iterable[dict]|pd.DataFrame, # with `well`, `path` and any other of `IMAGE_COLUMNS`; others are kept
 ) -> pd.DataFrame: # columns of `IMAGE_COLUMNS`, text or int64, and others; by plate, well, field, channel
     "The table of images, with the usual value where a record does not give one."
     table = records.copy() if isinstance(records, pd.DataFrame) else pd.DataFrame(list(records))
-    for name, usual in IMAGE_COLUMNS.items():
-        values = table[name].where(table[name].notna(), usual) if name in table else pd.Series(usual, table.index)
-        table[name] = values.astype('int64') if isinstance(usual, int) else values.astype(str)
+    for name, usual in IMAGE_COLUMNS.items(): table[name] = _completed(table, name, usual)
     table = table[[*IMAGE_COLUMNS, *(c for c in table if c not in IMAGE_COLUMNS)]]
-    texts = [c for c in [*_PLACE, 'channel'] if IMAGE_COLUMNS[c] != 1]
-    keys = table[[*_PLACE, 'channel', 't', 'z', 'page']].assign(**{c: _ranks(table[c]) for c in texts})
-    return table.iloc[np.lexsort(keys.to_numpy().T[::-1])].reset_index(drop=True)
+    order = row_order([table[c].to_numpy() if isinstance(IMAGE_COLUMNS[c], int) else _ranks(table[c])
+                       for c in (*_PLACE, 'channel', 't', 'z', 'page')])
+    return table.iloc[order].reset_index(drop=True)
 
 # %% ../../nbs/10_screen.image_table.ipynb #aaa23cb9
 def what_differs(
@@ -52,10 +60,10 @@ def what_differs(
     return ' and '.join(repr(''.join(w[start:len(w)-end])) for w in (x, y))
 
 def _require_one_each(images):
-    twice = images.duplicated([*_PLACE, 'channel', 'z', 't'])
-    if not twice.any(): return
-    later = images[twice].iloc[0]
     keys = [*_PLACE, 'channel', 'z', 't']
+    numbers, first = distinct_rows(images, keys)
+    if len(first) == len(images): return
+    later = images.iloc[np.setdiff1d(np.arange(len(images)), first)[0]]
     first = images[(images[keys] == later[keys]).all(axis=1)].iloc[0]
     if first.path == later.path:
         raise ValueError(f'{later.path}: page {first.page} and page {later.page} are both {_where(later)}')
@@ -70,15 +78,15 @@ def _where(image):
 # %% ../../nbs/10_screen.image_table.ipynb #482a4acc
 def _require_channels(images, share=.75):
     "Raises: ValueError for a channel that many sites lack, with a name that has it and one that lacks it"
-    sites = images.drop_duplicates([*_PLACE, 't'])
-    there = images.drop_duplicates([*_PLACE, 't', 'channel']).channel.value_counts()
-    few = there[there < share*len(sites)]
+    sites, first = distinct_rows(images, [*_PLACE, 't'])
+    _, each = distinct_rows(images.assign(site=sites), ['site', 'channel'])
+    there = images.channel.iloc[each].value_counts()
+    few = there[there < share*len(first)]
     if not len(few): return
     channel = few.index[-1]
-    has = images[images.channel == channel].iloc[0]
-    keys = pd.MultiIndex.from_frame(images[[*_PLACE, 't']])
-    without = images[~keys.isin(keys[images.channel == channel])].iloc[0]
-    raise ValueError(f'channel {channel!r} is in {there[channel]:,} of {counted(len(sites), "sites")}: {has.path} is '
+    its = (images.channel == channel).to_numpy()
+    has, without = images[its].iloc[0], images[~np.isin(sites, sites[its])].iloc[0]
+    raise ValueError(f'channel {channel!r} is in {there[channel]:,} of {counted(len(first), "sites")}: {has.path} is '
                      f'there, and nothing like it next to {without.path}. If it is no channel, say how files are named '
                      'with files=... (--files); if it is, name the channels to use with channels=... (--channels), '
                      f'{channel}? if it may be missing')
@@ -124,9 +132,10 @@ def check_images(
 # %% ../../nbs/10_screen.image_table.ipynb #566d9b1b
 def _without_projections(images):
     "Without the microscope's own projections where there are planes"
-    key = pd.MultiIndex.from_frame(images[[*_PLACE, 'channel', 't']])
     planes = images.z.to_numpy() >= 0
-    return images[planes | ~key.isin(key[planes])]
+    if planes.all(): return images
+    stacks, _ = distinct_rows(images, [*_PLACE, 'channel', 't'])
+    return images[planes | ~np.isin(stacks, stacks[planes])]
 
 def choose_z(
     images:pd.DataFrame, # from `image_table`
@@ -163,5 +172,5 @@ def image_sites(
 ) -> pd.DataFrame: # the same with `site`, int64, unique in its well
     "Number the sites of each well: by field, then fields of the next time."
     times, n = sorted(images.t.unique()), int(images.field.max())+(images.field.min() == 0)
-    later = images.t.map({t: i for i, t in enumerate(times)})
+    later = np.searchsorted(times, images.t)
     return images.assign(site=(images.field+later*n).astype('int64'))

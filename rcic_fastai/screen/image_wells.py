@@ -14,6 +14,7 @@ import pandas as pd
 
 from .formats_core import plain_plate
 from .image_table import IMAGE_COLUMNS, what_differs
+from .repeated import distinct_rows
 from .well_names import well_name
 
 # %% ../../nbs/12_screen.image_wells.ipynb #6a4b84ae
@@ -77,7 +78,7 @@ def _called(plate, name):
 def _matched_plates(images, plates, name):
     "The plate of the map for each plate of the images. Raises: ValueError that shows two names"
     found:dict[tuple, int] = {}
-    firsts = list(images.drop_duplicates(['batch', 'plate']).itertuples())
+    firsts = list(images.iloc[distinct_rows(images, ['batch', 'plate'])[1]].itertuples())
     by_plate = {(i.batch, i.plate): i for i in firsts}
     for image in firsts:
         fits = _fitting_plates(image, plates)
@@ -118,9 +119,11 @@ def match_wells(
     of_row = [plate_of[tuple(r)] for r in rows[keys].itertuples(index=False)] if keys else [0]*len(rows)
     names = [well_name(w, columns) for w in rows.well]
     row_of = {k: i for i, k in enumerate(zip(of_row, names, *(rows[c].map(_plain_word) for c in extra)))}
-    of_image = [found.get(k, -1) for k in zip(images.batch.tolist(), images.plate.tolist())]
-    return np.array([row_of.get(k, -1) for k in zip(of_image, images.well.tolist(),
-                                                    *(images[c].map(_plain_word) for c in extra))], dtype=np.int64)
+    numbers, first = distinct_rows(images, ['batch', 'plate', 'well', *extra])
+    few = images.iloc[first]
+    of_image = [found.get(k, -1) for k in zip(few.batch, few.plate)]
+    return np.array([row_of.get(k, -1) for k in zip(of_image, few.well, *(few[c].map(_plain_word) for c in extra))],
+                    dtype=np.int64)[numbers]
 
 # %% ../../nbs/12_screen.image_wells.ipynb #f5736dd9
 def refuse_left_over(

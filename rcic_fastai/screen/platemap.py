@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..errors import did_you_mean
 from ..files import user_path
+from .repeated import once_each
 from .tables import is_unknown, read_rows, _require, _require_unique, WELL_COLUMNS, WELL_TYPES
 from .well_names import well_name
 
@@ -162,7 +163,7 @@ def _completed(rows, experiment, names):
         rows[c] = rows[c].mask(unknown, '')
     _require(rows, ~rows.experiment.str.contains(r'[/\\\0]'),
              lambda r: f'experiment {r.experiment!r} has a slash in its name')
-    rows = rows.assign(well=rows.well.map(_well_name))
+    rows = rows.assign(well=once_each(rows.well, _well_name))
     _require_wells(rows)
     return rows
 

@@ -16,6 +16,7 @@ import pandas as pd
 from ..errors import counted
 from ..files import regular_file, user_path
 from .platemap import _known_columns, _plain, _with_wells, read_plate_map
+from .repeated import once_each
 from .tables import is_unknown, read_rows, _records, _require, _require_file
 from .tables import _table_rows, _table_text, WELL_TYPES
 
@@ -181,7 +182,7 @@ def _stand_in(rows):
     "For wells without a treatment the name of a control in a column that says something else of other wells"
     empty, name = is_unknown(rows.treatment), pd.Series('', rows.index)
     for c in rows.columns.drop(['treatment', 'file', 'row', 'well']):
-        control = rows[c].map(_control_word).isin(_NEGATIVE)
+        control = once_each(rows[c], _control_word).isin(_NEGATIVE)
         if control.any() and not control.all(): name = name.mask(control & empty & (name == ''), rows[c])
     return name
 
@@ -204,8 +205,8 @@ def with_controls(
     if 'well_type' in rows or 'treatment' not in rows: return rows
     stand_in = _stand_in(rows)
     named = rows.assign(treatment=rows.treatment.mask(stand_in != '', stand_in))
-    found = named.treatment.map(_role).where(named.treatment.map(_control_word).isin(_NEGATIVE))
-    for role in [rows[c].map(_role) for w in reversed(_ROLES) for c in rows if _plain(c) == w]:
+    found = once_each(named.treatment, _role).where(once_each(named.treatment, _control_word).isin(_NEGATIVE))
+    for role in [once_each(rows[c], _role) for w in reversed(_ROLES) for c in rows if _plain(c) == w]:
         found = role.where(role.notna(), found)
     found = found.where(found.isin(list(kinds)))
     if not found.notna().any(): return rows

@@ -78,6 +78,6 @@ def read_screen(
         from rcic_fastai.screen.atlas import read_hpa  # only where there is an atlas
         return read_hpa(root)
     if layout == 'platemap':
-        from rcic_fastai.screen.describe import read_platemap  # only where a screen was described
+        from rcic_fastai.screen.described import read_platemap  # only where a screen was described
         return _as_packed(read_platemap(root), root)
     return _as_packed(_published_screen(root, layout, check), root)

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..errors import counted, did_you_mean
 from ..files import path_within, regular_file, user_path
+from .repeated import once_each
 
 # %% ../../nbs/10_screen.tables.ipynb #8fe10977
 def _where(row): return f'{row.file}: row {row.row}' if 'file' in row else f'well {row.id_code}'
@@ -178,8 +179,8 @@ def is_unknown(
     names:Sequence[str]=(), # that are meant as they are, such as a control called 'None'
 ) -> np.ndarray: # bool (n,)
     "Cells that say that nothing is known, in the words of pandas, R and Excel, however people write them."
-    distinct = {v: str(v).strip().casefold() in _UNKNOWN and v not in set(names) for v in values.unique()}
-    return values.map(distinct).to_numpy(bool)
+    known = set(names)
+    return once_each(values, lambda v: str(v).strip().casefold() in _UNKNOWN and v not in known).to_numpy(bool)
 
 # %% ../../nbs/10_screen.tables.ipynb #cc5528d0
 def whole_numbers(
