@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import fsspec
@@ -21,9 +22,12 @@ from rcic_fastai.screen.describe import describe_screen, read_well_table
 from rcic_fastai.screen.formats import SYSTEMS, find_images
 from rcic_fastai.screen.formats_core import list_folder, Listing, xml_elements
 from rcic_fastai.screen.formats_guess import guess_names
+from rcic_fastai.screen.formats_indexed import _harmony_index
+from rcic_fastai.screen.formats_names import names_regex
 from rcic_fastai.screen.image_index import write_sites
 from rcic_fastai.screen.image_table import check_images, choose_t, choose_z, image_sites
 from rcic_fastai.screen.image_wells import match_wells
+from rcic_fastai.screen.name_parts import name_parts
 from rcic_fastai.screen.pages import read_page
 from rcic_fastai.screen.planes import read_plane
 from rcic_fastai.screen.read import read_screen
@@ -713,6 +717,43 @@ def test_a_pattern_guessed_from_some_names_is_that_of_all():
     assert len(names) > 16_000 and of_some(names) == guess_names(names)
     assert of_some([*names, "Plate1/A01_s1_w1_x.tif"]) is None
     assert of_some([n.replace("_w", f"_x{i % 7}_w") for i, n in enumerate(names)]) is None
+
+
+@each("pattern", ["{plate}/{well}_s{site}_{*}_{channel}.tif", "{row}/{column}/{channel}.tif", "{well}_{channel}.tif",
+                 None])
+def test_both_engines_read_names_alike(pattern, monkeypatch):
+    "RE2 where it says what Python says; where a part is empty or left out, too"
+    import rcic_fastai.screen.name_parts as module
+
+    regex = re.compile(r"(?P<where>(?:[^/]+/)*?)(?P<well>[A-P]\d\d)(?:_s(?P<field>\d+?))?(?:_w(?P<channel>\d+))?\.tif")
+    if pattern: regex = names_regex(pattern, dict(plate=["1", "12", "a.b"]))
+    names = [f"{folder}{name}.tif" for folder in ("", "12/", "012/", "a.b/", "axb/", "AA/02/", "x/y/")
+             for name in ("A01_s1_x_DAPI", "B-3_s07__a b", "A01_w1", "A01_s12_w3", "A01", "b03_s\n1_2", "{A}1_s1_2")]
+    assert module._by_arrow(names, regex) is not None
+    quick = name_parts(names, regex)
+    monkeypatch.setattr(module, "_by_arrow", lambda *args: None)
+    assert len(quick) > 1 and quick.equals(name_parts(names, regex))
+
+
+def test_an_index_of_harmony_that_is_not_like_others(tmp_path):
+    "Images whose channel is said elsewhere are all read; one that is cut off is named with its line"
+    path = tmp_path / "Index.xml"
+    image = '<Image id="{0}"><URL>{0}.tif</URL></Image>'
+    path.write_text(f'<E><Images>{image.format(1)}{image.format(2)}</Images>'
+                    '<Map><Entry ChannelID="1"><ChannelName>DAPI</ChannelName></Entry></Map></E>')
+    said = _harmony_index(path)
+    assert said["files"] == ["1.tif", "2.tif"] and said["names"] == {"1": "DAPI"}
+    image = "<Image><ChannelID>{0}</ChannelID><ChannelName>c{0}</ChannelName><URL>{0} &amp; {1}.tif</URL></Image>"
+    images = "".join(image.format(c, f) for f in range(3) for c in (1, 2))
+    path.write_text(f'<E><Wells><Image id="1"/></Wells><Images>{images}</Images><PlateID>P1</PlateID></E>')
+    said = _harmony_index(path)
+    assert said["files"] == [f"{c} & {f}.tif" for f in range(3) for c in (1, 2)]
+    assert said["names"] == {"1": "c1", "2": "c2"} and said["plate"] == "P1"
+    for cut in (10, 60, 400):
+        path.write_text(f"<E><Images>{images}</Images></E>"[:cut])
+        with pytest.raises(ValueError, match=r"Index\.xml is no XML: .* line 1"): _harmony_index(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="is no XML"): _harmony_index(path)
 
 
 def refused(folder, **how):
