@@ -177,6 +177,7 @@ def _strange_planes(planes, at):
     lost = planes.path[at < 0].groupby(numbers[at < 0]).first()
     return {int(row[k]): p for k, p in lost.items() if row[k] >= 0}
 
+# %% ../../nbs/16_screen.describe.ipynb #924ac857
 def _by_index(images, found, rows, wells, how, chosen):
     "Sites of any system"
     whole = single_files(found.images)

@@ -52,6 +52,7 @@ def _pattern_of_some(listing, n=2000):
     texts = [g for g in ('channel', 'plate', 'batch', 'experiment', 'cell_type') if g in few]
     return pattern if all(few[g].nunique() == said[g].nunique() for g in texts) else None
 
+# %% ../../nbs/14_screen.formats.ipynb #9d83d735
 def _guess(listing):
     "The pattern of its names, or the error"
     try: return _pattern_of_some(listing) or guess_names(image_names(listing.images)[0], listing.known)
@@ -70,7 +71,8 @@ def _parse_any(listing):
     found, others = pattern_images(listing, pattern)
     return replace(found, pattern=pattern, skipped={'images that do not fit': len(others)} if others else {})
 
-def _parse_stacks(listing): return _from_headers(listing, listing.ending('.tif', '.tiff')) or open_stacks(listing, _parse_any(listing))
+def _parse_stacks(listing):
+    return _from_headers(listing, listing.ending('.tif', '.tiff')) or open_stacks(listing, _parse_any(listing))
 
 # %% ../../nbs/14_screen.formats.ipynb #f86f920b
 def _sees_stacks(ome):

@@ -36,6 +36,7 @@ def _ending(paths, suffixes, other):
     wanted = {e: e.lower().endswith(suffixes) is not other for e in set(ends)}
     return [p for p, e in zip(paths, ends) if wanted[e]]
 
+# %% ../../nbs/11_screen.formats_core.ipynb #02d4f146
 @dataclass(frozen=True)
 class Listing:
     "A folder and the paths of the files in it, relative to it."
@@ -227,6 +228,7 @@ def image_names(
         paths = kept
     return paths, skipped
 
+# %% ../../nbs/11_screen.formats_core.ipynb #3f2067a3
 def match_names(
     paths:Iterable[str], # of images
     regex:re.Pattern, # of whole paths

@@ -63,6 +63,7 @@ def _one_per_channel(path):
         files = b'\0'.join(re.findall(rb'<URL[^>]*>([^<]*)<', data)).decode(errors='replace')
     return re.sub(rb'<Image [^>]*/>', b'', text), unescape(files).split('\0') if files else []
 
+# %% ../../nbs/13_screen.formats_indexed.ipynb #06ab9b03
 def _harmony_index(path):
     "What an index says: the plate, when it was imaged, what each channel is called and emits, and the size of a pixel"
     text, files = _one_per_channel(path)
@@ -85,6 +86,7 @@ def _names_of(paths):
     paths = pa.array(paths, pa.large_string())
     return pc.replace_substring_regex(paths.filter(pc.invert(pc.match_substring(paths, '://'))), r'^.*/', '')
 
+# %% ../../nbs/13_screen.formats_indexed.ipynb #659e5dd6
 def _add_harmony(listing, found):
     "What the indexes of plates say. A plate has the images in the folder of its index and below"
     images, started, sizes, lost = found.images, {}, set(), 0
@@ -93,7 +95,8 @@ def _add_harmony(listing, found):
     for path in listing.named(*_HARMONY):
         there = images.path.str.startswith(_folder_of(path)+'/') if '/' in path else pd.Series(True, images.index)
         said = _harmony_index(listing.root/path)
-        lost += pc.sum(pc.invert(pc.is_in(_names_of(said['files']), value_set=_names_of(images.path[there])))).as_py() or 0
+        files = _names_of(said['files'])
+        lost += len(files)-pc.is_in(files, value_set=_names_of(images.path[there])).true_count
         for plate in images.plate[there].unique():
             names |= {(plate, c): n for c, n in said['names'].items()}
             started[plate] = said['started']

@@ -95,6 +95,7 @@ def _rows_of(parts, files, rows):
     few = parts[groups].iloc[first].itertuples(index=False, name=None)
     return np.array([row_of.get(_key(texts, fields), -1) for texts in few], np.int64)[numbers]
 
+# %% ../../nbs/14_screen.pattern_sites.ipynb #1394bcc0
 def _site_patterns(parts, files):
     "Paths with `{channel}` in the place of their channel, other braces doubled"
     text = pd.Series('', parts.index, dtype='str')
