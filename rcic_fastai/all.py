@@ -37,6 +37,7 @@ from .loss.by_name import create_loss, losses, multilabel_losses
 from .profile.core import join_profiles, Profiles, profiles_of
 from .profile.files import read_profiles
 from .profile.correct import embedding_correction, postprocess_embeddings, TVN, well_means
+from .profile.normalise import normalise_by, PycytominerSphering
 from .profile.metrics import batch_probe, embedding_report, plot_embedding, project_2d, replicate_map, to_anndata
 
 from .predict.submission import score_submission, score_table, write_submission
