@@ -135,7 +135,7 @@ def test_page_in_a_browser(pages, chromium, kind):
         assert len(seen["images"]) > 10
         assert all(w > 0 and alt > 10 and right <= width for w, alt, right in seen["images"])
         assert page.locator("details").count() == page.get_by_text("show code", exact=True).count() == (
-            14 + 1 if kind == "single" else 0)
+            16 + 1 if kind == "single" else 0)
         context.close()
 
 

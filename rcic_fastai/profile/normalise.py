@@ -40,7 +40,7 @@ def normalise_by(
     one_of(method, ('standardise', 'mad_robustise'), 'method')
     x, controls = _as_rows(x), np.asarray(controls, bool)
     if len(controls) != len(x):
-        raise ValueError(f'controls has {len(controls):,} entries for {counted(len(x), "rows")}')
+        raise ValueError(f'controls has {counted(len(controls), "entries")} for {counted(len(x), "rows")}')
     codes, found = pd.factorize(_as_labels(groups, len(x), 'groups'))
     n = np.bincount(codes, controls, len(found))
     if len(few := np.flatnonzero(n < 2)):

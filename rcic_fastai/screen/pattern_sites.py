@@ -138,7 +138,7 @@ def find_sites(
         raise ValueError(f'{listing.root}: {s.files} and another file are both site {s.site} of well '
                          f'{rows.well.iloc[s["at"]]}; put what differs into the pattern')
     counts = found.channel.value_counts()
-    index = rows.index[sites['at']].rename('index')
+    index = pd.Index(rows.index[sites['at']], name='index')
     return sites[['site', 'files']].set_axis(index), counts.loc[sorted(counts.index, key=_natural)], other
 
 # %% ../../nbs/14_screen.pattern_sites.ipynb #c5404335
