@@ -109,6 +109,17 @@ def _check_classes(sites, target):
     controls = '; controls are no classes unless wells=\'all\' (--wells all) says so' if target=='sirna' else ''
     raise ValueError(f'all training sites have {one}: there is nothing to tell apart{controls}')
 
+# %% ../../nbs/77_run.train.ipynb #00f97364
+def _usable_cell_type(sites, recipe, target, say):
+    "The recipe, without the cell type as an input where it is the answer"
+    if recipe.model.cell_type is None or (sites.groupby('cell_type')[target].nunique() > 1).any(): return recipe
+    say(f'{target} is the same for all sites of a cell type: the network is not told the cell type')
+    return replace(recipe, model=replace(recipe.model, cell_type=None))
+
+def _usable(sites, recipe, target, say):
+    "The recipe, without what its target does not allow"
+    return _usable_cell_type(sites, _usable_domain(sites, recipe, target, say), target, say)
+
 # %% ../../nbs/77_run.train.ipynb #ca644494
 def _labelled(sites, target, say):
     "Without sites whose target is unknown, such as images whose antibody is unknown"
@@ -269,7 +280,7 @@ class TrainingTable:
 def _table(t):
     "What a network is trained on. Raises: ValueError for a loss that does not fit the target."
     sites = training_sites(t.screen, t.recipe, t.wells, t.present_only, t.say)
-    recipe = _usable_domain(sites, t.recipe, t.target, t.say)
+    recipe = _usable(sites, t.recipe, t.target, t.say)
     _check_losses(sites, recipe, t.target)
     sites, mask = held_out(_labelled(sites, t.target, t.say), t.valid, recipe)
     _check_classes(sites[~mask], t.target)
@@ -574,9 +585,10 @@ def _untrained(t):
     "A learner of the main stage, as it begins without the other stages"
     sites = training_sites(t.screen, t.recipe, t.wells, t.present_only, t.say)
     _check_losses(sites, t.recipe, t.target)
-    controls = control_sites(t.screen, t.present_only) if needs_controls(t.recipe) else None
-    dls = recipe_dataloaders(sites, _usable_domain(sites, t.recipe, t.target, t.say), controls=controls,
+    recipe = _usable(sites, t.recipe, t.target, t.say)
+    controls = control_sites(t.screen, t.present_only) if needs_controls(recipe) else None
+    dls = recipe_dataloaders(sites, recipe, controls=controls,
                              target=t.target, path=t.run,
                              cell_types=t.screen.cell_types, experiments=t.screen.experiments,
                              channels=t.screen.channels)
-    return screen_learner(dls, t.recipe, path=t.run)
+    return screen_learner(dls, recipe, path=t.run)
