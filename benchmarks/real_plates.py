@@ -3,7 +3,8 @@
 Wells B02 of four experiments (one per cell type), four plates each, two sites, the four stains that both sites have;
 every site in 16 windows of 128 pixels. A small network learns the cell type from plates 1-3. The probe of the plate
 learns from one site of each of the 16 plates and is asked about the other; that of the cell type learns from three
-plates and is asked about the fourth.
+plates and is asked about the fourth. `laptop` learns from mixed batches for six epochs. The default chooses network,
+loss, epochs and histograms itself; its batches are mixed too, because a plate holds one cell type.
 """
 
 import argparse
@@ -20,8 +21,15 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-WAYS = {"screen": dict(standardize="screen"), "image": dict(standardize="image"), "plate": dict(standardize="plate"),
-        "plate, histograms": dict(standardize="image", match_histograms="plate")}
+MIXED = ["data.domain=null", "inference.batchnorm=running"]
+LAPTOP = [*MIXED, "data.epoch_sites=128", "train.lr=4e-3"]
+# name -> (recipe, where None is the default, and its settings)
+WAYS = {"laptop, screen": ("laptop", [*LAPTOP, "data.standardize=screen"]),
+        "laptop, image": ("laptop", [*LAPTOP, "data.standardize=image"]),
+        "laptop, plate": ("laptop", [*LAPTOP, "data.standardize=plate"]),
+        "laptop, histograms of the plate": ("laptop", [*LAPTOP, "data.standardize=image",
+                                                       "data.match_histograms=plate"]),
+        "default, as it comes": (None, ["data.epoch_sites=128"])}
 
 
 def windows(sites, channels, size=128):
@@ -73,6 +81,7 @@ def probes(x, site, sites):
 def measure(data, epochs=6, seeds=(0, 1, 2), ways=WAYS, size=128):
     "One row per way of standardising and kind of BatchNorm statistics"
     from rcic_fastai.data.select import select_sites
+    from rcic_fastai.recipe.default import default_recipe
     from rcic_fastai.recipe.published import change_recipe, get_recipe, laptop_recipe
     from rcic_fastai.run.train import train_run
     from rcic_fastai.screen.read import read_screen
@@ -80,12 +89,11 @@ def measure(data, epochs=6, seeds=(0, 1, 2), ways=WAYS, size=128):
     screen = replace(read_screen(data, check=False), channels=(1, 2, 3, 4))
     sites = select_sites(screen, "train", "controls", present_only=True, warn=lambda *a: None)
     rows = []
-    for name, data_settings in ways.items():
+    for name, (recipe_name, settings) in ways.items():
         for seed in seeds:
-            recipe = laptop_recipe(get_recipe("laptop"), epochs, lr=4e-3)
-            recipe = change_recipe(recipe, "data.domain=null", "inference.batchnorm=running", f"data.crop={size}",
-                                   "data.epoch_sites=128", f"seed={seed}")
-            recipe = replace(recipe, data=replace(recipe.data, **data_settings))
+            recipe = (laptop_recipe(get_recipe(recipe_name), epochs) if recipe_name else
+                      default_recipe(screen, "cell_type", full=False)[0])
+            recipe = change_recipe(recipe, *settings, f"data.crop={size}", f"seed={seed}")
             with tempfile.TemporaryDirectory() as tmp:
                 learn = train_run(screen, recipe, Path(tmp) / "run", target="cell_type", wells="controls",
                                   valid="plate=4", present_only=True,
