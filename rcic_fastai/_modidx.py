@@ -2951,6 +2951,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'rcic_fastai.report.html.note': ('report.html.html#note', 'rcic_fastai/report/html.py'),
                                          'rcic_fastai.report.html.notebook_page': ( 'report.html.html#notebook_page',
                                                                                     'rcic_fastai/report/html.py'),
+                                         'rcic_fastai.report.html.parts_page': ( 'report.html.html#parts_page',
+                                                                                 'rcic_fastai/report/html.py'),
                                          'rcic_fastai.report.html.percent': ('report.html.html#percent', 'rcic_fastai/report/html.py'),
                                          'rcic_fastai.report.html.pictures': ('report.html.html#pictures', 'rcic_fastai/report/html.py'),
                                          'rcic_fastai.report.html.source_date': ( 'report.html.html#source_date',

@@ -34,7 +34,7 @@ from fastai.tabular.all import *
 from fastai.text.all import *
 """
 COMPARE = f"""
-import types
+import sys, types
 usual = {{}}
 exec({USUAL!r}, usual)
 import fastai.vision.all as fastai_all
@@ -50,7 +50,7 @@ exec({USUAL!r}, before)
 ours.pop('__builtins__')
 import builtins, json
 print(json.dumps(dict(
-    n=len(usual), classes=len(classes), ours=len(ours),
+    n=len(usual), slow=[m for m in ('nbformat', 'nbclient', 'nbconvert') if m in sys.modules], classes=len(classes), ours=len(ours),
     replaced=[n for n in usual if n != '__builtins__' and after[n] is not usual[n]],
     lost=[n for n in ours if before[n] is not ours[n]],
     builtins=[n for n in ours if hasattr(builtins, n)],
@@ -75,6 +75,12 @@ def found():
 @pytest.mark.slow
 def test_a_star_import_replaces_no_name_of_fastai_nor_of_what_people_import_beside_it(found):
     assert found["n"] > 1000 and 140 < found["ours"] < 220 and found["replaced"] == []
+
+
+@pytest.mark.slow
+def test_what_takes_long_to_import_waits_until_it_is_used(found):
+    "jsonschema 4.26 compiles a grammar at its import where Jupyter is installed (rfc3987-syntax 1.1.0): two seconds"
+    assert found["slow"] == []
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import norm, rankdata
 from sklearn.base import BaseEstimator, clone
-from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -88,6 +87,7 @@ def _tables(train, test, names):
 
 def default_classifier() -> BaseEstimator:
     "A standardised logistic regression that takes both sets for equally likely."
+    from sklearn.linear_model import LogisticRegression # half a second to import
     return make_pipeline(StandardScaler(), LogisticRegression(C=.1, class_weight='balanced', max_iter=2000))
 
 # %% ../../nbs/50_labels.adversarial.ipynb #65387cb9

@@ -8,9 +8,9 @@ __all__ = ['f1_scores', 'macro_f1', 'f1_floors', 'macro_f1_interval', 'f1_table'
 
 # %% ../../nbs/50_labels.metrics.ipynb #0c42bab3
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
-import networkx as nx
 import numpy as np
 import pandas as pd
 from matplotlib.colors import PowerNorm
@@ -20,6 +20,7 @@ from sklearn.metrics import average_precision_score
 
 from ..errors import counted
 from ..screen.labels import _binary
+if TYPE_CHECKING: import networkx as nx
 
 # %% ../../nbs/50_labels.metrics.ipynb #4768a8a1
 def _check_pair(y, pred) -> tuple[np.ndarray, np.ndarray]:
@@ -251,8 +252,9 @@ def class_graph(
     names:Sequence[str]=None, # K names of classes; None: their numbers
     min_count:int=10, # images with both classes that an edge needs
     min_lift:float=1.2 # times as often together as by chance, at least
-) -> nx.Graph: # a node for each class with `count`; edges with `count`, `lift` and `phi`
+) -> 'nx.Graph': # a node for each class with `count`; edges with `count`, `lift` and `phi`
     "Which classes occur together more often than their frequencies make them."
+    import networkx as nx # takes .2 s
     counts = co_occurrence(y, names)
     n, c, graph = len(y), counts.to_numpy(), nx.Graph()
     total = c.diagonal()
@@ -269,6 +271,7 @@ def class_graph(
 # %% ../../nbs/50_labels.metrics.ipynb #75c5c202
 def _circle(graph):
     "Names in an order that brings the classes of strong edges together: the same for the same graph"
+    import networkx as nx
     tree, order = nx.maximum_spanning_tree(graph, weight='lift'), []
     # `sorted` keeps the order of equals, that of the classes
     for part in sorted(nx.connected_components(tree), key=len, reverse=True):
@@ -278,12 +281,13 @@ def _circle(graph):
 
 # %% ../../nbs/50_labels.metrics.ipynb #9afdaf0d
 def plot_class_graph(
-    graph:nx.Graph, # from `class_graph`
+    graph:'nx.Graph', # from `class_graph`
     ax:plt.Axes=None # matplotlib axes; None: new ones
 ) -> plt.Axes: # matplotlib axes
     """Classes on a circle, related ones near each other: larger with more images, edges wider with more lift, grey
     without relations.
     """
+    import networkx as nx
     if ax is None: ax = plt.subplots(figsize=(5.6, 5.6))[1]
     order = _circle(graph)
     angles = dict(zip(order, 2*np.pi*np.arange(len(order))/max(len(order), 1)))

@@ -17,7 +17,6 @@ from fastcore.basics import patch, store_attr
 from numpy.typing import ArrayLike
 from scipy.special import expit, logit
 from sklearn.base import BaseEstimator
-from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
 from .. import __version__
@@ -127,6 +126,7 @@ def _log_loss(p, y): return float(-np.log(np.where(y, p, 1-p).clip(1e-15)).mean(
 def _fit_linear(z, y, C):
     "A standardised logistic regression; a constant where all labels are alike"
     if y.min() == y.max(): return dict(kind='constant', value=float(y[0]))
+    from sklearn.linear_model import LogisticRegression # half a second to import
     mean, scale = z.mean(0), z.std(0)
     scale[scale == 0] = 1
     m = LogisticRegression(C=C, solver='newton-cholesky').fit((z-mean)/scale, y)

@@ -21,7 +21,6 @@ from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 from scipy.special import expit, logit
 from sklearn.base import BaseEstimator, clone
-from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
@@ -355,6 +354,7 @@ def _logits(p): return logit(np.clip(p, 1e-6, 1-1e-6))
 
 def _calibrate(p, y):
     "(2, K) scale and offset of the logits with which probabilities fit the labels"
+    from sklearn.linear_model import LogisticRegression # half a second to import
     out = np.array([np.ones(p.shape[1]), np.zeros(p.shape[1])])
     for c in np.flatnonzero(y.any(0) & ~y.all(0)):
         model = LogisticRegression(C=1e6).fit(_logits(p[:, c:c+1]), y[:, c])

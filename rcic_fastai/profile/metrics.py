@@ -15,9 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from sklearn.covariance import ledoit_wolf
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from sklearn.model_selection import StratifiedKFold
 
 from ..screen.core import plain_text
@@ -33,6 +30,7 @@ class BatchProbe(NamedTuple):
 # %% ../../nbs/41_profile.metrics.ipynb #1aa09afb
 def _linear_probe(x, y, test):
     "Linear discriminant analysis: means of the classes, one covariance within them (Ledoit-Wolf)"
+    from sklearn.covariance import ledoit_wolf # half a second to import
     mean, std = x.mean(0), x.std(0)
     std = np.where(std > 0, std, 1)
     x, test = (x-mean)/std, (test-mean)/std
@@ -206,9 +204,11 @@ def project_2d(
         raise ValueError(f"unknown method {method!r}, expected 'pca', 'tsne' or 'umap'")
     if min(x.shape) < 2 or len(x) < 5:
         raise ValueError(f'x has shape {x.shape}, expected at least 5 rows of 2 features')
+    from sklearn.decomposition import PCA
     pcs = PCA(2 if method == 'pca' else min(50, *x.shape), random_state=seed).fit_transform(x)
     if method == 'pca': return pcs
     if method == 'tsne':
+        from sklearn.manifold import TSNE
         return TSNE(perplexity=min(30, (len(x)-1)/3), init='pca',
                     random_state=seed).fit_transform(pcs).astype(np.float64)
     try: from umap import UMAP

@@ -17,7 +17,6 @@ from pathlib import Path
 from time import time
 from typing import NamedTuple
 
-import nbformat
 import torch
 import matplotlib.pyplot as plt
 import numpy as np
@@ -737,6 +736,7 @@ def _name_cells(nb):
 
 def _read_template(path):
     "A notebook to execute; the same file gives the same ids"
+    import nbformat
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist; expected a notebook to execute')
     try:
         raw = nbformat.reader.parse_json(read_text(path))
@@ -769,6 +769,7 @@ def report(self:Run,
     say:Callable=print # where notices go
 ) -> Path: # the page
     "Write a self-contained page about the run, and the executed notebook that made it. Raises: as `make_report`."
+    import nbformat
     _refuse_own_memory(self)
     out = _check_page(user_path(out or self.report_path), self.path, self.data, truth, template)
     truth = None if truth is None else user_path(truth)

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import nbformat
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
@@ -27,7 +26,7 @@ from ..explain.sites import Explained
 import rcic_fastai.run.explain # noqa: F401 it gives runs the method `explain`
 from ..run.folder import Run, treatment_names
 from .core import JudgedRun
-from .html import figure, note, notebook_page, percent, table
+from .html import figure, note, parts_page, percent, table
 
 # %% ../../nbs/82_report.explain.ipynb #2f7095bd
 def _over(x, m, limits):
@@ -138,11 +137,7 @@ def explained_page(
     n:int=12 # pictures at most
 ) -> str: # HTML that loads nothing
     "One page about wells."
-    out = [nbformat.v4.new_output('display_data', {'text/html': p.data}) for p in explained_parts(e, names, n)]
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# Where the network looks', id='kicker'),
-                                         nbformat.v4.new_markdown_cell('## Wells', id='title'),
-                                         nbformat.v4.new_code_cell('', outputs=out, id='parts')])
-    return notebook_page(nb, title, code=False, what='looked at ', beside=False)
+    return parts_page('Where the network looks', {'Wells': explained_parts(e, names, n)}, title)
 
 # %% ../../nbs/82_report.explain.ipynb #389dfa89
 _columns = 'site_id,id_code,class,probability,evidence'

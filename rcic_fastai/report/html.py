@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['figure', 'percent', 'interval', 'duration', 'with_interval', 'table', 'heading', 'note', 'tiles', 'beside',
-           'pictures', 'ThisPython', 'with_parameters', 'execute_notebook', 'source_date', 'notebook_page']
+           'pictures', 'ThisPython', 'with_parameters', 'execute_notebook', 'source_date', 'notebook_page',
+           'parts_page']
 
 # %% ../../nbs/80_report.html.ipynb #9621f927
 import ast, base64, html, io, os, re, sys, tempfile
@@ -13,8 +14,8 @@ from datetime import datetime, timezone
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -22,8 +23,7 @@ from IPython.display import HTML
 from PIL import Image
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
-from nbclient.exceptions import CellControlSignal, CellExecutionError, CellTimeoutError, DeadKernelError
+if TYPE_CHECKING: import nbformat # at run time where it is used: importing it takes as long as importing torch
 
 from ..errors import counted
 
@@ -202,13 +202,14 @@ def _literals(parameters):
 
 # %% ../../nbs/80_report.html.ipynb #7c7dbf1a
 def with_parameters(
-    nb:nbformat.NotebookNode, # notebook
+    nb:'nbformat.NotebookNode', # notebook
     parameters:dict # names of Python variables and plain values
-) -> nbformat.NotebookNode: # a copy without outputs
+) -> 'nbformat.NotebookNode': # a copy without outputs
     """A notebook whose first code cell sets variables, in place of a cell tagged `parameters` or `injected-parameters`.
 
     Raises: ValueError for a value that is not plain.
     """
+    import nbformat
     nb = nbformat.from_dict({**nb, 'cells': [c.copy() for c in nb.cells]})
     tags = lambda c: set(c.metadata.get('tags', ()))
     cell = nbformat.v4.new_code_cell(_literals(parameters), id='parameters',
@@ -229,6 +230,7 @@ def _heading(source, level=2):
 
 def _settled(outputs):
     "Outputs as they are on each run: printed text comes in one piece, and a warning names its cell without a number"
+    from nbformat.v4 import new_output
     out:list = []
     for printed, run in groupby(outputs, lambda o: o.output_type=='stream'):
         text:dict = {}
@@ -236,7 +238,7 @@ def _settled(outputs):
             if printed: text[o.name] = text.get(o.name, '')+o.text
             else: out.append(o)
         cell = re.compile(r'[^\s"]*ipykernel_\d+[\\/]\d+\.py')
-        out += [nbformat.v4.new_output('stream', name=k, text=cell.sub('cell', text[k]))
+        out += [new_output('stream', name=k, text=cell.sub('cell', text[k]))
                 for k in sorted(text, reverse=True)] # stdout first
     return out
 
@@ -265,7 +267,7 @@ def _stopped(nb, e, timeout, log):
     first = next((i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and not c.execution_count), len(nb.cells))
     titles = [_heading(c.source) for c in nb.cells[:first] if c.cell_type == 'markdown']
     section = next((t for t in reversed(titles) if t), 'before the first section')
-    slow = isinstance(e, CellTimeoutError)
+    slow = isinstance(e, TimeoutError)
     why = f'a cell took longer than {timeout} s' if slow else f'the kernel died{f" ({last})" if last else ""}'
     return f'{why}, after section "{section}" had begun; no page was written'
 
@@ -278,15 +280,17 @@ def _failed(nb, e):
 
 # %% ../../nbs/80_report.html.ipynb #bef4ce7d
 def execute_notebook(
-    nb:nbformat.NotebookNode, # changed in place: its outputs are filled in
+    nb:'nbformat.NotebookNode', # changed in place: its outputs are filled in
     timeout:float=None, # seconds a cell may take; None: as long as it needs
     name:str='the notebook', # for messages
     date:datetime=None # of pictures that have one, instead of now
-) -> nbformat.NotebookNode: # the same
+) -> 'nbformat.NotebookNode': # the same
     """Run all cells in a fresh kernel of this Python, in a fresh empty folder.
 
     Raises: ValueError naming the section in which a cell failed, took too long, or took the kernel with it.
     """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellControlSignal, CellExecutionError, CellTimeoutError, DeadKernelError
     with tempfile.TemporaryDirectory() as fresh, tempfile.TemporaryFile('w+', errors='replace') as log:
         work = Path(fresh)/'work'
         work.mkdir()
@@ -341,7 +345,7 @@ def _sections(nb):
 
 # %% ../../nbs/80_report.html.ipynb #1b4e6722
 def notebook_page(
-    nb:nbformat.NotebookNode, # executed
+    nb:'nbformat.NotebookNode', # executed
     name:str, # what the page is about, the largest heading
     code:bool=True, # code behind "show code"? else without it
     date:datetime=None, # on the page; by default that of SOURCE_DATE_EPOCH, or now
@@ -349,6 +353,7 @@ def notebook_page(
     beside:bool=True # will the notebook lie next to the page? then the page says so
 ) -> str: # HTML that loads nothing
     "An executed notebook as one self-contained page."
+    import nbformat
     from nbconvert import HTMLExporter # takes a second to import
     from pygments.formatters import HtmlFormatter
     import rcic_fastai
@@ -366,3 +371,18 @@ def notebook_page(
                 date=' '.join(f'{date.day} {date:%B %Y, %H:%M} {date:%Z}'.split()), iso=f'{date:%Y-%m-%dT%H:%M%z}',
                 highlight=HtmlFormatter(style='friendly').get_style_defs('.highlight'))
     return exporter.from_notebook_node(nb, resources=dict(page=page))[0]
+
+# %% ../../nbs/80_report.html.ipynb #44d95bbf
+def parts_page(
+    title:str, # what kind of page it is, a line above the largest heading
+    sections:dict, # heading of a section -> its parts
+    name:str # what the page is about, the largest heading
+) -> str: # HTML that loads nothing
+    "Parts under headings as one self-contained page, like that of `notebook_page`; nothing is executed."
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+    nb = new_notebook(cells=[new_markdown_cell(f'# {title}', id='kicker')])
+    for i, (above, parts) in enumerate(sections.items()):
+        out = [new_output('display_data', {'text/html': p.data}) for p in parts]
+        nb.cells += [new_markdown_cell(f'## {above}', id=f'title{i}'),
+                     new_code_cell('', outputs=out, id=f'parts{i}')]
+    return notebook_page(nb, name, code=False, what='looked at ', beside=False)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 from IPython.display import HTML
@@ -25,7 +24,7 @@ from ..data.store import read_site
 from ..quality.core import FAULTS, Quality, screen_quality
 from .accuracy import plate_grid, plot_plate, worst_plates
 from .core import JudgedRun
-from .html import beside, figure, heading, note, notebook_page, percent, pictures, table, tiles
+from .html import beside, figure, heading, note, parts_page, percent, pictures, table, tiles
 
 # %% ../../nbs/82_report.quality.ipynb #9eb9d223
 _meaning = {
@@ -199,12 +198,7 @@ def quality_page(
     q:Quality # of a screen
 ) -> str: # HTML that loads nothing
     "One page about the images of a screen."
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# Quality of the images', id='kicker')])
-    for i, (title, parts) in enumerate(_cells(q)):
-        out = [nbformat.v4.new_output('display_data', {'text/html': p.data}) for p in parts]
-        nb.cells += [nbformat.v4.new_markdown_cell(f'## {title}', id=f'title{i}'),
-                     nbformat.v4.new_code_cell('', outputs=out, id=f'parts{i}')]
-    return notebook_page(nb, Path(q.screen.path).resolve().name, code=False, what='looked at ', beside=False)
+    return parts_page('Quality of the images', dict(_cells(q)), Path(q.screen.path).resolve().name)
 
 # %% ../../nbs/82_report.quality.ipynb #18ab0049
 _tables = {'qc.csv': 'id_code,site,', 'wells.csv': 'id_code,split,', 'outliers.csv': 'id_code,site,',
