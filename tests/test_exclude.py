@@ -8,6 +8,7 @@ import pytest
 from fastai.callback.core import Callback
 
 from rcic_fastai.cli import core as cli
+from rcic_fastai.cli.kaggle import rcic_kaggle
 from rcic_fastai.recipe.published import get_recipe, laptop_recipe
 from rcic_fastai.run.blend import blend_runs
 from rcic_fastai.run.predict import Run
@@ -93,3 +94,33 @@ def test_what_one_run_left_out_counts_nowhere_in_a_blend(small_screen, tmp_path)
         assert w.iloc[0] not in blend.valid_wells and len(blend.valid_wells) == len(w)-1
         assert "3 sites left out" in repr(blend) and set(blend.screen.left_out) == set(gone)
         assert not report.agreement.isna().any()  # they are no folds
+
+
+def test_predictions_leave_out_sites_of_wells_to_predict(small_screen, small_run, tmp_path, capsys):
+    import shutil
+
+    run, screen = shutil.copytree(small_run, tmp_path / "run"), read_screen(small_screen)
+    cli.rcic_predict(run=run, debug=True)
+    before = Run(run, screen).kept("test")
+    test = screen.sites(screen.wells[(screen.wells.split == "test") & (screen.wells.well_type == "treatment")])
+    some, whole = test.id_code.iloc[0], test.id_code.iloc[-1]  # the second has no other site left, and stays
+    pd.DataFrame(dict(id_code=[some, whole, whole], site=[1, 1, 2])).to_csv(tmp_path / "qc.csv", index=False)
+    capsys.readouterr()
+    cli.rcic_predict(run=run, exclude=tmp_path / "qc.csv", debug=True)
+    assert "1 site is left out" in capsys.readouterr().out
+    after = Run(run, screen).kept("test")
+    assert set(before.ids) - set(after.ids) == {f"{some}_1"} and set(after.wells().ids) == set(before.wells().ids)
+    cli.rcic_submit(run=run, out=tmp_path / "submission.csv", debug=True)
+    assert "1 site left out" in capsys.readouterr().out
+
+
+def test_a_kernel_is_told_what_to_leave_out(tmp_path):
+    table, asked = tmp_path / "qc.csv", dict(user="ada", no_wheel=True, debug=True)
+    table.write_text("id_code,site,channel,exclude\nA_1_B02,1,1,True\nA_1_B02,1,2,True\nA_1_B03,2,1,False\n")
+    for name, exclude, said in (("plain", None, "{}"), ("some", table, "{'id_code': ['A_1_B02'], 'site': [1]}")):
+        rcic_kaggle("build", folder=tmp_path / name, exclude=exclude, **asked)
+        cells = json.loads((tmp_path / name / "kernel.ipynb").read_text())["cells"]
+        assert sum(f"\nEXCLUDE = {said}" in c["source"] for c in cells) == 1
+    table.write_text("well\nB02\n")
+    with pytest.raises(ValueError, match="column id_code is missing"):
+        rcic_kaggle("build", folder=tmp_path / "other", exclude=table, **asked)

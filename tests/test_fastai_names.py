@@ -50,7 +50,8 @@ exec({USUAL!r}, before)
 ours.pop('__builtins__')
 import builtins, json
 print(json.dumps(dict(
-    n=len(usual), slow=[m for m in ('nbformat', 'nbclient', 'nbconvert') if m in sys.modules], classes=len(classes), ours=len(ours),
+    n=len(usual), classes=len(classes), ours=len(ours),
+    slow=[m for m in ('nbformat', 'nbclient', 'nbconvert') if m in sys.modules],
     replaced=[n for n in usual if n != '__builtins__' and after[n] is not usual[n]],
     lost=[n for n in ours if before[n] is not ours[n]],
     builtins=[n for n in ours if hasattr(builtins, n)],

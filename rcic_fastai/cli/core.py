@@ -583,6 +583,7 @@ def rcic_predict(
     bagging:str=None, # batch sizes of repeated passes for batchnorm 'batch', separated by commas
     postprocess:str=None, # centers, center_plate, shrink_plate, center_experiment, sphering, tvn: cosines to centres
     tta:str=None, # views per site, 1 to 64, or a group: d4, s4, hpa_first_place; by default what the recipe says
+    exclude:Path=None, # table of sites or wells that count nowhere, such as qc.csv of rcic-qc
     present_only:bool=False, # use the sites whose files are all there
     device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
     debug:bool=False, # show the traceback of an error
@@ -592,8 +593,10 @@ def rcic_predict(
     sizes = _numbers(bagging, 'bagging', low=2) if bagging else None
     settings = dict(batchnorm=batchnorm, domain=domain, bagging=sizes, postprocess=postprocess)
     views, finished = int(tta) if tta and tta.isdecimal() else tta, Run(run, data)
+    if exclude is not None: finished = finished.without(exclude)
     _say(finished.predict(split, tta=views, present_only=present_only or None, say=_say, **settings))
-    _say(f'Written: {finished.predictions_path(split)}')
+    out = counted(len(finished.screen.left_out), 'sites are left out')
+    _say(f'Written: {finished.predictions_path(split)}{f"; {out}" if finished.screen.left_out else ""}')
 
 # %% ../../nbs/91_cli.core.ipynb #40ed2245
 def _say_separation(profiles):
@@ -787,6 +790,7 @@ def rcic_apply(
     files:str=None, # how images are named; by default as in the screen of the run
     column:_Repeated=None, # what the table calls a column, such as treatment=Compound; by default as there
     negative:_Repeated=None, # treatment that is a negative control; may be repeated; by default as there
+    exclude:Path=None, # table of sites or wells that count nowhere, such as qc.csv of rcic-qc on these plates
     error_rate:float=.05, # share of the wells kept in submission_wells.csv that may be wrong
     no_report:bool=False, # write no page
     device:str=None, # cpu, cuda, cuda:1 or mps; by default a GPU if there is one
@@ -795,7 +799,7 @@ def rcic_apply(
     "A finished run on plates that were imaged later: described like its own, predicted, labelled, reported."
     from rcic_fastai.report.apply import apply_run
     asked:dict = dict(files=files, columns=_pairs(column, 'column'), negative=negative or ())
-    answers = apply_run(run, data, out, table, not no_report, error_rate, say=_say, **asked)
+    answers = apply_run(run, data, out, table, exclude, not no_report, error_rate, say=_say, **asked)
     _say(answers.head(20).to_string(index=False))
     if len(answers) > 20: _say(f'... {counted(len(answers)-20, "more wells")} in {out}/submission_wells.csv')
 

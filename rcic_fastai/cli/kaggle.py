@@ -47,6 +47,13 @@ def _first_cell(
     "Settings that a person may change in the notebook"
     return dict(VALID=valid, TARGET=target, PRESENT_ONLY=present_only, HOURS=hours)
 
+def _excluded(table):
+    "The sites or wells of a table as a setting of the notebook, {} without one"
+    if table is None: return {}
+    from rcic_fastai.screen.exclude import excluded_rows
+    rows = excluded_rows(table)
+    return rows[[c for c in ('id_code', 'site') if c in rows]].drop_duplicates().to_dict('list')
+
 def _recipe_of_kernel(
     recipe:str=None, # of a kernel that trains: name of a system or a JSON file; by default resnet10t_domain_batches
     set:_Repeated=None, # change a setting of the recipe, such as train.epochs=5; may be repeated
@@ -94,6 +101,7 @@ def rcic_kaggle(
     kind:str='train', # of build: train, or infer for a kernel that only loads weights
     recipe:dict=None, # from `_recipe_of_kernel`
     values:dict=None, # from `_first_cell`
+    exclude:Path=None, # of build: table of sites or wells that count nowhere, such as qc.csv of rcic-qc
     go_on:bool=False, # attach the output of the last version, to resume its training
     run:Path=None, # of kind infer: finished run; its weights are written for `kaggle datasets create`
     weights:str=None, # of kind infer: USER/NAME of the dataset of weights; by default named after the title
@@ -107,7 +115,7 @@ def rcic_kaggle(
     "A notebook for Kaggle that carries this library: build it, upload it, ask how it goes, fetch what it wrote."
     if action != 'build': return _run_client(action, folder, to)
     from rcic_fastai.kaggle.core import build_kernel
-    chosen, values = _chosen(kind, recipe), values if kind == 'train' else {}
+    chosen, values = _chosen(kind, recipe), {**(values if kind == 'train' else {}), 'EXCLUDE': _excluded(exclude)}
     meta = build_kernel(folder, kind, chosen, run, weights, user, title, go_on=go_on, values=values, **attached, **how)
     _say_built(folder, meta, chosen, attached['datasets'])
 

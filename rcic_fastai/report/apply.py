@@ -14,6 +14,7 @@ import torch
 
 from ..files import check_output
 from ..screen.describe import describe_screen
+from ..screen.exclude import left_out_sentence
 from ..run.folder import Run
 from ..run.submit import side_table_path, submit_run
 from .core import make_report
@@ -39,6 +40,7 @@ def apply_run(
     images:str|Path, # folder of the later images
     out:str|Path, # folder to write: screen.json, submission.csv, submission_wells.csv and report.html
     table:str|Path=None, # the plate map; None: the only table of the folder of the images
+    exclude:str|Path|pd.DataFrame=None, # sites or wells that count nowhere: id_code, maybe site, such as their qc.csv
     report:bool=True, # write a page about the run on these plates?
     error_rate:float=.05, # share of the wells kept that may be wrong, 0 to 1
     device:str|torch.device=None, # by default fastai's default device
@@ -54,8 +56,9 @@ def apply_run(
     trained, out = Run(run), check_output(out, run)
     screen = describe_screen(images, table, out=out, like=_described(trained), say=say, **described)
     _require_unknown(screen)
-    later = Run(trained, screen)
+    later = Run(trained, screen) if exclude is None else Run(trained, screen).without(exclude)
+    if exclude is not None: say(left_out_sentence(later.screen) or 'Nothing is left out')
     later.predict('test', device=device, progress=progress, say=say)
-    written = submit_run(later, screen, out/'submission.csv', say=say, error_rate=error_rate)
+    written = submit_run(later, later.screen, out/'submission.csv', say=say, error_rate=error_rate)
     if report: say(f'Written: {make_report(later, out/"report.html", screen.path, say=say)}')
     return pd.read_csv(side_table_path(written))

@@ -311,6 +311,8 @@ def run_facts(
     facts, threads = {**_of_data(c), **(_of_blend(c) if c.blend else _of_network(c))}, torch.get_num_threads()
     out = c.info.get('left_out')
     if out: facts['left out'] = f'{counted(len(out), "sites")}, of the training and of all that is judged'
+    more = {s for p in c.predictions.values() for s in p.made.get('left_out', ())}-set(out or ())
+    if more: facts['left out of the predictions'] = counted(len(more), 'sites')
     if c.info.get('versions'): facts['versions'] = ', '.join(f'{k} {v}' for k, v in c.info['versions'].items())
     gpu = torch.cuda.is_available()
     cpu = f'a CPU, {counted(threads, "threads")}'

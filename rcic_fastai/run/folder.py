@@ -24,7 +24,7 @@ from ..files import naming, read_arrays, user_path
 from ..locations import as_address, is_address
 from ..screen.channels import channel_file, channel_name, grey_limits
 from ..screen.core import Screen
-from ..screen.exclude import without_sites
+from ..screen.exclude import leave_out, without_sites
 from ..screen.sites import present_sites
 from ..screen.planes import resize_site
 from ..screen.read import read_screen
@@ -111,6 +111,13 @@ def screen(self:Run) -> Screen:
         self._left = True # before it is asked whose screen this is
         if self.has_own_screen: self._data = without_sites(self._data, self.info['left_out'])
     return self._data
+
+@patch
+def without(self:Run,
+    table:str|Path|pd.DataFrame # id_code, and maybe `site` and `exclude`; such as qc.csv of the plates to predict
+) -> Run: # the same run on its screen without them
+    "Sites that count nowhere in what is predicted; a well to predict keeps what it has if nothing else is left of it."
+    return Run(self.path, leave_out(self.screen, table, predicted=True))
 
 def run_data(
     run:str|Path, # a run folder
@@ -342,7 +349,7 @@ def check_predicted(self:Run,
         more = f' (and {len(lost)-1:,} more)' if len(lost) > 1 else ''
         raise ValueError(f'{path}: {"well" if well else "site"} {lost[0]} is not in {screen.path}{more}')
     asked = sites[sites.split == ('train' if split == 'valid' else split)] # WILDS splits the sites of a well
-    left_out = asked[:0] if well else asked[~asked.site_id.isin(p.ids)]
+    left_out = asked[:0] if well else asked[~asked.site_id.isin([*p.ids, *p.made.get('left_out', ())])]
     if len(left_out): left_out = present_sites(left_out, screen.channels)[0] # others cannot be predicted
     if not len(left_out): return p
     raise ValueError(f'{path}: site {left_out.site_id.iloc[0]} is missing, and other sites of its well are there: '

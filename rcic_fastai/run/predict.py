@@ -125,6 +125,7 @@ def predict(self:Run,
         else: p = _predict_network(self.with_inference(**settings), split, **how)
         p.made = dict(run=self.path.name, recipe=self.recipe.name, split=split, **p.made)
         if self.beside: p.made['data'] = noted_path(self.data, self.path)
+        if self.screen.left_out: p.made['left_out'] = list(self.screen.left_out)
         _note_temperature(self, split, p)
         p.save(self.predictions_path(split))
     return p

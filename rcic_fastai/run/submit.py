@@ -179,7 +179,8 @@ def submit_run(
     _name_treatments(written, run)
     _write_side_table(run, p, table, how, written, error_rate, say)
     _say_how(run, table, how, method, say)
-    say(f'Written: {written}, {counted(len(table), "wells")}')
+    out = f'; {counted(len(left), "sites")} left out' if (left := p.made.get('left_out')) else ''
+    say(f'Written: {written}, {counted(len(table), "wells")}{out}')
     return written
 
 # %% ../../nbs/78_run.submit.ipynb #c8d2e5f3

@@ -99,9 +99,11 @@ _ROLE_OF = {key: role for role, keys in _KEYS.items() for key in keys.split()}
 
 def _split_numbers(column):
     "Columns of letters and of numbers, for words that differ in their numbers only"
-    if len(set(column)) == 1 and not re.fullmatch(r'(?i)(s|f|site|field|fov)\d+', column[0]): return [column]
-    if len({re.sub(r'\d+', '#', w) for w in column}) > 1: return [column]
-    return [list(c) for c in zip(*(re.findall(r'\d+|\D+', w) for w in column))]
+    each = set(column) # the same words come again and again
+    if len(each) == 1 and not re.fullmatch(r'(?i)(s|f|site|field|fov)\d+', column[0]): return [column]
+    if len({re.sub(r'\d+', '#', w) for w in each}) > 1: return [column]
+    parts = {w: re.findall(r'\d+|\D+', w) for w in each}
+    return [list(c) for c in zip(*map(parts.__getitem__, column))]
 
 def _role_by_key(columns, i):
     "What the letters before a column of numbers say: in the same word, or the word before; and what they are"
