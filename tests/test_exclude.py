@@ -117,7 +117,7 @@ def test_predictions_leave_out_sites_of_wells_to_predict(small_screen, small_run
 def test_a_kernel_is_told_what_to_leave_out(tmp_path):
     table, asked = tmp_path / "qc.csv", dict(user="ada", no_wheel=True, debug=True)
     table.write_text("id_code,site,channel,exclude\nA_1_B02,1,1,True\nA_1_B02,1,2,True\nA_1_B03,2,1,False\n")
-    for name, exclude, said in (("plain", None, "{}"), ("some", table, "{'id_code': ['A_1_B02'], 'site': [1]}")):
+    for name, exclude, said in (("plain", None, "{}"), ("some", table, "{'id_code': ['A_1_B02'], 'site': ['1']}")):
         rcic_kaggle("build", folder=tmp_path / name, exclude=exclude, **asked)
         cells = json.loads((tmp_path / name / "kernel.ipynb").read_text())["cells"]
         assert sum(f"\nEXCLUDE = {said}" in c["source"] for c in cells) == 1
