@@ -4013,6 +4013,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'rcic_fastai/screen/formats_indexed.py')},
             'rcic_fastai.screen.formats_names': { 'rcic_fastai.screen.formats_names._field_pattern': ( 'screen.formats_names.html#_field_pattern',
                                                                                                        'rcic_fastai/screen/formats_names.py'),
+                                                  'rcic_fastai.screen.formats_names._grid_fields': ( 'screen.formats_names.html#_grid_fields',
+                                                                                                     'rcic_fastai/screen/formats_names.py'),
                                                   'rcic_fastai.screen.formats_names._incell_channels': ( 'screen.formats_names.html#_incell_channels',
                                                                                                          'rcic_fastai/screen/formats_names.py'),
                                                   'rcic_fastai.screen.formats_names._value_pattern': ( 'screen.formats_names.html#_value_pattern',

@@ -94,6 +94,9 @@ LAYOUTS = {
                   ["X_150619170001/X_150619170001_A01f01o1.TIF"]),
     "gen5": (["230125_110321_X", "230126_090000_Y"], "<P>/{w0}{c}_01_<C>_001.tif",
              ["1_{f}_DAPI", "2_{f}_Bright Field"], ["230125_110321_X/A1_-2_1_1_Stitched[DAPI 377,447]_001.tif"]),
+    "leica": ("XY", "<P>/slide--S00/image--L00--S00--U0{c0}--V0{r0}--J08--E00--O00--X0{f}--Y00--T00--Z00--C0<C>.ome.tif",
+              "01", []),
+    "scanr": ("XY", "<P>/data/{w0}{c}--W0000{n}--P0000{f}--Z00000--T00000--<C>.tif", ["DAPI", "FITC"], []),
     "bd-pathway": (["2009-09-21_000", "2009-09-22_000"], "<P>/Well {w}/<C> - n00000{f}.tif",
                    ["Alexa 488 - Confocal", "Hoechst"], []),
     "rxrx": ("12", "images/HUVEC-1/Plate<P>/{w}_s{f}_w<C>.png", "12", []),
@@ -109,7 +112,8 @@ def named(system):
         for p, plate in enumerate(plates):
             for k, channel in enumerate(channels):
                 name = template.replace("<P>", plate).replace("<C>", channel)
-                yield p, w, f, k, name.format(w=w, w0=w[0], r=r, c=c, f=f, n=f"{24 * (r - 1) + c:04}")
+                yield p, w, f, k, name.format(w=w, w0=w[0], r=r, c=c, r0=r - 1, c0=c - 1, f=f,
+                                              n=f"{24 * (r - 1) + c:04}")
 
 
 def names_of(system):
@@ -242,6 +246,14 @@ def test_wells_in_every_spelling():
     assert len(set(map(well_name, every))) == 1536 and [well_name(w) for w in every] == every
     for wrong in ("", "A", "A0", "A49", "AG1", "1A", "well", "r00c01", "033001", "A1B"):
         with pytest.raises(ValueError, match="is no well|is not on a plate"): well_name(wrong)
+
+
+def test_rows_and_columns_that_count_from_0(tmp_path):
+    for r, c in ((0, 0), (0, 1), (1, 0)): Image.new("L", (4, 4)).save(tmp_path / f"r{r}_c{c}_f0_DAPI.png")
+    found = find_images(tmp_path, files="r{row0}_c{column0}_f{site}_{channel}.png")
+    assert found.images.well.tolist() == ["A01", "A02", "B01"]
+    with pytest.raises(ValueError, match=r"r0_c0_f0_DAPI\.png: row 0 and column 0 count from 0.*say \{row0\}"):
+        find_images(tmp_path, files="r{row}_c{column}_f{site}_{channel}.png")
 
 
 def test_six_silent_errors(tmp_path):

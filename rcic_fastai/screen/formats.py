@@ -19,8 +19,8 @@ from .formats_core import image_names, IMAGE_SUFFIXES, ImageSet, list_folder, Li
 from .formats_core import match_listing, _some, System
 from .formats_guess import guess_names
 from .formats_indexed import cellvoyager, cq1, harmony, load_data, metaxpress
-from .formats_names import bd_pathway, cellomics, columbus, gen5, incell, incell_full
-from .formats_names import names_regex, pattern_images, protein_atlas, rxrx
+from .formats_names import bd_pathway, cellomics, columbus, gen5, incell, incell_full, leica
+from .formats_names import names_regex, pattern_images, protein_atlas, rxrx, scanr
 from .formats_stacks import has_stacks, ome_zarr, open_stacks, rxrx_rows, tiff_planes
 from .image_table import image_table
 from .name_parts import name_parts
@@ -102,8 +102,7 @@ any_names = System('names', 'Any names that can be told apart', 'Plate1/A01_s1_D
 # %% ../../nbs/14_screen.formats.ipynb #2525b6d9
 SYSTEMS = {s.name: s for s in (
     ome_zarr, rxrx_rows, load_data, harmony, columbus, cellvoyager, cq1, metaxpress, incell, incell_full, cellomics,
-    gen5,
-    bd_pathway, rxrx, protein_atlas, ome_tiff, tiff_stack, any_names)}
+    gen5, leica, scanr, bd_pathway, rxrx, protein_atlas, ome_tiff, tiff_stack, any_names)}
 
 def systems_table() -> pd.DataFrame: # index: the name; columns `system`, `example`
     "All systems, with the path of an image."

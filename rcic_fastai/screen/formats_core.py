@@ -204,12 +204,16 @@ class System:
 _SKIPPED = (('thumbnails', re.compile(r'(?i)_thumb|(^|/)thumb(nail)?s?[/_]'), 'thumb'),)
 
 def said_well(
-    said:Mapping[str, str], # parts of a name: well, or row and column, or number
+    said:Mapping[str, str], # parts of a name: well, or row and column, row0 and column0 from 0, or number
     columns:int=None, # of the plate, for wells that are counted
 ) -> str: # such as 'B03'
     "The well that a name says. Raises: as `well_name`."
     row = said.get('row', '')
+    if row.strip('0') == '' != row or said.get('column', '1').strip('0') == '':
+        raise ValueError(f'row {row} and column {said["column"]} count from 0, and wells from 1: say {{row0}} and '
+                         '{column0} instead of {row} and {column}')
     well = said.get('well') or (f'r{row}c{said["column"]}' if row.isdigit() else f'{row}{said.get("column", "")}')
+    if 'row0' in said: well = f'r{int(said["row0"])+1}c{int(said["column0"])+1}'
     if 'number' in said: well = f'W{int(said["number"]):04}'
     return well_name(well, columns)
 
@@ -293,10 +297,14 @@ def plate_names(
 # %% ../../nbs/11_screen.formats_core.ipynb #cbd69a1f
 def _wells(said, columns):
     "The wells of names; the same few are named over and over"
-    parts = said[[c for c in ('well', 'row', 'column', 'number') if c in said]]
+    parts = said[[c for c in ('well', 'row', 'column', 'row0', 'column0', 'number') if c in said]]
     numbers, first = distinct_rows(parts, parts.columns)
     few = [{k: v for k, v in r.items() if isinstance(v, str)} for r in parts.iloc[first].to_dict('records')]
-    return pd.Series([said_well(r, columns) for r in few], dtype='str').array[numbers]
+    names = []
+    for path, parts_of_one in zip(said.index[first], few):
+        try: names.append(said_well(parts_of_one, columns))
+        except ValueError as e: raise ValueError(f'{path}: {e}') from None
+    return pd.Series(names, dtype='str').array[numbers]
 
 def names_table(
     said:pd.DataFrame, # parts of names, from `match_names`
