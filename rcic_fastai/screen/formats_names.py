@@ -69,7 +69,8 @@ def pattern_images(
     said, others, skipped = match_listing(listing, names_regex(files, listing.known))
     if not len(said): return ImageSet(image_table(()), skipped=skipped), others
     table = names_table(said, listing.columns)
-    return ImageSet(image_table(table[[c for c in table if c not in ('row', 'column', 'row0', 'column0')]]), skipped=skipped), others
+    kept = [c for c in table if c not in ('row', 'column', 'row0', 'column0')]
+    return ImageSet(image_table(table[kept]), skipped=skipped), others
 
 # %% ../../nbs/12_screen.formats_names.ipynb #62624653
 _WHERE, _TIF = r'(?P<where>(?:[^/]+/)*?)', r'\.(?i:tiff?)'
