@@ -4414,6 +4414,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'rcic_fastai/screen/platemap.py'),
                                              'rcic_fastai.screen.platemap._plain': ( 'screen.platemap.html#_plain',
                                                                                      'rcic_fastai/screen/platemap.py'),
+                                             'rcic_fastai.screen.platemap._plain_names': ( 'screen.platemap.html#_plain_names',
+                                                                                           'rcic_fastai/screen/platemap.py'),
                                              'rcic_fastai.screen.platemap._plate_numbers': ( 'screen.platemap.html#_plate_numbers',
                                                                                              'rcic_fastai/screen/platemap.py'),
                                              'rcic_fastai.screen.platemap._require_controls': ( 'screen.platemap.html#_require_controls',

@@ -371,7 +371,7 @@ def test_damaged_indexes_and_headers_name_the_file(tmp_path):
 
 def test_tables_with_a_row_per_site(tmp_path):
     "BBBC021 has no column for sites, and BBBC022 calls the well a position"
-    for i in range(4): tifffile.imwrite(tmp_path / f"{i}.tif", np.zeros((4, 4), np.uint16))
+    for i in range(4): tifffile.imwrite(tmp_path / f"{i}.tif", np.eye(4, dtype=np.uint16))
     columns = {"ImageNumber": [1, 2], "Image_FileName_DAPI": ["0.tif", "1.tif"], "Image_PathName_DAPI": "Week1/x",
                "Image_FileName_Actin": ["2.tif", "3.tif"], "Image_PathName_Actin": "Week1/x",
                "Image_Metadata_Plate_DAPI": "Week1_22123",
@@ -381,6 +381,8 @@ def test_tables_with_a_row_per_site(tmp_path):
     assert images[["plate", "well", "field", "channel", "path"]].values.tolist() == [
         ["Week1_22123", "B02", 1, "Actin", "2.tif"], ["Week1_22123", "B02", 1, "DAPI", "0.tif"],
         ["Week1_22123", "B02", 2, "Actin", "3.tif"], ["Week1_22123", "B02", 2, "DAPI", "1.tif"]]
+    described = describe_screen(tmp_path, out=tmp_path / "out", say=lambda *a: None)
+    assert len(described.sites()) == 2 and described.wells[["plate", "well"]].values.tolist() == [[1, "B02"]]
 
 
 def test_a_zarr_plate_is_not_walked(tmp_path):

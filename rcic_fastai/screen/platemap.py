@@ -33,7 +33,7 @@ _treatment_names = (
     ('compoundname', 'treatmentname', 'drugname', 'sirnaname', 'genename', 'perturbationname',
      'samplename', 'moleculename', 'pertiname', 'sourcecompoundname'),
     ('sample', 'compoundid', 'treatmentid', 'drugid', 'sirnaid', 'perturbationid', 'genesymbol', 'perturbagen',
-     'molecule', 'reagent', 'condition', 'broadsample', 'pertid', 'jcp2022'))
+     'molecule', 'reagent', 'condition', 'broadsample', 'broadid', 'pertid', 'jcp2022'))
 
 def _plain(name):
     "Small letters and digits, without the prefixes that CellProfiler gives"
@@ -58,16 +58,21 @@ def _are_wells(values):
     try: return all(map(well_name, values[~counted].unique()))
     except ValueError: return False
 
+def _plain_names(own):
+    "Each `_plain`, without the channel that a table with a row per site may add: `Image_Metadata_Well_DAPI`"
+    channel = '|'.join(re.escape(m[1]) for c in own if (m := re.fullmatch(r'.*(?:FileName|URL)_(?:Orig)?(.+)', str(c))))
+    return {c: _plain(re.sub(rf'(Metadata_.+)_(?:{channel})$', r'\1', str(c))) for c in own}
+
 def _known_columns(own, columns, table=None):
     "Which column of a table stands for each name of the schema; of several for the well, one that names wells"
-    free, found = [c for c in own if c not in columns.values()], {}
+    free, found = {c: p for c, p in _plain_names(own).items() if c not in columns.values()}, {}
     for ours, known in _aliases.items():
-        candidates = sorted((c for c in free if _plain(c) in known), key=lambda c: known.index(_plain(c)))
+        candidates = sorted((c for c, p in free.items() if p in known), key=lambda c: known.index(free[c]))
         if ours == 'well' and table is not None:
             candidates = [c for c in candidates if _are_wells(table[c])] or candidates
         if columns.get(ours) or candidates: found[ours] = columns.get(ours) or candidates[0]
     for names in _treatment_names:
-        candidates = [c for c in free if _plain(c) in names]
+        candidates = [c for c, p in free.items() if p in names]
         if 'treatment' not in found and len(candidates) == 1: found['treatment'] = candidates[0]
     if columns.get('treatment') == '': found.pop('treatment', None)
     return found
