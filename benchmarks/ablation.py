@@ -1,7 +1,8 @@
 """What carries the default recipe: each ingredient taken away, larger budgets, and networks without BatchNorm.
 
-`make bench NAME=ablation` runs it on the hard screens of both families, 50 to 60 minutes of CPU per seed. It can be
-stopped and started again: a training that has finished is kept in `--work`, and the page is written anew after each.
+`make bench NAME=ablation` runs it on the hard screens of both families, two hours of CPU per seed. It can be stopped
+and started again, on another machine too: a training whose row is in the table is not done again (unless `--anew`), and
+table and page are written anew after each.
 Learning rates of the networks without BatchNorm come from `--select`: held-out training experiments of another screen.
 """
 
@@ -59,9 +60,8 @@ def contestants(budgets, design=DESIGN, rates=None):
             out |= {KEY.format(f"{k}, histograms alone", views): (r, dict(postprocess=None)),
                     KEY.format(f"{k}, centring too", views): (r, {})}
     out |= {KEY.format(f"without {k}", small): (default, v) for k, v in PREDICTED_WITHOUT.items()}
-    views = lambda name: int(name.rpartition(" at ")[2].replace(",", ""))
     network = lambda name: next((n for k, (n, _) in NETWORKS.items() if name.startswith(k)), {})
-    return {k: (within_budget(r, views(k), design, **network(k)), i, every) for k, (r, i) in out.items()}
+    return {k: (within_budget(r, split_name(k)[1], design, **network(k)), i, every) for k, (r, i) in out.items()}
 
 
 def table_of(results):
@@ -69,10 +69,29 @@ def table_of(results):
     rows = []
     for (strength, seed, _), out in results:
         for r in out["rows"]:
-            method, _, views = r["method"].rpartition(" at ")
-            rows.append({"strength": strength, "method": method, "views": int(views.replace(",", "")), "seed": seed,
+            method, views = split_name(r["method"])
+            rows.append({"strength": strength, "method": method, "views": views, "seed": seed,
                          **{s: r[s] for s in STEPS}, "seconds": out["train_seconds"] + out["predict_seconds"]})
     return pd.DataFrame(rows)
+
+
+def split_name(name):
+    "Method and images shown of a contestant such as 'default at 8,000'"
+    method, _, views = name.rpartition(" at ")
+    return method, int(views.replace(",", ""))
+
+
+def earlier_rows(args):
+    "The table that is there: trainings of another day, perhaps of another machine"
+    file = args.out / "ablation.csv"
+    return pd.read_csv(file) if file.exists() and not args.anew else table_of([])
+
+
+def joined(old, done, methods):
+    "Rows of before and of today in the order of the contestants; those of today count"
+    keys = ["strength", "method", "views", "seed"]
+    rows = [t for t in (old, table_of(done)) if len(t)]
+    return ordered(pd.concat(rows).drop_duplicates(keys, keep="last"), methods)
 
 
 def losses(table):
@@ -172,6 +191,7 @@ def arguments(argv=None):
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="screens and finished trainings")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where the tables go")
     parser.add_argument("--finished", action="store_true", help="write the page of what is finished, train nothing")
+    parser.add_argument("--anew", action="store_true", help="do trainings again whose rows are in the table")
     parser.add_argument("--select", action="store_true", help="compare learning rates of networks without BatchNorm")
     args = parser.parse_args(argv)
     args.design = {**DESIGN, "n_sirnas": args.sirnas}
@@ -186,13 +206,15 @@ def main(argv=None):
     jobs = make_jobs(args, methods, {s: SCREENS[s] for s in args.strengths})
     jobs = dict(sorted(jobs.items(), key=lambda j: j[0][1]))  # a seed is whole before the next one begins
     files = {k: args.work / "results" / f"{batch_effect.job_key(j)}.json" for k, j in jobs.items()}
-    done = [(k, json.loads(f.read_text())) for k, f in files.items() if f.exists()]
-    todo = {} if args.finished else {k: j for k, j in jobs.items() if not files[k].exists()}
-    if done: report(args, ordered(table_of(done), methods), methods, len(jobs))
+    done, old = [(k, json.loads(f.read_text())) for k, f in files.items() if f.exists()], earlier_rows(args)
+    had = set(zip(old.strength, old.seed, old.method, old.views)) if len(old) else set()
+    known = lambda key, job: all((*key[:2], *split_name(name)) in had for name in job["variants"])
+    todo = {} if args.finished else {k: j for k, j in jobs.items() if not files[k].exists() and not known(k, j)}
+    if done or len(old): report(args, joined(old, done, methods), methods, len(jobs))
     for key, _, out in run_all(args, todo) if todo else ():
         done.append((key, out))
-        report(args, ordered(table_of(done), methods), methods, len(jobs))
-    if not done: raise SystemExit(f"no training is finished in {args.work}")
+        report(args, joined(old, done, methods), methods, len(jobs))
+    if not done and not len(old): raise SystemExit(f"no training is finished in {args.work} or {args.out}")
     print((args.out / "ablation.md").read_text().split("## Settings")[0])
 
 

@@ -38,6 +38,7 @@ GROUPS = dict.fromkeys(["errors", "files", "credentials", "renamed", "versions",
 GROUND = "Files, errors and names that everything stands on."
 BENCHMARKS = {  # in this order, each with a sentence
     "batch_effect": "Methods against the batch effect side by side, over seeds and strengths, on simulated screens.",
+    "ablation": "What carries the default: each ingredient taken away, larger budgets, networks without BatchNorm.",
     "recipes": "The published systems with one small network and the same number of images, and what their corrections "
     "bring.",
     "questions": "Augmentations one by one, and seven uses of the control wells.",
