@@ -48,7 +48,7 @@ quick: $(STAMP) ## pytest without what is slow: no notebooks, no browser, no kil
 	@$(RUN1) python -m pytest $(PYTEST_N) -m 'not slow and not bench' $(ARGS)
 
 .PHONY: test-bf16
-test-bf16: $(STAMP) ## pytest with bfloat16 wherever a recipe leaves the precision open, whatever this processor computes itself
+test-bf16: $(STAMP) ## what computes with a network, with bfloat16 wherever a recipe leaves the precision open, on any processor
 	@RCIC_BF16=on $(RUN1) python -m pytest $(PYTEST_N) $(ARGS)
 
 .PHONY: browser

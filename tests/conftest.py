@@ -21,10 +21,20 @@ LONGEST = ("test_docs", "test_matrix", "test_readme", "test_cli", "test_speed_be
            "test_kaggle", "test_locations", "test_contracts", "test_data", "test_strangers", "test_simulate",
            "test_mix")
 
+# Nothing in these files computes with a network: with bfloat16 forced on (`make test-bf16`) they would only repeat
+# what `make test` has seen.
+NO_NETWORK = ("test_cases", "test_docs", "test_download", "test_duplicates", "test_fastai_names", "test_folds",
+              "test_formats", "test_optics", "test_package", "test_pixel_statistics", "test_profile",
+              "test_profile_normalise", "test_screen", "test_sources", "test_tables", "test_types", "test_words")
+
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     "The longest files at the front; a browser and processes that are killed are slow"
+    if os.environ.get("RCIC_BF16") == "on":
+        again = [item for item in items if item.path.stem in NO_NETWORK]
+        config.hook.pytest_deselected(items=again)
+        items[:] = [item for item in items if item.path.stem not in NO_NETWORK]
     for item in items:
         if {"chromium", "pages"} & set(item.fixturenames) or item.name.startswith("test_killed"):
             item.add_marker(pytest.mark.slow)
