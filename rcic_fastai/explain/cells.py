@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import binary_fill_holes, gaussian_filter
 from skimage.filters import threshold_otsu
-from skimage.morphology import remove_small_objects
+from skimage.measure import label
 
 from ..quality.measures import _rise
 
@@ -24,7 +24,10 @@ def nuclei_mask(
     low, high = np.percentile(p, (1, 99.7))
     if high <= low: return np.zeros(p.shape, bool)
     rise, noise = _rise((p-low)/(high-low)*255)
-    return remove_small_objects(rise > max(threshold_otsu(rise), 4*noise), max_size=5)
+    objects = label(rise > max(threshold_otsu(rise), 4*noise), connectivity=1)
+    large = np.bincount(objects.ravel()) > 5 # `remove_small_objects` has other arguments in each scikit-image
+    large[0] = False
+    return large[objects]
 
 def cells_mask(
     x:np.ndarray # (C, H, W) of any scale
