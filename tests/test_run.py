@@ -289,7 +289,7 @@ def test_conditioning_on_controls(screen, tmp_path):
     """The head compares with controls of the experiment, in training and at inference; without them it says what is
     missing"""
     recipe = change_recipe(quick, "data.n_controls=6", 'model.head="controls"',
-                           'loss={"name": "cross_entropy", "options": {}}')
+                           'loss={"name": "cross_entropy", "options": {}}', "device.precision=fp32")
     learn = train_run(screen, recipe, tmp_path / "run", say=quiet)
     sites = select_sites(screen, "test")
     p = predict_sites(learn, sites, controls=control_sites(screen), progress=False)
